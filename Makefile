@@ -1,0 +1,38 @@
+# make demo: train ALIGN on real pictures and report. make test: run the tests. Both set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/demo
+
+.PHONY: demo test test-fast bench lint clean
+
+demo: .venv/.demo
+	$(BIN)/vlp data demo data/openmoji
+	if [ -e $(RUN)/experiment.json ]; then $(BIN)/vlp train --resume $(RUN); else $(BIN)/vlp train configs/align/demo.py; fi
+	$(BIN)/vlp eval $(RUN) retrieval data=data/openmoji/val
+	$(BIN)/vlp report $(RUN)
+
+test: .venv/.dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-fast: .venv/.dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+
+bench: .venv/.dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/.demo: setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	touch $@
+
+.venv/.dev: setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs data

@@ -1,0 +1,35 @@
+"""``make bench``: every measure in turn, each as a ratio within one run; keeps the numbers in runs/bench.json."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import time
+from pathlib import Path
+
+MEASURES = ("decode", "seek", "clip_flops", "contrastive_memory", "data_wait")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench")
+    parser.add_argument("measures", nargs="*", default=MEASURES, help=f"some of {', '.join(MEASURES)} (default: all)")
+    options = parser.parse_args()
+    path = Path("runs/bench.json")
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for name in options.measures:
+        began = time.monotonic()
+        measured = importlib.import_module(f"tests.bench.{name}").measure()
+        results[name] = measured | {
+            "took_seconds": round(time.monotonic() - began, 1),
+            "machine": platform.processor() or platform.machine(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        print(name, json.dumps(results[name], indent=1), flush=True)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

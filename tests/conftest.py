@@ -1,0 +1,89 @@
+"""A small world that every test can afford: coloured shapes with captions, packed into shards by the project's own code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from vlp.data.formats import Pair
+from vlp.data.pack import Packing, pack
+from vlp.data.text import train_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+TOY = ROOT / "tests" / "fixtures" / "toy.py"
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 180, 60),
+    "blue": (40, 60, 220),
+    "yellow": (230, 220, 40),
+    "black": (10, 10, 10),
+}
+PLACES = ("left", "right", "top", "bottom")
+
+
+def draw_pairs(folder: Path, count: int) -> list[Pair]:
+    """``count`` pictures of a coloured square somewhere, each with two captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    pairs = []
+    for n in range(count):
+        colour, place = list(COLOURS)[n % 5], PLACES[n // 5 % 4]
+        pixels = rng.integers(200, 256, (40, 48, 3), dtype=np.uint8)
+        rows = {"top": slice(2, 14), "bottom": slice(26, 38)}.get(place, slice(14, 26))
+        columns = {"left": slice(2, 14), "right": slice(34, 46)}.get(place, slice(18, 30))
+        pixels[rows, columns] = COLOURS[colour]
+        path = folder / f"{n:04d}.png"
+        Image.fromarray(pixels).save(path)
+        captions = (f"a {colour} square at the {place} number {n}", f"{place} {colour} thing")
+        pairs.append(Pair(image=str(path), captions=captions, key=f"{n:04d}", source="toy", extra={}))
+    return pairs
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A folder with ``shards`` (50 samples in 5 shards) and ``tokenizer`` (up to 200 tokens)."""
+    folder = tmp_path_factory.mktemp("world")
+    pairs = draw_pairs(folder / "pictures", 50)
+    pack(pairs, folder / "shards", Packing(shard_samples=10))
+    train_tokenizer([c for p in pairs for c in p.captions], vocab_size=200).save(folder / "tokenizer")
+    return folder
+
+
+def toy_overrides(world: Path, output: Path) -> list[str]:
+    return [
+        f"data.train={world / 'shards'}",
+        f"data.val={world / 'shards'}",
+        f"data.tokenizer={world / 'tokenizer'}",
+        f"output={output}",
+    ]
+
+
+def vlp(
+    *arguments: object, launch: tuple[str, ...] = (), cwd: Path = ROOT, timeout: float = 240
+) -> subprocess.CompletedProcess:
+    """Runs ``vlp ARGUMENTS`` in a process of its own, through ``accelerate launch LAUNCH`` if that is given."""
+    return subprocess.run(
+        command(*arguments, launch=launch), cwd=cwd, timeout=timeout, capture_output=True, text=True, env=environment()
+    )
+
+
+def command(*arguments: object, launch: tuple[str, ...] = ()) -> list[str]:
+    if launch:
+        start = [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "vlp.cli"]
+    else:
+        start = [sys.executable, "-m", "vlp.cli"]
+    return [*start, *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}

@@ -1,0 +1,194 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from vlp.data.formats import Pair, make_key, read_pairs
+from vlp.errors import UserError
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+
+
+def write(folder: Path, name: str, content) -> Path:
+    file = folder / name
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return file
+
+
+def summary(pairs) -> list[tuple]:
+    return [(Path(p.image).name, p.captions, p.key) for p in pairs]
+
+
+TWO = [("a.jpg", ("A dog", "A brown dog"), "a"), ("b.png", ("A cat",), "b")]
+ALBEF = [{"image": "a.jpg", "caption": "A dog"}, {"image": "b.png", "caption": ["A cat"]}]
+ALBEF += [{"image": "a.jpg", "caption": "A brown dog"}]
+KARPATHY = {
+    "images": [
+        {"filename": "a.jpg", "sentences": [{"raw": "A dog"}, {"raw": "A brown dog"}], "split": "train", "cocoid": 7},
+        {"filename": "b.png", "sentences": [{"raw": " A cat "}], "split": "restval", "cocoid": 8},
+    ]
+}
+COCO = {
+    "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.png"}],
+    "annotations": [
+        {"image_id": 1, "caption": "A dog"},
+        {"image_id": 2, "caption": "A cat"},
+        {"image_id": 1, "caption": "A brown dog"},
+    ],
+}
+FILES = {
+    "filepath.csv": "filepath,title\na.jpg,A dog\nb.png,A cat\na.jpg,A brown dog\n",
+    "semicolon.csv": "caption;image\nA dog;a.jpg\nA cat;b.png\nA brown dog;a.jpg\n",
+    "flickr30k.csv": "image_name| comment_number| comment\na.jpg| 0| A dog\nb.png| 0| A cat\na.jpg| 1| A brown dog\n",
+    "windows.csv": b"\xef\xbb\xbfImage,Caption\r\na.jpg,A dog\r\nb.png,A cat\r\n\r\na.jpg,A brown dog\r\n",
+    "headerless.csv": 'a.jpg,"A dog"\nb.png,A cat\na.jpg,A brown dog\n',
+    "header.tsv": "file\ttext\na.jpg\tA dog\nb.png\tA cat\na.jpg\tA brown dog\n",
+    "cc3m.tsv": "a.jpg\tA dog\nb.png\tA cat\na.jpg\tA brown dog\n",
+    "other_order.tsv": "A dog\ta.jpg\nA cat\tb.png\nA brown dog\ta.jpg",
+    "flickr8k.token.txt": "a.jpg#0\tA dog\nb.png#0\tA cat\na.jpg#1\tA brown dog\n",
+    "x.jsonl": '{"image": "a.jpg", "captions": ["A dog", "A brown dog"]}\n\n{"image": "b.png", "caption": "A cat"}\n',
+    "albef.json": ALBEF,
+    "karpathy.json": KARPATHY,
+    "coco.json": COCO,
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_form_states_the_same_pairs(tmp_path, name):
+    assert summary(read_pairs(write(tmp_path, name, FILES[name]))) == TWO
+
+
+def test_paths_are_relative_to_the_file_or_the_root(tmp_path):
+    file = write(tmp_path, "x.csv", "image,caption\nsub/a.jpg,A dog\n/abs/b.jpg,A cat\n")
+    assert [p.image for p in read_pairs(file)] == [str(tmp_path / "sub/a.jpg"), "/abs/b.jpg"]
+    assert next(read_pairs(file, image_root="/photos")).image == "/photos/sub/a.jpg"
+
+
+def test_what_else_is_said_goes_to_extra_and_the_place_to_source(tmp_path):
+    file = write(tmp_path, "x.csv", "image,caption,photographer,index\na.jpg,A dog,Ann,5\na.jpg,B,Bob,6\n")
+    pair = next(read_pairs(file))
+    assert pair.extra == {"photographer": "Ann"}  # not index: the shards have one of their own
+    assert pair.source == "x.csv:2"
+    karpathy = list(read_pairs(write(tmp_path, "k.json", KARPATHY)))
+    assert [p.extra for p in karpathy] == [{"cocoid": 7}, {"cocoid": 8}] and karpathy[1].source == "k.json:images[1]"
+    assert next(read_pairs(write(tmp_path, "c.json", COCO))).extra == {"image_id": 1}
+    albef = write(tmp_path, "a.json", [{"image": "a.jpg", "caption": "A", "image_id": "coco_1"}])
+    assert next(read_pairs(albef)).extra == {"image_id": "coco_1"}
+
+
+def test_karpathys_filepath_is_a_folder(tmp_path):
+    record = KARPATHY["images"][0] | {"filepath": "val2014"}
+    pair = next(read_pairs(write(tmp_path, "k.json", {"images": [record]})))
+    assert pair.image == str(tmp_path / "val2014" / "a.jpg") and pair.key == "val2014_a"
+
+
+def test_splits_are_selected_and_joined(tmp_path):
+    file = write(tmp_path, "k.json", KARPATHY)
+    assert summary(read_pairs(file, split="train")) == TWO[:1]
+    assert summary(read_pairs(file, split="train+restval")) == TWO
+    with pytest.raises(UserError, match="no rows of split 'test'; its splits: restval, train"):
+        list(read_pairs(file, split="test"))
+    with pytest.raises(UserError, match="its splits: none"):
+        list(read_pairs(write(tmp_path, "x.csv", FILES["filepath.csv"]), split="val"))
+
+
+def test_a_folder_with_its_annotation_file_is_read(tmp_path):
+    with pytest.raises(UserError, match="holds none; name the file"):
+        list(read_pairs(tmp_path))
+    write(tmp_path, "train.jsonl", '{"image": "images/a.jpg", "caption": "A dog"}')
+    assert next(read_pairs(tmp_path)).image == str(tmp_path / "images" / "a.jpg")
+    write(tmp_path, "val.jsonl", '{"image": "images/b.jpg", "caption": "A cat"}')
+    assert next(read_pairs(tmp_path, split="val")).captions == ("A cat",)
+    with pytest.raises(UserError, match="train.jsonl, val.jsonl; name the file"):
+        list(read_pairs(tmp_path))
+
+
+def test_quotes_and_separators_inside_captions(tmp_path):
+    rows = 'image,caption\na.jpg,"A ""big"" dog, and\na cat"\nb.jpg,fine\n'
+    pairs = list(read_pairs(write(tmp_path, "x.csv", rows)))
+    assert [p.captions for p in pairs] == [('A "big" dog, and\na cat',), ("fine",)]
+    rows = 'a.jpg\t"A dog, "big" \u2028 one\nb.jpg\t"He said ""no"""\nc.jpg\tit is 5" wide\n'
+    pairs = list(read_pairs(write(tmp_path, "x.tsv", rows)))
+    assert [p.captions[0] for p in pairs] == ['"A dog, "big" \u2028 one', 'He said "no"', 'it is 5" wide']
+
+
+def test_blank_captions_are_left_out(tmp_path):
+    file = write(tmp_path, "x.tsv", "image\tcaption\na.jpg\t\na.jpg\tA dog\nb.jpg\t \n")
+    assert [p.captions for p in read_pairs(file)] == [("A dog",), ()]
+
+
+def test_keys_are_safe_unique_and_stable():
+    taken: set[str] = set()
+    images = ["a.b.jpg", "d/é x.JPEG", "x.jpg", "x.png", "d/y.jpg", "d_y.jpg", "/abs/z.webp", "ß.jpg", "ü.jpg", "." * 3]
+    keys = [make_key(image, taken) for image in images]
+    assert keys[:3] == ["a_b", "d_x", "x"] and keys[4] == "d_y" and keys[6] == "abs_z" and keys[3].startswith("x-")
+    assert len(set(keys)) == len(images) == len(taken)
+    assert all(k and all(c.isascii() and (c.isalnum() or c in "_-") for c in k) for k in keys)
+    assert keys == [make_key(image, again) for again in [set()] for image in images]
+    assert len(make_key("long/" * 100 + "name.jpg", set())) <= 100
+
+
+BAD = {
+    "columns.csv": (
+        "image,caption\na.jpg,A dog\nb.jpg,A cat,extra\n",
+        r"columns.csv:3: 3 columns; expected 2: image, caption",
+    ),
+    "names.csv": ("id,words\n1,A dog\n", r"names.csv:1: expected a header with an image column"),
+    "quote.csv": ('image,caption\na.jpg,"A dog\n', r"quote.csv:2 is not a row"),
+    "latin.csv": (b"image,caption\na.jpg,A dog\nb.jpg,caf\xe9\n", r"latin.csv:3 is not UTF-8"),
+    "line.jsonl": ('{"image": "a.jpg", "caption": "A"}\n{"image": \n', r"line.jsonl:2 is not a JSON object"),
+    "list.jsonl": ("[1]\n", r"list.jsonl:1: expected an object with image and captions"),
+    "no_image.jsonl": (
+        '{"id": 3, "caption": "A"}\n',
+        r"no_image.jsonl:1: no image; expected one of image, .*found id, caption",
+    ),
+    "no_caption.jsonl": (
+        '{"image": "a.jpg", "label": 0}\n',
+        r"no_caption.jsonl:1: no captions; expected one of captions",
+    ),
+    "number.jsonl": ('{"image": "a.jpg", "caption": 5}\n', r"number.jsonl:1: 'caption' should be a text or a list"),
+    "null.jsonl": ('{"image": null, "caption": "A"}\n', r"null.jsonl:1: 'image' should be a path"),
+    "broken.json": ('[{"image":\n "a.jpg",', r"broken.json:2 is not JSON"),
+    "other.json": ({"data": []}, r"other.json is none of the known json forms"),
+    "scalar.json": ("5", r"scalar.json is none of the known json forms"),
+    "item.json": (["a.jpg"], r"item.json:\[0\]: expected an object"),
+    "coco.json": ({"images": [], "annotations": [{"image_id": 9, "caption": "A"}]}, r"image_id 9, which no image has"),
+    "coco_lacks.json": ({"images": [{"id": 1}], "annotations": []}, r"expected COCO's .*there is no 'file_name'"),
+    "karpathy.json": ({"images": [{"filename": "a.jpg"}]}, r"expected Karpathy's .*there is no 'sentences'"),
+    "karpathy_text.json": (
+        {"images": [{"filename": "a.jpg", "sentences": [{"raw": None}]}]},
+        r"images\[0\]: 'captions' should",
+    ),
+    "x.parquet": ("", r"the extension does not tell the format; say --format"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_errors_name_file_place_and_expectation(tmp_path, name):
+    content, message = BAD[name]
+    with pytest.raises(UserError, match=message) as raised:
+        list(read_pairs(write(tmp_path, name, content)))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_file_and_an_unknown_format_are_users_errors(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        list(read_pairs(tmp_path / "none.csv"))
+    with pytest.raises(UserError, match="there is no format 'xml'; use one of csv, tsv"):
+        list(read_pairs(write(tmp_path, "x.csv", ""), format="xml"))
+
+
+def test_the_format_can_be_said(tmp_path):
+    assert summary(read_pairs(write(tmp_path, "captions.data", FILES["cc3m.tsv"]), format="tsv")) == TWO
+
+
+def test_flickr8k_is_read_whole():
+    if not (SHARED / "flickr8k").is_dir():
+        pytest.skip("needs ../shared/data/flickr8k")
+    pairs = list(read_pairs(SHARED / "flickr8k", split="train"))
+    assert len(pairs) == len({p.key for p in pairs}) == 6000
+    assert all(len(p.captions) == 5 and Path(p.image).is_file() for p in pairs)
+    assert isinstance(pairs[0], Pair) and pairs[0].key == "images_1000268201_693b08cb0e"

@@ -1,0 +1,150 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vlp.losses.info_nce import info_nce
+from vlp.losses.inputs import NonFiniteLoss
+from vlp.losses.sigmoid import sigmoid_loss
+from vlp.losses.tiled import tiled_info_nce, tiled_sigmoid_loss, tiled_symmetric_info_nce
+
+ROWS, KEYS = 37, 53  # no multiple of a tile
+
+
+def symmetric(queries, keys, scale, query_ids, key_ids, eps):
+    return info_nce(queries, keys, scale, query_ids, key_ids, eps) + info_nce(
+        keys, queries, scale, key_ids, query_ids, eps
+    )
+
+
+def plain_sigmoid(queries, keys, scale, query_ids, key_ids, bias):
+    return sigmoid_loss(queries, keys, scale, bias, query_ids, key_ids)
+
+
+def tiled_sigmoid(queries, keys, scale, query_ids, key_ids, bias, tile_rows):
+    return tiled_sigmoid_loss(queries, keys, scale, bias, query_ids, key_ids, tile_rows)
+
+
+CASES = [
+    pytest.param(info_nce, tiled_info_nce, 0.0, id="info_nce"),
+    pytest.param(info_nce, tiled_info_nce, 0.1, id="info_nce-smoothed"),
+    pytest.param(symmetric, tiled_symmetric_info_nce, 0.0, id="symmetric"),
+    pytest.param(symmetric, tiled_symmetric_info_nce, 0.1, id="symmetric-smoothed"),
+    pytest.param(plain_sigmoid, tiled_sigmoid, -7.0, id="sigmoid"),
+]
+
+
+def inputs(dtype, last):
+    """Unit rows with repeated ids, a learned scale, and the smoothing (a number) or the bias (learned)."""
+    generator = torch.Generator().manual_seed(0)
+    queries = F.normalize(torch.randn(ROWS, 16, dtype=dtype, generator=generator), dim=1)
+    keys = F.normalize(torch.randn(KEYS, 16, dtype=dtype, generator=generator), dim=1)
+    key_ids = torch.arange(KEYS) % 30
+    query_ids = torch.arange(ROWS).flip(0) % 30
+    learned = [queries, keys, torch.tensor([20.0], dtype=dtype)]
+    if last < 0:
+        learned.append(torch.tensor([last], dtype=dtype))
+    learned = [value.requires_grad_() for value in learned]
+    return (*learned[:3], query_ids, key_ids, learned[3] if last < 0 else last), learned
+
+
+@pytest.mark.parametrize("tile_rows", [1, 8, 256])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("plain", "tiled", "last"), CASES)
+def test_value_and_every_gradient_equal_the_plain_form(plain, tiled, last, dtype, tolerance, tile_rows):
+    arguments, learned = inputs(dtype, last)
+    value, expected = tiled(*arguments, tile_rows=tile_rows), plain(*arguments)
+    torch.testing.assert_close(value, expected, rtol=tolerance, atol=0)
+    gradients = torch.autograd.grad(0.3 * value, learned)
+    for gradient, reference in zip(gradients, torch.autograd.grad(0.3 * expected, learned)):
+        assert (gradient - reference).norm() <= tolerance * reference.norm()
+
+
+@pytest.mark.parametrize(("plain", "tiled", "last"), CASES)
+def test_far_apart_logits_do_not_overflow(plain, tiled, last):
+    arguments, learned = inputs(torch.float32, last)
+    queries, keys, _, *rest = arguments
+    scale = torch.tensor([2000.0])  # exp of the logits, and of their differences, is far beyond float32
+    value = tiled(queries, keys, scale, *rest, tile_rows=8)
+    torch.testing.assert_close(value, plain(queries, keys, scale, *rest), rtol=1e-5, atol=0)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(value, learned[:2]))
+
+
+@pytest.mark.parametrize(("plain", "tiled", "last"), CASES)
+def test_one_tensor_on_both_sides_gets_both_gradients(plain, tiled, last):
+    (_, keys, scale, _, key_ids, rest), _ = inputs(torch.float64, last)
+    gradients = []
+    for loss in (plain(keys, keys, scale, key_ids, key_ids, rest), tiled(keys, keys, scale, key_ids, key_ids, rest, 8)):
+        gradients.append(torch.autograd.grad(loss, keys)[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-14)
+
+
+def test_frozen_keys_as_in_a_queue_leave_the_other_gradients():
+    (queries, keys, scale, *rest), _ = inputs(torch.float64, 0.1)
+    keys = keys.detach()
+    value = torch.autograd.grad(tiled_info_nce(queries, keys, scale, *rest, tile_rows=8), [queries, scale])
+    expected = torch.autograd.grad(info_nce(queries, keys, scale, *rest), [queries, scale])
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_half_precision_inputs_are_widened_and_get_their_dtype_back():
+    (queries, keys, scale, *rest), _ = inputs(torch.float32, 0.1)
+    queries, keys = queries.detach().bfloat16().requires_grad_(), keys.detach().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = tiled_info_nce(queries, keys, scale, *rest, tile_rows=8)
+    value.backward()
+    torch.testing.assert_close(value, info_nce(queries, keys, scale, *rest), rtol=1e-6, atol=0)
+    assert queries.grad.dtype == torch.bfloat16
+
+
+def test_second_backward_is_refused():
+    arguments, learned = inputs(torch.float64, 0.1)
+    value = tiled_symmetric_info_nce(*arguments)
+    torch.autograd.grad(value, learned, retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward once"):
+        torch.autograd.grad(value, learned)
+
+
+def test_double_backward_is_refused():
+    arguments, learned = inputs(torch.float64, 0.1)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(tiled_info_nce(*arguments), learned, create_graph=True)
+
+
+def test_without_gradient_the_value_is_the_same():
+    arguments, _ = inputs(torch.float64, 0.1)
+    with torch.no_grad():
+        value = tiled_symmetric_info_nce(*arguments)
+    assert value == tiled_symmetric_info_nce(*arguments).detach()
+    assert not value.requires_grad
+
+
+@pytest.mark.parametrize("tiled", [tiled_info_nce, tiled_symmetric_info_nce])
+def test_row_without_a_positive_is_named(tiled):
+    (queries, keys, scale, query_ids, key_ids, _), _ = inputs(torch.float64, 0.0)
+    query_ids[5] = 1000
+    with pytest.raises(ValueError, match="row 5 has no positive"):
+        tiled(queries, keys, scale, query_ids, key_ids)
+
+
+def test_row_without_a_positive_on_the_other_side_is_named():
+    (queries, keys, scale, query_ids, key_ids, _), _ = inputs(torch.float64, 0.0)
+    key_ids[6] = 1000
+    with pytest.raises(ValueError, match="row 6 has no positive"):
+        tiled_symmetric_info_nce(queries, keys, scale, query_ids, key_ids)
+
+
+@pytest.mark.parametrize(("plain", "tiled", "last"), CASES)
+def test_non_finite_row_is_named(plain, tiled, last):
+    (queries, *rest), _ = inputs(torch.float64, last)
+    queries = queries.detach()
+    queries[4, 0] = math.nan
+    with pytest.raises(NonFiniteLoss, match="row 4 of queries"):
+        tiled(queries, *rest, tile_rows=8)
+
+
+def test_tile_of_no_rows_is_an_error():
+    arguments, _ = inputs(torch.float64, 0.0)
+    with pytest.raises(ValueError, match="tile_rows"):
+        tiled_info_nce(*arguments, tile_rows=0)

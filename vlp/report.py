@@ -1,0 +1,161 @@
+"""report.html: one self-contained file with the curves, the numbers with their intervals, queries with what they found, and
+the command that repeats it all."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment
+from PIL import Image
+
+from vlp.config import Experiment, load_json
+from vlp.data.image import decode
+from vlp.data.shards import ShardReader, write_atomically
+from vlp.errors import BadSample, UserError
+from vlp.logging import read_log
+
+TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ name }}</title>
+<style>
+ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }
+ h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem } .quiet { color: #5b6570 }
+ table { border-collapse: collapse } td, th { padding: .25rem .9rem; text-align: right; border-bottom: 1px solid #dde2e7 }
+ td:first-child, th:first-child { text-align: left } pre { background: #f4f6f8; padding: .8rem; overflow-x: auto }
+ img.plot { width: 100% } .row { display: flex; align-items: center; gap: .5rem; margin: .35rem 0 }
+ .row .query { width: 15rem } .row img { width: 84px; height: 84px; object-fit: contain; border: 3px solid #dde2e7; border-radius: 6px; background: #fff }
+ .row img.right { border-color: #1a9850 } .row .rank { width: 5rem; text-align: right; color: #5b6570 }
+</style></head><body>
+<h1>{{ name }}</h1><p class="quiet">{{ summary }}</p>
+{% for result in results %}
+<h2>{{ result.task }}: {{ result.data }}</h2>
+<table><tr><th>metric</th><th>value</th><th>95 % interval</th></tr>
+{% for metric, i in result.metrics.items() %}
+<tr><td>{{ metric }}</td><td>{{ "%.1f"|format(100 * i.value) }} %</td><td>{{ "%.1f"|format(100 * i.low) }} to {{ "%.1f"|format(100 * i.high) }}</td></tr>
+{% endfor %}</table>
+<p class="quiet">{{ result.protocol }}. {% for what, n in result.n.items() %}{{ "{:,}".format(n) }} {{ what }}{{ ", " if not loop.last }}{% endfor %};
+ chance at one {{ "%.2f"|format(100 / result.n.images) }} %. Step {{ result.step }}, weights {{ result.checkpoint_sha256[:16] }}, seed {{ result.seed }};
+ {{ result.bad|length }} samples left out.</p>
+{% endfor %}
+<h2>Training</h2><img class="plot" alt="curves" src="data:image/png;base64,{{ curves }}">
+{% if queries %}
+<h2>What captions find</h2><p class="quiet">Captions drawn at random from the held-out part, and the five pictures nearest to each; the right one has a green frame.</p>
+{% for q in queries %}
+<div class="row"><div class="query">{{ q.query }}</div>
+{% for f in q.found %}<img class="{{ "right" if f.right }}" alt="result {{ loop.index }}" src="data:image/png;base64,{{ f.png }}">{% endfor %}
+<div class="rank">{{ "found %d." | format(q.rank) }}</div></div>
+{% endfor %}
+{% endif %}
+<h2>To repeat it</h2><pre>{% for line in commands %}{{ line }}
+{% endfor %}</pre>
+<p class="quiet">The resolved experiment is in <code>experiment.json</code> beside this file.{% if quarantined %} {{ quarantined }} samples could not be used, see <code>quarantine.jsonl</code>.{% endif %}</p>
+</body></html>
+""")
+
+
+def write_report(folder: Path) -> Path:
+    """Writes ``folder/report.html``. Raises UserError if the folder is no run or has no log yet."""
+    if not (folder / "experiment.json").is_file():
+        raise UserError(f"{folder} is not a run: it has no experiment.json")
+    experiment, log = load_json(folder / "experiment.json"), read_log(folder / "log.jsonl")
+    if not log:
+        raise UserError(f"{folder} has no step in its log yet; train it first")
+    results = [json.loads(path.read_text()) for path in sorted((folder / "eval").glob("*.json"))]
+    starts = read_log(folder / "starts.jsonl")
+    html = TEMPLATE.render(
+        name=experiment.name,
+        summary=_summary(experiment, log, starts),
+        results=results,
+        curves=_curves(log, read_log(folder / "eval.jsonl")),
+        queries=[q for result in results for q in _queries(result)],
+        commands=[shlex.join(start["command"]) for start in starts],
+        quarantined=len(read_log(folder / "quarantine.jsonl")),
+    )
+    path = folder / "report.html"
+    write_atomically(path, html.encode())
+    return path
+
+
+def _summary(experiment: Experiment, log: list[dict], starts: list[dict]) -> str:
+    seconds = sum(line["seconds"] for line in log)
+    wait = sum(line["seconds"] * line["data_wait"] for line in log) / seconds
+    last = log[-1]
+    machine = f" on {starts[-1]['machine']}" if starts else ""
+    return (
+        f"{last['step']:,} steps of {experiment.data.batch_size} samples ({last['epoch']:.1f} epochs) in {seconds / 60:.1f} min "
+        f"of training{machine}; {wait:.1%} of it waiting for data; peak memory {max(x['memory_mib'] for x in log) / 1024:.1f} GiB"
+    )
+
+
+def _smooth(values: np.ndarray, width: int) -> np.ndarray:
+    """Running mean whose window shrinks at the ends."""
+    kernel = np.ones(width)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+
+
+def _curves(log: list[dict], evals: list[dict]) -> str:
+    """Loss, recall, learning rate and temperature, and geometry against the step; base64 PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    (loss, recall), (rate, geometry) = figure.subplots(2, 2)
+    steps = np.array([line["step"] for line in log])
+    values = np.array([line["loss"] for line in log], dtype=float)
+    loss.plot(steps, values, color="#c6d3e1", linewidth=0.8)
+    loss.plot(steps, _smooth(values, min(len(values), 25)), color="#1f5c99")
+    loss.set_title("loss (nats; bold: mean of 25 steps)")
+    names = [k for k in (evals[-1] if evals else {}) if k.endswith(("mean_r@1", "mean_r@5", "mean_r@10", "top1"))]
+    for name in names:
+        recall.plot([e["step"] for e in evals], [100 * e[name] for e in evals], marker="o", markersize=3, label=name)
+    recall.set_title("held-out, %")
+    rate.plot(steps, [line["lr"] for line in log], color="#1f5c99")
+    rate.set_title("learning rate, and temperature (red, right)")
+    right = rate.twinx()
+    right.plot(steps, [line["temperature"] for line in log], color="#b2182b")
+    measured = [line for line in log if "geometry/alignment" in line]
+    for name in ("alignment", "uniformity_image", "uniformity_text", "modality_gap"):
+        x, y = [line["step"] for line in measured], [line[f"geometry/{name}"] for line in measured]
+        geometry.plot(x, y, label=name.replace("_", " "))
+    geometry.set_title("geometry of a batch")
+    for axis in (recall, geometry):
+        if axis.lines:
+            axis.legend(fontsize=8)
+    for axis in (loss, recall, rate, geometry):
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _queries(result: dict) -> list[dict]:
+    """The kept examples with their pictures, where the shards are still at hand."""
+    examples = result["details"].get("text_to_image", [])
+    try:
+        reader = ShardReader(result["data"]) if examples else None
+        rows = [(shard, row) for shard, size in enumerate(reader.sizes) for row in range(size)] if reader else []
+        return [
+            {
+                "query": example["query"],
+                "rank": example["rank"],
+                "found": [
+                    {"right": n == example["answer"], "png": _thumbnail(reader, *rows[n])} for n in example["found"]
+                ],
+            }
+            for example in examples
+        ]
+    except (UserError, BadSample):
+        return []
+
+
+def _thumbnail(reader: ShardReader, shard: int, row: int) -> str:
+    image = Image.fromarray(decode(reader.read(shard, row).image))
+    image.thumbnail((112, 112))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

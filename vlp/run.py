@@ -1,0 +1,361 @@
+"""A run and its folder: what training builds before the first step, and everything that it writes.
+
+runs/NAME/
+  experiment.json   the resolved experiment; with a checkpoint, all that it takes to rebuild the model
+  tokenizer/        a copy
+  starts.jsonl      a line for each time it was started or continued: command, machine, processes
+  log.jsonl         a line a step
+  eval.jsonl        a line an evaluation; eval/TASK.json holds the newest in full
+  quarantine.jsonl  samples that could not be used, with shard, key and reason
+  checkpoints/      see `vlp.checkpoint`
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from vlp import __version__, checkpoint
+from vlp.config import Experiment, dump
+from vlp.data.shards import write_atomically
+from vlp.data.stream import Loaded, Shuffled, training_loader
+from vlp.data.text import load_tokenizer
+from vlp.distributed import engine, start
+from vlp.errors import UserError
+from vlp.evaluation import Result, Subject
+from vlp.logging import RunLog, peak_memory_mib, read_log, truncate_log
+from vlp.optim import Lamb, parameter_groups
+from vlp.state import Average, TrainState
+
+
+def total_steps(experiment: Experiment, epoch_samples: int) -> int:
+    train = experiment.train
+    if (train.steps is None) == (train.epochs is None):
+        raise UserError("set one of train.steps and train.epochs, and the other to none")
+    steps = (
+        train.steps if train.steps is not None else math.ceil(train.epochs * epoch_samples / experiment.data.batch_size)
+    )
+    if steps < 1:
+        raise UserError(f"train.steps or train.epochs gives {steps} steps; make it at least one")
+    return steps
+
+
+def validate(experiment: Experiment) -> None:
+    """What can be said before anything is built."""
+    data, train = experiment.data, experiment.train
+    if data.batch_size < 1 or train.accumulation < 1 or data.batch_size % train.accumulation:
+        raise UserError(
+            f"data.batch_size={data.batch_size} is not a positive multiple of train.accumulation={train.accumulation}"
+        )
+    if not experiment.objectives:
+        raise UserError("the experiment has no objective; add one to objectives")
+    for name, task in experiment.evaluate.items():
+        if not callable(task):
+            raise UserError(f"evaluate.{name} is not a task; the tasks are in vlp.tasks")
+    best = experiment.save.best
+    if best is not None and best.split("/")[0] not in experiment.evaluate:
+        raise UserError(
+            f"save.best={best!r} names no task of evaluate ({', '.join(experiment.evaluate) or 'there is none'})"
+        )
+
+
+class Run:
+    """What belongs to one run in one process. Only the main process writes."""
+
+    def __init__(self, experiment: Experiment, accelerator: Accelerator, whole: Path | None):
+        self.experiment, self.accelerator, self.resumed_from = experiment, accelerator, whole
+        self.folder, self.is_main = experiment.folder, accelerator.is_main_process
+        kept_tokenizer = self.folder / "tokenizer"
+        self.tokenizer = load_tokenizer(str(kept_tokenizer) if kept_tokenizer.is_dir() else experiment.data.tokenizer)
+        torch.manual_seed(experiment.seed)
+        # a checkpoint holds every weight, so a resumed run no longer needs the files that it once started from
+        self.model = experiment.model.build(load_weights=whole is None)
+        self._check_text()
+        data = experiment.data
+        self.dataset = Shuffled(
+            data.train,
+            data.augment,
+            self.model.preprocess,
+            self.tokenizer,
+            data.max_length,
+            data.max_pixels,
+            experiment.seed,
+        )
+        self.epoch_samples = len(self.dataset)
+        if data.batch_size > self.epoch_samples:
+            raise UserError(
+                f"data.batch_size={data.batch_size} is larger than the data ({self.epoch_samples} samples in "
+                f"{', '.join(s.shards for s in data.train)}); lower it to at most that"
+            )
+        self.total_steps = total_steps(experiment, self.epoch_samples)
+        self._prepare_model()
+        self.state = TrainState(
+            average=Average(self.model, d) if (d := experiment.train.ema_decay) is not None else None
+        )
+        groups = parameter_groups(
+            self.model, experiment.optim.weight_decay, experiment.train.layer_decay, experiment.train.lr_scales
+        )
+        if isinstance(experiment.optim, Lamb) and engine(accelerator) == "deepspeed":
+            raise UserError(
+                "LAMB needs whole parameters and ZeRO cuts them up; use vlp.optim.AdamW, or another launch config"
+            )
+        self.optimizer = experiment.optim.build(groups)
+        if whole is not None:
+            self._restore(whole)
+        self.known_bad = {(b["source"], b["shard"], b["key"]) for b in read_log(self.folder / "quarantine.jsonl")}
+
+    @classmethod
+    def start(cls, experiment: Experiment, resume: bool) -> Run:
+        """Raises UserError for whatever of the experiment cannot be, before anything is written."""
+        validate(experiment)
+        folder = experiment.folder
+        accelerator = start(experiment.train, experiment.data.batch_size // experiment.train.accumulation)
+        if not resume and (folder / "experiment.json").exists():
+            raise UserError(
+                f"{folder} already holds a run; continue it with --resume {folder}, or set another name=..."
+            )
+        whole = checkpoint.newest_whole(folder / "checkpoints") if resume else None
+        accelerator.wait_for_everyone()  # all have looked before one writes
+        if not resume:
+            experiment = experiment.resolved()
+        run = cls(experiment, accelerator, whole)
+        accelerator.wait_for_everyone()
+        run.log = run._open_folder() if run.is_main else None
+        run.samples = run._open_samples()
+        run.say(run.describe())
+        return run
+
+    def _check_text(self) -> None:
+        tower, data = self.model.text, self.experiment.data
+        if self.tokenizer.vocab_size > tower.vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens but the text tower only {tower.vocab_size}; "
+                f"use the tokenizer of its weights, or set the tower's vocab_size"
+            )
+        if data.max_length > tower.max_length:
+            raise UserError(
+                f"data.max_length={data.max_length} but the text tower takes {tower.max_length} tokens; lower it"
+            )
+
+    def _prepare_model(self) -> None:
+        train, model = self.experiment.train, self.model
+        for prefix in train.frozen:
+            frozen = [p for n, p in model.named_parameters() if n.startswith(prefix)]
+            if not frozen:
+                raise UserError(
+                    f"train.frozen: no parameter starts with {prefix!r}; they start with {', '.join(dict(model.named_children()))}"
+                )
+            for p in frozen:
+                p.requires_grad_(False)
+        if train.activation_checkpointing:
+            model.set_checkpointing(True)
+        model.to(self.accelerator.device)
+        if train.compile:
+            for tower in (model.image, model.text):
+                tower.compile()
+        model.train()
+
+    def _restore(self, whole: Path) -> None:
+        checkpoint.load_model(self.model, checkpoint.read(whole, "model"), whole)
+        saved = checkpoint.read_state(whole)
+        for name, value in saved.items():
+            setattr(self.state, name, value)
+        if self.state.average:
+            self.state.average.load(checkpoint.read(whole, "average"))
+
+    def restore_optimizer(self, optimizer, zero: bool) -> None:
+        """After the engine has wrapped everything: ZeRO has made its own copies by then."""
+        if self.resumed_from is not None:
+            tensors = checkpoint.read(self.resumed_from, "optimizer")
+            checkpoint.load_optimizer(self.model, optimizer, zero, tensors)
+
+    def _open_folder(self) -> RunLog:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / "tokenizer").is_dir():
+                self.tokenizer.save(self.folder / "tokenizer")
+            write_atomically(self.folder / "experiment.json", dump(self.experiment).encode())
+            for name in ("log.jsonl", "eval.jsonl"):
+                truncate_log(self.folder / name, self.state.step)
+            for path in self.folder.glob("samples.*.jsonl"):
+                truncate_log(path, self.state.step)
+            self._write_start()
+        except OSError as e:
+            raise UserError(
+                f"cannot write {self.folder}: {e.strerror or e}; set output=FOLDER to one that can be written"
+            ) from None
+        return RunLog(self.experiment, self.state.step, self.total_steps)
+
+    def _write_start(self) -> None:
+        """How the run was started or continued, for the report and for whoever wonders later."""
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+        start = {
+            "step": self.state.step,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": ["vlp", *sys.argv[1:]] if Path(sys.argv[0]).name == "vlp" else ["python", *sys.argv],
+            "processes": self.accelerator.num_processes,
+            "engine": engine(self.accelerator),
+            "machine": machine,
+            "vlp": __version__,
+        }
+        with open(self.folder / "starts.jsonl", "a") as f:
+            f.write(json.dumps(start) + "\n")
+
+    def _open_samples(self):
+        if not self.experiment.log.samples:
+            return None
+        self.accelerator.wait_for_everyone()  # the main process has cut the files back
+        return open(self.folder / f"samples.{self.accelerator.process_index}.jsonl", "a", buffering=1)
+
+    @property
+    def finished(self) -> bool:
+        evaluated = not self.experiment.evaluate or any(
+            e["step"] == self.total_steps for e in read_log(self.folder / "eval.jsonl")
+        )
+        return self.state.step >= self.total_steps and evaluated
+
+    def describe(self) -> str:
+        e, n = self.experiment, sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        start = (
+            f"resumed at step {self.state.step} from {self.resumed_from.name}" if self.resumed_from else "from step 0"
+        )
+        return (
+            f"{e.folder}: {n / 1e6:.1f} M parameters ({trained / 1e6:.1f} M trained), {self.epoch_samples:,} samples an epoch, "
+            f"{self.total_steps:,} steps of {e.data.batch_size} samples, {self.accelerator.num_processes} process(es), {start}"
+        )
+
+    def micro_batches(self) -> Iterator[Loaded]:
+        data, accelerator = self.experiment.data, self.accelerator
+        return training_loader(
+            self.dataset,
+            start=self.state.position,
+            stop=self.total_steps * data.batch_size,
+            size=data.batch_size // self.experiment.train.accumulation,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            workers=data.workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+
+    def say(self, text: str) -> None:
+        if self.log:
+            self.log.say(text)
+
+    def log_step(self, record: dict) -> None:
+        if self.log:
+            self.log.step(record)
+
+    def log_samples(self, keys) -> None:
+        if self.samples:
+            self.samples.write(json.dumps({"step": self.state.step + 1, "keys": list(keys)}) + "\n")
+
+    def quarantine(self, bad: list[dict]) -> None:
+        """Writes newly found bad samples; raises UserError when there are too many of them."""
+        new = {(b["source"], b["shard"], b["key"]): b for b in bad}
+        new = {k: b for k, b in new.items() if k not in self.known_bad}
+        self.known_bad |= new.keys()
+        path = self.folder / "quarantine.jsonl"
+        if new and self.is_main:
+            with open(path, "a") as f:
+                f.writelines(json.dumps(b) + "\n" for b in new.values())
+        allowed = self.experiment.data.max_bad_fraction * self.epoch_samples
+        if new and len(self.known_bad) > allowed:
+            sources = {s: sum(1 for k in self.known_bad if k[0] == s) for s in sorted({k[0] for k in self.known_bad})}
+            counts = ", ".join(f"{n} in {s}" for s, n in sources.items())
+            raise UserError(
+                f"{len(self.known_bad)} samples are bad ({counts}), more than data.max_bad_fraction="
+                f"{self.experiment.data.max_bad_fraction:g} of {self.epoch_samples}; see {path}, mend the data or raise the limit"
+            )
+
+    def report_nonfinite(self, what: str, keys: list[str]) -> None:
+        if self.is_main:
+            with open(self.folder / "nonfinite.jsonl", "a") as f:
+                f.write(json.dumps({"step": self.state.step + 1, "what": what, "samples": keys}) + "\n")
+            self.say(f"step {self.state.step + 1}: {what} is not finite; samples in nonfinite.jsonl")
+
+    def memory_mib(self) -> float:
+        if self.accelerator.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        return peak_memory_mib()
+
+    def save(self, optimizer, zero: bool) -> Path:
+        """Writes a checkpoint. Every process must call it: ZeRO's state is gathered from all."""
+        folder = self.folder / "checkpoints"
+        path = folder / f"step-{self.state.step:08d}"
+        optimizer_tensors = checkpoint.optimizer_tensors(self.model, optimizer, zero)
+        if self.is_main:
+            files = {"model": self.model.state_dict(), "optimizer": optimizer_tensors}
+            if self.state.average:
+                files["average"] = self.state.average.tensors()
+            checkpoint.save(folder, self.state.step, files, self.state.counters())
+            checkpoint.prune(folder, self.experiment.save.keep)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def evaluate(self, saved: Path) -> None:
+        """Runs every task on the weights just saved (the averaged ones, if there are), and keeps the best checkpoint."""
+        if not self.experiment.evaluate:
+            return
+        weights = saved / ("average.safetensors" if self.state.average else "model.safetensors")
+        subject = Subject(
+            self.model,
+            self.tokenizer,
+            self.experiment.data,
+            self.accelerator.device,
+            self.experiment.seed,
+            checkpoint.file_hash(weights),
+            self.accelerator.process_index,
+        )
+        if self.state.average:
+            with self.state.average.in_place_of(self.model):
+                results = {name: task(subject) for name, task in self.experiment.evaluate.items()}
+        else:
+            results = {name: task(subject) for name, task in self.experiment.evaluate.items()}
+        if self.is_main:
+            self._write(results, subject)
+            self._mark_best(results)
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, results: dict[str, Result], subject: Subject) -> None:
+        line = {"step": self.state.step}
+        for name, result in results.items():
+            result.write(self.folder / "eval" / f"{name}.json", subject, self.state.step)
+            line |= {f"{name}/{metric}": interval.value for metric, interval in result.metrics.items()}
+            self.say(
+                f"step {self.state.step}: {name}  " + "  ".join(f"{m} {i.value:.1%}" for m, i in result.metrics.items())
+            )
+        with open(self.folder / "eval.jsonl", "a") as f:
+            f.write(json.dumps(line) + "\n")
+
+    def _mark_best(self, results: dict[str, Result]) -> None:
+        best = self.experiment.save.best
+        if best is None:
+            return
+        task, _, metric = best.partition("/")
+        if metric not in results[task].metrics:
+            raise UserError(f"save.best: {task} has no metric {metric!r}; it has {', '.join(results[task].metrics)}")
+        value = results[task].metrics[metric].value
+        before = checkpoint.best(self.folder / "checkpoints")
+        if before is None or value > before["value"]:
+            checkpoint.mark_best(self.folder / "checkpoints", self.state.step, best, value)
+
+    def close(self, together: bool) -> None:
+        """Closes the files; ``together``: every process is here, so wait for all (one that ends while another still talks
+        to it makes that one abort). After an error the others may be elsewhere, and the launcher ends them."""
+        if self.log:
+            self.log.close()
+        if self.samples:
+            self.samples.close()
+        if together:
+            self.accelerator.wait_for_everyone()
+            self.accelerator.end_training()

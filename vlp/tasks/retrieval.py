@@ -1,0 +1,94 @@
+"""Image-text retrieval with two towers: recall at k, both ways, of every picture and every caption of a source."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from vlp.errors import UserError
+from vlp.evaluation import EncodedPairs, Result, Subject, encode_pairs
+from vlp.metrics import Interval, bootstrap, ranks, top
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Cosine similarity of the embeddings; any caption of a picture counts (any-positive recall).
+
+    Args:
+        data: shards; None = ``data.val`` of the experiment.
+        batch_size: pictures encoded at a time.
+        ks: recalls are reported at these ranks.
+        resamples: of the bootstrap, over pictures.
+        examples: queries each way whose five best answers are kept for the report.
+    """
+
+    data: str | None = None
+    batch_size: int = 64
+    ks: tuple[int, ...] = (1, 5, 10)
+    resamples: int = 1000
+    examples: int = 12
+
+    def __call__(self, subject: Subject) -> Result:
+        """Metrics: ``i2t_r@k``, ``t2i_r@k`` and their mean ``mean_r@k`` for each k, and ``mean_recall`` over all of them."""
+        began = time.monotonic()
+        source = self.data or subject.data.val
+        if source is None:
+            raise UserError("retrieval has no data: give data=SHARDS, or set data.val in the config")
+        pairs = encode_pairs(subject, source, self.batch_size)
+        if len(pairs.texts) == 0:
+            raise UserError(f"{source} holds no usable image-text pair; run `vlp data check` on it")
+        found = {
+            "i2t": (ranks(pairs.images, pairs.texts, pairs.image_ids, pairs.text_ids), pairs.image_ids),
+            "t2i": (ranks(pairs.texts, pairs.images, pairs.text_ids, pairs.image_ids), pairs.text_ids),
+        }
+        metrics = {
+            f"{way}_r@{k}": bootstrap((rank < k).numpy().astype(np.float64), ids.numpy(), subject.seed, self.resamples)
+            for way, (rank, ids) in found.items()
+            for k in self.ks
+        }
+        for k in self.ks:
+            metrics[f"mean_r@{k}"] = self._mean(found, [k], subject.seed)
+        metrics["mean_recall"] = self._mean(found, self.ks, subject.seed)
+        return Result(
+            task="retrieval",
+            protocol="itc-any-positive: cosine similarity of embeddings over the whole source, ties count against",
+            data=source,
+            n={"images": len(pairs.images), "captions": len(pairs.texts)},
+            metrics=metrics,
+            details=self._examples(pairs, found["t2i"][0], subject.seed),
+            bad=pairs.bad,
+            seconds=time.monotonic() - began,
+        )
+
+    def _mean(self, found: dict[str, tuple[Tensor, Tensor]], ks, seed: int) -> Interval:
+        """Mean over both ways and ``ks``; pictures are resampled together with their captions.
+
+        Each way weighs the same, whatever the number of captions.
+        """
+        values, groups = [], []
+        total = sum(len(rank) for rank, _ in found.values())
+        for rank, ids in found.values():
+            hits = np.mean([(rank < k).numpy() for k in ks], axis=0)
+            values.append(hits * total / (len(found) * len(rank)))
+            groups.append(ids.numpy())
+        return bootstrap(np.concatenate(values), np.concatenate(groups), seed, self.resamples)
+
+    def _examples(self, pairs: EncodedPairs, t2i_rank: Tensor, seed: int) -> dict:
+        """Captions drawn at random with the five pictures that they find."""
+        drawn = np.random.default_rng(seed).permutation(len(pairs.texts))[: self.examples]
+        best = top(pairs.texts[drawn], pairs.images, 5)
+        row_of = {int(i): int(row) for i, row in zip(pairs.image_ids, pairs.rows)}
+        return {
+            "text_to_image": [
+                {
+                    "query": pairs.captions[t],
+                    "answer": row_of[int(pairs.text_ids[t])],
+                    "found": pairs.rows[best[n]].tolist(),
+                    "rank": int(t2i_rank[t]) + 1,
+                }
+                for n, t in enumerate(drawn)
+            ]
+        }

@@ -1,0 +1,257 @@
+"""The one training loop: ``accelerate launch -m vlp.train CONFIG [key=value ...]`` or ``vlp train ...``."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vlp.config import Experiment
+from vlp.data.order import stream
+from vlp.distributed import engine, gather_objects, sum_over_processes
+from vlp.errors import UserError
+from vlp.forward import Forward
+from vlp.losses.geometry import alignment, modality_gap, uniformity
+from vlp.losses.inputs import NonFiniteLoss
+from vlp.optim import set_lr
+from vlp.run import Run
+from vlp.types import Batch
+
+
+class Pretrainer(nn.Module):
+    """Model and objectives as the one module that DDP or DeepSpeed wraps and that a step calls once a micro-batch."""
+
+    def __init__(self, model: nn.Module, objectives: dict):
+        super().__init__()
+        self.model, self.objectives = model, objectives
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Forward]:
+        """The losses by name, sum(weight * loss), and the bundle that they were computed from."""
+        f = Forward(self.model, batch)
+        losses = {name: objective(f) for name, objective in self.objectives.items()}
+        return losses, sum(o.weight * losses[name] for name, o in self.objectives.items()), f
+
+
+@dataclass
+class Agreement:
+    """What all processes know of a micro-batch before its backward pass, from one all-reduce.
+
+    Args:
+        losses: means over the processes, ``loss`` the total; not finite if that of any process is not.
+        stop: any process was asked to.
+        bad: samples that the loaders of all had to leave out.
+    """
+
+    losses: dict[str, float]
+    stop: bool
+    bad: list[dict]
+
+
+class Interrupted:
+    """Ctrl-C and SIGTERM: finish the step, save, exit 0. A second one ends the process at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> Interrupted:
+        self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, number: int, frame) -> None:
+        if self.asked:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.asked = True
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """A run under way. State changes in `advance` only, after the optimizer's step."""
+
+    def __init__(self, run: Run):
+        self.run, self.accelerator, self.experiment = run, run.accelerator, run.experiment
+        accelerator = run.accelerator
+        self.zero = engine(accelerator) == "deepspeed"
+        experiment = self.experiment
+        if self.zero and experiment.train.nonfinite == "skip" and experiment.train.accumulation > 1:
+            raise UserError("train.nonfinite=skip with DeepSpeed needs train.accumulation=1; set one of them")
+        self.pretrainer, self.optimizer = accelerator.prepare(
+            Pretrainer(run.model, experiment.objectives), run.optimizer
+        )
+        run.restore_optimizer(self.optimizer.optimizer, self.zero)
+
+    def fit(self, interrupted: Interrupted) -> bool:
+        """Trains to the last step, or to an interruption; True if it got to the end."""
+        experiment, state, run = self.experiment, self.run.state, self.run
+        micro_batches = run.micro_batches()
+        while state.step < run.total_steps:
+            run.log_step(self.step(micro_batches, interrupted))
+            last = state.step == run.total_steps
+            evaluate = last or (experiment.evaluate_every and state.step % experiment.evaluate_every == 0)
+            if interrupted.asked or evaluate or state.step % experiment.save.every == 0:
+                saved = self.save()
+            if interrupted.asked and not last:
+                return False
+            if evaluate:
+                run.evaluate(saved)
+        return True
+
+    def save(self) -> Path:
+        return self.run.save(self.optimizer.optimizer, self.zero)
+
+    def step(self, micro_batches: Iterator, interrupted: Interrupted) -> dict:
+        """One optimizer step; returns its record for the log."""
+        experiment, state = self.experiment, self.run.state
+        began, waited = time.monotonic(), 0.0
+        lr = set_lr(self.run.optimizer, experiment.schedule, experiment.optim.lr, state.step, self.run.total_steps)
+        losses: dict[str, float] = {}
+        finite, keys, f = True, [], None
+        for micro in range(experiment.train.accumulation):
+            asked = time.monotonic()
+            loaded = next(micro_batches)
+            waited += time.monotonic() - asked
+            keys += loaded.batch.keys
+            self.run.log_samples(loaded.batch.keys)
+            state.truncated_captions += loaded.truncated_captions
+            batch = self.prepare(loaded.batch)
+            # dropout and the like depend on (seed, step, process) alone: there is no random state to save or to lose
+            torch.manual_seed(
+                int(stream(experiment.seed, 4, state.step, micro, self.accelerator.process_index).integers(2**62))
+            )
+            with self.accelerator.accumulate(self.pretrainer):
+                own, total, f, complaint = self._losses(batch)
+                agreed = self.agree({**own, "loss": total}, loaded.bad, interrupted)
+                interrupted.asked = agreed.stop
+                self.run.quarantine(agreed.bad)
+                finite = finite and all(map(math.isfinite, agreed.losses.values()))
+                if finite:
+                    self.accelerator.backward(total)
+            for name, value in agreed.losses.items():
+                losses[name] = losses.get(name, 0.0) + value / experiment.train.accumulation
+        norm = self._gradient_norm() if finite else math.nan
+        if not (finite and math.isfinite(norm)):
+            self._nonfinite(losses, keys, norm if finite else None, complaint)
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.advance(skipped=not (finite and math.isfinite(norm)))
+        return self._record(losses, lr, norm, f, began, waited)
+
+    def prepare(self, batch: Batch) -> Batch:
+        batch = batch.to(self.accelerator.device)
+        return replace(batch, image=self.run.model.preprocess.normalise(batch.image))
+
+    def _losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Forward | None, str]:
+        """Losses, total, bundle, and what a loss complained of; a loss that refuses its input is not finite."""
+        try:
+            losses, total, f = self.pretrainer(batch)
+            return losses, total, f, ""
+        except NonFiniteLoss as e:
+            nan = torch.tensor(math.nan, device=self.accelerator.device)
+            return dict.fromkeys(self.experiment.objectives, nan), nan, None, str(e)
+
+    def agree(self, losses: dict[str, Tensor], bad: list[dict], interrupted: Interrupted) -> Agreement:
+        """Every process takes the same decision: engines differ in what a NaN on one process does."""
+        mine = [float(loss.detach()) for loss in losses.values()]
+        *sums, stop, num_bad = sum_over_processes([*mine, interrupted.asked, len(bad)], self.accelerator.device)
+        everyones = [b for part in gather_objects(bad) for b in part] if num_bad else []
+        means = {name: total / self.accelerator.num_processes for name, total in zip(losses, sums)}
+        return Agreement(means, stop > 0, everyones)
+
+    def _gradient_norm(self) -> float:
+        """Norm before clipping, over all parameters; clips where that is asked for. DeepSpeed has clipped by now."""
+        limit = self.experiment.train.clip_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.pretrainer.parameters(), limit)
+        return float(norm) if norm is not None else math.nan
+
+    def _nonfinite(self, losses: dict[str, float], keys: list[str], norm: float | None, complaint: str) -> None:
+        """Names the samples; raises unless the step may be skipped. Nothing was stepped, so nothing is spoilt."""
+        everyones = [key for part in gather_objects(list(keys)) for key in part]
+        what = complaint or (f"gradient norm {norm}" if norm is not None else f"loss {losses.get('loss')}")
+        self.run.report_nonfinite(what, everyones)
+        if self.experiment.train.nonfinite == "stop" or (self.zero and norm is not None):
+            raise UserError(
+                f"step {self.run.state.step + 1}: {what} is not finite; its {len(everyones)} samples are in "
+                f"{self.experiment.folder}/nonfinite.jsonl. The last checkpoint is untouched; lower optim.lr or remove the "
+                f"samples and resume, or set train.nonfinite=skip"
+            )
+
+    def advance(self, skipped: bool) -> None:
+        state = self.run.state
+        state.step += 1
+        state.position += self.experiment.data.batch_size
+        state.skipped += skipped
+        # under ZeRO this is of no effect, the next step brings its own copy back; `scale` is bounded all the same
+        self.run.model.clamp_scalars()
+        if state.average and not skipped:
+            state.average.update(self.run.model)
+
+    def _record(self, losses: dict, lr: float, norm: float, f: Forward | None, began: float, waited: float) -> dict:
+        state, experiment = self.run.state, self.experiment
+        seconds = time.monotonic() - began
+        record = {"step": state.step, "loss": losses.pop("loss")}
+        record |= {f"loss/{name}": value for name, value in losses.items()}
+        record |= {
+            "lr": lr,
+            "temperature": 1 / float(self.run.model.scale.detach()),
+            "gradient_norm": norm,
+            "epoch": state.position / self.run.epoch_samples,
+            "seconds": seconds,
+            "samples_per_second": experiment.data.batch_size / seconds,
+            "data_wait": waited / seconds,
+            "memory_mib": self.run.memory_mib(),
+        }
+        every = experiment.log.geometry_every
+        if f is not None and every and state.step % every == 0 and len(f.batch) > 1:
+            with torch.no_grad():
+                x, y = f.image.embed.detach(), f.text.embed.detach()
+                record |= {
+                    "geometry/alignment": float(alignment(x, y)),
+                    "geometry/uniformity_image": float(uniformity(x)),
+                    "geometry/uniformity_text": float(uniformity(y)),
+                    "geometry/modality_gap": float(modality_gap(x, y)),
+                }
+        return record
+
+
+def train(experiment: Experiment, resume: bool = False) -> int:
+    """Runs the experiment, or continues it; returns the exit code."""
+    with Interrupted() as interrupted:
+        run = Run.start(experiment, resume)
+        try:
+            _fit(run, interrupted)
+        except BaseException:
+            run.close(together=False)
+            raise
+        run.close(together=True)
+    return 0
+
+
+def _fit(run: Run, interrupted: Interrupted) -> None:
+    folder = run.experiment.folder
+    if run.finished:
+        run.say(f"{folder} is already at its last step, {run.total_steps}")
+        return
+    trainer = Trainer(run)
+    if run.state.step >= run.total_steps:  # ended between its last step and its last evaluation
+        run.evaluate(trainer.save())
+    if trainer.fit(interrupted):
+        run.say(f"done: {folder}")
+    else:
+        run.say(f"stopped at step {run.state.step} and saved; continue with: vlp train --resume {folder}")
+
+
+if __name__ == "__main__":
+    from vlp.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))
