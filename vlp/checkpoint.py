@@ -87,10 +87,14 @@ def all_steps(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)), reverse=True)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Removes all but the newest ``keep`` checkpoints and the best one."""
-    for path in all_steps(folder)[keep:]:
-        if path != best_path(folder):
+def prune(folder: Path, keep: int, step: int) -> None:
+    """Removes all but the newest ``keep`` checkpoints up to ``step``, and the best one.
+
+    A later one is damaged: the run went on from one before it.
+    """
+    newest = [path for path in all_steps(folder) if int(path.name[5:]) <= step][:keep]
+    for path in all_steps(folder):
+        if path not in newest and path != best_path(folder):
             # renamed first, so that a half-removed checkpoint does not keep its name
             gone = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             os.replace(path, gone)
@@ -118,6 +122,8 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         hashes = json.loads((checkpoint / "manifest.json").read_text())["sha256"]
+        for name in sorted({"state.json", *(path.name for path in checkpoint.glob("*.safetensors"))} - hashes.keys()):
+            return f"{name} is not in manifest.json"
         for name, expected in hashes.items():
             if file_hash(checkpoint / name) != expected:
                 return f"{name} was altered (its SHA-256 is not the one in manifest.json)"
@@ -138,9 +144,10 @@ def newest_whole(folder: Path) -> Path | None:
     for path in all_steps(folder):
         wrong = damage(path)
         if wrong is None:
+            for damaged in passed:
+                warnings.warn(f"damaged checkpoint in {folder}: {damaged}; taking {path.name} instead", stacklevel=2)
             return path
         passed.append(f"{path.name}: {wrong}")
-        warnings.warn(f"{path} is damaged ({wrong}); taking the one before it", stacklevel=2)
     if passed:
         raise UserError(f"every checkpoint in {folder} is damaged ({'; '.join(passed)}); remove them to start anew")
     return None
@@ -208,8 +215,11 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, zero: boo
     for name, p in _trained(model):
         values = {k: v for k, v in by_parameter.get(name, {}).items() if k != "master"}
         if values:
-            # the step count stays where torch keeps it: on the CPU, unless fused
-            optimizer.state[p] = {k: v.clone() if k == "step" else v.to(p.device, copy=True) for k, v in values.items()}
+            # the step count stays where torch keeps it; the rest has the parameter's memory layout, as fused steps assume
+            optimizer.state[p] = {
+                k: v.clone() if v.shape != p.shape or k == "step" else torch.empty_like(p).copy_(v)
+                for k, v in values.items()
+            }
 
 
 def _link_state(optimizer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -12,6 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlp.errors import UserError
+
+# what a full or forbidden disk answers, to the write of a log line too
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,6 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         return 0
+    except OSError as e:
+        if e.errno not in REFUSED:
+            raise
+        where = f"{e.filename}: " if e.filename else ""
+        print(f"vlp: {where}{e.strerror}; free some space, or choose a folder that is yours", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("vlp: interrupted", file=sys.stderr)
         return 130
@@ -185,7 +195,8 @@ def progress_bar(what: str) -> Iterator:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(what)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
@@ -194,8 +205,10 @@ def run_pack(options: argparse.Namespace) -> int:
     from vlp.data.formats import read_pairs
     from vlp.data.pack import Packing, pack
 
-    pairs = read_pairs(options.annotations, options.image_root, options.format, options.split)
+    if options.image_root and not options.image_root.is_dir():
+        raise UserError(f"--image-root {options.image_root} is not a folder; give the one that image paths start from")
     packing = Packing(options.shard_samples, options.max_side)
+    pairs = list(read_pairs(options.annotations, options.image_root, options.format, options.split))
     with progress_bar("packing") as progress:
         manifest = pack(pairs, options.folder, packing, options.workers, progress)
     print(f"{manifest['samples']:,} samples in {len(manifest['shards'])} shards in {options.folder}")
@@ -222,14 +235,17 @@ def run_stats(options: argparse.Namespace) -> int:
 
 
 def run_tokenizer(options: argparse.Namespace) -> int:
-    from vlp.data.shards import ShardReader
+    from vlp.data.inspect import all_captions
     from vlp.data.text import train_tokenizer
 
-    reader = ShardReader(options.shards)
-    rows = ((shard, row) for shard, size in enumerate(reader.sizes) for row in range(size))
-    captions = (caption for shard, row in rows for caption in reader.read(shard, row).captions)
+    captions = list(all_captions(options.shards))
+    if not captions:
+        raise UserError(f"the shards at {options.shards} hold no caption; run `vlp data check` on them")
     tokenizer = train_tokenizer(captions, options.vocab_size)
-    tokenizer.save(options.folder)
+    try:
+        tokenizer.save(options.folder)
+    except OSError as e:
+        raise UserError(f"cannot write {options.folder}: {e.strerror or e}; check the folder") from None
     print(f"{tokenizer.vocab_size:,} tokens in {options.folder}; use it with data.tokenizer={options.folder}")
     return 0
 

@@ -179,6 +179,8 @@ def load_config(path: str) -> Experiment:
         if not callable(namespace.get("config")):
             raise UserError(f"{path} does not define config(); it must return a vlp.config.Experiment")
         experiment = namespace["config"]()
+    except (SyntaxError, ImportError) as e:
+        raise UserError(f"{path}: {e}") from None
     except TypeError as e:
         raise UserError(f"{path}: {_explain_type_error(e)}") from e
     if not isinstance(experiment, Experiment):
@@ -196,8 +198,12 @@ def _explain_type_error(e: TypeError) -> str:
 
 
 def _subclasses(cls: type) -> Iterator[type]:
+    # type(), since isinstance() asks the object, and some of other packages answer with a warning
     return (
-        c for module in list(importlib.sys.modules.values()) for c in list(vars(module).values()) if isinstance(c, type)
+        c
+        for module in list(importlib.sys.modules.values())
+        for c in list(vars(module).values())
+        if issubclass(type(c), type)
     )
 
 
@@ -264,7 +270,7 @@ def _parse(key: str, text: str, hint: Any, old: Any) -> Any:
                     return _parse(key, text, option, old)
                 except UserError:
                     continue
-        raise UserError(f"{key} takes {_name(hint)}, not {text!r}")
+        raise UserError(f"{key} takes {describe_type(hint)}, not {text!r}")
     if origin is Literal:
         if text in options:
             return text
@@ -282,17 +288,26 @@ def _parse(key: str, text: str, hint: Any, old: Any) -> Any:
         try:
             return hint(text.replace("_", ""))
         except ValueError:
-            raise UserError(f"{key} takes {_name(hint)}, not {text!r}") from None
+            raise UserError(f"{key} takes {describe_type(hint)}, not {text!r}") from None
     if hint is str:
         return text
-    raise UserError(f"{key} cannot be set on the command line (it is {_name(hint)}); write it in the config file")
+    raise UserError(
+        f"{key} cannot be set on the command line (it is {describe_type(hint)}); write it in the config file"
+    )
 
 
-def _name(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
+    """What a field takes, in words."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_name(o) for o in typing.get_args(hint))
-    return names.get(hint, str(hint))
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(o) for o in options)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, options))}"
+    if origin is tuple:
+        each = "any number of" if options[-1] is ... else str(len(options))
+        return f"a tuple ({each} x {describe_type(options[0])})"
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def to_plain(value: Any) -> Any:
@@ -321,7 +336,8 @@ def from_plain(value: Any) -> Any:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
         raise UserError(
-            f"the experiment needs {value['type']}, which is not importable here; install what it is part of"
+            f"the experiment needs {value['type']}, which cannot be imported; install what it is part of, or, if it is "
+            f"written in the config file itself, move it to a module"
         ) from None
     if not is_dataclass(cls):
         raise UserError(f"the experiment names {value['type']}, which is not a dataclass; the file was altered")

@@ -6,13 +6,14 @@ Every collective is the identity in a single process.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vlp.config import Training
 from vlp.errors import UserError
@@ -33,9 +34,20 @@ def gather(x: Tensor) -> Tensor:
 
 def gather_with_gradient(x: Tensor) -> Tensor:
     """As `gather`; the gradient of a row is summed over all processes and given to the one that it came from."""
-    if world_size() == 1:
-        return x
-    return torch.cat(differentiable.all_gather(x.contiguous()))
+    return x if world_size() == 1 else _Gather.apply(x)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return gather(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(world_size())[dist.get_rank()]
 
 
 def gather_objects(x: object) -> list:
@@ -54,6 +66,13 @@ def sum_over_processes(values: list[float], device: torch.device) -> list[float]
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def take_from_main(tensors: Iterable[Tensor]) -> None:
+    """Overwrites the tensors of every process with those of the main one."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def start(train: Training, micro_batch: int) -> Accelerator:
@@ -114,6 +133,16 @@ def _need_deepspeed() -> None:
 
 def _check_launch(accelerator: Accelerator, train: Training, deepspeed: bool) -> None:
     announced = int(os.environ.get("WORLD_SIZE", 1))
+    if os.environ.get("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "accelerate was asked for several CPU processes but starts a single one (--cpu --num_processes N does that); "
+            "use --config_file launch/cpu2.yaml"
+        )
+    for other in ("FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{other}", "false").lower() == "true":
+            raise UserError(
+                f"the launcher asks for {other}, which vlp does not use; use one of the launch/*.yaml configs"
+            )
     if accelerator.num_processes != announced:
         raise UserError(
             f"the launcher announced {announced} processes but {accelerator.num_processes} are connected; "

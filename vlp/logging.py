@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import resource
@@ -33,7 +34,14 @@ def truncate_log(path: Path, step: int) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The records of a file of JSON lines, without a last one that a kill cut short."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
 
 
 def peak_memory_mib() -> float:
@@ -41,23 +49,26 @@ def peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def require(settings: Logging) -> None:
+    """Raises UserError where what is to be logged to is not installed."""
+    for package, wanted in (("tensorboard", settings.tensorboard), ("wandb", settings.wandb is not None)):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"log.{package} needs a package that is not installed; pip install 'vlp[{package}]'")
+
+
 def _tensorboard(settings: Logging, folder: Path):
     if not settings.tensorboard:
         return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("log.tensorboard needs TensorBoard; pip install 'vlp[tensorboard]'") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder / "tensorboard"))
 
 
 def _wandb(experiment: Experiment):
     if experiment.log.wandb is None:
         return None
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("log.wandb needs Weights & Biases; pip install 'vlp[wandb]'") from None
+    import wandb
+
     return wandb.init(
         project=experiment.log.wandb,
         name=experiment.name,

@@ -38,8 +38,8 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 {% for metric, i in result.metrics.items() %}
 <tr><td>{{ metric }}</td><td>{{ "%.1f"|format(100 * i.value) }} %</td><td>{{ "%.1f"|format(100 * i.low) }} to {{ "%.1f"|format(100 * i.high) }}</td></tr>
 {% endfor %}</table>
-<p class="quiet">{{ result.protocol }}. {% for what, n in result.n.items() %}{{ "{:,}".format(n) }} {{ what }}{{ ", " if not loop.last }}{% endfor %};
- chance at one {{ "%.2f"|format(100 / result.n.images) }} %. Step {{ result.step }}, weights {{ result.checkpoint_sha256[:16] }}, seed {{ result.seed }};
+<p class="quiet">{{ result.protocol }}; {% for what, n in result.n.items() %}{{ "{:,}".format(n) }} {{ what }}{{ ", " if not loop.last }}{% endfor %};
+ chance at one {{ "%.2f"|format(100 / (result.n.classes or result.n.images)) }} %. Step {{ result.step }}, weights {{ result.checkpoint_sha256[:16] }}, seed {{ result.seed }};
  {{ result.bad|length }} samples left out.</p>
 {% endfor %}
 <h2>Training</h2><img class="plot" alt="curves" src="data:image/png;base64,{{ curves }}">
@@ -138,13 +138,13 @@ def _queries(result: dict) -> list[dict]:
     examples = result["details"].get("text_to_image", [])
     try:
         reader = ShardReader(result["data"]) if examples else None
-        rows = [(shard, row) for shard, size in enumerate(reader.sizes) for row in range(size)] if reader else []
         return [
             {
                 "query": example["query"],
                 "rank": example["rank"],
                 "found": [
-                    {"right": n == example["answer"], "png": _thumbnail(reader, *rows[n])} for n in example["found"]
+                    {"right": n == example["answer"], "png": _thumbnail(reader, *reader.place(n))}
+                    for n in example["found"]
                 ],
             }
             for example in examples

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,10 +56,13 @@ class Agreement:
 
 
 class Interrupted:
-    """Ctrl-C and SIGTERM: finish the step, save, exit 0. A second one ends the process at once."""
+    """Ctrl-C and SIGTERM: finish the step, save, exit 0. A second one ends the process at once.
+
+    Processes are asked at different moments, so they act on ``agreed`` alone, which changes for all in the same step.
+    """
 
     def __init__(self):
-        self.asked = False
+        self.asked = self.agreed = False
 
     def __enter__(self) -> Interrupted:
         self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -82,28 +86,26 @@ class Trainer:
         self.run, self.accelerator, self.experiment = run, run.accelerator, run.experiment
         accelerator = run.accelerator
         self.zero = engine(accelerator) == "deepspeed"
-        experiment = self.experiment
-        if self.zero and experiment.train.nonfinite == "skip" and experiment.train.accumulation > 1:
-            raise UserError("train.nonfinite=skip with DeepSpeed needs train.accumulation=1; set one of them")
         self.pretrainer, self.optimizer = accelerator.prepare(
-            Pretrainer(run.model, experiment.objectives), run.optimizer
+            Pretrainer(run.model, self.experiment.objectives), run.optimizer
         )
         run.restore_optimizer(self.optimizer.optimizer, self.zero)
 
     def fit(self, interrupted: Interrupted) -> bool:
         """Trains to the last step, or to an interruption; True if it got to the end."""
-        experiment, state, run = self.experiment, self.run.state, self.run
-        micro_batches = run.micro_batches()
-        while state.step < run.total_steps:
-            run.log_step(self.step(micro_batches, interrupted))
-            last = state.step == run.total_steps
-            evaluate = last or (experiment.evaluate_every and state.step % experiment.evaluate_every == 0)
-            if interrupted.asked or evaluate or state.step % experiment.save.every == 0:
-                saved = self.save()
-            if interrupted.asked and not last:
-                return False
-            if evaluate:
-                run.evaluate(saved)
+        state, run = self.run.state, self.run
+        if run.resumed_from and run.to_evaluate and not run.evaluated:  # killed between saving and evaluating
+            run.evaluate(run.resumed_from)
+        with closing(run.micro_batches()) as micro_batches:
+            while state.step < run.total_steps:
+                run.log_step(self.step(micro_batches, interrupted))
+                last = state.step == run.total_steps
+                if last or interrupted.agreed or run.to_evaluate or state.step % self.experiment.save.every == 0:
+                    saved = self.save()
+                if interrupted.agreed and not last:
+                    return False
+                if run.to_evaluate:
+                    run.evaluate(saved)
         return True
 
     def save(self) -> Path:
@@ -131,7 +133,7 @@ class Trainer:
             with self.accelerator.accumulate(self.pretrainer):
                 own, total, f, complaint = self._losses(batch)
                 agreed = self.agree({**own, "loss": total}, loaded.bad, interrupted)
-                interrupted.asked = agreed.stop
+                interrupted.agreed |= agreed.stop
                 self.run.quarantine(agreed.bad)
                 finite = finite and all(map(math.isfinite, agreed.losses.values()))
                 if finite:
@@ -242,10 +244,7 @@ def _fit(run: Run, interrupted: Interrupted) -> None:
     if run.finished:
         run.say(f"{folder} is already at its last step, {run.total_steps}")
         return
-    trainer = Trainer(run)
-    if run.state.step >= run.total_steps:  # ended between its last step and its last evaluation
-        run.evaluate(trainer.save())
-    if trainer.fit(interrupted):
+    if Trainer(run).fit(interrupted):
         run.say(f"done: {folder}")
     else:
         run.say(f"stopped at step {run.state.step} and saved; continue with: vlp train --resume {folder}")

@@ -21,7 +21,7 @@ class Batch:
         input_ids: (B, L) int64, padded to the longest row of the batch.
         attention_mask: (B, L) bool, True where there is a token.
         index: (B,) int64; rows with an equal index show the same image and are positives of each other.
-        keys: B names ``source/shard/key`` for logs and error messages; they never reach a device.
+        keys: B names ``source/number/key`` (the sample's number within its source) for logs and error messages; they never reach a device.
     """
 
     image: Tensor

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
+import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,19 +45,21 @@ class Check:
 def check(location: str, max_pixels: int = 64_000_000, progress=lambda done, total: None) -> Check:
     """Reads everything: every shard against its checksum, every picture decoded, every caption."""
     found = Check()
-    fs, shards = list_shards(location)
-    keys: Counter[str] = Counter()
+    shards = list_shards(location)
+    hashes = []  # of the keys: as strings those of ten million samples would take 1.5 GB
+    readers = []
     for n, shard in enumerate(shards):
         found.shards += 1
         try:
-            reader = ShardReader(fs.unstrip_protocol(shard))
+            reader = ShardReader(shard)
             index = reader.index(0)
             if ShardIndex.scan(reader.local(0)).sha256 != index.sha256:
                 found.damaged.append(f"{shard}: its content is not what its index says (SHA-256 differs)")
         except UserError as e:
             found.damaged.append(str(e))
             continue
-        keys.update(index.keys)
+        readers.append(reader)
+        hashes.append(np.fromiter(map(hash, index.keys), np.int64, len(index)))
         for row in range(len(index)):
             found.samples += 1
             try:
@@ -66,8 +71,29 @@ def check(location: str, max_pixels: int = 64_000_000, progress=lambda done, tot
             except BadSample as e:
                 found.dead.append(reader.complaint(0, row, str(e)))
         progress(n + 1, len(shards))
-    found.duplicates = sorted(key for key, count in keys.items() if count > 1)
+    found.duplicates = _duplicates(hashes, readers)
     return found
+
+
+def _duplicates(hashes: list[np.ndarray], readers: list[ShardReader]) -> list[str]:
+    """Keys that stand more than once; only where hashes are equal the keys themselves are looked at."""
+    values, counts = np.unique(np.concatenate([np.zeros(0, np.int64), *hashes]), return_counts=True)
+    twice = values[counts > 1]
+    suspects: Counter[str] = Counter()
+    for own, reader in zip(hashes, readers):
+        if rows := np.flatnonzero(np.isin(own, twice)).tolist():
+            suspects.update(reader.index(0).keys[row] for row in rows)
+    return sorted(key for key, count in suspects.items() if count > 1)
+
+
+def all_captions(location: str) -> Iterator[str]:
+    """Every caption once, of the samples that can be read."""
+    reader = ShardReader(location)
+    for number in range(len(reader)):
+        try:
+            yield from reader.read(*reader.place(number)).captions
+        except BadSample:  # `check` lists these
+            continue
 
 
 def stats(location: str, grid: Path | None, samples: int = 1000, columns: int = 6, seed: int = 0) -> dict:
@@ -75,14 +101,16 @@ def stats(location: str, grid: Path | None, samples: int = 1000, columns: int = 
 
     Args:
         grid: where to write a PNG of ``columns`` x 4 samples with their captions; None = nowhere.
+
+    Raises:
+        UserError: if there is no sample that can be decoded, or the PNG cannot be written.
     """
     reader = ShardReader(location)
-    rows = [(shard, row) for shard, size in enumerate(reader.sizes) for row in range(size)]
-    drawn = [rows[i] for i in stream(seed).permutation(len(rows))[:samples]]
+    drawn = stream(seed).choice(len(reader), min(samples, len(reader)), replace=False)
     widths, heights, sizes, words, per_image, shown = [], [], [], [], [], []
-    for shard, row in drawn:
+    for number in drawn.tolist():
         try:
-            sample = reader.read(shard, row)
+            sample = reader.read(*reader.place(number))
             pixels = decode(sample.image)
         except BadSample:
             continue
@@ -93,6 +121,8 @@ def stats(location: str, grid: Path | None, samples: int = 1000, columns: int = 
         words += [len(caption.split()) for caption in sample.captions]
         if len(shown) < columns * 4:
             shown.append((pixels, sample.captions[0] if sample.captions else ""))
+    if not shown:
+        raise UserError(f"no picture of {location} can be decoded; run `vlp data check` on it")
     if grid is not None:
         draw_grid(shown, grid, columns)
     columns_of = {
@@ -124,15 +154,21 @@ def draw_grid(shown: list[tuple[np.ndarray, str]], path: Path, columns: int) -> 
 
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(2.2 * columns, 2.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.axis("off")
     for axis, (pixels, caption) in zip(axes, shown):
         image = Image.fromarray(pixels)
         image.thumbnail((256, 256))
         axis.imshow(np.asarray(image))
-        axis.set_title(caption[:60].replace("$", r"\$"), fontsize=7, wrap=True)
-    figure.savefig(path, dpi=100)
+        lines = textwrap.wrap(caption, 30, max_lines=3, placeholder=" ...")
+        axis.set_title("\n".join(lines), fontsize=7, parse_math=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box stands for it
+            figure.savefig(path, dpi=100, format="png")
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}; check the folder, or give another --grid") from None
 
 
 def to_lines(found: Check, most: int = 10) -> list[str]:

@@ -13,6 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 
+GROUP_SAMPLES = 65_536  # that are shuffled together
+
 
 def stream(*key: int) -> np.random.Generator:
     """Random numbers that depend on ``key`` (non-negative integers) and on nothing else."""
@@ -40,7 +42,7 @@ class SourceOrder:
         group_samples: samples; a source smaller than this is shuffled completely.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int, group_samples: int = 65_536):
+    def __init__(self, shard_sizes: Sequence[int], seed: int, group_samples: int = GROUP_SAMPLES):
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.seed, self.group_samples = seed, group_samples
         self.size = int(self.shard_sizes.sum())

@@ -7,44 +7,35 @@ Members are found by an allow-list of extensions; nothing in a shard is ever unp
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
+import stat
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO
 
-import fsspec
-from braceexpand import braceexpand
-from fsspec.implementations.local import LocalFileSystem
-
+from vlp.data.locations import cache_folder, fetch, list_shards, read_manifest, reason_of, write_atomically
+from vlp.data.order import GROUP_SAMPLES
 from vlp.errors import BadSample, UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("json", "txt")
+CAPTIONS = ("captions", "caption", "text")  # where a json has them: ours, img2dataset's, others'
+INDEX_BITS = 40  # of a sample's index
 INDEX_VERSION = 1
 HEAD = re.compile(rb'{"version": %d, "samples": (\d+), "size": (\d+),' % INDEX_VERSION)
+MOST_PADDING = 1 << 20  # bytes of zeros at the end of a tar; writers pad to 10 KiB
+CHUNK = 1 << 22  # bytes read at a time
+FETCH_AGAIN = "fetch it again, or remove it from the folder"
 Member = tuple[int, int, int]  # offset in the tar, bytes, CRC-32
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes the whole file or nothing: temporary file in the same folder, sync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -68,55 +59,44 @@ class ShardIndex:
 
     @classmethod
     def scan(cls, shard: Path) -> ShardIndex:
-        """Reads the shard once. Raises UserError where it is not a tar or ends early."""
-        digest, crcs, samples = hashlib.sha256(), {}, {}
-        size = shard.stat().st_size
+        """Reads the shard once. Raises UserError where it is not a tar, is damaged, or ends early."""
         try:
-            with open(shard, "rb") as f, tarfile.open(fileobj=f, mode="r:") as tar:
-                for info in tar:
-                    stem, _, extension = os.path.basename(info.name).partition(".")
-                    extension = extension.lower()
-                    if info.isreg() and stem and extension in IMAGES + TEXTS:
-                        key = os.path.join(os.path.dirname(info.name), stem)
-                        samples.setdefault(key, {})[extension] = (info.offset_data, info.size)
-                end = tar.offset
-        except tarfile.TarError as e:
-            raise UserError(
-                f"{shard} is not a readable tar shard ({e}); fetch it again, or remove it from the folder"
-            ) from None
-        # an archive ends with a block of zeros; without one its writer was cut off, maybe inside a sample
-        if end + tarfile.BLOCKSIZE > size:
-            raise UserError(f"{shard} is truncated at {size:,} bytes; fetch it again, or remove it from the folder")
-        with open(shard, "rb") as f:
-            while chunk := f.read(1 << 22):
-                digest.update(chunk)
-            for members in samples.values():
-                for offset, n in members.values():
-                    f.seek(offset)
-                    crcs[offset] = zlib.crc32(f.read(n))
-            # a flipped bit in a header makes tarfile stop as if the archive ended there: whatever follows the last member
-            # must be zeros, or samples would go missing silently
-            f.seek(end)
-            if any(f.read().strip(b"\0")):
-                raise UserError(f"{shard} is damaged after {end:,} bytes; fetch it again, or remove it from the folder")
-        # a sample without a picture (img2dataset writes KEY.json for failed downloads) is no sample
-        complete = {k: m for k, m in samples.items() if any(e in m for e in IMAGES)}
-        members = tuple({e: (o, n, crcs[o]) for e, (o, n) in m.items()} for m in complete.values())
-        return cls(size, digest.hexdigest(), tuple(complete), members)
+            with open(shard, "rb") as f:
+                size = os.fstat(f.fileno()).st_size
+                samples, end = _walk(f, size)
+                # an archive ends with a block of zeros; without one its writer was cut off, maybe inside a sample
+                if end + tarfile.BLOCKSIZE > size:
+                    raise UserError(f"{shard} is truncated at {size:,} bytes; {FETCH_AGAIN}")
+                # a flipped bit in a header makes tarfile stop as if the archive ended there, and so does a download
+                # into a file of zeros that broke off: samples would go missing silently
+                if size - end > MOST_PADDING or not _only_zeros(f, end):
+                    raise UserError(f"{shard} is damaged after {end:,} bytes; {FETCH_AGAIN}")
+                members = tuple({e: (*m, _crc(f, *m)) for e, m in sample.items()} for _, sample in samples)
+                digest = hashlib.sha256()
+                f.seek(0)
+                while chunk := f.read(CHUNK):
+                    digest.update(chunk)
+        except UserError:
+            raise
+        except Exception as e:  # a damaged header makes tarfile raise anything from ValueError to RecursionError
+            raise UserError(f"{shard} is not a readable tar shard ({reason_of(e)}); {FETCH_AGAIN}") from None
+        return cls(size, digest.hexdigest(), tuple(key for key, _ in samples), members)
 
     def save(self, path: Path) -> None:
         write_atomically(path, json.dumps({"version": INDEX_VERSION, "samples": len(self), **asdict(self)}).encode())
 
     @classmethod
     def load(cls, path: Path) -> ShardIndex | None:
-        """The saved index, or None where there is none of this version or it does not parse."""
+        """The saved index, or None where there is none of this version, or what it says cannot be."""
         try:
             read = json.loads(path.read_bytes())
-            if read["version"] != INDEX_VERSION:
-                return None
             members = tuple({e: tuple(m) for e, m in sample.items()} for sample in read["members"])
-            return cls(read["size"], read["sha256"], tuple(read["keys"]), members)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            index = cls(read["size"], read["sha256"], tuple(read["keys"]), members)
+            inside = all(0 <= o <= o + n <= index.size for sample in members for o, n, _ in sample.values())
+            pictures = all(any(e in sample for e in IMAGES) for sample in members)
+            same_length = len(index.keys) == len(members) == read["samples"]
+            return index if read["version"] == INDEX_VERSION and inside and pictures and same_length else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
     @staticmethod
@@ -130,20 +110,70 @@ class ShardIndex:
         return (int(head[1]), int(head[2])) if head else None
 
 
+def _walk(f: BinaryIO, size: int) -> tuple[list[tuple[str, dict[str, tuple[int, int]]]], int]:
+    """The samples of a tar, extension -> (offset, bytes) for each, and where its last member ends."""
+    samples: list[tuple[str, dict]] = []
+    latest: dict[str, dict] = {}
+    with tarfile.open(fileobj=f, mode="r:") as tar:
+        for info in tar:
+            # whoever made the header can claim any size; a negative one would send tarfile round in circles
+            if info.size < 0 or info.isreg() and info.offset_data + info.size > size:
+                raise tarfile.ReadError(f"{info.name[:80]!r} does not fit into {size:,} bytes")
+            stem, _, extension = os.path.basename(info.name).partition(".")
+            extension = extension.lower()
+            if not info.isreg() or not stem or extension not in IMAGES + TEXTS:
+                continue
+            key = os.path.join(os.path.dirname(info.name), stem)
+            if extension in latest.get(key, (extension,)):  # a new key, or one that begins again: two samples then
+                latest[key] = {}
+                samples.append((key, latest[key]))
+            latest[key][extension] = (info.offset_data, info.size)
+        # a sample without a picture (img2dataset writes KEY.json for failed downloads) is no sample
+        return [(key, members) for key, members in samples if any(e in members for e in IMAGES)], tar.offset
+
+
+def _only_zeros(f: BinaryIO, start: int) -> bool:
+    f.seek(start)
+    return not f.read().strip(b"\0")
+
+
+def _crc(f: BinaryIO, offset: int, size: int) -> int:
+    f.seek(offset)
+    return zlib.crc32(f.read(size))
+
+
 def index_path(shard: Path) -> Path:
     return shard.with_name(shard.name + ".index.json")
 
 
-def cache_folder() -> Path:
-    """Where remote shards, and indexes of shards in read-only folders, are kept: $VLP_CACHE, else ~/.cache/vlp."""
-    return Path(os.environ.get("VLP_CACHE", Path.home() / ".cache" / "vlp"))
+def _index_paths(shard: Path) -> tuple[Path, Path]:
+    """Beside the shard, and for one in a read-only folder."""
+    name = hashlib.sha256(str(shard.resolve()).encode()).hexdigest()
+    return index_path(shard), cache_folder() / "index" / f"{name}.json"
+
+
+def _size(shard: Path) -> int:
+    """Bytes. Raises UserError where there is no such file."""
+    try:
+        status = shard.stat()
+    except OSError as e:
+        raise UserError(f"the shard {shard} cannot be read ({e.strerror}); {FETCH_AGAIN}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"the shard {shard} is not a file; remove it from the folder")
+    return status.st_size
+
+
+def count_samples(shard: Path) -> int:
+    """Samples of a shard, by the head of its index where it has one."""
+    size = _size(shard)
+    heads = [head for path in _index_paths(shard) if (head := ShardIndex.peek(path))]
+    return heads[0][0] if heads and heads[0][1] == size else len(open_index(shard))
 
 
 def open_index(shard: Path) -> ShardIndex:
     """The shard's index: the one beside it, else one made now and kept beside it (or in the cache folder if read-only)."""
-    here = index_path(shard)
-    elsewhere = cache_folder() / "index" / f"{hashlib.sha256(str(shard.resolve()).encode()).hexdigest()}.json"
-    size = shard.stat().st_size
+    size = _size(shard)
+    here, elsewhere = _index_paths(shard)
     for path in (here, elsewhere):
         index = ShardIndex.load(path)
         if index is None:
@@ -158,53 +188,15 @@ def open_index(shard: Path) -> ShardIndex:
     try:
         index.save(here)
     except OSError:
-        elsewhere.parent.mkdir(parents=True, exist_ok=True)
-        index.save(elsewhere)
+        try:
+            elsewhere.parent.mkdir(parents=True, exist_ok=True)
+            index.save(elsewhere)
+        except OSError as e:
+            raise UserError(
+                f"cannot write the index of {shard}, neither beside it nor to {elsewhere.parent} ({reason_of(e)}); "
+                "set VLP_CACHE to a folder that can be written"
+            ) from None
     return index
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the kernel lets go of the lock of a process that died."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
-
-def _local_copy(fs: fsspec.AbstractFileSystem, url: str) -> Path:
-    """The file itself where it is local, else a copy in the cache folder, fetched once for all processes."""
-    if isinstance(fs, LocalFileSystem):
-        return Path(url)
-    full = fs.unstrip_protocol(url)
-    local = cache_folder() / "shards" / hashlib.sha256(full.encode()).hexdigest()[:16] / os.path.basename(url)
-    if not local.exists():
-        with _locked(local.with_name(local.name + ".lock")):
-            if not local.exists():
-                temporary = local.with_name(local.name + ".tmp")
-                fs.get_file(url, str(temporary))
-                os.replace(temporary, local)
-    return local
-
-
-def list_shards(location: str) -> tuple[fsspec.AbstractFileSystem, list[str]]:
-    """The shards of a folder, a tar, a glob or a ``{000..009}`` pattern, local or at any URL that fsspec opens, sorted."""
-    patterns = list(braceexpand(location))
-    fs, _ = fsspec.core.url_to_fs(patterns[0])
-    found: list[str] = []
-    for pattern in patterns:
-        path = fs._strip_protocol(pattern)
-        if fs.isdir(path):
-            found += fs.glob(path.rstrip("/") + "/*.tar")
-        elif any(c in path for c in "*?["):
-            found += fs.glob(path)
-        elif fs.exists(path):
-            found.append(path)
-        else:
-            raise UserError(f"no shards at {pattern}: it does not exist; make shards with `vlp data pack`")
-    if not found:
-        raise UserError(f"no shards at {location}: it holds no .tar file; make shards with `vlp data pack`")
-    return fs, sorted(found)
 
 
 @dataclass(frozen=True)
@@ -233,54 +225,70 @@ class RawSample:
 class ShardReader:
     """All shards of one source. Indexes and file handles are opened when first needed and are not pickled.
 
-    Raises UserError where there is no shard, or one is truncated, altered or no tar.
+    Raises UserError where there is no shard, or one is missing, truncated, altered or no tar.
     """
 
     def __init__(self, location: str):
         self.location = location
-        self.fs, self.shards = list_shards(location)
-        self.sizes = self._sizes()
+        self.shards = list_shards(location)
+        folders = {os.path.dirname(shard) for shard in self.shards}
+        self.one_folder = len(folders) == 1
+        listed = {shard: line for folder in folders for shard, line in read_manifest(folder).items()}
+        self.listed = [listed.get(shard) for shard in self.shards]
+        self.sizes = [self._count(shard) for shard in range(len(self.shards))]
         self._open_caches()
+
+    def _count(self, shard: int) -> int:
+        """Samples: by manifest.json where it names the shard, else by the shard's index."""
+        name, listed = self.shards[shard], self.listed[shard]
+        if listed is None:
+            return count_samples(fetch(name))
+        # a remote one is compared when it is fetched
+        if "://" not in name and (size := _size(Path(name))) != listed.size:
+            raise UserError(
+                f"{name} has {size:,} bytes where manifest.json says {listed.size:,}: it is truncated or was altered; "
+                "fetch it again, or run `vlp data pack` again"
+            )
+        return listed.samples
 
     def _open_caches(self) -> None:
         self._offsets = [0, *accumulate(self.sizes)]
-        self.index = lru_cache(maxsize=256)(lambda shard: open_index(self.local(shard)))
-        self._handle = lru_cache(maxsize=64)(lambda shard: open(self.local(shard), "rb"))
+        # the shards of a group of the order are read in turns: as many indexes as that, about 100 MB of them at most
+        mean = max(1, len(self) // len(self.shards))
+        self.index = lru_cache(maxsize=2 + 2 * GROUP_SAMPLES // mean)(self._index)
+        self._handle = lru_cache(maxsize=128)(self._open)
+
+    def _open(self, shard: int) -> BinaryIO:
+        return open(self.local(shard), "rb")
 
     def local(self, shard: int) -> Path:
         """The shard's file, fetched first if it is remote."""
-        return _local_copy(self.fs, self.shards[shard])
+        return fetch(self.shards[shard])
 
-    def _sizes(self) -> list[int]:
-        """Samples of each shard: from manifest.json where it names them all, else from every index."""
-        counted = {}
-        manifest = os.path.join(os.path.dirname(self.shards[0]), "manifest.json")
-        if self.fs.exists(manifest):
-            with self.fs.open(manifest) as f:
-                counted = {s["shard"]: s for s in json.load(f)["shards"]}
-        sizes = []
-        for shard in self.shards:
-            entry = counted.get(os.path.basename(shard))
-            if entry is None:
-                local = _local_copy(self.fs, shard)
-                known = ShardIndex.peek(index_path(local))
-                whole = known is not None and known[1] == local.stat().st_size
-                sizes.append(known[0] if whole else len(open_index(local)))
-                continue
-            if self.fs.size(shard) != entry["size"]:
-                raise UserError(
-                    f"{shard} has {self.fs.size(shard):,} bytes where manifest.json says {entry['size']:,}: it is truncated "
-                    f"or was altered; fetch it again, or run `vlp data pack` again"
-                )
-            sizes.append(entry["samples"])
-        return sizes
+    def _index(self, shard: int) -> ShardIndex:
+        local, listed = self.local(shard), self.listed[shard]
+        index = open_index(local)
+        if len(index) != self.sizes[shard] or listed and listed.sha256 != index.sha256:
+            raise UserError(
+                f"{local} is not the shard that {'manifest.json' if listed else 'its index'} says: it was altered; "
+                "delete it with its index and fetch it again, or run `vlp data pack` again"
+            )
+        return index
 
     def __len__(self) -> int:
-        return sum(self.sizes)
+        return self._offsets[-1]
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(shard, row) of a sample by its number within the source."""
+        shard = bisect_right(self._offsets, number) - 1  # empty shards are passed over
+        return shard, number - self._offsets[shard]
 
     def _read(self, shard: int, member: Sequence[int]) -> bytes:
         offset, size, crc = member
-        data = os.pread(self._handle(shard).fileno(), size, offset)
+        try:
+            data = os.pread(self._handle(shard).fileno(), size, offset)
+        except OSError as e:
+            raise UserError(f"the shard {self.shards[shard]} cannot be read ({e.strerror})") from None
         if zlib.crc32(data) != crc:
             raise BadSample("altered since the shard was indexed (CRC-32 differs)")
         return data
@@ -298,23 +306,34 @@ class ShardReader:
         if "json" in members:
             try:
                 meta = json.loads(self._read(shard, members["json"]))
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise BadSample(f"json does not parse ({e})") from None
             if not isinstance(meta, dict):
                 raise BadSample("json is not an object")
-        captions = meta.get("captions") or meta.get("caption") or meta.get("text")
+        captions = next((texts for name in CAPTIONS if (texts := _captions(meta.get(name)))), ())
         if not captions and "txt" in members:
-            captions = self._read(shard, members["txt"]).decode("utf-8", errors="replace")
-        captions = (captions,) if isinstance(captions, str) else tuple(captions or ())
-        captions = tuple(c.strip() for c in captions if isinstance(c, str) and c.strip())
-        own = meta.get("index")
+            captions = _captions(self._read(shard, members["txt"]).decode("utf-8-sig", errors="replace"))
         number = self._offsets[shard] + row
-        index = own if isinstance(own, int) and own >= 0 else number
-        return RawSample(self.index(shard).keys[row], shard, row, number, image, captions, index, meta)
+        return RawSample(
+            self.index(shard).keys[row], shard, row, number, image, captions, self._picture(meta, number), meta
+        )
+
+    def _picture(self, meta: dict, number: int) -> int:
+        """Our json's index, which is unique in its folder; others may number anything by that name."""
+        own = meta.get("index")
+        ours = self.one_folder and isinstance(own, int) and {"captions", "source"} <= meta.keys()
+        return own if ours and 0 <= own < 1 << INDEX_BITS else number
 
     def __getstate__(self):
-        return {k: getattr(self, k) for k in ("location", "fs", "shards", "sizes")}
+        return {k: getattr(self, k) for k in ("location", "shards", "one_folder", "listed", "sizes")}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
         self._open_caches()
+
+
+def _captions(found: object) -> tuple[str, ...]:
+    """The texts of a text or a list, none blank; half of a surrogate pair, which no tokenizer takes, becomes "?"."""
+    texts = [found] if isinstance(found, str) else found if isinstance(found, list) else []
+    texts = (text.encode(errors="replace").decode().strip() for text in texts if isinstance(text, str))
+    return tuple(text for text in texts if text)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import signal
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,11 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlp.data.image import decode
 from vlp.data.order import Draw, MixtureOrder, SourceOrder, stream
-from vlp.data.shards import RawSample, ShardReader
+from vlp.data.shards import INDEX_BITS, RawSample, ShardReader
 from vlp.errors import BadSample, UserError
 from vlp.types import Batch
-
-SOURCE_BITS = 40  # a batch's index is source << 40 | the sample's own: pictures of different sources never coincide
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,11 @@ class Shuffled(Dataset):
 
     def __init__(self, sources: Sequence[Source], transform, preprocess, tokenizer, max_length, max_pixels, seed):
         self.readers = [ShardReader(source.shards) for source in sources]
-        for reader in self.readers:
+        for source, reader in zip(sources, self.readers):
             if len(reader) == 0:
-                raise UserError(f"the shards at {reader.location} hold no sample with a picture")
+                raise UserError(f"the shards at {reader.location} hold no sample with a picture; give other ones")
+            if source.weight is not None and not 0 < source.weight < math.inf:
+                raise UserError(f"the weight of {source.shards} is {source.weight}; give a positive number")
         orders = [SourceOrder(reader.sizes, seed) for reader in self.readers]
         self.order = MixtureOrder(orders, [source.weight for source in sources], seed)
         self.transform, self.preprocess, self.tokenizer = transform, preprocess, tokenizer
@@ -71,7 +73,8 @@ class Shuffled(Dataset):
         caption = raw.captions[rng.integers(len(raw.captions))]
         pixels = decode(raw.image, self.max_pixels)
         image = self.transform(pixels, self.preprocess.size, self.preprocess.interpolation, rng, caption)
-        return image, caption, draw.source << SOURCE_BITS | raw.index, f"{draw.source}/{raw.number}/{raw.key}"
+        # pictures of different sources never have the same index
+        return image, caption, draw.source << INDEX_BITS | raw.index, f"{draw.source}/{raw.number}/{raw.key}"
 
     def _sample_or_another(self, position: int, bad: list[dict]) -> tuple[Tensor, str, int, str]:
         draw = self.order.locate(position)
@@ -101,20 +104,22 @@ class InOrder(Dataset):
     def __init__(self, source: str, transform, preprocess, max_pixels):
         self.reader = ShardReader(source)
         self.transform, self.preprocess, self.max_pixels = transform, preprocess, max_pixels
-        self.rows = [(shard, row) for shard, size in enumerate(self.reader.sizes) for row in range(size)]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.reader)
 
-    def __getitems__(self, numbers: Sequence[int]) -> tuple[list[tuple[Tensor, RawSample]], list[dict]]:
+    def __getitems__(self, numbers: Sequence[int]) -> tuple[list[tuple[Tensor, RawSample]], list[dict]] | UserError:
         samples, bad = [], []
-        for shard, row in (self.rows[n] for n in numbers):
-            try:
-                raw = self.reader.read(shard, row)
-                pixels = decode(raw.image, self.max_pixels)
-                samples.append((self.transform(pixels, self.preprocess.size, self.preprocess.interpolation), raw))
-            except BadSample as e:
-                bad.append(self.reader.complaint(shard, row, str(e)))
+        try:
+            for shard, row in map(self.reader.place, numbers):
+                try:
+                    raw = self.reader.read(shard, row)
+                    pixels = decode(raw.image, self.max_pixels)
+                    samples.append((self.transform(pixels, self.preprocess.size, self.preprocess.interpolation), raw))
+                except BadSample as e:
+                    bad.append(self.reader.complaint(shard, row, str(e)))
+        except UserError as e:  # returned, as in `Shuffled`
+            return e
         return samples, bad
 
 
@@ -157,21 +162,41 @@ def training_loader(
         dataset,
         batch_sampler=Positions(start, stop, size, rank, world),
         num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_parent,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )
-    for item in loader:
-        if isinstance(item, UserError):
-            raise item
-        yield item
+    return _raise_errors(loader)
 
 
 def evaluation_batches(dataset: Dataset, batch_size: int, workers: int, rank: int = 0, world: int = 1) -> Iterator:
     """Every ``world``-th batch from ``rank`` on: the batches are the same for any number of processes."""
     numbers = list(range(rank, -(-len(dataset) // batch_size), world))
     batches = [list(range(n * batch_size, min((n + 1) * batch_size, len(dataset)))) for n in numbers]
-    return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_as_it_is))
+    return _raise_errors(
+        DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_to_the_parent,
+        )
+    )
+
+
+def _raise_errors(items: Iterable) -> Iterator:
+    for item in items:
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a run, and the training process wants to finish its step:
+    the workers go on until it ends them, or has died."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _as_it_is(item):

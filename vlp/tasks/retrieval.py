@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from vlp.config import Data
+from vlp.data.shards import ShardReader
 from vlp.errors import UserError
 from vlp.evaluation import EncodedPairs, Result, Subject, encode_pairs
 from vlp.metrics import Interval, bootstrap, ranks, top
@@ -31,12 +33,22 @@ class Retrieval:
     resamples: int = 1000
     examples: int = 12
 
+    def check(self, data: Data) -> None:
+        """Raises UserError where there is nothing to evaluate on."""
+        source = self._source(data)
+        if len(ShardReader(source)) == 0:
+            raise UserError(f"the shards at {source} hold no sample with a picture")
+
+    def _source(self, data: Data) -> str:
+        source = self.data or data.val
+        if source is None:
+            raise UserError("retrieval has no data: give data=SHARDS, or set data.val in the config")
+        return source
+
     def __call__(self, subject: Subject) -> Result:
         """Metrics: ``i2t_r@k``, ``t2i_r@k`` and their mean ``mean_r@k`` for each k, and ``mean_recall`` over all of them."""
         began = time.monotonic()
-        source = self.data or subject.data.val
-        if source is None:
-            raise UserError("retrieval has no data: give data=SHARDS, or set data.val in the config")
+        source = self._source(subject.data)
         pairs = encode_pairs(subject, source, self.batch_size)
         if len(pairs.texts) == 0:
             raise UserError(f"{source} holds no usable image-text pair; run `vlp data check` on it")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vlp.config import Data
 from vlp.data.image import decode
 from vlp.data.stream import evaluation_batches
 from vlp.distributed import gather_objects, world_size
@@ -45,11 +46,23 @@ class ZeroShot:
     batch_size: int = 64
     resamples: int = 1000
 
+    def check(self, data: Data) -> None:
+        """Raises UserError where there are no pictures, no class names or no prompts."""
+        self._read()
+
+    def _read(self) -> tuple[list[tuple[Path, int]], list[str], list[str]]:
+        """Pictures with their class numbers, class names, templates."""
+        if not self.data:
+            raise UserError(
+                "zero-shot has no data: give data=FOLDER with a folder of pictures a class, or a labels.jsonl"
+            )
+        pictures, classes = read_labelled(Path(self.data), self.split)
+        return pictures, class_names(classes, self.names), templates_of(self.prompts)
+
     def __call__(self, subject: Subject) -> Result:
         """Metrics: ``top1``, and ``top5`` where there are more than five classes."""
         began = time.monotonic()
-        pictures, classes = read_labelled(Path(self.data), self.split)
-        names, templates = class_names(classes, self.names), templates_of(self.prompts)
+        pictures, names, templates = self._read()
         dataset = Pictures(pictures, subject)
         with evaluating(subject.model):
             classifier = torch.stack([class_embedding(subject, name, templates) for name in names])
@@ -65,19 +78,19 @@ class ZeroShot:
         metrics = {
             f"top{k}": bootstrap((rank < k).numpy().astype(np.float64), groups, subject.seed, self.resamples)
             for k in (1, 5)
-            if k < len(classes)
+            if k < len(names)
         }
         predicted = scores[kept].argmax(1)
-        confusion = torch.bincount(labels * len(classes) + predicted, minlength=len(classes) ** 2)
+        confusion = torch.bincount(labels * len(names) + predicted, minlength=len(names) ** 2)
         return Result(
             task="zero-shot",
             protocol=f"mean of {len(templates)} normalised prompt embeddings a class, cosine similarity; prompts: {self.prompts}",
             data=self.data,
-            n={"images": len(labels), "classes": len(classes), "prompts": len(templates)},
+            n={"images": len(labels), "classes": len(names), "prompts": len(templates)},
             metrics=metrics,
             details={
                 "classes": names,
-                "confusion": confusion.view(len(classes), -1).tolist() if len(classes) <= 50 else None,
+                "confusion": confusion.view(len(names), -1).tolist() if len(names) <= 50 else None,
             },
             bad=bad,
             seconds=time.monotonic() - began,
@@ -166,6 +179,8 @@ def class_names(classes: list[str], names: str | None) -> list[str]:
             given = json.loads(Path(names).read_text())
         except (OSError, ValueError) as e:
             raise UserError(f"cannot read class names from {names}: {e}") from None
+        if not isinstance(given, dict):
+            raise UserError(f"{names} is not an object of {{folder or label name: class name}}")
         if missing := [c for c in classes if c not in given]:
             raise UserError(f"{names} names no class for {', '.join(missing[:5])}; add them")
         return [given[c] for c in classes]

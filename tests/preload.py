@@ -1,0 +1,18 @@
+"""What `tests.processes` imports before it forks."""
+
+import accelerate  # noqa: F401
+import accelerate.checkpointing  # noqa: F401
+import timm  # noqa: F401
+import transformers.models.bert.modeling_bert  # noqa: F401
+
+import vlp.cli  # noqa: F401
+import vlp.models.dual  # noqa: F401
+import vlp.restore  # noqa: F401
+import vlp.tasks.retrieval  # noqa: F401
+import vlp.tasks.zero_shot  # noqa: F401
+import vlp.train  # noqa: F401
+
+try:
+    import deepspeed  # noqa: F401
+except ImportError:
+    pass

@@ -1,0 +1,207 @@
+"""Runs of the ``vlp`` command in processes of their own, with all that belongs to one (exit codes, signals, several connected
+processes), forked from a process that has imported everything: a second each instead of ten. What `accelerate launch` adds, the
+environment, is given here; tests/test_engines.py runs the launcher itself once for each of launch/*_cpu*.yaml."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, TOY
+from vlp.checkpoint import all_steps
+
+CONTEXT = multiprocessing.get_context("forkserver")
+# Imported once, by the process that all others are forked from. It computes nothing: threads do not survive a fork.
+CONTEXT.set_forkserver_preload(["tests.preload"])
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@dataclass
+class Done:
+    """Exit code (negative = killed by that signal) and standard error of every process."""
+
+    codes: list[int]
+    errors: list[str]
+
+
+class Running:
+    """``world`` connected processes that run ``function(*arguments)``, whose result is the exit code."""
+
+    def __init__(
+        self, function, arguments: tuple, world: int = 1, engine: str = "ddp", environment: dict | None = None
+    ):
+        self.folder = Path(tempfile.mkdtemp(prefix="vlp-processes-"))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+        shared["LOCAL_WORLD_SIZE"] = str(world)
+        shared = (shared if world > 1 or engine == "deepspeed" else {}) | (environment or {})
+        if engine == "deepspeed":
+            shared |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+            shared |= {
+                "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "launch" / "zero2.json"),
+                "ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file,zero3_init_flag",
+                "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+            }
+        self.processes = []
+        for rank in range(world):
+            own = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if "WORLD_SIZE" in shared else {})
+            self.processes.append(CONTEXT.Process(target=_child, args=(function, arguments, own, self.folder, rank)))
+            self.processes[-1].start()
+
+    def signal(self, number: int) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    def wait(self, timeout: float = 120) -> Done:
+        """As a launcher does, ends the others when one fails."""
+        end = time.monotonic() + timeout
+        while any(p.is_alive() for p in self.processes):
+            time.sleep(0.02)
+            if time.monotonic() > end or any(p.exitcode for p in self.processes):
+                for process in self.processes:  # one that fails by itself has time to say why
+                    process.join(1)
+                self.signal(signal.SIGKILL)
+        for process in self.processes:
+            process.join(10)
+        errors = [(self.folder / f"{rank}.err").read_text() for rank in range(len(self.processes))]
+        assert time.monotonic() < end, f"no end after {timeout} s:\n{errors}"
+        return Done([p.exitcode for p in self.processes], errors)
+
+
+def _child(function, arguments: tuple, environment: dict[str, str], folder: Path, rank: int) -> None:
+    os.environ.update({"OMP_NUM_THREADS": "1"} | environment)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that was started by hand
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{rank}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.exit(function(*arguments))
+
+
+class Pair:
+    """Two connected gloo processes that stay, for tests of what needs no command line."""
+
+    def __init__(self):
+        port, self.pipes, self.processes = free_port(), [], []
+        for rank in range(2):
+            ours, theirs = CONTEXT.Pipe()
+            self.processes.append(CONTEXT.Process(target=_serve, args=(theirs, rank, port), daemon=True))
+            self.processes[-1].start()
+            self.pipes.append(ours)
+
+    def __call__(self, function, *arguments) -> list:
+        """The results of ``function(rank, *arguments)`` in both."""
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        for pipe in self.pipes:
+            assert pipe.poll(60), "no answer"
+        answers = [pipe.recv() for pipe in self.pipes]
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+
+def _serve(pipe, rank: int, port: int) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    while True:
+        function, arguments = pipe.recv()
+        try:
+            pipe.send(function(rank, *arguments))
+        except Exception as e:
+            pipe.send(e)
+
+
+def command_line(arguments: list[str]) -> int:
+    """``vlp ARGUMENTS`` in this process."""
+    from vlp.cli import main
+
+    torch.set_num_threads(1)
+    return main(arguments)
+
+
+def start(*arguments: object, function=command_line, **how) -> Running:
+    """``vlp ARGUMENTS``, as `Running` takes it."""
+    return Running(function, ([str(a) for a in arguments],), **how)
+
+
+def run(*arguments: object, **how) -> Done:
+    return start(*arguments, **how).wait()
+
+
+def train(*arguments: object, **how) -> Done:
+    """Trains the toy experiment, which must succeed."""
+    done = run("train", TOY, *arguments, **how)
+    assert not any(done.codes), "\n".join(done.errors)
+    return done
+
+
+def resume(folder: Path, *arguments: object, **how) -> Done:
+    done = run("train", "--resume", folder, *arguments, **how)
+    assert not any(done.codes), "\n".join(done.errors)
+    return done
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    """One a step, after a check that each step has exactly one line."""
+    lines = records(folder)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def samples(folder: Path) -> list[list[str]]:
+    """The keys of every global batch, in its order."""
+    batches: dict[int, list[str]] = {}
+    lines = {}
+    for path in folder.glob("samples.*.jsonl"):
+        lines[int(path.name.split(".")[1])] = [json.loads(line) for line in path.read_text().splitlines()]
+    for rank in sorted(lines):
+        for line in lines[rank]:
+            batches.setdefault(line["step"], []).extend(line["keys"])
+    return [batches[step] for step in sorted(batches)]
+
+
+def tensors(folder: Path, name: str, step: int | None = None) -> dict:
+    """Tensors of a checkpoint, of the newest without ``step``."""
+    path = all_steps(folder / "checkpoints")[0] if step is None else folder / "checkpoints" / f"step-{step:08d}"
+    return load_file(path / f"{name}.safetensors")
+
+
+def wait_for_step(running: Running, folder: Path, step: int) -> None:
+    """Returns as soon as the log has ``step``, or the processes ended."""
+    log = folder / "log.jsonl"
+    while any(p.is_alive() for p in running.processes):
+        if log.exists() and log.read_text().count("\n") >= step:
+            return
+        time.sleep(0.003)

@@ -1,0 +1,196 @@
+"""Experiments: overrides, the round trip through JSON, what may change on resume."""
+
+import json
+import runpy
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import pytest
+
+from tests.conftest import TOY
+from vlp.config import (
+    FREE_ON_RESUME,
+    Experiment,
+    changed_keys,
+    dump,
+    from_plain,
+    load_config,
+    load_json,
+    override,
+    to_plain,
+)
+from vlp.data.stream import Source
+from vlp.errors import UserError
+from vlp.optim import Lamb
+from vlp.validation import check_types, fits, validate
+
+
+@pytest.fixture
+def toy() -> Experiment:
+    return runpy.run_path(str(TOY))["config"]()
+
+
+def value_at(experiment, key: str):
+    for name in key.split("."):
+        if isinstance(experiment, dict):
+            experiment = experiment[name]
+        elif isinstance(experiment, tuple):
+            experiment = experiment[int(name)]
+        else:
+            experiment = getattr(experiment, name)
+    return experiment
+
+
+@pytest.mark.parametrize(
+    "assignment, expected",
+    [
+        ("name=again", "again"),
+        ("name=a=b", "a=b"),
+        ("seed=7", 7),
+        ("data.batch_size=1_024", 1024),
+        ("optim.lr=5e-4", 5e-4),
+        ("optim.lr=1", 1.0),
+        ("train.clip_norm=none", None),
+        ("train.clip_norm=2", 2.0),
+        ("train.steps=None", None),
+        ("train.compile=true", True),
+        ("train.compile=False", False),
+        ("train.precision=bf16", "bf16"),
+        ("train.engine=ddp", "ddp"),
+        ("train.engine=none", None),
+        ("optim.betas=0.8,0.9", (0.8, 0.9)),
+        ("train.frozen=image.,text.", ("image.", "text.")),
+        ("train.frozen=", ()),
+        ("train.lr_scales.text=0.1", 0.1),
+        ("data.train=a,b", (Source("a"), Source("b"))),
+        ("data.train.0.weight=2", 2.0),
+        ("data.val=none", None),
+        ("evaluate.retrieval.ks=1,2", (1, 2)),
+        ("objectives.itc.reduction=sum", "sum"),
+        ("model.image.image_size=64", 64),
+        ("model.text.config.vocab_size=300", 300),
+        ("model.temperature=0.07", 0.07),
+    ],
+)
+def test_override_is_read_as_the_type_that_belongs_there(toy, assignment, expected):
+    changed = override(toy, [assignment])
+    key = assignment.partition("=")[0]
+    found = value_at(changed, key)
+    assert found == expected and type(found) is type(expected)
+    # and nothing else changed
+    assert [
+        k for k in changed_all(toy, changed) if not (k == key or k.startswith(key + ".") or key.startswith(k))
+    ] == []
+
+
+def changed_all(old: Experiment, new: Experiment) -> list[str]:
+    from vlp.config import _flat
+
+    a, b = _flat(to_plain(old)), _flat(to_plain(new))
+    return [k for k in {**a, **b} if a.get(k) != b.get(k)]
+
+
+def test_overrides_apply_in_turn_and_leave_the_original(toy):
+    before = dump(toy)
+    assert override(toy, ["seed=1", "seed=2"]).seed == 2
+    assert dump(toy) == before
+
+
+@pytest.mark.parametrize(
+    "value, hint, accepted",
+    [
+        (1, int, True),
+        (True, int, False),
+        (1.0, int, False),
+        (1, float, True),
+        (False, float, False),
+        ("1", float, False),
+        (None, int | None, True),
+        ("a", int | None, False),
+        (True, bool, True),
+        (1, bool, False),
+        ((1, 2), tuple[int, ...], True),
+        ([1, 2], tuple[int, ...], False),
+        ((1, "2"), tuple[int, ...], False),
+        ((), tuple[int, ...], True),
+        ((0.1, 0.2), tuple[float, float], True),
+        ((0.1,), tuple[float, float], False),
+        (5, int | tuple[int, int], True),
+        ("sum", Literal["sum", "mean"], True),
+        ("max", Literal["sum", "mean"], False),
+        ({"a": 1.0}, dict[str, float], True),
+        ({"a": "x"}, dict[str, float], False),
+        ({1: 1.0}, dict[str, float], False),
+        (object(), Any, True),
+    ],
+)
+def test_type_of_a_field(value, hint, accepted):
+    assert fits(value, hint) == accepted
+
+
+def test_wrong_type_is_found_at_any_depth(toy):
+    check_types(toy)
+    source = replace(toy.data.train[0], weight="much")
+    with pytest.raises(UserError, match=r"data.train.0.weight is 'much'; it takes a number or none"):
+        check_types(replace(toy, data=replace(toy.data, train=(source,))))
+    with pytest.raises(UserError, match=r"optim.betas is \(0.9,\); it takes a tuple \(2 x a number\)"):
+        check_types(replace(toy, optim=replace(toy.optim, betas=(0.9,))))
+
+
+def test_json_holds_everything(toy, tmp_path):
+    path = tmp_path / "experiment.json"
+    path.write_text(dump(toy))
+    assert load_json(path) == toy == load_config(str(path))
+    assert changed_keys(toy, load_json(path)) == []
+    resolved = toy.resolved()
+    path.write_text(dump(resolved))
+    assert load_json(path) == resolved
+
+
+@dataclass(frozen=True)
+class Odd:
+    values: Any = field(default_factory=dict)
+
+
+@pytest.mark.parametrize("value", [{"type": "plain"}, {"a": {"b": (1, 2)}}, (), None, "x:y", {"type": 3}])
+def test_round_trip_of_odd_values(value):
+    assert from_plain(json.loads(json.dumps(to_plain(Odd(value))))) == Odd(value)
+
+
+@pytest.mark.parametrize(
+    "plain, message",
+    [
+        ({"type": "vlp.optim:AdamX"}, "cannot be imported"),
+        ({"type": "nowhere:AdamW"}, "cannot be imported"),
+        ({"type": "os:system"}, "not a dataclass"),
+        ({"type": "builtins:eval"}, "not a dataclass"),
+        ({"type": "vlp.optim:AdamW", "momentum": 1}, "another version of vlp"),
+    ],
+)
+def test_json_can_name_dataclasses_only(plain, message):
+    with pytest.raises(UserError, match=message):
+        from_plain(plain)
+
+
+def test_value_that_json_cannot_hold_is_refused(toy):
+    with pytest.raises(UserError, match="cannot be kept as JSON"):
+        validate(replace(toy, evaluate={"retrieval": object()}))
+
+
+def test_changed_keys_are_dotted_and_complete(toy):
+    assert changed_keys(toy, override(toy, ["optim.lr=0.5", "data.train=x"])) == ["data.train.0.shards", "optim.lr"]
+    keys = changed_keys(toy, replace(toy, optim=Lamb()))
+    assert "optim.type" in keys and "optim.adapt_undecayed" in keys
+
+
+def test_what_may_change_on_resume(toy):
+    free = ["name=x", "output=y", "data.workers=7", "train.processes=2", "train.engine=ddp", "train.threads=3"]
+    free += ["save.every=1", "save.keep=9", "save.best=none", "log.samples=false", "log.geometry_every=0"]
+    assert changed_keys(toy, override(toy, free)) == []
+    named = {assignment.partition("=")[0] for assignment in free}
+    assert all(any(n == key or n.startswith(key + ".") for n in named) for key in FREE_ON_RESUME)
+
+
+def test_dictionary_keys_that_json_would_turn_into_text_are_refused(toy):
+    with pytest.raises(UserError, match="round trip"):
+        validate(replace(toy, objectives={1: toy.objectives["itc"]}, save=replace(toy.save, best=None)))
