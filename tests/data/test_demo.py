@@ -18,7 +18,7 @@ EMOJI_DATA = pytest.importorskip("emoji", reason="needs the demo extra").EMOJI_D
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return demo.openmoji_pairs(tmp_path_factory.mktemp("demo") / "openmoji", size=32, processes=2)
+    return demo.openmoji_pairs(tmp_path_factory.mktemp("demo") / "openmoji", "motif", size=32, processes=2)
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +41,18 @@ def parts(folder) -> dict[str, list[dict]]:
         ["🐻", "🐻‍❄️"],
     ],
 )
-def test_variants_share_a_base(variants):
-    assert len({demo.base(v) for v in variants}) == 1
+def test_variants_share_a_motif(variants):
+    assert len({demo.motif(v) for v in variants}) == 1
 
 
-def test_different_motifs_have_different_bases():
+def test_base_emoji_ignores_skin_tone_and_presentation():
+    assert demo.base_emoji("👍🏽") == demo.base_emoji("👍") != demo.base_emoji("👎")
+    assert demo.base_emoji("❤️") == demo.base_emoji("❤") != demo.base_emoji("❤️‍🔥")
+
+
+def test_different_motifs_differ():
     motifs = ["🇫🇷", "🇫🇮", "🇫", "🎨", "❤", "🏃", "🚶", "👨", "♀", "♂", "➡", "🦰", "🐻", "🐱", "1️⃣", "2️⃣"]
-    assert len({demo.base(m) for m in motifs}) == len(motifs)
+    assert len({demo.motif(m) for m in motifs}) == len(motifs)
 
 
 def test_no_base_and_no_picture_is_in_both_parts(folder, parts):
@@ -73,12 +78,12 @@ def test_sizes_and_names(folder, parts):
     names = [r["captions"] for r in parts["val"]]
     assert all(len(n) == 1 for n in names) and len({n[0] for n in names}) == len(names)
     for record in parts["val"]:
-        assert record["captions"][0] == EMOJI_DATA[record["emoji"]]["en"].strip(":").replace("_", " ")
+        assert record["captions"][0] == demo.name_of(record["emoji"])
     for record in parts["train"]:
         assert record["captions"] and all(c == c.strip() and c[:1] != ":" and "_" not in c for c in record["captions"])
         assert len({c.lower() for c in record["captions"]}) == len(record["captions"])
         if record["emoji"] in EMOJI_DATA:
-            assert record["captions"][0] == EMOJI_DATA[record["emoji"]]["en"].strip(":").replace("_", " ")
+            assert record["captions"][0] == demo.name_of(record["emoji"])
     assert sum(len(r["captions"]) > 1 for r in parts["train"]) > 500
     tones = {c for c in map(chr, range(0x1F3FB, 0x1F400))}
     assert not any(tones & set(r["emoji"]) for records in parts.values() for r in records)
@@ -90,7 +95,7 @@ def test_sizes_and_names(folder, parts):
 def test_captions_are_aliases_and_unicode_names():
     assert demo.captions_of("👍")[0] == "thumbs up" and "+1" not in demo.captions_of("👍")
     assert {"thumbs up", "thumbsup", "thumbs up sign"} <= set(demo.captions_of("👍"))
-    assert demo.captions_of("🇫🇷")[0] == "France" and "fr" not in demo.captions_of("🇫🇷")
+    assert demo.name_of("🇫🇷") == demo.captions_of("🇫🇷")[0] == "flag: France" and "fr" not in demo.captions_of("🇫🇷")
     assert demo.captions_of("♔") == [unicodedata.name("♔").lower()]
     assert demo.captions_of("\ue000") == []
 
@@ -113,7 +118,9 @@ def test_the_pairs_can_be_read(folder, parts):
 
 def test_a_complete_folder_is_left_alone_and_another_is_not_overwritten(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "render", None)
-    assert demo.openmoji_pairs(folder) == folder
+    assert demo.openmoji_pairs(folder, "motif") == folder
+    with pytest.raises(UserError, match="is split by motif"):
+        demo.openmoji_pairs(folder, "emoji")
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="is not the demo's data"):
         demo.openmoji_pairs(tmp_path)

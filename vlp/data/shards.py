@@ -324,6 +324,13 @@ class ShardReader:
         ours = self.one_folder and isinstance(own, int) and {"captions", "source"} <= meta.keys()
         return own if ours and 0 <= own < 1 << INDEX_BITS else number
 
+    def fingerprint(self) -> dict:
+        """What the order of the samples, and where a manifest says so their content, depends on."""
+        listed = [line.sha256 if line else None for line in self.listed]
+        names = [os.path.basename(shard) for shard in self.shards]
+        digest = hashlib.sha256(json.dumps([names, self.sizes, listed]).encode()).hexdigest()
+        return {"shards": len(self.shards), "samples": len(self), "sha256": digest}
+
     def __getstate__(self):
         return {k: getattr(self, k) for k in ("location", "shards", "one_folder", "listed", "sizes")}
 

@@ -1,0 +1,58 @@
+"""Models whose answers are known: they see a picture's colour and read the colour's name."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tests.conftest import COLOURS
+from vlp.config import Data
+from vlp.data.augment import Resize
+from vlp.encoders.image import Preprocess
+from vlp.evaluation import Subject
+from vlp.types import Encoded
+
+NAMES = list(COLOURS)
+VALUES = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
+
+
+class Tokens:
+    """A caption's ids: the number of the colour that it names, and its length."""
+
+    vocab_size = 100
+
+    def __call__(self, texts: list[str], max_length: int):
+        ids = torch.tensor([[next((n for n, c in enumerate(NAMES) if c in t), len(NAMES)), len(t)] for t in texts])
+        return ids, torch.ones_like(ids, dtype=torch.bool), 0
+
+
+class Seer(nn.Module):
+    """One-hot embeddings of the colour: of the darkest pixel's surroundings, and of the word."""
+
+    preprocess = Preprocess((8, 8), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic")
+
+    def _encoded(self, colours: torch.Tensor) -> Encoded:
+        embed = torch.eye(len(NAMES) + 1)[colours]
+        return Encoded(embed[:, None], torch.ones(len(embed), 1, dtype=torch.bool), embed)
+
+    def encode_image(self, image: torch.Tensor) -> Encoded:
+        mean = image.flatten(2).mean(2) * 255
+        return self._encoded((mean[:, None] - VALUES).norm(dim=2).argmin(1))
+
+    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Encoded:
+        return self._encoded(input_ids[:, 0])
+
+
+class Blind(Seer):
+    """Everything looks the same."""
+
+    def encode_image(self, image: torch.Tensor) -> Encoded:
+        return self._encoded(torch.zeros(len(image), dtype=torch.int64))
+
+    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Encoded:
+        return self._encoded(torch.zeros(len(input_ids), dtype=torch.int64))
+
+
+def subject(model: nn.Module, val: str | None = None) -> Subject:
+    data = Data(train=(), val=val, resize=Resize(mode="squash"), workers=0)
+    return Subject(model, Tokens(), data, torch.device("cpu"), checkpoint="a fake")

@@ -1,0 +1,136 @@
+"""Retrieval: what is counted, and that nothing but the data and the weights changes it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, environment, toy_overrides, vlp
+from tests.processes import free_port, run, train
+from tests.tasks.fakes import Blind, Seer, subject
+from vlp.data.formats import Pair
+from vlp.data.pack import Packing, pack
+from vlp.errors import UserError
+from vlp.evaluation import encode_pairs
+from vlp.tasks.retrieval import Retrieval
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory) -> Path:
+    """Shards with one plain picture of each colour; the first has three captions, the others one."""
+    import numpy as np
+    from PIL import Image
+
+    from tests.conftest import COLOURS
+
+    folder = tmp_path_factory.mktemp("colours")
+    pairs = []
+    for n, (name, value) in enumerate(COLOURS.items()):
+        Image.fromarray(np.full((9, 9, 3), value, dtype=np.uint8)).save(folder / f"{n}.png")
+        captions = tuple(f"{name} number {i}" for i in range(1 if n else 3))
+        pairs.append(Pair(image=str(folder / f"{n}.png"), captions=captions, key=str(n), source="colours", extra={}))
+    pack(pairs, folder / "shards", Packing(shard_samples=2))
+    return folder / "shards"
+
+
+def test_model_that_sees_finds_everything(colours):
+    result = Retrieval(data=str(colours), ks=(1, 2))(subject(Seer()))
+    assert {m: i.value for m, i in result.metrics.items()} == pytest.approx(dict.fromkeys(result.metrics, 1.0))
+    assert set(result.metrics) == {f"{way}_r@{k}" for way in ("i2t", "t2i", "mean") for k in (1, 2)} | {"mean_recall"}
+    assert result.n == {"images": 5, "captions": 7} and result.data == str(colours)
+
+
+def test_model_that_sees_nothing_earns_nothing(colours):
+    result = Retrieval(data=str(colours), ks=(1, 4, 5))(subject(Blind()))
+    recalls = {m: i.value for m, i in result.metrics.items()}
+    assert recalls["i2t_r@1"] == recalls["t2i_r@4"] == 0
+    assert recalls["t2i_r@5"] == 1.0  # every picture is among five
+    assert recalls["mean_recall"] == pytest.approx((recalls["i2t_r@5"] + 1.0) / 6)
+
+
+def test_both_ways_weigh_the_same_whatever_the_number_of_captions(world):
+    metrics = Retrieval(data=str(world / "shards"), resamples=100)(subject(Seer())).metrics
+    for k in (1, 5, 10):
+        mean = (metrics[f"i2t_r@{k}"].value + metrics[f"t2i_r@{k}"].value) / 2
+        assert metrics[f"mean_r@{k}"].value == pytest.approx(mean)
+        assert metrics[f"mean_r@{k}"].low <= mean <= metrics[f"mean_r@{k}"].high
+    means = [metrics[f"mean_r@{k}"].value for k in (1, 5, 10)]
+    assert metrics["mean_recall"].value == pytest.approx(sum(means) / 3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_every_pair_is_encoded_once_in_the_sources_order(world, batch_size):
+    pairs = encode_pairs(subject(Seer()), str(world / "shards"), batch_size)
+    assert len(pairs.images) == 50 and len(pairs.texts) == 100 == len(pairs.captions)
+    assert len(set(pairs.image_ids.tolist())) == 50 and pairs.rows.tolist() == list(range(50))
+    assert torch.equal(pairs.text_ids, pairs.image_ids.repeat_interleave(2))
+    assert [int(c.split()[-1]) for c in pairs.captions[::2]] == list(range(50))
+
+
+def test_examples_show_what_was_found(colours):
+    result = Retrieval(data=str(colours), examples=4)(subject(Seer()))
+    examples = result.details["text_to_image"]
+    assert len(examples) == 4
+    for example in examples:
+        assert example["rank"] == 1 and example["found"][0] == example["answer"]
+        assert len(example["found"]) == 5
+
+
+def test_no_data_is_an_error():
+    with pytest.raises(UserError, match="give data=SHARDS"):
+        Retrieval()(subject(Seer()))
+
+
+@dataclass
+class Evaluated:
+    folder: Path
+    one: dict
+    two: dict
+
+
+def strip(path: Path) -> dict:
+    """All of a result but when and how fast it was found."""
+    found = json.loads(path.read_text())
+    return {k: v for k, v in found.items() if k not in ("seconds", "time")}
+
+
+@pytest.mark.slow
+def test_result_is_the_same_file_for_one_process_and_two(world, tmp_path):
+    """Through the launcher, as a user would."""
+    train(*toy_overrides(world, tmp_path), "train.ema_decay=0.5", "name=toy")
+    folder = tmp_path / "toy"
+    arguments = ("eval", folder, "retrieval", f"data={world / 'shards'}", "batch_size=7", "resamples=200")
+    done = run(*arguments)
+    assert done.codes == [0], done.errors
+    path = folder / "eval" / "retrieval-shards.json"
+    one = strip(path)
+    launcher = ("--config_file", str(ROOT / "launch" / "cpu2.yaml"), "--main_process_port", str(free_port()))
+    done = vlp(*arguments, launch=launcher)
+    assert done.returncode == 0, done.stderr
+    assert strip(path) == one
+    assert done.stdout.count("written to") == 1
+    assert one["checkpoint_sha256"] and one["step"] == 12 and one["seed"] == 0 and one["protocol"]
+    classes = tmp_path / "classes"
+    for n, picture in enumerate(sorted((world / "pictures").glob("*.png"))[:20]):
+        (classes / f"class_{n % 4}").mkdir(parents=True, exist_ok=True)
+        (classes / f"class_{n % 4}" / picture.name).write_bytes(picture.read_bytes())
+    arguments = ("eval", folder, "zero-shot", f"data={classes}", "batch_size=3", "prompts=a {}|the {}")
+    results = []
+    for world_size in (1, 2):
+        done = run(*arguments, world=world_size)
+        assert done.codes == [0] * world_size, done.errors
+        results.append(strip(folder / "eval" / "zero-shot-classes.json"))
+    assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_five_thousand_pictures_and_their_captions_fit_in_a_gigabyte():
+    script = ROOT / "tests" / "bench" / "retrieval_memory.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment(), check=True)
+    measured = json.loads(done.stdout)
+    assert measured["peak_growth_mib"] < 1024
+    assert measured["images"] == 5000 and measured["captions"] == 25000

@@ -1,0 +1,155 @@
+"""Zero-shot classification with models whose answers are known."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+from PIL import Image
+from timm.data import ImageNetInfo
+
+from tests.conftest import COLOURS, SHARED
+from tests.tasks.fakes import NAMES, Blind, Seer, subject
+from vlp.errors import UserError
+from vlp.tasks.zero_shot import ZeroShot, class_names, read_labelled, templates_of
+
+PROMPT = "a {} thing"
+
+
+def picture(path: Path, colour: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((12, 10, 3), COLOURS[colour], dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for n in range(20):
+        picture(tmp_path / NAMES[n % 5] / f"{n}.png", NAMES[n % 5])
+    return tmp_path
+
+
+@pytest.fixture
+def labelled(tmp_path) -> Path:
+    rows = []
+    for n in range(20):
+        picture(tmp_path / "images" / f"{n}.png", NAMES[n % 5])
+        # numbers with gaps, and one name of the last that is wrong
+        rows.append(
+            {
+                "image": f"images/{n}.png",
+                "label": 10 * (n % 5),
+                "name": NAMES[n % 5],
+                "split": "val" if n < 15 else "train",
+            }
+        )
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_model_that_sees_is_always_right(folder, batch_size):
+    result = ZeroShot(data=str(folder), prompts=PROMPT, batch_size=batch_size)(subject(Seer()))
+    assert result.metrics["top1"].value == result.metrics["top1"].low == 1.0
+    assert result.n == {"images": 20, "classes": 5, "prompts": 1}
+    assert result.details["confusion"] == (4 * torch.eye(5, dtype=torch.int64)).tolist()
+    assert result.details["classes"] == sorted(NAMES)
+    assert "top5" not in result.metrics  # of five
+
+
+def test_model_that_sees_nothing_earns_nothing(folder):
+    """All classes tie, and a tie counts against: not the 20 % that the order of the classes would give."""
+    assert ZeroShot(data=str(folder), prompts=PROMPT)(subject(Blind())).metrics["top1"].value == 0
+
+
+def test_share_that_is_right_is_counted(labelled):
+    """Three of the pictures carry another class's label."""
+    lines = (labelled / "labels.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for n, wrong in ((0, 1), (6, 2), (12, 3)):
+        rows[n] |= {"label": 10 * wrong, "name": NAMES[wrong]}
+    (labelled / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = ZeroShot(data=str(labelled), prompts=PROMPT)(subject(Seer()))
+    assert result.metrics["top1"].value == pytest.approx(17 / 20)
+    assert result.metrics["top1"].low < 17 / 20 < result.metrics["top1"].high
+
+
+def test_labels_file_with_a_split(labelled):
+    assert ZeroShot(data=str(labelled), prompts=PROMPT)(subject(Seer())).n["images"] == 20
+    result = ZeroShot(data=str(labelled), split="val", prompts=PROMPT)(subject(Seer()))
+    assert result.n == {"images": 15, "classes": 5, "prompts": 1} and result.metrics["top1"].value == 1.0
+    with pytest.raises(UserError, match="no picture of split 'test'"):
+        ZeroShot(data=str(labelled), split="test")(subject(Seer()))
+
+
+def test_several_prompts_are_averaged_after_normalising(folder):
+    """One of three prompts names no colour, and moves all classes alike."""
+    result = ZeroShot(data=str(folder), prompts="a {} thing|{}|the {}")(subject(Seer()))
+    assert result.metrics["top1"].value == 1.0 and result.n["prompts"] == 3
+
+
+def test_picture_that_cannot_be_decoded_is_left_out_and_named(folder):
+    (folder / "red" / "broken.png").write_bytes(b"no picture")
+    result = ZeroShot(data=str(folder), prompts=PROMPT)(subject(Seer()))
+    assert result.n["images"] == 20 and result.metrics["top1"].value == 1.0
+    (bad,) = result.bad
+    assert bad["image"].endswith("broken.png") and bad["reason"]
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="none of the 21 pictures"):
+        ZeroShot(data=str(folder), prompts=PROMPT)(subject(Seer()))
+
+
+def test_folders_of_imagenet_get_open_clips_names():
+    wnids = ImageNetInfo().label_names()
+    assert class_names([wnids[0], wnids[1], wnids[999]], None) == [IMAGENET_CLASSNAMES[n] for n in (0, 1, 999)]
+    assert class_names(["n01440764", "n03888257"], None) == ["tench", "parachute"]
+    with pytest.raises(UserError, match="n99999999 are not among ImageNet's"):
+        class_names(["n01440764", "n99999999"], None)
+
+
+def test_other_folders_are_called_as_they_are_or_as_a_file_says(tmp_path):
+    assert class_names(["golden_retriever", "cat"], None) == ["golden retriever", "cat"]
+    (tmp_path / "names.json").write_text('{"a": "apple", "b": "banana"}')
+    assert class_names(["b", "a"], str(tmp_path / "names.json")) == ["banana", "apple"]
+    with pytest.raises(UserError, match="names no class for c"):
+        class_names(["a", "c"], str(tmp_path / "names.json"))
+    with pytest.raises(UserError, match="cannot read class names"):
+        class_names(["a"], str(tmp_path / "nowhere.json"))
+    (tmp_path / "list.json").write_text('["a"]')
+    with pytest.raises(UserError, match="is not an object"):
+        class_names(["a"], str(tmp_path / "list.json"))
+
+
+def test_named_templates_are_open_clips():
+    assert len(templates_of("openai")) == 80
+    assert [t.replace("{}", "dog") for t in templates_of("openai")] == [t("dog") for t in OPENAI_IMAGENET_TEMPLATES]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("not json", "line 1: expected an object"),
+        ('{"image": "a.png"}', "line 1: expected an object"),
+        ('{"image": "a.png", "label": "red"}', "line 1: expected an object"),
+        ("", "has no picture"),
+    ],
+)
+def test_labels_file_that_cannot_be_read_is_named_with_its_line(tmp_path, text, message):
+    (tmp_path / "labels.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_labelled(tmp_path, None)
+
+
+def test_folder_that_is_neither_form(tmp_path):
+    (tmp_path / "only").mkdir()
+    with pytest.raises(UserError, match="neither labels.jsonl nor two folders"):
+        read_labelled(tmp_path, None)
+
+
+def test_real_labels_are_read():
+    if not (SHARED / "data" / "imagenette").is_dir():
+        pytest.skip("the shared imagenette pictures are not here")
+    pictures, classes = read_labelled(SHARED / "data" / "imagenette", None)
+    assert len(classes) == 10 and "tench" in classes and all(path.is_file() for path, _ in pictures)
