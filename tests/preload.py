@@ -1,5 +1,7 @@
 """What `tests.processes` imports before it forks."""
 
+import contextlib
+
 import accelerate  # noqa: F401
 import accelerate.checkpointing  # noqa: F401
 import timm  # noqa: F401
@@ -12,7 +14,5 @@ import vlp.tasks.retrieval  # noqa: F401
 import vlp.tasks.zero_shot  # noqa: F401
 import vlp.train  # noqa: F401
 
-try:
+with contextlib.suppress(ImportError):
     import deepspeed  # noqa: F401
-except ImportError:
-    pass

@@ -51,8 +51,8 @@ class OfTransformers(nn.Module):
 
 @pytest.fixture(scope="module")
 def align() -> AlignModel:
-    vision = {"image_size": 64, "width_coefficient": 0.2, "depth_coefficient": 0.3, "hidden_dim": 48}
-    config = AlignConfig(text_config=SIZES, vision_config=vision, projection_dim=48, temperature_init_value=0.2)
+    vision = {"image_size": 64, "width_coefficient": 0.2, "depth_coefficient": 0.3, "hidden_dim": 64}
+    config = AlignConfig(text_config=SIZES, vision_config=vision, projection_dim=64, temperature_init_value=0.2)
     torch.manual_seed(0)
     model = AlignModel(config).eval()
     for parameter in model.parameters():  # its initialisation leaves the projection near zero

@@ -3,4 +3,10 @@
 The data flow, from a shard to an optimizer step, is drawn in README.md ("How it fits together").
 """
 
+import os
+
 __version__ = "0.1.0"
+
+# On a CPU, torch's threads wait for each other by spinning: whenever a loading worker, or anything else, needs a core, all
+# of them burn theirs until the one that lost it is back, and a step takes several times as long. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -52,10 +52,10 @@ def config() -> Experiment:
             resize=Resize(mode="squash"),
             workers=1,
         ),
-        optim=AdamW(lr=4e-4, weight_decay=0.1),
+        optim=AdamW(lr=2e-4, weight_decay=0.1),
         schedule=Schedule(warmup_steps=50, kind="cosine"),
         train=Training(
-            steps=240,
+            steps=250,
             lr_scales={"image_projection": 10.0, "text_projection": 10.0},
             frozen=("image.model.conv_stem", "image.model.bn1", "image.model.blocks.0", "image.model.blocks.1"),
             ema_decay=0.97,
