@@ -147,7 +147,7 @@ def test_skipped_step_is_counted_and_changes_no_weight(world, output, plain, eng
     arguments = (f"objectives.{fault}.key={key}", "train.nonfinite=skip", "train.ema_decay=0.8", f"name={folder.name}")
     done = run("train", FAULTY, *toy_overrides(world, output), *ALL_CHECKPOINTS, *arguments, **ENGINES[engine])
     assert not any(done.codes), done.errors
-    assert [n for n, line in enumerate(records(folder), 1) if math.isnan(line["gradient_norm"])] == bad
+    assert [n for n, line in enumerate(records(folder), 1) if line["gradient_norm"] is None] == bad
     assert read_state(all_steps(folder / "checkpoints")[0])["skipped"] == len(bad)
     for step in range(2, 13):
         for name in ("model", "optimizer", "average"):

