@@ -52,7 +52,7 @@ def config() -> Experiment:
         optim=AdamW(lr=2e-4, weight_decay=0.1),
         schedule=Schedule(warmup_steps=30, kind="cosine"),
         train=Training(
-            steps=300,
+            steps=220,
             lr_scales={"image_projection": 10.0, "text_projection": 10.0},
             frozen=(
                 "image.model.conv_stem",
