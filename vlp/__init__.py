@@ -8,5 +8,6 @@ import os
 __version__ = "0.1.0"
 
 # On a CPU, torch's threads wait for each other by spinning: whenever a loading worker, or anything else, needs a core, all
-# of them burn theirs until the one that lost it is back, and a step takes several times as long. Read when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# of them burn theirs until the one that lost it is back, and a step takes several times as long. So they spin for the short
+# gaps between two operations only, and then sleep. Read when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")

@@ -5,7 +5,7 @@ Data:     openmoji drawings with their English names, aliases and keywords (pip 
           emoji, no skin tones; held out are 190, each with its name only. `vlp data demo data/openmoji` makes the shards.
 Start:    EfficientNet-Lite0 and all-MiniLM-L6-v2 from pip packages (extra `demo`), fine-tuned.
 Differs from the paper: two bias-free projections to 256 instead of text to the image's width, EfficientNet's last 1x1
-          convolution kept, temperature from 0.07, mean pooling and AdamW, an average of the weights, the first layer frozen:
+          convolution kept, temperature from 0.07, mean pooling and AdamW, an average of the weights, the first layers frozen:
           with 1,800 pictures what the towers already know counts most. Float32: depthwise convolutions on a CPU are slower
           in bf16.
 Command:  make demo
@@ -55,12 +55,12 @@ def config() -> Experiment:
         optim=AdamW(lr=4e-4, weight_decay=0.1),
         schedule=Schedule(warmup_steps=50, kind="cosine"),
         train=Training(
-            steps=270,
+            steps=300,
             lr_scales={"image_projection": 10.0, "text_projection": 10.0},
-            frozen=("image.model.conv_stem",),
-            ema_decay=0.985,
+            frozen=("image.model.conv_stem", "image.model.bn1", "image.model.blocks.0", "image.model.blocks.1"),
+            ema_decay=0.99,
         ),
         evaluate={"retrieval": Retrieval()},
-        evaluate_every=90,
+        evaluate_every=100,
         save=Saving(every=100, keep=2),
     )

@@ -159,6 +159,8 @@ def test_interrupted_run_ends_in_one_line(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # a shell starts what it puts in the background, maybe this very test run, with Ctrl-C ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while len(list(out.glob("*.tar"))) < 2 and time.monotonic() < deadline:
