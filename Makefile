@@ -8,7 +8,7 @@ RUN := runs/demo
 demo: .venv/.demo
 	$(BIN)/vlp data demo data/openmoji
 	if [ -e $(RUN)/experiment.json ]; then $(BIN)/vlp train --resume $(RUN); else $(BIN)/vlp train configs/align/demo.py; fi
-	$(BIN)/vlp eval $(RUN) retrieval data=data/openmoji/val
+	$(BIN)/vlp eval $(RUN) retrieval
 	$(BIN)/vlp report $(RUN)
 
 test: .venv/.dev

@@ -55,12 +55,12 @@ def config() -> Experiment:
         optim=AdamW(lr=4e-4, weight_decay=0.1),
         schedule=Schedule(warmup_steps=50, kind="cosine"),
         train=Training(
-            steps=300,
+            steps=240,
             lr_scales={"image_projection": 10.0, "text_projection": 10.0},
             frozen=("image.model.conv_stem", "image.model.bn1", "image.model.blocks.0", "image.model.blocks.1"),
             ema_decay=0.99,
         ),
         evaluate={"retrieval": Retrieval()},
-        evaluate_every=100,
+        evaluate_every=80,
         save=Saving(every=100, keep=2),
     )
