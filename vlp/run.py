@@ -20,6 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -168,7 +169,7 @@ class Run:
             model.set_checkpointing(True)
         model.to(self.accelerator.device)
         if engine(self.accelerator) != "deepspeed":  # which sends weights as plain bytes
-            # convolutions run faster so (EfficientNet-Lite0 on a CPU: 0.54 of the time in float32), transformers do not mind
+            # convolutions run faster so, transformers do not mind
             model.to(memory_format=torch.channels_last)
         if train.compile:
             for tower in (model.image, model.text):
@@ -343,11 +344,10 @@ class Run:
         )
         # running means are each process's own; those of the main process are in the checkpoint
         take_from_main(self.model.buffers())
-        if self.state.average:
-            take_from_main(self.state.average.buffers.values())
-            with self.state.average.in_place_of(self.model):
-                results = {name: task(subject) for name, task in self.experiment.evaluate.items()}
-        else:
+        average = self.state.average
+        if average:
+            take_from_main(average.buffers.values())
+        with average.in_place_of(self.model) if average else nullcontext():
             results = {name: task(subject) for name, task in self.experiment.evaluate.items()}
         if self.is_main:
             self._write(results, subject)
