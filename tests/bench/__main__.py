@@ -10,7 +10,16 @@ import sys
 import time
 from pathlib import Path
 
-MEASURES = ("decode", "seek", "clip_flops", "contrastive_memory", "retrieval_memory", "data_wait")
+MEASURES = (
+    "decode",
+    "seek",
+    "clip_flops",
+    "contrastive_memory",
+    "uniformity_memory",
+    "queue_info_nce",
+    "retrieval_memory",
+    "data_wait",
+)
 
 
 def main() -> None:

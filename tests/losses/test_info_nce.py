@@ -64,6 +64,25 @@ def test_mean_of_both_ways_with_smoothing_equals_transformers_align():
     torch.testing.assert_close(loss, align_loss(text @ image.T / temperature), rtol=0, atol=1e-6)
 
 
+def two_views():
+    """SimCLR's: 8 samples twice, each view looking for the other among all views but itself."""
+    views, ids = unit(16, dtype=torch.float32), torch.arange(8).repeat(2)
+    return views, ids, info_nce(views, views, 1 / 0.5, ids, ids, allowed=~torch.eye(16, dtype=torch.bool))
+
+
+def test_views_among_all_other_views_equal_lightly():
+    NTXentLoss = pytest.importorskip("lightly.loss").NTXentLoss
+    views, _, loss = two_views()
+    torch.testing.assert_close(loss, NTXentLoss(temperature=0.5)(*views.chunk(2)), rtol=1e-5, atol=0)
+
+
+def test_views_among_all_other_views_equal_pytorch_metric_learning():
+    """Which normalises; with more than two views of a sample it leaves the other positives out of the denominator."""
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    views, ids, loss = two_views()
+    torch.testing.assert_close(loss, losses.NTXentLoss(temperature=0.5)(views, ids), rtol=1e-5, atol=0)
+
+
 def test_gradient_is_the_numerical_one():
     ids = torch.tensor([0, 1, 1, 2])
     inputs = (unit(4, 3).requires_grad_(), unit(4, 3, seed=1).requires_grad_(), torch.tensor([3.0]).double())
@@ -143,6 +162,16 @@ def test_non_finite_row_is_named(bad):
         info_nce(queries, keys, 1.0, ids, ids)
     with pytest.raises(NonFiniteLoss, match="scale"):
         info_nce(queries, queries, torch.tensor([bad]), ids, ids)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("left_out", [False, True])
+def test_non_finite_key_is_named_even_where_the_loss_does_not_see_it(left_out, bad):
+    queries, keys, allowed = unit(3).abs(), unit(5, seed=1).abs(), torch.ones(3, 5, dtype=torch.bool)
+    keys[4, 0] = bad
+    allowed[:, 4] = not left_out
+    with pytest.raises(NonFiniteLoss, match="row 4 of keys"):
+        info_nce(queries, keys, 1.0, torch.arange(3), torch.arange(5), allowed=allowed)
 
 
 def test_soft_target_on_a_left_out_pair_is_named():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from vlp.losses.info_nce import info_nce
 from vlp.losses.inputs import NonFiniteLoss
 from vlp.losses.sigmoid import sigmoid_loss
-from vlp.losses.tiled import tiled_info_nce, tiled_sigmoid_loss, tiled_symmetric_info_nce
+from vlp.losses.tiled import queue_info_nce, tiled_info_nce, tiled_sigmoid_loss, tiled_symmetric_info_nce
 
 ROWS, KEYS = 37, 53  # no multiple of a tile
 
@@ -144,7 +144,113 @@ def test_non_finite_row_is_named(plain, tiled, last):
         tiled(queries, *rest, tile_rows=8)
 
 
+@pytest.mark.parametrize(("plain", "tiled", "last"), CASES)
+def test_key_at_minus_infinity_is_named_although_the_loss_is_finite(plain, tiled, last):
+    (queries, keys, *rest), _ = inputs(torch.float64, last)
+    keys = keys.detach().clone()
+    keys[52, 0] = -math.inf
+    with pytest.raises(NonFiniteLoss, match="row 52 of keys"):
+        tiled(queries.detach().abs(), keys, *rest, tile_rows=8)
+
+
 def test_tile_of_no_rows_is_an_error():
     arguments, _ = inputs(torch.float64, 0.0)
     with pytest.raises(ValueError, match="tile_rows"):
         tiled_info_nce(*arguments, tile_rows=0)
+
+
+def queue_case(dtype=torch.float64, queue=53):
+    """11 queries among 7 keys and a queue, with positives in both, in one only, and several."""
+    generator = torch.Generator().manual_seed(0)
+    rows = F.normalize(torch.randn(18 + queue, 16, dtype=dtype, generator=generator), dim=1).split([11, 7, queue])
+    queries, keys, scale = (x.requires_grad_() for x in (*rows[:2], torch.tensor([20.0], dtype=dtype)))
+    queue_ids = torch.arange(queue) % 20
+    return (queries, keys, rows[2], scale, torch.arange(11) % 9, torch.arange(7), queue_ids), [queries, keys, scale]
+
+
+def whole(queries, keys, queue, scale, query_ids, key_ids, queue_ids, eps, allowed):
+    allowed = torch.cat([allowed, allowed.new_ones(len(queries), len(queue))], 1)
+    return info_nce(queries, torch.cat([keys, queue]), scale, query_ids, torch.cat([key_ids, queue_ids]), eps, allowed)
+
+
+@pytest.mark.parametrize("tile_keys", [1, 8, 1024])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_queue_equals_the_plain_form_in_value_and_every_gradient(masked, eps, dtype, tolerance, tile_keys):
+    arguments, learned = queue_case(dtype)
+    allowed = torch.ones(11, 7, dtype=torch.bool)
+    if masked:
+        allowed[torch.arange(11), torch.arange(11) % 7] = False
+        allowed[3] = False
+    value = queue_info_nce(*arguments, eps, allowed if masked else None, tile_keys)
+    expected = whole(*arguments, eps, allowed)
+    torch.testing.assert_close(value, expected, rtol=tolerance, atol=0)
+    gradients = torch.autograd.grad(0.3 * value, learned)
+    for gradient, reference in zip(gradients, torch.autograd.grad(0.3 * expected, learned)):
+        assert (gradient - reference).norm() <= tolerance * reference.norm()
+
+
+@pytest.mark.parametrize("queue", [0, 1, 3, 10])
+def test_queue_may_be_shorter_than_the_batch_or_empty(queue):
+    (queries, keys, rows, scale, *_), learned = queue_case(queue=queue)
+    queries, ids, other = queries[:7], torch.arange(7), torch.full((queue,), -1)
+    value = queue_info_nce(queries, keys, rows, scale, ids, ids, other)
+    expected = info_nce(queries, torch.cat([keys, rows]), scale, ids, torch.cat([ids, other]))
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=0)
+    for pair in zip(torch.autograd.grad(value, learned), torch.autograd.grad(expected, learned)):
+        torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-12)
+
+
+def test_own_key_and_queue_equal_lightlys_moco_loss():
+    """NTXentLoss with a memory bank: its queries see their own key and the queue; it normalises what it is given."""
+    NTXentLoss = pytest.importorskip("lightly.loss").NTXentLoss
+    (queries, _, queue, *_), _ = queue_case(torch.float32)
+    keys, ids = F.normalize(queries.detach() + 0.1, dim=1), torch.arange(11)
+    theirs = NTXentLoss(temperature=0.07, memory_bank_size=(53, 16))
+    theirs.memory_bank.bank = queue
+    loss = queue_info_nce(
+        queries, keys, queue, 1 / 0.07, ids, ids, torch.full((53,), -1), allowed=torch.eye(11, dtype=torch.bool)
+    )
+    torch.testing.assert_close(loss, theirs(queries.detach(), keys), rtol=1e-5, atol=1e-6)
+
+
+def test_queue_with_far_apart_logits_does_not_overflow():
+    (queries, keys, queue, _, *ids), learned = queue_case(torch.float32)
+    value = queue_info_nce(queries, keys, queue, 2000.0, *ids, tile_keys=8)
+    expected = whole(queries, keys, queue, 2000.0, *ids, 0.0, torch.ones(11, 7, dtype=torch.bool))
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(value, learned[:2]))
+
+
+def test_queue_without_gradient_has_the_same_value_and_double_backward_is_refused():
+    arguments, learned = queue_case()
+    with torch.no_grad():
+        value = queue_info_nce(*arguments)
+    assert value == queue_info_nce(*arguments).detach()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(queue_info_nce(*arguments), learned, create_graph=True)
+
+
+def test_query_without_a_positive_in_keys_and_queue_is_named():
+    (*arguments, query_ids, key_ids, queue_ids), _ = queue_case()
+    query_ids[5] = 1000
+    with pytest.raises(ValueError, match="row 5 has no positive"):
+        queue_info_nce(*arguments, query_ids, key_ids, queue_ids)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["queries", "keys", "queue"])
+def test_non_finite_row_beside_a_queue_is_named_even_where_it_is_left_out(name, bad):
+    arguments, _ = queue_case()
+    tensors = dict(zip(("queries", "keys", "queue"), (x.detach().abs() for x in arguments[:3])))
+    tensors[name][4, 0] = bad
+    allowed = torch.ones(11, 7, dtype=torch.bool)
+    allowed[:, 4] = False
+    with pytest.raises(NonFiniteLoss, match=f"row 4 of {name}"):
+        queue_info_nce(*tensors.values(), *arguments[3:], allowed=allowed)
+
+
+def test_queue_tile_of_no_keys_is_an_error():
+    with pytest.raises(ValueError, match="tile_keys"):
+        queue_info_nce(*queue_case()[0], tile_keys=0)

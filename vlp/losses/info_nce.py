@@ -52,7 +52,9 @@ def info_nce(
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
     targets = id_targets(query_ids, key_ids, label_smoothing, allowed, dtype=logits.dtype)
-    return check_finite(_cross_entropy(logits, targets).mean(), queries=queries, keys=keys, scale=scale)
+    # A key that is left out, or whose infinity makes its logits -inf, reaches the gradients but not the loss.
+    seen = 0 * keys.detach().sum()  # 0 or NaN
+    return check_finite(_cross_entropy(logits, targets).mean() + seen, queries=queries, keys=keys, scale=scale)
 
 
 @in_float32

@@ -5,7 +5,9 @@ made in the forward pass while the tile is there, and kept at the size of the in
 That is the plain form's three matrix products, none of them twice. Value and gradient equal the plain form's. A second
 backward, of the gradient or (``retain_graph``) of the loss, is not supported and raises.
 
-B queries, M keys, E embedding, R rows of one tile.
+A queue is taken some of its rows at a time instead, because nothing but the queries needs its share of the gradient.
+
+B queries, M keys, K queue rows, E embedding, R rows of one tile.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ def tiled_info_nce(
         return log_total.sum() / num_rows - aligned
 
     loss = _stream(queries, keys, scale, None, tile_loss, tile_rows)
-    return check_finite(loss, queries=queries, keys=keys, scale=scale)
+    seen = 0 * keys.detach().sum()  # NaN if an infinite key hides behind logits of -inf
+    return check_finite(loss + seen, queries=queries, keys=keys, scale=scale)
 
 
 @in_float32
@@ -95,6 +98,64 @@ def tiled_symmetric_info_nce(
 
 
 @in_float32
+def queue_info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    scale: Tensor | float,
+    query_ids: Tensor,
+    key_ids: Tensor,
+    queue_ids: Tensor,
+    label_smoothing: float = 0.0,
+    allowed: Tensor | None = None,
+    tile_keys: int = 1024,
+) -> Tensor:
+    """`vlp.losses.info_nce.info_nce` among ``cat([keys, queue])``, at the cost of its matrix products alone.
+
+    MoCo's loss has each query's own key and the queue: ``allowed=torch.eye(B, dtype=torch.bool)``, ``queue_ids`` that no
+    query has. A queue may be of any length, also shorter than the batch or empty.
+
+    Args:
+        queries: (B, E) embeddings, normally of unit norm. Gradient flows to them, to ``keys`` and to ``scale``.
+        keys: (M, E) embeddings. (B, M) is held; (B, K) is not.
+        queue: (K, E) embeddings, without gradient.
+        scale: () or (1,) inverse temperature.
+        query_ids: (B,) int64.
+        key_ids: (M,) int64; a key with the query's id is a positive.
+        queue_ids: (K,) int64; so is a queue row.
+        label_smoothing: probability spread evenly over the row's allowed keys and the queue.
+        allowed: (B, M) bool, False where a pair of query and key is left out of the softmax.
+        tile_keys: sets memory, (B, tile_keys), not value.
+
+    Returns:
+        () mean over queries, in nats.
+
+    Raises:
+        ValueError: naming the row, if a query has no allowed positive or an embedding is not finite.
+    """
+    check_ids(queries, keys, query_ids, key_ids)
+    check_ids(queries, queue, query_ids, queue_ids)
+    queue = queue.detach()
+    scaled, queue_sum = scale * queries, queue.sum(0)
+    products = scaled @ keys.T
+    allowed = torch.ones_like(products, dtype=torch.bool) if allowed is None else allowed
+    positive = (query_ids[:, None] == key_ids) & allowed
+    row, column = _equal_ids(query_ids, queue_ids)
+    count = positive.sum(1) + row.bincount(minlength=len(queries))
+    check_every_row(count > 0, "has no positive: no allowed key and no queue row has its id")
+    aligned = products.where(positive, 0).sum(1).index_add(0, row, (scaled[row] * queue[column]).sum(1)) / count
+    logits = products.masked_fill(~allowed, -torch.inf)
+    log_total = torch.cat([logits, _queue_log_totals(scaled, queue, tile_keys)[:, None]], dim=1).logsumexp(1)
+    loss = log_total - (1 - label_smoothing) * aligned
+    if label_smoothing:
+        everything = products.where(allowed, 0).sum(1) + scaled @ queue_sum
+        loss = loss - label_smoothing * everything / (allowed.sum(1) + len(queue))
+    # A key that is left out, or whose infinity makes its logits -inf, reaches the gradients but not the loss.
+    seen = 0 * (keys.detach().sum() + queue_sum.sum())  # 0 or NaN
+    return check_finite(loss.mean() + seen, queries=queries, keys=keys, queue=queue, scale=scale)
+
+
+@in_float32
 def tiled_sigmoid_loss(
     queries: Tensor,
     keys: Tensor,
@@ -118,7 +179,8 @@ def tiled_sigmoid_loss(
         return loss
 
     loss = _stream(queries, keys, scale, bias, tile_loss, tile_rows)
-    return check_finite(loss, queries=queries, keys=keys, scale=scale, bias=bias)
+    seen = 0 * (queries.detach().sum() + keys.detach().sum())  # NaN if an infinite row hides behind logits of -inf
+    return check_finite(loss + seen, queries=queries, keys=keys, scale=scale, bias=bias)
 
 
 def _stream(
@@ -186,6 +248,55 @@ def _row_log_totals(queries: Tensor, keys: Tensor, scale: Tensor | float, tile_r
     """(B,) log-sum-exp over the keys of each query's logits."""
     tiles = _tiles(queries, keys, _scalar(scale, queries), tile_rows)
     return torch.cat([_softmax_(logits, 1.0) for _, logits in tiles])
+
+
+def _queue_log_totals(scaled: Tensor, queue: Tensor, tile_keys: int) -> Tensor:
+    """(B,) log-sum-exp of ``scaled @ queue.T``; -inf where the queue is empty."""
+    if tile_keys < 1:
+        raise ValueError(f"tile_keys is {tile_keys}, at least 1 is needed")
+    return _QueueLogTotals.apply(scaled if torch.is_grad_enabled() else scaled.detach(), queue, tile_keys)
+
+
+class _QueueLogTotals(torch.autograd.Function):
+    """The gradient by a query is its softmax-weighted mean of the queue, which can be summed beside the log-sum-exp.
+
+    Both are relative to the largest logit so far and shrink when a larger one comes (online softmax, Milakov &
+    Gimelshein 2018): each tile of logits is made once, and is used up while it is in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx, scaled, queue, tile_keys):
+        peak, total = scaled.new_full((len(scaled), 1), -torch.inf), scaled.new_zeros(len(scaled), 1)
+        mean = torch.zeros_like(scaled) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(queue), tile_keys):
+            tile = queue[start : start + tile_keys]
+            logits = scaled @ tile.T
+            new_peak = torch.maximum(peak, logits.amax(dim=1, keepdim=True))
+            shrink, peak = (peak - new_peak).exp_(), new_peak
+            logits.sub_(peak).exp_()
+            total.mul_(shrink).add_(logits.sum(dim=1, keepdim=True))
+            if mean is not None:
+                mean.mul_(shrink).addmm_(logits, tile)
+        total.clamp_(min=1)  # which only an empty queue is below
+        ctx.save_for_backward(None if mean is None else mean.div_(total))
+        return (peak + total.log()).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        refuse_double_backward("queue_info_nce")
+        (mean,) = ctx.saved_tensors
+        return mean * grad_output[:, None], None, None
+
+
+def _equal_ids(query_ids: Tensor, key_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns where (B, M) ``query_ids[:, None] == key_ids``, without that matrix where few keys match."""
+    if len(query_ids) == 0:
+        return query_ids, query_ids
+    ordered = query_ids.sort().values
+    place = torch.searchsorted(ordered, key_ids).clamp(max=len(ordered) - 1)
+    matched = (ordered[place] == key_ids).nonzero().squeeze(1)
+    row, column = (query_ids[:, None] == key_ids[matched]).nonzero(as_tuple=True)
+    return row, matched[column]
 
 
 def _softmax_(logits: Tensor, weight: float) -> Tensor:

@@ -1,0 +1,66 @@
+"""InfoNCE with MoCo's queue against its bare matrix products: ``python -m tests.bench.queue_info_nce``.
+
+The products are the logits, the gradient of the queries (both among 256 keys and 65,536 queue rows) and the gradient of
+the 256 keys; the queue gets none. The ratio is of CPU times, the best of some rounds in which the forms take turns.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+
+import torch
+import torch.nn.functional as F
+
+from vlp.losses.info_nce import info_nce
+from vlp.losses.tiled import queue_info_nce, tiled_info_nce
+
+ROWS, QUEUE, WIDTH, SCALE, THREADS, ROUNDS = 256, 65_536, 128, 1 / 0.07, 1, 9
+
+
+def measure() -> dict:
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    queries, keys = (F.normalize(torch.randn(ROWS, WIDTH), dim=1).requires_grad_() for _ in range(2))
+    queue, scale = F.normalize(torch.randn(QUEUE, WIDTH), dim=1), torch.tensor(SCALE, requires_grad=True)
+    ids, queue_ids = torch.arange(ROWS), torch.arange(ROWS, ROWS + QUEUE)
+    every_key, every_id = torch.cat([keys.detach(), queue]), torch.cat([ids, queue_ids])
+    grad = torch.rand(ROWS, ROWS + QUEUE)
+
+    def products():
+        query, key = queries.detach(), keys.detach()
+        return query @ every_key.T, grad @ every_key, grad[:, :ROWS].T @ key
+
+    def whole(loss):
+        return lambda: loss(queries, torch.cat([keys, queue]), scale, ids, every_id)
+
+    forms = {
+        "queue_info_nce": lambda: queue_info_nce(queries, keys, queue, scale, ids, ids, queue_ids),
+        "tiled_info_nce": whole(tiled_info_nce),
+        "info_nce": whole(info_nce),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ("products", *forms)}
+    for _ in range(ROUNDS):
+        began = time.process_time()
+        products()
+        seconds["products"].append(time.process_time() - began)
+        for name, loss in forms.items():
+            began = time.process_time()
+            torch.autograd.grad(loss(), (queries, keys, scale))
+            seconds[name].append(time.process_time() - began)
+    best = {name: min(values) for name, values in seconds.items()}
+    return {
+        "queries": ROWS,
+        "queue": QUEUE,
+        "width": WIDTH,
+        "threads": THREADS,
+        "products_ms": round(1000 * best["products"], 1),
+        "ratio": round(best["queue_info_nce"] / best["products"], 3),
+        "goal": 1.3,
+        "ratio_tiled_info_nce": round(best["tiled_info_nce"] / best["products"], 3),
+        "ratio_info_nce": round(best["info_nce"] / best["products"], 3),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(), indent=1))

@@ -1,0 +1,154 @@
+"""Losses of pairs and triplets by Euclidean distance, and the choice of triplets within a batch.
+
+B rows, E embedding, M candidates, T triplets. Embeddings need not be of unit norm; a margin means little without it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlp.losses.inputs import check_finite, check_ids, in_float32
+
+Triplets = tuple[Tensor, Tensor, Tensor]
+"""(T,) int64 each: rows of the anchors, and the candidates' rows of their positives and their negatives."""
+
+
+@in_float32
+def contrastive_loss(a: Tensor, b: Tensor, is_match: Tensor, margin: float = 1.0) -> Tensor:
+    """Draw matches together and push others apart to a margin (Hadsell, Chopra & LeCun 2006, eq. 4).
+
+    ``mean_i 1/2 (y d^2 + (1 - y) max(margin - d, 0)^2)``, d the Euclidean distance and y = 1 for a match (in the paper,
+    Y = 1 is a pair that does *not* match). pytorch-metric-learning's ``ContrastiveLoss`` has neither the square nor
+    the 1/2, normalises, and averages the pairs that are not 0, matches and others apart.
+
+    Args:
+        a: (B, E) embeddings.
+        b: (B, E) embeddings, of either modality.
+        is_match: (B,) bool.
+
+    Returns:
+        () mean over pairs, those at 0 included. A pair at distance 0 that does not match gets no gradient.
+
+    Raises:
+        ValueError: if there is no pair, the shapes differ or ``is_match`` is not bool; naming the row, if an embedding
+            is not finite.
+    """
+    if a.shape != b.shape or len(a) < 1 or is_match.shape != a.shape[:1] or is_match.dtype != torch.bool:
+        raise ValueError(
+            "contrastive_loss needs pairs of rows and a bool for each, got "
+            f"{tuple(a.shape)}, {tuple(b.shape)} and {is_match.dtype} {tuple(is_match.shape)}"
+        )
+    distance = torch.linalg.vector_norm(a - b, dim=1)
+    check_finite(distance.square().sum(), a=a, b=b)  # the hinge would turn an infinite distance into 0
+    return torch.where(is_match, distance, (margin - distance).clamp(min=0)).square().mean() / 2
+
+
+@in_float32
+def triplet_loss(anchor: Tensor, positive: Tensor, negative: Tensor, margin: float = 0.2) -> Tensor:
+    """Have the positive nearer than the negative by a margin (FaceNet, Schroff et al. 2015, sec. 3.1; there a sum).
+
+    ``mean_i max(||a_i - p_i||^2 - ||a_i - n_i||^2 + margin, 0)``, with squared distances. pytorch-metric-learning's
+    ``TripletMarginLoss`` has plain distances, a margin of 0.05, and averages the triplets that are not 0;
+    ``torch.nn.functional.triplet_margin_loss`` has plain distances and a margin of 1.
+
+    Args:
+        anchor: (T, E) embeddings.
+        positive: (T, E) embeddings.
+        negative: (T, E) embeddings.
+
+    Returns:
+        () mean over triplets, those at 0 included. Without a triplet, as mining may end, 0 with a gradient of 0.
+
+    Raises:
+        ValueError: if the shapes differ; naming the row, if an embedding is not finite.
+    """
+    if not anchor.shape == positive.shape == negative.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (anchor, positive, negative))
+        raise ValueError(f"triplet_loss needs triplets of rows, got {shapes}")
+    near, far = (anchor - positive).square().sum(1), (anchor - negative).square().sum(1)
+    check_finite((near + far).sum(), anchor=anchor, positive=positive, negative=negative)
+    return (near - far + margin).clamp(min=0).sum() / max(len(anchor), 1)
+
+
+@torch.no_grad()
+def semi_hard_triplets(
+    anchors: Tensor,
+    candidates: Tensor,
+    anchor_ids: Tensor,
+    candidate_ids: Tensor,
+    margin: float = 0.2,
+    allowed: Tensor | None = None,
+) -> Triplets:
+    """For each anchor and positive, the nearest negative with ``d_ap < d_an < d_ap + margin`` (FaceNet, sec. 3.2).
+
+    All pairs of anchor and positive take part, as in the paper; those without such a negative are left out, so there
+    may be none. d is the squared Euclidean distance. Within one set of embeddings pass it twice, and
+    ``allowed=~torch.eye(B, dtype=torch.bool)``: no row is its own positive. pytorch-metric-learning's
+    ``TripletMarginMiner(type_of_triplets="semihard")`` returns every such negative instead of the nearest.
+
+    Args:
+        anchors: (B, E) embeddings.
+        candidates: (M, E) embeddings.
+        anchor_ids: (B,) int64.
+        candidate_ids: (M,) int64; a candidate with the anchor's id is a positive, any other a negative.
+        allowed: (B, M) bool, False where a pair may be neither.
+
+    Returns:
+        Rows of anchors, positives and negatives, (T,) each, for `triplet_loss`.
+
+    Raises:
+        ValueError: naming the row, if an embedding is not finite.
+    """
+    distance, is_positive, is_negative = _pairs(anchors, candidates, anchor_ids, candidate_ids, allowed)
+    if distance.numel() == 0:
+        return distance.nonzero().new_empty(3, 0).unbind()
+    # Each anchor's negatives in order of distance: the first beyond a positive is found without a cube of triplets.
+    negatives, order = distance.masked_fill(~is_negative, torch.inf).sort(dim=1)
+    beyond = torch.searchsorted(negatives, distance, right=True).clamp(max=distance.shape[1] - 1)  # (B, M)
+    nearest = negatives.gather(1, beyond)
+    anchor, positive = (is_positive & (distance < nearest) & (nearest < distance + margin)).nonzero(as_tuple=True)
+    return anchor, positive, order[anchor, beyond[anchor, positive]]
+
+
+@torch.no_grad()
+def hardest_triplets(
+    anchors: Tensor, candidates: Tensor, anchor_ids: Tensor, candidate_ids: Tensor, allowed: Tensor | None = None
+) -> Triplets:
+    """For each anchor its farthest positive and its nearest negative (FaceNet, sec. 3.2; "batch hard").
+
+    An anchor without a positive or without a negative is left out. Equals pytorch-metric-learning's ``BatchHardMiner``.
+
+    Args:
+        anchors, candidates, anchor_ids, candidate_ids, allowed: as in `semi_hard_triplets`.
+
+    Returns:
+        Rows of anchors, positives and negatives, (T,) each with T <= B, for `triplet_loss`.
+
+    Raises:
+        ValueError: naming the row, if an embedding is not finite.
+    """
+    distance, is_positive, is_negative = _pairs(anchors, candidates, anchor_ids, candidate_ids, allowed)
+    if distance.numel() == 0:
+        return distance.nonzero().new_empty(3, 0).unbind()
+    anchor = (is_positive.any(1) & is_negative.any(1)).nonzero().squeeze(1)
+    farthest = distance.masked_fill(~is_positive, -torch.inf).argmax(1)
+    nearest = distance.masked_fill(~is_negative, torch.inf).argmin(1)
+    return anchor, farthest[anchor], nearest[anchor]
+
+
+def _pairs(anchors, candidates, anchor_ids, candidate_ids, allowed) -> Triplets:
+    """(B, M) squared distances, and which pairs are positives and which negatives."""
+    check_ids(anchors, candidates, anchor_ids, candidate_ids)
+    is_positive = anchor_ids[:, None] == candidate_ids
+    is_negative = ~is_positive
+    if allowed is not None:
+        is_positive, is_negative = is_positive & allowed, is_negative & allowed
+    return _square_distances(anchors, candidates), is_positive, is_negative
+
+
+@in_float32
+def _square_distances(a: Tensor, b: Tensor) -> Tensor:
+    distance = (a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T).clamp_(min=0)
+    check_finite(distance.sum(), anchors=a, candidates=b)
+    return distance
