@@ -19,7 +19,7 @@ from vlp.config import (
     override,
     to_plain,
 )
-from vlp.data.stream import Source
+from vlp.data.shards import Source
 from vlp.errors import UserError
 from vlp.optim import Lamb
 from vlp.validation import check_types, fits, validate

@@ -9,6 +9,7 @@ import torch
 
 from tests.conftest import ROOT
 from vlp.config import Experiment, dump, from_plain, load_config
+from vlp.forward import Surroundings
 from vlp.optim import parameter_groups, set_lr
 from vlp.train import Pretrainer
 from vlp.types import Batch
@@ -88,7 +89,7 @@ def test_it_builds_without_its_weights_and_takes_a_step(experiment):
     batch = Batch(model.preprocess.normalise(images), ids, torch.ones_like(ids).bool(), torch.arange(4))
     pretrainer = Pretrainer(model.train(), experiment.objectives)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.numel() < 1e5}
-    losses, total, _ = pretrainer(batch)
+    losses, total, _ = pretrainer(batch, None, Surroundings())
     assert losses.keys() == experiment.objectives.keys() and total.isfinite()
     total.backward()
     assert all(p.grad is not None for p in model.parameters())

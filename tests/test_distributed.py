@@ -72,7 +72,7 @@ def batch_of(image_size: int, dtype: torch.dtype) -> Batch:
     ids = torch.randint(1, 20, (ROWS, 6))
     # rows 1 and 6 show the same picture: positives of each other, on different processes
     index = torch.tensor([0, 1, 2, 3, 4, 5, 1, 7])
-    return Batch(torch.randn(ROWS, 3, image_size, image_size, dtype=dtype), ids, torch.ones_like(ids).bool(), index)
+    return Batch(index, torch.randn(ROWS, 3, image_size, image_size, dtype=dtype), ids, torch.ones_like(ids).bool())
 
 
 class Wrapped(nn.Module):
@@ -88,7 +88,7 @@ def gradients(rank: int, world: int, objective, real: bool) -> tuple[float, dict
     """Mean of the loss over processes and the gradients that DDP leaves, for this process's part of the batch."""
     model, batch = (small_dual(), batch_of(32, torch.float32)) if real else (Linear(), batch_of(2, torch.float64))
     part = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
-    batch = Batch(batch.image[part], batch.input_ids[part], batch.attention_mask[part], batch.index[part])
+    batch = Batch(batch.index[part], batch.image[part], batch.input_ids[part], batch.attention_mask[part])
     wrapped = Wrapped(model, objective)
     # the softmax does not use the bias
     called = DistributedDataParallel(wrapped, find_unused_parameters=True) if world > 1 else wrapped

@@ -23,7 +23,7 @@ def batch(image_size: int) -> Batch:
     torch.manual_seed(3)
     mask = torch.arange(9) < torch.tensor([9, 4, 2, 4, 7, 5])[:, None]
     ids = torch.randint(1, VOCABULARY, mask.shape).masked_fill(~mask, 0)
-    return Batch(torch.randn(ROWS, 3, image_size, image_size), ids, mask, torch.arange(ROWS))
+    return Batch(torch.arange(ROWS), torch.randn(ROWS, 3, image_size, image_size), ids, mask)
 
 
 class OfTransformers(nn.Module):

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlp.data.augment import RandomResizedCrop, Resize
-from vlp.data.stream import Source
+from vlp.data.sentences import Sentences
+from vlp.data.shards import Source
 from vlp.errors import UserError
 from vlp.optim import AdamW, Schedule
+from vlp.state import Momentum
 
 
 @dataclass(frozen=True)
@@ -30,24 +32,28 @@ class Data:
     """Where samples come from and what is done to them.
 
     Args:
-        train: sources of the training stream.
+        train: sources of the training stream: shards of pictures with captions, or files of texts.
         val: shards for the evaluations during training and for `vlp eval`'s default; None = none.
         tokenizer: folder, tokenizer.json, vocab.txt, ``pip:PACKAGE/path`` or ``open_clip:NAME``.
         batch_size: samples of one optimizer step over all processes and accumulated micro-batches.
         max_length: tokens of a caption; longer ones are cut and counted.
         augment: what training pictures go through; every draw is seeded by (seed, epoch, sample).
+        views: what further views of each picture go through: SimCLR and MoCo take one.
+        text_views: how further views of each text are made from the first: see `vlp.data.text_views`.
         resize: what evaluated pictures go through.
         workers: loading processes of each training process.
         max_bad_fraction: of all samples; the run stops when more than this many are found unusable.
         max_pixels: a picture with more is bad.
     """
 
-    train: tuple[Source, ...]
+    train: tuple[Source | Sentences, ...]
     val: str | None = None
     tokenizer: str = ""
     batch_size: int = 256
     max_length: int = 64
     augment: Any = field(default_factory=RandomResizedCrop)
+    views: tuple[Any, ...] = ()
+    text_views: tuple[Any, ...] = ()
     resize: Resize = field(default_factory=Resize)
     workers: int = 1
     max_bad_fraction: float = 0.01
@@ -133,6 +139,7 @@ class Experiment:
         name: of the run folder in ``output``.
         model: a spec with ``build()`` and ``resolved()``, e.g. `vlp.models.dual.Dual`.
         objectives: name -> objective; the total loss is the sum of weight * loss.
+        momentum: the momentum encoder of the objectives that want one; None = none is kept.
         evaluate: name -> task, run every ``evaluate_every`` steps and at the end.
         evaluate_every: steps; 0 = only at the end.
     """
@@ -144,6 +151,7 @@ class Experiment:
     optim: Any = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=Schedule)
     train: Training = field(default_factory=Training)
+    momentum: Momentum | None = None
     evaluate: dict[str, Any] = field(default_factory=dict)
     evaluate_every: int = 0
     save: Saving = field(default_factory=Saving)
@@ -252,9 +260,11 @@ def _set(node: Any, key: str, path: list[str], text: str) -> Any:
 
 
 def _parse(key: str, text: str, hint: Any, old: Any) -> Any:
-    """``text`` as a value of type ``hint``. Shards may be given as a plain string or a comma-separated list."""
-    if hint == tuple[Source, ...]:
-        return tuple(Source(s) for s in text.split(","))
+    """``text`` as a value of type ``hint``. Sources may be given as paths separated by commas."""
+    if hint == tuple[Source | Sentences, ...]:
+        # files of texts keep the columns of the one that they take the place of
+        texts = old[0] if old and isinstance(old[0], Sentences) else None
+        return tuple(replace(texts, path=path) if texts else Source(path) for path in text.split(","))
     if hint is Any or is_dataclass(hint):
         names = [f.name for f in dataclasses.fields(old)] if is_dataclass(old) else []
         raise UserError(

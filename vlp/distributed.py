@@ -23,6 +23,10 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def gather(x: Tensor) -> Tensor:
     """(B, ...) of each process -> (W * B, ...) of all, in the order of the processes; no gradient."""
     if world_size() == 1:
@@ -47,7 +51,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> Tensor:
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
-        return total.chunk(world_size())[dist.get_rank()]
+        return total.chunk(world_size())[rank()]
 
 
 def gather_objects(x: object) -> list:

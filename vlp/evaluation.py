@@ -81,14 +81,15 @@ class Result:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and back."""
-    was_training = model.training
+    """Evaluation mode without gradients, and back: each part to the mode that it had, since frozen ones never train."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 def merge(rows: Tensor) -> Tensor:

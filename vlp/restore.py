@@ -55,7 +55,7 @@ def open_run(folder: Path, which: str | None = None) -> tuple[Subject, int]:
     process = PartialState(cpu=not torch.cuda.is_available())
     subject = Subject(
         model.to(process.device).eval(),
-        load_tokenizer(str(folder / "tokenizer")),
+        load_tokenizer(str(folder / "tokenizer")) if model.text is not None else None,
         experiment.data,
         process.device,
         experiment.seed,

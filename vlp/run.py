@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,35 +58,37 @@ class Run:
     def __init__(self, experiment: Experiment, accelerator: Accelerator, resume: bool, whole: Path | None):
         self.experiment, self.accelerator, self.resumed_from = experiment, accelerator, whole
         self.folder, self.is_main, self.resume = experiment.folder, accelerator.is_main_process, resume
-        self.tokenizer = load_tokenizer(str(self.folder / "tokenizer") if resume else experiment.data.tokenizer)
         torch.manual_seed(experiment.seed)
         # a checkpoint holds every weight, so a resumed run no longer needs the files that it once started from
         self.model = experiment.model.build(load_weights=whole is None)
-        self._check_text()
+        self.tokenizer = self.vocabulary = None
+        if self.model.text is not None:
+            self.tokenizer = load_tokenizer(str(self.folder / "tokenizer") if resume else experiment.data.tokenizer)
+            self.vocabulary = self.tokenizer.vocabulary().to(accelerator.device)
+            self._check_text()
         data = experiment.data
         self.dataset = Shuffled(
             data.train,
-            data.augment,
+            (data.augment, *data.views),
             self.model.preprocess,
             self.tokenizer,
             data.max_length,
             data.max_pixels,
             experiment.seed,
+            data.text_views,
         )
         self._check_same_data()
         self.epoch_samples = len(self.dataset)
         if data.batch_size > self.epoch_samples:
             raise UserError(
                 f"data.batch_size={data.batch_size} is larger than the data ({self.epoch_samples} samples in "
-                f"{', '.join(s.shards for s in data.train)}); lower it to at most that"
+                f"{', '.join(r.location for r in self.dataset.readers)}); lower it to at most that"
             )
         for task in experiment.evaluate.values():
             task.check(data)
         self.total_steps = total_steps(experiment, self.epoch_samples)
         self._prepare_model()
-        self.state = TrainState(
-            average=Average(self.model, d) if (d := experiment.train.ema_decay) is not None else None
-        )
+        self.state = self._start_state()
         groups = parameter_groups(
             self.model, experiment.optim.weight_decay, experiment.train.layer_decay, experiment.train.lr_scales
         )
@@ -155,6 +157,20 @@ class Run:
         if self.experiment.train.nonfinite == "skip" and self.experiment.train.accumulation > 1:
             raise UserError("train.nonfinite=skip with DeepSpeed needs train.accumulation=1; set one of them")
 
+    def _start_state(self) -> TrainState:
+        experiment, device = self.experiment, self.accelerator.device
+        state = TrainState()
+        if experiment.train.ema_decay is not None:
+            state.average = Average(self.model, experiment.train.ema_decay)
+        if experiment.momentum:
+            state.momentum = Average(self.model, experiment.momentum.decay, experiment.momentum.mode)
+        # the same on every process, whatever the model drew
+        generator = torch.Generator().manual_seed(experiment.seed)
+        for name, objective in experiment.objectives.items():
+            if hasattr(objective, "start"):
+                state.memory[name] = objective.start(self.model, self.epoch_samples, device, generator)
+        return state
+
     def _prepare_model(self) -> None:
         train, model = self.experiment.train, self.model
         for prefix in train.frozen:
@@ -172,17 +188,17 @@ class Run:
             # convolutions run faster so, transformers do not mind
             model.to(memory_format=torch.channels_last)
         if train.compile:
-            for tower in (model.image, model.text):
+            for tower in filter(None, (model.image, model.text)):
                 tower.compile()
         model.train()
+        # what is frozen is so altogether: no dropout, and a BatchNorm keeps its statistics
+        for name, module in model.named_modules():
+            if train.frozen and f"{name}.".startswith(tuple(f"{prefix}." for prefix in train.frozen)):
+                module.eval()
 
     def _restore(self, whole: Path) -> None:
         checkpoint.load_model(self.model, checkpoint.read(whole, "model"), whole)
-        saved = checkpoint.read_state(whole)
-        for name, value in saved.items():
-            setattr(self.state, name, value)
-        if self.state.average:
-            self.state.average.load(checkpoint.read(whole, "average"))
+        self.state.load(checkpoint.read_state(whole), partial(checkpoint.read, whole))
 
     def restore_optimizer(self, optimizer, zero: bool) -> None:
         """After the engine has wrapped everything: ZeRO has made its own copies by then."""
@@ -195,7 +211,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not self.resume:
                 shutil.rmtree(self.folder / "tokenizer", ignore_errors=True)  # of a start that was killed here
-                self.tokenizer.save(self.folder / "tokenizer")
+                if self.tokenizer:
+                    self.tokenizer.save(self.folder / "tokenizer")
                 fingerprints = [reader.fingerprint() for reader in self.dataset.readers]
                 write_atomically(self.folder / "data.json", json.dumps(fingerprints, indent=1).encode())
                 write_atomically(self.folder / "parameters.txt", self._audit().encode())
@@ -322,9 +339,7 @@ class Run:
         path = folder / f"step-{self.state.step:08d}"
         optimizer_tensors = checkpoint.optimizer_tensors(self.model, optimizer, zero)
         if self.is_main:
-            files = {"model": self.model.state_dict(), "optimizer": optimizer_tensors}
-            if self.state.average:
-                files["average"] = self.state.average.tensors()
+            files = {"model": self.model.state_dict(), "optimizer": optimizer_tensors, **self.state.files()}
             checkpoint.save(folder, self.state.step, files, self.state.counters())
             checkpoint.prune(folder, self.experiment.save.keep, self.state.step)
         self.accelerator.wait_for_everyone()
@@ -333,8 +348,9 @@ class Run:
     def evaluate(self, saved: Path) -> None:
         """Runs every task on the weights just saved (the averaged ones, if there are), and keeps the best checkpoint."""
         weights = saved / ("average.safetensors" if self.state.average else "model.safetensors")
+        model = self.state.average.network if self.state.average else self.model
         subject = Subject(
-            self.model,
+            model,
             self.tokenizer,
             self.experiment.data,
             self.accelerator.device,
@@ -343,12 +359,8 @@ class Run:
             self.accelerator.process_index,
         )
         # running means are each process's own; those of the main process are in the checkpoint
-        take_from_main(self.model.buffers())
-        average = self.state.average
-        if average:
-            take_from_main(average.buffers.values())
-        with average.in_place_of(self.model) if average else nullcontext():
-            results = {name: task(subject) for name, task in self.experiment.evaluate.items()}
+        take_from_main(model.buffers())
+        results = {name: task(subject) for name, task in self.experiment.evaluate.items()}
         if self.is_main:
             self._write(results, subject)
             self._mark_best(results)

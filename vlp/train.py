@@ -18,7 +18,7 @@ from vlp.config import Experiment
 from vlp.data.order import stream
 from vlp.distributed import engine, gather_objects, sum_over_processes
 from vlp.errors import UserError
-from vlp.forward import Forward
+from vlp.forward import Forward, Surroundings
 from vlp.losses.geometry import alignment, modality_gap, uniformity
 from vlp.losses.inputs import NonFiniteLoss
 from vlp.optim import set_lr
@@ -33,9 +33,11 @@ class Pretrainer(nn.Module):
         super().__init__()
         self.model, self.objectives = model, objectives
 
-    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Forward]:
+    def forward(
+        self, batch: Batch, momentum: nn.Module | None, around: Surroundings
+    ) -> tuple[dict[str, Tensor], Tensor, Forward]:
         """The losses by name, sum(weight * loss), and the bundle that they were computed from."""
-        f = Forward(self.model, batch)
+        f = Forward(self.model, batch, Forward(momentum, batch, around=around) if momentum else None, around)
         losses = {name: objective(f) for name, objective in self.objectives.items()}
         return losses, sum(o.weight * losses[name] for name, o in self.objectives.items()), f
 
@@ -117,7 +119,7 @@ class Trainer:
         began, waited = time.monotonic(), 0.0
         lr = set_lr(self.run.optimizer, experiment.schedule, experiment.optim.lr, state.step, self.run.total_steps)
         losses: dict[str, float] = {}
-        finite, keys, f = True, [], None
+        finite, keys, f, remembered = True, [], None, []
         for micro in range(experiment.train.accumulation):
             asked = time.monotonic()
             loaded = next(micro_batches)
@@ -138,6 +140,7 @@ class Trainer:
                 finite = finite and all(map(math.isfinite, agreed.losses.values()))
                 if finite:
                     self.accelerator.backward(total)
+                    remembered.append(self._to_remember(f))
             for name, value in agreed.losses.items():
                 losses[name] = losses.get(name, 0.0) + value / experiment.train.accumulation
         norm = self._gradient_norm() if finite else math.nan
@@ -146,21 +149,39 @@ class Trainer:
         else:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.advance(skipped=not (finite and math.isfinite(norm)))
+        self.advance(remembered, skipped=not (finite and math.isfinite(norm)))
         return self._record(losses, lr, norm, f, began, waited)
 
     def prepare(self, batch: Batch) -> Batch:
         batch = batch.to(self.accelerator.device)
-        return replace(batch, image=self.run.model.preprocess.normalise(batch.image))
+        return self._normalise(batch)
+
+    def _normalise(self, batch: Batch) -> Batch:
+        others = tuple(map(self._normalise, batch.others))
+        image = batch.image if batch.image is None else self.run.model.preprocess.normalise(batch.image)
+        return replace(batch, image=image, others=others)
 
     def _losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Forward | None, str]:
         """Losses, total, bundle, and what a loss complained of; a loss that refuses its input is not finite."""
         try:
-            losses, total, f = self.pretrainer(batch)
+            state = self.run.state
+            momentum = state.momentum.network if state.momentum else None
+            losses, total, f = self.pretrainer(batch, momentum, self.surroundings())
             return losses, total, f, ""
         except NonFiniteLoss as e:
             nan = torch.tensor(math.nan, device=self.accelerator.device)
             return dict.fromkeys(self.experiment.objectives, nan), nan, None, str(e)
+
+    def surroundings(self) -> Surroundings:
+        state = self.run.state
+        memory = {self.experiment.objectives[name]: memory for name, memory in state.memory.items()}
+        return Surroundings(memory, self.run.vocabulary, state.position / self.run.epoch_samples)
+
+    @torch.no_grad()
+    def _to_remember(self, f: Forward) -> dict[str, dict[str, Tensor]]:
+        """What each memory gets of a micro-batch, from all processes. Kept until the step is done: one that is skipped
+        leaves no trace, and micro-batches do not see each other's rows."""
+        return {name: self.experiment.objectives[name].remember(f) for name in self.run.state.memory}
 
     def agree(self, losses: dict[str, Tensor], bad: list[dict], interrupted: Interrupted) -> Agreement:
         """Every process takes the same decision: engines differ in what a NaN on one process does."""
@@ -188,24 +209,28 @@ class Trainer:
                 f"samples and resume, or set train.nonfinite=skip"
             )
 
-    def advance(self, skipped: bool) -> None:
+    def advance(self, remembered: list[dict[str, dict[str, Tensor]]], skipped: bool) -> None:
         state = self.run.state
         state.step += 1
         state.position += self.experiment.data.batch_size
         state.skipped += skipped
         # under ZeRO this is of no effect, the next step brings its own copy back; `scale` is bounded all the same
         self.run.model.clamp_scalars()
-        if state.average and not skipped:
-            state.average.update(self.run.model)
+        if skipped:
+            return
+        for average in filter(None, (state.average, state.momentum)):
+            average.update(self.run.model)
+        for micro in remembered:
+            for name, rows in micro.items():
+                state.memory[name].push(**rows)
 
     def _record(self, losses: dict, lr: float, norm: float, f: Forward | None, began: float, waited: float) -> dict:
         state, experiment = self.run.state, self.experiment
         seconds = time.monotonic() - began
         record = {"step": state.step, "loss": losses.pop("loss")}
         record |= {f"loss/{name}": value for name, value in losses.items()}
+        record |= {"lr": lr, **self.run.model.scalars()}
         record |= {
-            "lr": lr,
-            "temperature": 1 / float(self.run.model.scale.detach()),
             "gradient_norm": norm,
             "epoch": state.position / self.run.epoch_samples,
             "seconds": seconds,
@@ -215,15 +240,19 @@ class Trainer:
         }
         every = experiment.log.geometry_every
         if f is not None and every and state.step % every == 0 and len(f.batch) > 1:
-            with torch.no_grad():
-                x, y = f.image.embed.detach(), f.text.embed.detach()
-                record |= {
-                    "geometry/alignment": float(alignment(x, y)),
-                    "geometry/uniformity_image": float(uniformity(x)),
-                    "geometry/uniformity_text": float(uniformity(y)),
-                    "geometry/modality_gap": float(modality_gap(x, y)),
-                }
+            record |= geometry(f)
         return record
+
+
+@torch.no_grad()
+def geometry(f: Forward) -> dict[str, float]:
+    """Where the embeddings of a step lie: uniformity of each kind, alignment and gap of the first two."""
+    embeds = {name: embed.detach() for name, embed in f.ran().items()}
+    record = {f"geometry/uniformity_{name}": float(uniformity(embed)) for name, embed in embeds.items()}
+    if len(embeds) > 1:
+        x, y, *_ = embeds.values()
+        record |= {"geometry/alignment": float(alignment(x, y)), "geometry/modality_gap": float(modality_gap(x, y))}
+    return record
 
 
 def train(experiment: Experiment, resume: bool = False) -> int:

@@ -6,7 +6,8 @@ B batch, N tokens, P image tokens, L text tokens, D width, E embedding, H and W 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,28 +15,58 @@ from torch import Tensor
 
 @dataclass
 class Batch:
-    """What one step of one process sees.
+    """What one step of one process sees; what a run has not is None.
 
     Args:
+        index: (B,) int64; rows with an equal index show the same image and are positives of each other.
         image: (B, 3, H, W) uint8 as it leaves the loader; float32 and normalised once `Preprocess.normalise` has run.
         input_ids: (B, L) int64, padded to the longest row of the batch.
         attention_mask: (B, L) bool, True where there is a token.
-        index: (B,) int64; rows with an equal index show the same image and are positives of each other.
+        labels: (B,) int64 class.
+        row: (B,) int64 number of the sample among all samples of the run's sources, from 0: its slot in a bank.
+        others: further views of the same samples (a second crop, a paraphrase, a hard negative), in the order of the data.
         keys: B names ``source/number/key`` (the sample's number within its source) for logs and error messages; they never reach a device.
     """
 
-    image: Tensor
-    input_ids: Tensor
-    attention_mask: Tensor
     index: Tensor
+    image: Tensor | None = None
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    labels: Tensor | None = None
+    row: Tensor | None = None
+    others: tuple[Batch, ...] = ()
     keys: Sequence[str] = ()
 
     def to(self, device: torch.device) -> Batch:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        def move(value: Any) -> Any:
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        others = tuple(other.to(device) for other in self.others)
+        moved = {f.name: move(getattr(self, f.name)) for f in fields(self)}
+        return Batch(**moved | {"others": others})
 
     def __len__(self) -> int:
         return len(self.index)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What masking has to know of a tokenizer.
+
+    Args:
+        size: V.
+        mask_id: of ``[MASK]``; None where the tokenizer has none.
+        special: (V,) bool, True for ``[PAD]``, ``[CLS]`` and their like: never masked, never drawn.
+        continues: (V,) bool, True for a piece that goes on with the word of the piece before it (``##ing``).
+    """
+
+    size: int
+    mask_id: int | None
+    special: Tensor
+    continues: Tensor
+
+    def to(self, device: torch.device) -> Vocabulary:
+        return replace(self, special=self.special.to(device), continues=self.continues.to(device))
 
 
 @dataclass
@@ -52,5 +83,5 @@ class Encoded:
     mask: Tensor
     embed: Tensor
 
-    def __getitem__(self, rows: Tensor) -> Encoded:
+    def __getitem__(self, rows: Tensor | slice) -> Encoded:
         return Encoded(self.tokens[rows], self.mask[rows], self.embed[rows])

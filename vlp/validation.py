@@ -23,6 +23,7 @@ LIMITS = {
     "train.clip_norm": (1e-12, math.inf),
     "train.ema_decay": (0, 1),
     "train.threads": (1, math.inf),
+    "momentum.decay": (0, 1),
     "optim.lr": (0, math.inf),
     "optim.weight_decay": (0, math.inf),
     "evaluate_every": (0, math.inf),
@@ -50,9 +51,12 @@ def validate(experiment: Experiment) -> None:
             f"data.batch_size={data.batch_size} is not a multiple of train.accumulation={train.accumulation}"
         )
     if not data.train:
-        raise UserError("data.train names no shards; set data.train=SHARDS")
+        raise UserError("data.train names no data; set data.train=SHARDS")
     if not experiment.objectives:
         raise UserError("the experiment has no objective; add one to objectives")
+    for objective in experiment.objectives.values():
+        if hasattr(objective, "check"):
+            objective.check(experiment)
     for name, task in experiment.evaluate.items():
         if not callable(task):
             raise UserError(f"evaluate.{name} is not a task; the tasks are in vlp.tasks")

@@ -12,7 +12,7 @@ As in the paper: squashed to 346, random crop 289, flip; 100k word pieces (train
 
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import Resize, ResizeCrop
-from vlp.data.stream import Source
+from vlp.data.shards import Source
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.models.dual import Dual

@@ -15,7 +15,7 @@ Measured: R@1 31.1 %, R@5 56.8 %, mean of both ways, of the 190 held out (chance
 
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import RandomResizedCrop, Resize
-from vlp.data.stream import Source
+from vlp.data.shards import Source
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.models.dual import Dual

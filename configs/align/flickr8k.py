@@ -13,7 +13,7 @@ Measured: 110 steps only (4.7 minutes, train.steps=110 schedule.warmup_steps=20)
 
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import RandomResizedCrop, Resize
-from vlp.data.stream import Source
+from vlp.data.shards import Source
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.models.dual import Dual

@@ -10,7 +10,7 @@ Expect:   on DataComp-1B, open_clip's ViT-B/32 at 256 px reaches 72.8 % zero-sho
 
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import RandomResizedCrop, Resize
-from vlp.data.stream import Source
+from vlp.data.shards import Source
 from vlp.encoders.open_clip import OpenClip
 from vlp.models.dual import Dual
 from vlp.objectives.itc import ImageTextContrast

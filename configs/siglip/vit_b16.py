@@ -9,7 +9,7 @@ Differs from the paper: BERT with mean pooling instead of a text tower of the Vi
 
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import RandomResizedCrop, Resize
-from vlp.data.stream import Source
+from vlp.data.shards import Source
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.models.dual import Dual

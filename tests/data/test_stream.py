@@ -16,8 +16,8 @@ from tests.conftest import draw_pairs
 from vlp.data.augment import GaussianBlur, RandAugment, RandomResizedCrop, Resize, mentions_side
 from vlp.data.image import decode
 from vlp.data.pack import Packing, pack
-from vlp.data.shards import ShardReader
-from vlp.data.stream import InOrder, Shuffled, Source, evaluation_batches, training_loader
+from vlp.data.shards import ShardReader, Source
+from vlp.data.stream import InOrder, Shuffled, evaluation_batches, training_loader
 from vlp.data.text import load_tokenizer
 from vlp.encoders.image import Preprocess
 from vlp.errors import UserError
@@ -41,7 +41,7 @@ def open_stream(world):
 
     def opened(*sources: Source, transform=AUGMENT, seed=0, max_pixels=10_000) -> Shuffled:
         sources = sources or (Source(str(world / "shards")),)
-        return Shuffled(sources, transform, PREPROCESS, tokenizer, 16, max_pixels, seed)
+        return Shuffled(sources, (transform,), PREPROCESS, tokenizer, 16, max_pixels, seed)
 
     return opened
 
@@ -257,7 +257,7 @@ def test_source_with_nothing_good_stops_in_one_line(tmp_path, open_stream, worke
 def test_source_without_pictures_is_refused(tmp_path, open_stream):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "0.json", b"{}")
-    with pytest.raises(UserError, match="hold no sample with a picture"):
+    with pytest.raises(UserError, match="holds no sample"):
         open_stream(Source(str(tmp_path)))
 
 

@@ -206,20 +206,40 @@ class RawSample:
     Args:
         key: within the shard.
         number: of the sample within the source, in the order of the shards.
-        image: the encoded picture.
+        image: the encoded picture; None in a file of texts.
         captions: none empty; () where the sample has no text.
-        index: equal index = same picture.
+        index: equal index = same picture, or same sentence.
         meta: whatever else the json holds.
+        texts: further views of a text.
+        label: number of the class, where there are classes.
     """
 
     key: str
     shard: int
     row: int
     number: int
-    image: bytes
+    image: bytes | None
     captions: tuple[str, ...]
     index: int
     meta: dict
+    texts: tuple[str, ...] = ()
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """One folder, glob or URL of shards.
+
+    Args:
+        shards: what `list_shards` takes.
+        weight: share of the stream relative to the other sources' weights; None = number of samples.
+    """
+
+    shards: str
+    weight: float | None = None
+
+    def open(self) -> ShardReader:
+        return ShardReader(self.shards)
 
 
 class ShardReader:

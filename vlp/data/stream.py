@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, zip_longest
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -18,19 +20,6 @@ from vlp.errors import BadSample, UserError
 from vlp.types import Batch
 
 
-@dataclass(frozen=True)
-class Source:
-    """One folder, glob or URL of shards.
-
-    Args:
-        shards: what `list_shards` takes.
-        weight: share of the stream relative to the other sources' weights; None = number of samples.
-    """
-
-    shards: str
-    weight: float | None = None
-
-
 @dataclass
 class Loaded:
     """What a worker hands over: a batch, and the samples that it had to leave out."""
@@ -40,43 +29,79 @@ class Loaded:
     truncated_captions: int = 0
 
 
+@dataclass
+class Sample:
+    """One sample before it is put into a batch.
+
+    Args:
+        images: its views, (3, h, w) uint8 each; none where the model takes no pictures.
+        texts: its views; none where the model takes no text.
+        rng: what is left of the sample's own randomness, for views that are made from token ids.
+    """
+
+    key: str
+    index: int
+    row: int
+    label: int | None
+    images: list[Tensor]
+    texts: tuple[str, ...]
+    rng: np.random.Generator
+
+
 class Shuffled(Dataset):
-    """Position of the endless stream -> sample with its caption drawn and its picture augmented.
+    """Position of the endless stream -> sample with its caption drawn and its pictures augmented.
 
     A bad sample's place is taken by another one of the same source, drawn by (seed, position, try): batches keep their
     size on every process, and a resumed run substitutes the same.
+
+    Args:
+        sources: `vlp.data.shards.Source` or `vlp.data.sentences.Sentences`.
+        transforms: one for each view of a picture.
+        preprocess: of the image tower; None = pictures are not read.
+        tokenizer: None = texts are not read.
+        text_views: how further views of a text are made from the first, see `vlp.data.text_views`.
     """
 
     TRIES = 100
 
-    def __init__(self, sources: Sequence[Source], transform, preprocess, tokenizer, max_length, max_pixels, seed):
-        self.readers = [ShardReader(source.shards) for source in sources]
+    def __init__(self, sources, transforms, preprocess, tokenizer, max_length, max_pixels, seed, text_views=()):
+        self.readers = [source.open() for source in sources]
         for source, reader in zip(sources, self.readers):
             if len(reader) == 0:
-                raise UserError(f"the shards at {reader.location} hold no sample with a picture; give other ones")
+                raise UserError(f"{reader.location} holds no sample; give other data")
             if source.weight is not None and not 0 < source.weight < math.inf:
-                raise UserError(f"the weight of {source.shards} is {source.weight}; give a positive number")
+                raise UserError(f"the weight of {reader.location} is {source.weight}; give a positive number")
         orders = [SourceOrder(reader.sizes, seed) for reader in self.readers]
         self.order = MixtureOrder(orders, [source.weight for source in sources], seed)
-        self.transform, self.preprocess, self.tokenizer = transform, preprocess, tokenizer
-        self.max_length, self.max_pixels, self.seed = max_length, max_pixels, seed
+        self.first_rows = [0, *accumulate(len(reader) for reader in self.readers)]
+        self.transforms, self.preprocess = tuple(transforms), preprocess
+        self.tokenizer, self.max_length, self.text_views = tokenizer, max_length, tuple(text_views)
+        self.vocabulary = tokenizer.vocabulary() if self.text_views else None
+        self.max_pixels, self.seed = max_pixels, seed
 
     def __len__(self) -> int:
         """Samples of one pass over all sources."""
         return self.order.size
 
-    def _sample(self, draw: Draw) -> tuple[Tensor, str, int, str]:
+    def _sample(self, draw: Draw) -> Sample:
         raw = self.readers[draw.source].read(draw.shard, draw.row)
-        if not raw.captions:
-            raise BadSample("no caption")
         rng = stream(self.seed, 3, draw.source, draw.epoch, raw.number)
-        caption = raw.captions[rng.integers(len(raw.captions))]
-        pixels = decode(raw.image, self.max_pixels)
-        image = self.transform(pixels, self.preprocess.size, self.preprocess.interpolation, rng, caption)
+        texts, images = (), []
+        if self.tokenizer:
+            if not raw.captions:
+                raise BadSample("no caption")
+            texts = (raw.captions[rng.integers(len(raw.captions))], *raw.texts)
+        if self.preprocess:
+            if raw.image is None:
+                raise BadSample("no picture")
+            size, interpolation = self.preprocess.size, self.preprocess.interpolation
+            pixels = decode(raw.image, self.max_pixels)
+            images = [t(pixels, size, interpolation, rng, texts[0] if texts else "") for t in self.transforms]
         # pictures of different sources never have the same index
-        return image, caption, draw.source << INDEX_BITS | raw.index, f"{draw.source}/{raw.number}/{raw.key}"
+        index, row = draw.source << INDEX_BITS | raw.index, self.first_rows[draw.source] + raw.number
+        return Sample(f"{draw.source}/{raw.number}/{raw.key}", index, row, raw.label, images, texts, rng)
 
-    def _sample_or_another(self, position: int, bad: list[dict]) -> tuple[Tensor, str, int, str]:
+    def _sample_or_another(self, position: int, bad: list[dict]) -> Sample:
         draw = self.order.locate(position)
         for attempt in range(self.TRIES):
             try:
@@ -92,10 +117,25 @@ class Shuffled(Dataset):
     def __getitems__(self, positions: Sequence[int]) -> Loaded | UserError:
         bad: list[dict] = []
         try:
-            rows = [self._sample_or_another(position, bad) for position in positions]
+            samples = [self._sample_or_another(position, bad) for position in positions]
+            batch, truncated = self._collate(samples)
         except UserError as e:  # returned, not raised: a worker's exception would arrive wrapped in a traceback
             return e
-        return _collate(rows, self.tokenizer, self.max_length, bad)
+        return Loaded(batch, bad, truncated)
+
+    def _collate(self, samples: list[Sample]) -> tuple[Batch, int]:
+        """The batch with its further views, and how many texts were cut."""
+        index = torch.tensor([s.index for s in samples])
+        images = [torch.stack(view) for view in zip(*(s.images for s in samples))]
+        texts = [self.tokenizer.rows(view) for view in zip(*(s.texts for s in samples), strict=True)]
+        for view in self.text_views:
+            texts.append([view(row, s.rng, self.vocabulary) for row, s in zip(texts[0], samples)])
+        padded = [self.tokenizer.pad(rows, self.max_length) for rows in texts]
+        views = [Batch(index, image, *(text or (None, None, 0))[:2]) for image, text in zip_longest(images, padded)]
+        labels = torch.tensor([s.label for s in samples]) if samples[0].label is not None else None
+        row, keys = torch.tensor([s.row for s in samples]), [s.key for s in samples]
+        first = replace(views[0], labels=labels, row=row, keys=keys, others=tuple(views[1:]))
+        return first, sum(cut for _, _, cut in padded)
 
 
 class InOrder(Dataset):
@@ -121,13 +161,6 @@ class InOrder(Dataset):
         except UserError as e:  # returned, as in `Shuffled`
             return e
         return samples, bad
-
-
-def _collate(rows: list[tuple[Tensor, str, int, str]], tokenizer, max_length: int, bad: list[dict]) -> Loaded:
-    images, captions, indices, keys = zip(*rows)
-    input_ids, attention_mask, truncated = tokenizer(list(captions), max_length)
-    batch = Batch(torch.stack(images), input_ids, attention_mask, torch.tensor(indices, dtype=torch.int64), keys)
-    return Loaded(batch, bad, truncated)
 
 
 class Positions:

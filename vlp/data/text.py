@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vlp.errors import UserError
 from vlp.models.pretrained import resolve
+from vlp.types import Vocabulary
 
 # Data workers run beside each other: threads of their own would only wait for one another, and after a fork the library
 # would warn of a deadlock.
@@ -68,7 +69,23 @@ class Tokenizer:
         Returns:
             (B, L) int64 ids; (B, L) bool, True where there is a token; how many captions were cut.
         """
-        return pad(self.rows(captions), max_length, self.pad_id, keep_last=self.sep)
+        return self.pad(self.rows(captions), max_length)
+
+    def pad(self, rows: list[list[int]], max_length: int) -> tuple[Tensor, Tensor, int]:
+        """As `__call__`, of rows of ids."""
+        return pad(rows, max_length, self.pad_id, keep_last=self.sep)
+
+    def vocabulary(self) -> Vocabulary:
+        """A piece continues a word by WordPiece's ``##``; where pieces mark the begin instead (RoBERTa), by its lack."""
+        tokens = [self._backend.id_to_token(i) or "" for i in range(self.vocab_size)]
+        added = self._backend.get_added_tokens_decoder()
+        special = torch.tensor([i in added and added[i].special for i in range(self.vocab_size)])
+        special[[self.pad_id, self.cls_id, self.sep_id]] = True
+        if begins := next((mark for mark in ("\u0120", "\u2581") if any(t.startswith(mark) for t in tokens)), None):
+            continues = torch.tensor([not t.startswith(begins) for t in tokens]) & ~special
+        else:
+            continues = torch.tensor([t.startswith("##") for t in tokens])
+        return Vocabulary(self.vocab_size, self.mask_id, special, continues)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +125,17 @@ class OpenClipTokenizer:
 
     def __call__(self, captions: Sequence[str], max_length: int) -> tuple[Tensor, Tensor, int]:
         """As `Tokenizer.__call__`; the limit is at most the model's context, and the end token is kept."""
-        return pad(self.rows(captions), min(max_length, self.context), self.pad_id, keep_last=True)
+        return self.pad(self.rows(captions), max_length)
+
+    def pad(self, rows: list[list[int]], max_length: int) -> tuple[Tensor, Tensor, int]:
+        """As `__call__`, of rows of ids."""
+        return pad(rows, min(max_length, self.context), self.pad_id, keep_last=True)
+
+    def vocabulary(self) -> Vocabulary:
+        """A piece that does not end its word is continued by the next, so words are not told apart: none continues."""
+        special = torch.zeros(self.vocab_size, dtype=torch.bool)
+        special[[self.cls_id, self.sep_id]] = True
+        return Vocabulary(self.vocab_size, None, special, torch.zeros_like(special))
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -155,6 +155,10 @@ class DualEncoder(nn.Module):
         """(1,) what is added to the logits (SigLIP), or None."""
         return self.logit_bias
 
+    def scalars(self) -> dict[str, float]:
+        """For the log."""
+        return {"temperature": 1 / float(self.scale.detach())}
+
     @torch.no_grad()
     def clamp_scalars(self) -> None:
         """Put the learned scalar back within the bounds, after an optimizer step.
