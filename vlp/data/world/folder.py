@@ -1,0 +1,154 @@
+"""Scenes as a folder: pictures, shards, questions and statements, some captions swapped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vlp.data.formats import Pair
+from vlp.data.locations import write_atomically
+from vlp.data.pack import pack
+from vlp.data.world.scenes import Scene, World
+from vlp.data.world.sentences import captions
+from vlp.errors import UserError
+
+FIRST_VAL = 1_000_000_000  # number of the first scene of val, so that val stays the same whatever the size of train
+
+
+def make(
+    folder: Path,
+    world: World | None = None,
+    *,
+    train: int,
+    val: int,
+    noise: float = 0.0,
+    seed: int = 0,
+    workers: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Scenes as PNG files in ``folder``/pictures, and as shards in ``folder``/train and ``folder``/val.
+
+    Beside them, true of the picture whatever the noise: questions.jsonl and statements.jsonl, each line an object of
+    ``key`` (the sample's), ``text``, ``answer`` (a word; true or false) and ``split``; and world.json, what all this
+    was made of. The json of a sample has number, contrast, minimal_pair, things and relations of the scene, and
+    captions_of: the key of the sample that its captions are of, which is another one if they were swapped.
+
+    The same for any number of workers. Fewer scenes are the first ones of more, and less noise is part of more noise.
+    In val no two things are related as in another picture, so that a caption is of one picture only (of 1000, 8 are of
+    two); in a large val that leaves fewer scenes with "inside", as there are fewest of them. A folder that is complete
+    is left as it is, and one whose making was interrupted is completed.
+
+    Args:
+        world: None = the default one.
+        train: scenes; even, as they come in minimal pairs.
+        val: scenes; likewise.
+        noise: share of train's samples that have the captions of another one.
+        workers: processes that pack.
+        progress: called with (scenes drawn + scenes packed, what this will be in the end).
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        UserError: if a number is out of range, ``folder`` holds something else or cannot be written, or the world has
+            too few different scenes for val.
+    """
+    world, folder = world or World(), Path(folder)
+    if not 2 <= train <= FIRST_VAL or val < 2 or train % 2 or val % 2:
+        raise UserError(
+            f"{train} scenes of train and {val} of val cannot be; give even numbers, as scenes come in pairs"
+        )
+    if not 0 <= noise <= 1 or seed < 0:
+        raise UserError(f"noise {noise} with seed {seed} cannot be; give a share from 0 to 1, and a seed from 0 on")
+    made_of = json.dumps({"world": asdict(world), "train": train, "val": val, "noise": noise, "seed": seed}, indent=1)
+    total = 2 * (train + val)
+    try:
+        if _complete(folder, made_of):
+            return folder
+        numbers = {"train": range(train), "val": list(_val_numbers(world, val, seed))}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "world.json", made_of.encode())
+        pairs: dict[str, list[Pair]] = {"train": [], "val": []}
+        asked, stated, done = [], [], 0
+        for split in pairs:
+            for pair, scene in _draw(world, seed, numbers[split], folder / "pictures" / split):
+                pairs[split].append(pair)
+                asked += ({"key": pair.key, "text": q, "answer": a, "split": split} for q, a in scene.questions)
+                stated += ({"key": pair.key, "text": s, "answer": a, "split": split} for s, a in scene.statements)
+                progress(done := done + 1, total)
+        for name, lines in (("questions", asked), ("statements", stated)):
+            write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+        pairs["train"] = _swap(pairs["train"], noise, seed)
+        for split in pairs:
+            pack(pairs[split], folder / split, None, workers, lambda n, _, done=done: progress(done + n, total))
+            done += len(pairs[split])
+    except OSError as e:
+        reason = e.strerror or e
+        raise UserError(f"cannot write {folder} ({reason}); free some space, or choose another folder") from None
+    return folder
+
+
+def _complete(folder: Path, made_of: str) -> bool:
+    """Whether the folder holds all of this already. Raises UserError if it holds anything else."""
+    mark = folder / "world.json"
+    if mark.is_file():
+        if mark.read_text() != made_of:
+            raise UserError(f"{folder} holds another world, see {mark}; remove it or choose another folder")
+        return all((folder / split / "manifest.json").is_file() for split in ("train", "val"))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is no world; remove it or choose another folder")
+    return False
+
+
+def _draw(world: World, seed: int, numbers: Iterable[int], folder: Path) -> Iterator[tuple[Pair, Scene]]:
+    """Writes the pictures into the folder of the split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for row, number in enumerate(numbers):
+        scene, key = world.scene(seed, number), f"{folder.name}-{row:06d}"
+        Image.fromarray(scene.image).save(folder / f"{key}.png")
+        extra = {
+            "number": number,
+            "contrast": scene.contrast,
+            "minimal_pair": scene.minimal_pair,
+            "things": [
+                {"shape": t.shape, "colour": t.colour, "size": t.size, "x": t.x, "y": t.y} for t in scene.things
+            ],
+            "relations": scene.relations,
+            "captions_of": key,
+        }
+        yield Pair(str(folder / f"{key}.png"), scene.captions, key, "synthetic world", extra), scene
+
+
+def _val_numbers(world: World, count: int, seed: int) -> Iterator[int]:
+    """Of scenes in which no two things are related as in an earlier one, lest a caption be true of two pictures."""
+    seen: set[str] = set()
+    number, fruitless = FIRST_VAL, 0
+    while count:
+        pair = [world.scene(seed, n) for n in (number, number + 1)]
+        told = {
+            text
+            for scene in pair
+            for first, relation, second in zip(scene.things, scene.relations, scene.things[1:])
+            for text in captions((first, second), (relation,))
+        }
+        if seen.isdisjoint(told):
+            yield from (number, number + 1)
+            seen |= told
+            count, fruitless = count - 2, 0
+        elif (fruitless := fruitless + 1) > 1000:
+            raise UserError("this world has too few different scenes for a val of this size; make it smaller")
+        number += 2
+
+
+def _swap(pairs: list[Pair], noise: float, seed: int) -> list[Pair]:
+    """Hands the captions of ``noise`` of the pairs round among these."""
+    swapped = np.random.default_rng([seed, 0, 1]).permutation(len(pairs))[: round(noise * len(pairs))]
+    pairs = list(pairs)
+    for to, of in zip(swapped, [pairs[n] for n in np.roll(swapped, 1)]):
+        pairs[to] = replace(pairs[to], captions=of.captions, extra=pairs[to].extra | {"captions_of": of.key})
+    return pairs

@@ -1,0 +1,201 @@
+"""Scenes: drawn in minimal pairs, by a pure function of a seed and a number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from vlp.data.world.sentences import INVERSE, Thing, captions, links, questions
+from vlp.data.world.shapes import CONVEX, DIRECTIONS, OUTLINES, Sprite, hull, place, sprite
+from vlp.errors import UserError
+
+COLOURS = {
+    "red": (215, 40, 40),
+    "orange": (240, 140, 25),
+    "yellow": (240, 225, 50),
+    "green": (35, 145, 60),
+    "blue": (45, 80, 210),
+    "purple": (140, 50, 170),
+    "black": (20, 20, 20),
+    "white": (240, 240, 240),
+}
+SHADE = 12  # a colour's name stands for shades up to this far from the above, of 255
+GREYS = (110, 180)  # of the background
+SIDES = {"small": 0.14, "large": 0.27}  # of the square with as many pixels, as a share of the picture's side
+ATTRIBUTES = {"order": ("shape", "colour", "shade", "size"), "shape": ("shape",), "colour": ("colour", "shade")}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and what can be said of it.
+
+    Args:
+        image: (H, W, 3) uint8 RGB, H = W.
+        captions: complete descriptions, told from either end.
+        questions: (question, answer) with answers from `World.answers`: first one with "yes" and one with "no"; then
+            colour, shape and size of the two things that the minimal pair is about, and where they stand.
+        statements: (sentence, whether it is true), as many true as false.
+        minimal_pair: first caption of the other scene of the pair: the words of ``captions[0]``, and false here.
+        contrast: what the two things have exchanged in the other scene: "order" (their places), "shape" or "colour".
+        things: in the order of the first caption.
+        relations: of each thing to the next.
+    """
+
+    image: np.ndarray
+    captions: tuple[str, ...]
+    questions: tuple[tuple[str, str], ...]
+    statements: tuple[tuple[str, bool], ...]
+    minimal_pair: str
+    contrast: str
+    things: tuple[Thing, ...]
+    relations: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class World:
+    """What scenes are made of; a scene is a pure function of the world, a seed and a number.
+
+    No two things of a scene have the same colour or the same shape, so that each is known by either. A thing is left
+    of another if no column of pixels has both and it is at least twice as far to the side as up or down; above,
+    likewise. Inside is always a small thing at the centre of a large one, both convex.
+
+    Args:
+        size: pixels of the picture's side; from 64 on, as below a circle is hardly one.
+        objects: how many things a scene has, each equally often: 2, 3 or both.
+        shapes: of `vlp.data.world.shapes.OUTLINES`.
+        colours: of `COLOURS`.
+        relations: of "left of", "above" and "inside", each with its inverse.
+    """
+
+    size: int = 64
+    objects: tuple[int, ...] = (2, 3)
+    shapes: tuple[str, ...] = tuple(OUTLINES)
+    colours: tuple[str, ...] = tuple(COLOURS)
+    relations: tuple[str, ...] = ("left of", "above", "inside")
+
+    def __post_init__(self):
+        if not 64 <= self.size <= 512:
+            raise UserError(f"pictures of {self.size} pixels a side cannot show the shapes; give a size from 64 to 512")
+        for what, given, known in (
+            ("objects", self.objects, (2, 3)),
+            ("shapes", self.shapes, OUTLINES),
+            ("colours", self.colours, COLOURS),
+            ("relations", self.relations, ("left of", "above", "inside")),
+        ):
+            if not given or len(set(given)) < len(given) or not set(given) <= set(known):
+                raise UserError(f"{what}={given} of the world; give some of {', '.join(map(str, known))}, each once")
+        shapes = [s for s in self.shapes if s in CONVEX] if "inside" in self.relations else self.shapes
+        if min(len(shapes), len(self.colours)) < max(self.objects):
+            convex = f"; inside one another, of {', '.join(CONVEX)}" if len(shapes) < len(self.shapes) else ""
+            raise UserError(
+                f"{max(self.objects)} things of different shape and colour need as many shapes and colours{convex}"
+            )
+        if self.relations == ("inside",) and 3 in self.objects:
+            raise UserError("three things cannot be inside each other; give another relation too, or objects of 2")
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Every answer to a question, in a fixed order."""
+        relations = (word for relation in self.relations for word in (relation, INVERSE[relation]))
+        return ("yes", "no", *self.colours, *self.shapes, *SIDES, *relations)
+
+    def scene(self, seed: int, number: int) -> Scene:
+        """The scene of this number, from 0 on."""
+        pair = _draw_pair(self, np.random.default_rng([seed, number // 2]))
+        own, other = pair.members[::-1] if number % 2 else pair.members
+        true, false = links(*pair.linked(own)), links(*pair.linked(other))
+        return Scene(
+            image=_picture(self.size, pair.grey, own),
+            captions=captions(own, pair.relations),
+            questions=(
+                (f"is there {true[0]}?", "yes"),
+                (f"is there {false[0]}?", "no"),
+                *questions(*pair.linked(own)),
+            ),
+            statements=(
+                *((f"there is {text}", True) for text in true),
+                *((f"there is {text}", False) for text in false),
+            ),
+            minimal_pair=captions(other, pair.relations)[0],
+            contrast=pair.contrast,
+            things=own,
+            relations=pair.relations,
+        )
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two scenes; what differs is at the two ends of ``relations[link]``."""
+
+    members: tuple[tuple[Thing, ...], tuple[Thing, ...]]
+    relations: tuple[str, ...]
+    link: int
+    contrast: str
+    grey: int
+
+    def linked(self, things: Sequence[Thing]) -> tuple[Thing, str, Thing]:
+        return things[self.link], self.relations[self.link], things[self.link + 1]
+
+
+def _draw_pair(world: World, rng: np.random.Generator) -> _Pair:
+    count = world.objects[rng.integers(len(world.objects))]
+    while True:
+        relations = _draw_relations(world, count, rng)
+        nested = not set(relations) <= set(DIRECTIONS)
+        things = _draw_things(world, relations, nested, rng)
+        link = int(rng.integers(count - 1))
+        # Every colour has to stay as frequent as it is: where a thing is inside another, only shapes can be exchanged,
+        # and things of different size can exchange their places but not their colours.
+        contrast = "order" if not nested and rng.random() < 0.5 else "shape"
+        if not nested and contrast == "shape" and things[link].size == things[link + 1].size and rng.random() < 0.5:
+            contrast = "colour"
+        other = _exchange(things, link, ATTRIBUTES[contrast])
+        boxes = [hull(_sprite(world.size, t).box for t in alternatives) for alternatives in zip(things, other)]
+        centres = place(world.size, relations, boxes, rng)
+        if centres is not None:  # else there is hardly any room for these, such as three large things in a row
+            members = tuple(tuple(replace(t, x=x, y=y) for t, (x, y) in zip(m, centres)) for m in (things, other))
+            return _Pair(members, relations, link, contrast, int(rng.integers(GREYS[0], GREYS[1] + 1)))
+
+
+def _draw_relations(world: World, count: int, rng: np.random.Generator) -> tuple[str, ...]:
+    """One between each thing and the next, at most one of them "inside" or "around"."""
+    beside = [r for r in world.relations if r in DIRECTIONS]
+    drawn = [world.relations[rng.integers(len(world.relations))]]
+    drawn += [beside[rng.integers(len(beside))] for _ in range(count - 2)]
+    inverted = rng.random(count - 1) < 0.5
+    return tuple(INVERSE[drawn[n]] if inverted[n] else drawn[n] for n in rng.permutation(count - 1))
+
+
+def _draw_things(world: World, relations: tuple[str, ...], nested: bool, rng: np.random.Generator) -> list[Thing]:
+    shapes = [s for s in world.shapes if s in CONVEX] if nested else world.shapes
+    sizes = [("small", "large")[n] for n in rng.integers(2, size=len(relations) + 1)]
+    for n, relation in enumerate(relations):
+        if relation not in DIRECTIONS:
+            sizes[n : n + 2] = ("small", "large") if relation == "inside" else ("large", "small")
+    things = []
+    for s, c, size in zip(rng.permutation(len(shapes)), rng.permutation(len(world.colours)), sizes):
+        colour = world.colours[c]
+        shade = COLOURS[colour] + rng.integers(-SHADE, SHADE + 1, 3)
+        things.append(Thing(shapes[s], colour, tuple(shade.clip(0, 255).tolist()), size))
+    return things
+
+
+def _exchange(things: list[Thing], link: int, names: tuple[str, ...]) -> list[Thing]:
+    first, second = things[link : link + 2]
+    ends = [replace(a, **{name: getattr(b, name) for name in names}) for a, b in ((first, second), (second, first))]
+    return [*things[:link], *ends, *things[link + 2 :]]
+
+
+def _sprite(size: int, thing: Thing) -> Sprite:
+    return sprite(thing.shape, round(SIDES[thing.size] * size))
+
+
+def _picture(size: int, grey: int, things: tuple[Thing, ...]) -> np.ndarray:
+    image = np.full((size, size, 3), grey, np.uint8)
+    for thing in sorted(things, key=lambda t: -SIDES[t.size]):  # what is inside comes after what is around it
+        cut = _sprite(size, thing)
+        left, top, right, bottom = cut.box
+        image[thing.y + top : thing.y + bottom, thing.x + left : thing.x + right][cut.mask] = thing.shade
+    return image
