@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlp.metrics import bootstrap, ranks, top
+from vlp.metrics import Interval, bootstrap, percentiles, ranks, resampled_spearman, spearman, top
 
 
 def slow_ranks(queries, keys, query_ids, key_ids) -> list[int]:
@@ -97,3 +97,52 @@ def test_constant_values_and_no_resamples_have_no_width():
     assert bootstrap(np.ones(5), np.arange(5), 0).low == 1.0
     interval = bootstrap(np.array([0.0, 1.0]), np.arange(2), 0, 0)
     assert (interval.low, interval.value, interval.high) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("distinct", [2, 5, 10**9])
+def test_spearman_is_scipys_with_and_without_ties(seed, distinct):
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(seed)
+    x, noise = rng.integers(distinct, size=200) / distinct, rng.integers(distinct, size=200) / distinct
+    for y in (noise, x**3 + noise, -x, np.exp(x)):
+        assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+
+
+def test_spearman_of_small_cases_by_hand():
+    assert spearman(np.array([1, 2, 3]), np.array([10, 20, 90])) == pytest.approx(1)
+    assert spearman(np.array([1, 2, 3]), np.array([3, 2, 1])) == pytest.approx(-1)
+    # ranks 1.5 1.5 3 and 1 2 3: covariance 1.5, variances 1.5 and 2
+    assert spearman(np.array([0, 0, 1]), np.array([1, 2, 3])) == pytest.approx(1.5 / np.sqrt(1.5 * 2))
+
+
+def test_spearman_of_a_constant_is_0_and_of_nonsense_an_error():
+    assert spearman(np.ones(4), np.arange(4)) == 0.0
+    with pytest.raises(ValueError, match="pair 2 is not finite"):
+        spearman(np.array([1, 2, np.nan]), np.arange(3))
+    for x, y in ((np.ones(1), np.ones(1)), (np.ones(3), np.ones(2)), (np.ones((2, 2)), np.ones((2, 2)))):
+        with pytest.raises(ValueError, match="two or more pairs"):
+            spearman(x, y)
+
+
+def test_resampled_correlations_are_those_of_the_pairs_drawn():
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(9, size=60), rng.integers(9, size=60)
+    same = np.random.default_rng(3)
+    slow = [spearman(x[drawn], y[drawn]) for drawn in (same.integers(60, size=60) for _ in range(20))]
+    assert resampled_spearman(x, y, 3, 20) == pytest.approx(slow, abs=1e-12)
+    assert len(resampled_spearman(x, y, 3, 0)) == 0
+
+
+def test_spearmans_interval_is_near_the_known_one():
+    """Of independent normal pairs the standard error is 1 / sqrt(n - 1)."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 400))
+    interval = percentiles(spearman(x, y), resampled_spearman(x, y, 0, 1000), percent=False)
+    assert interval.low < interval.value < interval.high
+    assert (interval.high - interval.low) / 2 == pytest.approx(1.96 / np.sqrt(399), rel=0.15)
+
+
+def test_fractions_are_shown_as_percentages_and_other_numbers_as_they_are():
+    assert Interval(0.1234, 0.1, 1).texts() == ("12.3%", "10.0%", "100.0%") and str(Interval(0.5, 0, 1)) == "50.0%"
+    assert Interval(-2.34567, -3, -2, percent=False).texts(2) == ("-2.3457", "-3.0000", "-2.0000")

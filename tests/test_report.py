@@ -3,12 +3,17 @@
 import base64
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from tests.conftest import TOY, toy_overrides, vlp
 from vlp import checkpoint
+from vlp.config import dump, load_config
 from vlp.errors import UserError
+from vlp.evaluation import Result, Subject
+from vlp.metrics import Interval
+from vlp.models.single import Single
 from vlp.report import write_report
 from vlp.serve import searcher, serve
 
@@ -30,9 +35,39 @@ def test_report_is_one_file_with_curves_numbers_queries_and_the_command(run):
     assert html.count('class="right"') <= 2
     result = json.loads((run / "eval" / "retrieval.json").read_text())
     for metric, interval in result["metrics"].items():
-        assert f"<td>{metric}</td><td>{100 * interval['value']:.1f} %</td>" in html
+        assert f"<td>{metric}</td><td>{interval['value']:.1%}</td>" in html
     assert "tests/fixtures/toy.py" in html and "train.steps=6" in html
     assert result["checkpoint_sha256"][:16] in html
+
+
+LINE = {"lr": 1e-3, "gradient_norm": 1.0, "epoch": 0.1, "seconds": 1.0, "samples_per_second": 8.0, "data_wait": 0.1}
+LINE |= {"memory_mib": 500.0}
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [{"loss": 2.0}],
+        [{"loss": None}, {"loss": 2.0, "geometry/uniformity_text": -1.0}],
+        [{"loss": 2.0, "geometry/alignment": 0.3, "geometry/uniformity_view_0": -1.0}, {"loss": 1.0}],
+        [{"loss": 2.0, "temperature": 0.1}, {"loss": 1.0, "temperature": 0.2}],
+    ],
+)
+def test_report_of_a_run_that_has_one_tower_and_not_everything_in_its_log(tmp_path, lines):
+    experiment = load_config(str(TOY))
+    text = replace(experiment, model=Single(text=experiment.model.text), evaluate={}, name="words")
+    (tmp_path / "experiment.json").write_text(dump(text))
+    log = [{"step": n + 1} | LINE | line for n, line in enumerate(lines)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    html = write_report(tmp_path).read_text()
+    assert html.count("data:image/png") == 1 and "What captions find" not in html and "<table>" not in html
+    subject = Subject(None, None, experiment.data, None, checkpoint="abc")
+    metrics = {"mean": Interval(0.5, 0.4, 0.6, percent=False), "uniformity": Interval(-2, -2.1, -1.9, percent=False)}
+    Result("sts", "Spearman", "sts", {"pairs": 10}, metrics).write(tmp_path / "eval" / "sts.json", subject, 2)
+    (tmp_path / "eval.jsonl").write_text('{"step": 1}\n{"step": 2, "sts/mean": 0.5, "sts/uniformity": -2}\n')
+    html = write_report(tmp_path).read_text()
+    assert "<td>0.500</td><td>0.400 to 0.600</td>" in html and "<td>-2.000</td>" in html
+    assert "chance" not in html
 
 
 def test_report_of_what_is_no_run_is_refused(tmp_path, run):

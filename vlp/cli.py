@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import json
 import os
 import sys
@@ -16,6 +17,15 @@ from vlp.errors import UserError
 
 # what a full or forbidden disk answers, to the write of a log line too
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+# name of `vlp eval` -> its module and class, imported only when it runs
+TASKS = {
+    "retrieval": ("vlp.tasks.retrieval", "Retrieval"),
+    "zero-shot": ("vlp.tasks.zero_shot", "ZeroShot"),
+    "knn": ("vlp.tasks.probe", "Knn"),
+    "probe": ("vlp.tasks.probe", "LinearProbe"),
+    "sts": ("vlp.tasks.sentence_similarity", "SentenceSimilarity"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,17 +60,23 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", metavar="RUN", help="continue this run folder where it stopped")
     train.set_defaults(run=run_train)
 
-    evaluate = commands.add_parser("eval", help="evaluate a run: retrieval or zero-shot")
+    evaluate = commands.add_parser("eval", help=f"evaluate a run: {', '.join(TASKS)}")
     evaluate.add_argument("folder", metavar="RUN")
-    evaluate.add_argument("task", choices=("retrieval", "zero-shot"))
+    evaluate.add_argument("task", choices=TASKS)
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data=shards/val ks=1,5,10")
     evaluate.add_argument(
         "--checkpoint", metavar="STEP", help="a step, 'best' or 'last' (default: best if there is one)"
     )
     evaluate.set_defaults(run=run_eval)
 
-    report = commands.add_parser("report", help="write RUN/report.html")
-    report.add_argument("folder", metavar="RUN")
+    report = commands.add_parser("report", help="write RUN/report.html, or a page that compares several runs")
+    report.add_argument("folders", metavar="RUN", nargs="+", type=Path)
+    report.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="of the page that compares several runs (default: runs/comparison)",
+    )
     report.set_defaults(run=run_report)
 
     serve = commands.add_parser("serve", help="search pictures by words in the browser (extra 'serve')")
@@ -119,6 +135,10 @@ def add_data_commands(actions) -> None:
     )
     demo.set_defaults(run=run_demo_data)
 
+    from vlp.data.world.command import add_world_command
+
+    add_world_command(actions)
+
 
 def run_train(options: argparse.Namespace) -> int:
     from vlp.config import changed_keys, load_config, load_json, override
@@ -151,11 +171,11 @@ def run_eval(options: argparse.Namespace) -> int:
 
     from vlp.config import override
     from vlp.restore import open_run
-    from vlp.tasks.retrieval import Retrieval
-    from vlp.tasks.zero_shot import ZeroShot
 
-    task = override({"retrieval": Retrieval, "zero-shot": ZeroShot}[options.task](), options.overrides)
+    module, name = TASKS[options.task]
+    task = override(getattr(importlib.import_module(module), name)(), options.overrides)
     subject, step = open_run(Path(options.folder), options.checkpoint)
+    task.check(subject.data)
     result = task(subject)
     name = (
         options.task if task.data is None else f"{options.task}-{Path(task.data).name or Path(task.data).parent.name}"
@@ -167,7 +187,8 @@ def run_eval(options: argparse.Namespace) -> int:
     for column in ("metric", "value", "95 % interval"):
         table.add_column(column)
     for metric, i in result.metrics.items():
-        table.add_row(metric, f"{i.value:.2%}", f"{i.low:.2%} to {i.high:.2%}")
+        value, low, high = i.texts(digits=2)
+        table.add_row(metric, value, f"{low} to {high}")
     if subject.rank == 0:
         try:
             result.write(path, subject, step)
@@ -181,9 +202,14 @@ def run_eval(options: argparse.Namespace) -> int:
 
 
 def run_report(options: argparse.Namespace) -> int:
+    from vlp.comparison import write_comparison
     from vlp.report import write_report
 
-    print(f"wrote {write_report(Path(options.folder))}")
+    if len(options.folders) > 1 or options.output:
+        path = write_comparison(options.folders, options.output or Path("runs/comparison"))
+    else:
+        path = write_report(options.folders[0])
+    print(f"wrote {path}")
     return 0
 
 

@@ -1,5 +1,5 @@
-"""report.html: one self-contained file with the curves, the numbers with their intervals, queries with what they found, and
-the command that repeats it all."""
+"""RUN/report.html: one self-contained file with the curves, the numbers with their intervals, queries with what they found,
+and the command that repeats it all. What a run has not (pictures, texts, a temperature, results) is left out."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ from vlp.data.image import decode
 from vlp.data.shards import ShardReader, write_atomically
 from vlp.errors import BadSample, UserError
 from vlp.logging import read_log
+from vlp.metrics import Interval
 
-TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ name }}</title>
-<style>
+STYLE = """
  body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }
  h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem } .quiet { color: #5b6570 }
  table { border-collapse: collapse } td, th { padding: .25rem .9rem; text-align: right; border-bottom: 1px solid #dde2e7 }
  td:first-child, th:first-child { text-align: left } pre { background: #f4f6f8; padding: .8rem; overflow-x: auto }
- img.plot { width: 100% } .row { display: flex; align-items: center; gap: .5rem; margin: .35rem 0 }
+ img.plot { width: 100% }
+"""
+TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ name }}</title>
+<style>{{ style|safe }}
+ .row { display: flex; align-items: center; gap: .5rem; margin: .35rem 0 }
  .row .query { width: 15rem } .row img { width: 84px; height: 84px; object-fit: contain; border: 3px solid #dde2e7; border-radius: 6px; background: #fff }
  .row img.right { border-color: #1a9850 } .row .rank { width: 5rem; text-align: right; color: #5b6570 }
 </style></head><body>
@@ -36,10 +40,10 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 <h2>{{ result.task }}: {{ result.data }}</h2>
 <table><tr><th>metric</th><th>value</th><th>95 % interval</th></tr>
 {% for metric, i in result.metrics.items() %}
-<tr><td>{{ metric }}</td><td>{{ "%.1f"|format(100 * i.value) }} %</td><td>{{ "%.1f"|format(100 * i.low) }} to {{ "%.1f"|format(100 * i.high) }}</td></tr>
+<tr><td>{{ metric }}</td>{% with value, low, high = i.texts() %}<td>{{ value }}</td><td>{{ low }} to {{ high }}</td>{% endwith %}</tr>
 {% endfor %}</table>
-<p class="quiet">{{ result.protocol }}; {% for what, n in result.n.items() %}{{ "{:,}".format(n) }} {{ what }}{{ ", " if not loop.last }}{% endfor %};
- chance at one {{ "%.2f"|format(100 / (result.n.classes or result.n.images)) }} %. Step {{ result.step }}, weights {{ result.checkpoint_sha256[:16] }}, seed {{ result.seed }};
+<p class="quiet">{{ result.protocol }}; {% for what, n in result.n.items() %}{{ "{:,}".format(n) }} {{ what }}{{ ", " if not loop.last }}{% endfor %}{% if result.choices %};
+ chance at one {{ "%.2f"|format(100 / result.choices) }} %{% endif %}. Step {{ result.step }}, weights {{ result.checkpoint_sha256[:16] }}, seed {{ result.seed }};
  {{ result.bad|length }} samples left out.</p>
 {% endfor %}
 <h2>Training</h2><img class="plot" alt="curves" src="data:image/png;base64,{{ curves }}">
@@ -65,9 +69,10 @@ def write_report(folder: Path) -> Path:
     experiment, log = load_json(folder / "experiment.json"), read_log(folder / "log.jsonl")
     if not log:
         raise UserError(f"{folder} has no step in its log yet; train it first")
-    results = [json.loads(path.read_text()) for path in sorted((folder / "eval").glob("*.json"))]
+    results = read_results(folder)
     starts = read_log(folder / "starts.jsonl")
     html = TEMPLATE.render(
+        style=STYLE,
         name=experiment.name,
         summary=_summary(experiment, log, starts),
         results=results,
@@ -79,6 +84,22 @@ def write_report(folder: Path) -> Path:
     path = folder / "report.html"
     write_atomically(path, html.encode())
     return path
+
+
+def read_results(folder: Path) -> list[dict]:
+    """What `vlp.evaluation.Result.write` left in a run: the newest of each evaluation, its metrics as Intervals.
+
+    ``choices`` is the number of answers that a guess would be drawn from, None where that means nothing.
+    """
+    results = []
+    for path in sorted((folder / "eval").glob("*.json")):
+        result = json.loads(path.read_text())
+        result["metrics"] = {metric: Interval(**i) for metric, i in result["metrics"].items()}
+        result["choices"] = (
+            result["n"].get("classes") or (result["task"] == "retrieval" and result["n"]["images"]) or None
+        )
+        results.append(result)
+    return results
 
 
 def _summary(experiment: Experiment, log: list[dict], starts: list[dict]) -> str:
@@ -98,39 +119,51 @@ def _smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
+# what of the evaluations is drawn over the steps: one number a task, and retrieval's recalls
+DRAWN = ("/mean_r@1", "/mean_r@5", "/mean_r@10", "/top1", "/mean")
+
+
 def _curves(log: list[dict], evals: list[dict]) -> str:
-    """Loss, recall, learning rate and temperature, and geometry against the step; base64 PNG."""
+    """Loss, held-out numbers, learning rate and temperature, and geometry against the step; base64 PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6.4), layout="constrained")
-    (loss, recall), (rate, geometry) = figure.subplots(2, 2)
+    (loss, held_out), (rate, geometry) = figure.subplots(2, 2)
     steps = np.array([line["step"] for line in log])
     values = np.array([line["loss"] for line in log], dtype=float)
     loss.plot(steps, values, color="#c6d3e1", linewidth=0.8)
     loss.plot(steps, _smooth(values, min(len(values), 25)), color="#1f5c99")
     loss.set_title("loss (nats; bold: mean of 25 steps)")
-    names = [k for k in (evals[-1] if evals else {}) if k.endswith(("mean_r@1", "mean_r@5", "mean_r@10", "top1"))]
-    for name in names:
-        recall.plot([e["step"] for e in evals], [100 * e[name] for e in evals], marker="o", markersize=3, label=name)
-    recall.set_title("held-out, %")
-    rate.plot(steps, [line["lr"] for line in log], color="#1f5c99")
-    rate.set_title("learning rate, and temperature (red, right)")
-    right = rate.twinx()
-    right.plot(steps, [line["temperature"] for line in log], color="#b2182b")
-    measured = [line for line in log if "geometry/alignment" in line]
-    for name in ("alignment", "uniformity_image", "uniformity_text", "modality_gap"):
-        x, y = [line["step"] for line in measured], [line[f"geometry/{name}"] for line in measured]
-        geometry.plot(x, y, label=name.replace("_", " "))
+    for name in [k for k in (evals[-1] if evals else {}) if k.endswith(DRAWN)]:
+        _draw(held_out, evals, name, name, scale=100, marker="o", markersize=3)
+    held_out.set_title("held-out, % (correlations x 100)")
+    _draw(rate, log, "lr", "learning rate", color="#1f5c99")
+    rate.set_title("learning rate")
+    if any("temperature" in line for line in log):
+        rate.set_title("learning rate, and temperature (red, right)")
+        _draw(rate.twinx(), log, "temperature", "temperature", color="#b2182b")
+    for name in sorted({name for line in log for name in line if name.startswith("geometry/")}):
+        _draw(geometry, log, name, name.removeprefix("geometry/").replace("_", " "))
     geometry.set_title("geometry of a batch")
-    for axis in (recall, geometry):
+    for axis in (held_out, geometry):
         if axis.lines:
             axis.legend(fontsize=8)
-    for axis in (loss, recall, rate, geometry):
+    for axis in (loss, held_out, rate, geometry):
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
+    return base64.b64encode(png(figure)).decode()
+
+
+def _draw(axis, records: list[dict], name: str, label: str, scale: float = 1, **style) -> None:
+    """A line through the records that have a number of this name."""
+    measured = [r for r in records if r.get(name) is not None]
+    axis.plot([r["step"] for r in measured], [scale * r[name] for r in measured], label=label, **style)
+
+
+def png(figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
 def _queries(result: dict) -> list[dict]:

@@ -1,6 +1,7 @@
 """Zero-shot classification with models whose answers are known."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from tests.conftest import COLOURS, SHARED
+from tests.conftest import COLOURS
 from tests.tasks.fakes import NAMES, Blind, Seer, subject
+from vlp.config import Data
 from vlp.errors import UserError
-from vlp.tasks.zero_shot import ZeroShot, class_names, read_labelled, templates_of
+from vlp.tasks.zero_shot import ZeroShot, class_names, templates_of
 
 PROMPT = "a {} thing"
 
@@ -127,29 +129,16 @@ def test_named_templates_are_open_clips():
     assert [t.replace("{}", "dog") for t in templates_of("openai")] == [t("dog") for t in OPENAI_IMAGENET_TEMPLATES]
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("not json", "line 1: expected an object"),
-        ('{"image": "a.png"}', "line 1: expected an object"),
-        ('{"image": "a.png", "label": "red"}', "line 1: expected an object"),
-        ("", "has no picture"),
-    ],
-)
-def test_labels_file_that_cannot_be_read_is_named_with_its_line(tmp_path, text, message):
-    (tmp_path / "labels.jsonl").write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_labelled(tmp_path, None)
+def test_run_without_a_tower_is_told_what_to_use(folder):
+    task = ZeroShot(data=str(folder), prompts=PROMPT)
+    with pytest.raises(UserError, match="needs a text tower"):
+        task(replace(subject(Seer()), tokenizer=None))
+    with pytest.raises(UserError, match="needs a text tower"):
+        task.check(Data(train=()))
+    task.check(Data(train=(), tokenizer="anything"))
 
+    class Reader(Seer):
+        preprocess = None
 
-def test_folder_that_is_neither_form(tmp_path):
-    (tmp_path / "only").mkdir()
-    with pytest.raises(UserError, match="neither labels.jsonl nor two folders"):
-        read_labelled(tmp_path, None)
-
-
-def test_real_labels_are_read():
-    if not (SHARED / "data" / "imagenette").is_dir():
-        pytest.skip("the shared imagenette pictures are not here")
-    pictures, classes = read_labelled(SHARED / "data" / "imagenette", None)
-    assert len(classes) == 10 and "tench" in classes and all(path.is_file() for path, _ in pictures)
+    with pytest.raises(UserError, match="no image tower"):
+        task(subject(Reader()))

@@ -11,18 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from vlp.config import Data
-from vlp.data.image import decode
-from vlp.data.stream import evaluation_batches
-from vlp.distributed import gather_objects, world_size
-from vlp.errors import BadSample, UserError
-from vlp.evaluation import Result, Subject, encode_texts, evaluating, merge
+from vlp.data.labelled import FORMS, Labelled, read_labelled
+from vlp.errors import UserError
+from vlp.evaluation import Result, Subject, encode_texts, evaluating
 from vlp.metrics import bootstrap
+from vlp.tasks.probe import encode_pictures
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 WNID = re.compile(r"n\d{8}")
+NO_TEXT = "zero-shot needs a text tower to read the classes' names, and this run has none; use knn or probe"
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class ZeroShot:
 
     Args:
         data: a folder with one folder of pictures a class, or with a labels.jsonl (image, label, name, optional split).
-        split: of labels.jsonl; None = all.
+        split: of labels.jsonl, or the folder data/SPLIT; None = all.
         prompts: "openai" = the 80 templates of CLIP's ImageNet protocol, or templates with ``{}`` for the name, separated by |.
         names: JSON file of {folder or label name: class name}, or None: ImageNet's folders (n01440764) get open_clip's
             names, others are called as they are, with _ for a space.
@@ -47,15 +45,15 @@ class ZeroShot:
     resamples: int = 1000
 
     def check(self, data: Data) -> None:
-        """Raises UserError where there are no pictures, no class names or no prompts."""
+        """Raises UserError where there are no pictures, no class names, no prompts, or no tokenizer for them."""
         self._read()
+        if not data.tokenizer:
+            raise UserError(NO_TEXT)
 
-    def _read(self) -> tuple[list[tuple[Path, int]], list[str], list[str]]:
+    def _read(self) -> tuple[Labelled, list[str], list[str]]:
         """Pictures with their class numbers, class names, templates."""
         if not self.data:
-            raise UserError(
-                "zero-shot has no data: give data=FOLDER with a folder of pictures a class, or a labels.jsonl"
-            )
+            raise UserError(f"zero-shot has no data: give data=FOLDER with {FORMS}")
         pictures, classes = read_labelled(Path(self.data), self.split)
         return pictures, class_names(classes, self.names), templates_of(self.prompts)
 
@@ -63,28 +61,25 @@ class ZeroShot:
         """Metrics: ``top1``, and ``top5`` where there are more than five classes."""
         began = time.monotonic()
         pictures, names, templates = self._read()
-        dataset = Pictures(pictures, subject)
+        if subject.tokenizer is None:
+            raise UserError(NO_TEXT)
         with evaluating(subject.model):
             classifier = torch.stack([class_embedding(subject, name, templates) for name in names])
-            scores, bad = self._scores(subject, dataset, classifier)
-        kept = scores.isfinite().all(1)
-        labels = torch.tensor([label for _, label in pictures])[kept]
-        if not len(labels):
-            raise UserError(f"none of the {len(pictures)} pictures in {self.data} can be decoded")
+        encoded = encode_pictures(subject, pictures, "embed", self.batch_size)
+        scores, labels = encoded.features @ classifier.T, encoded.labels
         # as in retrieval, a class that ties with the true one counts as ahead of it
-        true = scores[kept].gather(1, labels[:, None])
-        rank = (scores[kept] >= true).sum(1) - 1
+        rank = (scores >= scores.gather(1, labels[:, None])).sum(1) - 1
         groups = np.arange(len(labels))
         metrics = {
             f"top{k}": bootstrap((rank < k).numpy().astype(np.float64), groups, subject.seed, self.resamples)
             for k in (1, 5)
             if k < len(names)
         }
-        predicted = scores[kept].argmax(1)
-        confusion = torch.bincount(labels * len(names) + predicted, minlength=len(names) ** 2)
+        confusion = torch.bincount(labels * len(names) + scores.argmax(1), minlength=len(names) ** 2)
         return Result(
             task="zero-shot",
-            protocol=f"mean of {len(templates)} normalised prompt embeddings a class, cosine similarity; prompts: {self.prompts}",
+            protocol=f"mean of {len(templates)} normalised prompt embeddings a class, cosine similarity; prompts: {self.prompts}"
+            + (f"; split {self.split}" if self.split else ""),
             data=self.data,
             n={"images": len(labels), "classes": len(names), "prompts": len(templates)},
             metrics=metrics,
@@ -92,85 +87,9 @@ class ZeroShot:
                 "classes": names,
                 "confusion": confusion.view(len(names), -1).tolist() if len(names) <= 50 else None,
             },
-            bad=bad,
+            bad=encoded.bad,
             seconds=time.monotonic() - began,
         )
-
-    def _scores(self, subject: Subject, dataset: Pictures, classifier: Tensor) -> tuple[Tensor, list[dict]]:
-        """(n, classes) cosine similarities, -inf where a picture could not be decoded; the same for any number of processes."""
-        scores, bad = torch.zeros(len(dataset), len(classifier)), []
-        for numbers, pixels, unusable in evaluation_batches(
-            dataset, self.batch_size, subject.data.workers, subject.rank, world_size()
-        ):
-            bad += unusable
-            if numbers:
-                image = subject.preprocess.normalise(torch.stack(pixels).to(subject.device))
-                scores[numbers] = subject.model.encode_image(image).embed.float().cpu() @ classifier.T
-        bad = [b for part in gather_objects(bad) for b in part]
-        scores = merge(scores)
-        scores[[b["number"] for b in bad]] = -torch.inf
-        return scores, bad
-
-
-class Pictures(Dataset):
-    """(path, label) -> resized uint8 pixels."""
-
-    def __init__(self, pictures: list[tuple[Path, int]], subject: Subject):
-        self.pictures, self.data, self.preprocess = pictures, subject.data, subject.preprocess
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitems__(self, numbers: list[int]) -> tuple[list[int], list[Tensor], list[dict]]:
-        good, pixels, bad = [], [], []
-        for n in numbers:
-            path = self.pictures[n][0]
-            try:
-                image = decode(path.read_bytes(), self.data.max_pixels)
-                pixels.append(self.data.resize(image, self.preprocess.size, self.preprocess.interpolation))
-                good.append(n)
-            except (BadSample, OSError) as e:
-                bad.append({"number": n, "image": str(path), "reason": str(e)})
-        return good, pixels, bad
-
-
-def read_labelled(folder: Path, split: str | None) -> tuple[list[tuple[Path, int]], list[str]]:
-    """([(picture, class number)], class names as the folder has them). Raises UserError where there is neither form."""
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}; give data=FOLDER with a folder of pictures a class, or a labels.jsonl")
-    if (folder / "labels.jsonl").exists():
-        return _read_labels(folder, split)
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    pictures = [
-        (path, n)
-        for n, name in enumerate(classes)
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in PICTURES
-    ]
-    if not pictures or len(classes) < 2:
-        raise UserError(f"{folder} holds neither labels.jsonl nor two folders of pictures, one a class")
-    return pictures, classes
-
-
-def _read_labels(folder: Path, split: str | None) -> tuple[list[tuple[Path, int]], list[str]]:
-    rows = []
-    for number, line in enumerate((folder / "labels.jsonl").read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows.append(
-                (folder / row["image"], int(row["label"]), str(row.get("name", row["label"])), row.get("split"))
-            )
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{folder}/labels.jsonl line {number}: expected an object with image, label and name"
-            ) from None
-    if split is not None:
-        rows = [r for r in rows if r[3] == split]
-    if not rows:
-        raise UserError(f"{folder}/labels.jsonl has no picture" + (f" of split {split!r}" if split else ""))
-    labels = sorted({label for _, label, _, _ in rows})
-    name_of = {label: name for _, label, name, _ in rows}
-    return [(path, labels.index(label)) for path, label, _, _ in rows], [name_of[label] for label in labels]
 
 
 def class_names(classes: list[str], names: str | None) -> list[str]:
