@@ -3,20 +3,30 @@
 import importlib.util
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import ROOT
+from vlp.ablation import load_ablation
 from vlp.config import Experiment, dump, from_plain, load_config
 from vlp.forward import Surroundings
 from vlp.optim import parameter_groups, set_lr
+from vlp.state import Average
 from vlp.train import Pretrainer
-from vlp.types import Batch
+from vlp.types import Batch, Vocabulary
 from vlp.validation import validate
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+FILES = sorted((ROOT / "configs").rglob("*.py"))
+ABLATIONS = [path for path in FILES if "vlp.ablation" in path.read_text()]
+CONFIGS = [path for path in FILES if path not in ABLATIONS]
+EXPERIMENTS = {str(path.relative_to(ROOT / "configs")): path for path in CONFIGS} | {
+    f"{path.relative_to(ROOT / 'configs')}: {variant}": experiment
+    for path in ABLATIONS
+    for variant, experiment in load_ablation(str(path), []).variants.items()
+}
+TINY = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 def packages_of(experiment: Experiment) -> set[str]:
@@ -32,9 +42,19 @@ def packages_of(experiment: Experiment) -> set[str]:
     return {t[4:].split("/")[0] for t in texts(json.loads(dump(experiment))) if t.startswith("pip:")}
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
-def experiment(request) -> Experiment:
-    experiment = load_config(str(request.param))
+def at_hand(experiment: Experiment) -> Experiment:
+    """The same, with BERT's architecture where the text tower starts from a folder that is not here, such as a run's."""
+    text = getattr(experiment.model, "text", None)
+    if text is None or text.weights is None or text.weights.startswith("pip:") or Path(text.weights).exists():
+        return experiment
+    text = replace(text, weights=None, config={"model_type": "bert", **(text.config or {})})
+    return replace(experiment, model=replace(experiment.model, text=text))
+
+
+@pytest.fixture(params=EXPERIMENTS.values(), ids=EXPERIMENTS)
+def experiment(request, monkeypatch) -> Experiment:
+    monkeypatch.chdir(ROOT)
+    experiment = load_config(str(request.param)) if isinstance(request.param, Path) else request.param
     for package in packages_of(experiment):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed (extra demo)")
@@ -46,7 +66,7 @@ def test_there_are_configs():
 
 
 def test_their_docstrings_are_lab_notebooks():
-    for path in CONFIGS:
+    for path in FILES:
         text = path.read_text()
         assert text.startswith('"""') and "Command" in text.split('"""')[1] and "Paper:" in text.split('"""')[1], path
         assert str(path.relative_to(ROOT)) in text or "make demo" in text, path
@@ -54,28 +74,74 @@ def test_their_docstrings_are_lab_notebooks():
 
 def test_it_is_valid_and_survives_json_as_it_is_and_resolved(experiment):
     validate(experiment)
-    for each in (experiment, experiment.resolved()):
+    for each in (experiment, at_hand(experiment).resolved()):
         assert from_plain(json.loads(dump(each))) == each
 
 
-SIBLINGS = {"tf_efficientnet_b7": "tf_efficientnet_b0", "vit_base_patch16_siglip_224": "test_vit"}
+SIBLINGS = {
+    "tf_efficientnet_b7": "tf_efficientnet_b0",
+    "vit_base_patch16_siglip_224": "test_vit",
+    "resnet50": "test_resnet",
+    "beit_base_patch16_224": "vit_tiny_patch16_224",
+}
 
 
 def small(experiment: Experiment) -> Experiment:
     """The same with a small sibling of the image tower, small pictures, and a text tower of a few neurons."""
     model = experiment.model
-    text = replace(model.text, config={**model.text.config, **TINY})
-    image = replace(model.image, name=SIBLINGS.get(model.image.name, model.image.name), image_size=64)
-    return replace(experiment, model=replace(model, text=text, image=image))
+    if model.text is not None:
+        model = replace(model, text=replace(model.text, config={**model.text.config, **TINY}))
+    if hasattr(model, "fusion"):
+        model = replace(model, fusion=replace(model.fusion, heads=2, hidden_size=64))
+    if model.image is not None:
+        size, name = 64, SIBLINGS.get(model.image.name, model.image.name)
+        if mim := getattr(model, "mim", None):
+            size = 128  # blocks of masked patches need room
+            model = replace(model, mim=replace(mim, size=8) if hasattr(mim, "size") else mim)
+        model = replace(model, image=replace(model.image, name=name, image_size=size))
+    return replace(experiment, model=model)
+
+
+def batch_of(experiment: Experiment, model, rows: int) -> Batch:
+    """Random pictures and texts, with as many further views as the experiment has."""
+    data = experiment.data
+    pictures = texts = 0
+    if model.preprocess:
+        pictures = 1 + len(data.views)
+    if model.text is not None:
+        columns = min(max(1, len(getattr(s, "columns", ()))) if not getattr(s, "join", None) else 1 for s in data.train)
+        texts = columns + len(data.text_views)
+
+    def view(number: int) -> Batch:
+        image = ids = mask = None
+        if number < pictures:
+            pixels = torch.randint(0, 256, (rows, 3, *model.preprocess.size), dtype=torch.uint8)
+            image = model.preprocess.normalise(pixels)
+        if number < texts:
+            ids = torch.randint(5, 90, (rows, min(8, data.max_length)))
+            mask = torch.ones_like(ids).bool()
+        return Batch(torch.arange(rows), image, ids, mask)
+
+    first, *others = map(view, range(max(pictures, texts)))
+    classes = getattr(experiment.model, "classes", None)
+    labels = None if classes is None else torch.arange(rows) % classes
+    return replace(first, row=torch.arange(rows), labels=labels, others=tuple(others))
+
+
+def vocabulary_of(model) -> Vocabulary | None:
+    if model.text is None:
+        return None
+    special = torch.arange(model.text.vocab_size) < 5
+    return Vocabulary(len(special), 4, special, torch.zeros_like(special))
 
 
 def test_it_builds_without_its_weights_and_takes_a_step(experiment):
-    experiment = experiment.resolved()
-    if experiment.model.towers is not None:
+    experiment = at_hand(experiment).resolved()
+    if getattr(experiment.model, "towers", None) is not None:
         pytest.skip("open_clip's towers have no small sibling; tests/encoders/test_open_clip.py builds some")
     torch.manual_seed(0)
     model = small(experiment).model.build(load_weights=False)
-    assert experiment.data.max_length <= model.text.max_length
+    assert model.text is None or experiment.data.max_length <= model.text.max_length
     for prefix in experiment.train.frozen:
         assert any(name.startswith(prefix) for name, _ in model.named_parameters()), prefix
     groups = parameter_groups(
@@ -83,15 +149,28 @@ def test_it_builds_without_its_weights_and_takes_a_step(experiment):
     )
     optimizer = experiment.optim.build(groups)
     set_lr(optimizer, experiment.schedule, experiment.optim.lr, 0, 100)
-    height, width = model.preprocess.size
-    ids = torch.randint(5, 90, (4, min(8, experiment.data.max_length)))
-    images = torch.randint(0, 256, (4, 3, height, width), dtype=torch.uint8)
-    batch = Batch(model.preprocess.normalise(images), ids, torch.ones_like(ids).bool(), torch.arange(4))
+    momentum = experiment.momentum and Average(model, experiment.momentum.decay, experiment.momentum.mode).network
     pretrainer = Pretrainer(model.train(), experiment.objectives)
-    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.numel() < 1e5}
-    losses, total, _ = pretrainer(batch, None, Surroundings())
+    memories = {
+        objective: objective.start(model, 20, torch.device("cpu"), torch.Generator().manual_seed(0))
+        for objective in experiment.objectives.values()
+        if hasattr(objective, "start")
+    }
+    around = Surroundings(memories, vocabulary_of(model))
+
+    def losses_of_a_batch() -> tuple:
+        rows = max([8, *(2 * getattr(objective, "groups", 1) for objective in experiment.objectives.values())])
+        return pretrainer(batch_of(experiment, model, rows), momentum, around)
+
+    if memories:  # a queue may start empty, and then there is nothing to learn
+        with torch.no_grad():
+            _, _, f = losses_of_a_batch()
+            for objective, memory in memories.items():
+                memory.push(**objective.remember(f))
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad and p.numel() < 1e5}
+    losses, total, _ = losses_of_a_batch()
     assert losses.keys() == experiment.objectives.keys() and total.isfinite()
     total.backward()
-    assert all(p.grad is not None for p in model.parameters())
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     optimizer.step()
     assert sum(not torch.equal(before[n], model.get_parameter(n)) for n in before) > len(before) / 2

@@ -180,7 +180,7 @@ SILENTLY_WRONG = {
         ("data.batch_size=6", "train.accumulation=2"),
         "a micro-batch of 3",
     ),
-    "LAMB under ZeRO": ({"world": 2, "engine": "deepspeed"}, (), "LAMB needs whole parameters"),
+    "LAMB under ZeRO": ({"world": 2, "engine": "deepspeed"}, (), "Lamb needs whole parameters"),
     "skipping half a ZeRO step": (
         {"world": 2, "engine": "deepspeed"},
         ("train.nonfinite=skip", "train.accumulation=2"),

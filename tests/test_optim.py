@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from vlp.errors import UserError
-from vlp.optim import AdamW, Lamb, Schedule, describe_groups, parameter_groups, set_lr
+from vlp.optim import AdamW, Lamb, Lars, Schedule, Sgd, describe_groups, parameter_groups, set_lr
 
 
 class Tower(nn.Module):
@@ -173,7 +173,45 @@ def test_lamb_without_weight_decay_still_adapts_its_matrices():
     assert (model.weight - before).norm().item() == pytest.approx(0.1 * before.norm().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("spec", [AdamW(lr=0.01), Lamb(lr=0.01)])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_equals_the_recurrence(nesterov):
+    spec = Sgd(lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.3)
+    model = nn.Linear(3, 2).double()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    gradients = random_gradients(model)
+    run(spec.build(parameter_groups(model, spec.weight_decay)), model, gradients)
+    for name, decay in (("weight", 0.3), ("bias", 0.0)):
+        w, b = start[name], torch.zeros_like(start[name])
+        for g in (step[name] for step in gradients):
+            b = 0.9 * b + g + decay * w
+            w = w - 0.1 * (g + decay * w + 0.9 * b if nesterov else b)
+        torch.testing.assert_close(model.get_parameter(name), nn.Parameter(w), rtol=1e-10, atol=1e-12)
+
+
+def test_lars_steps_in_proportion_to_the_weights():
+    spec = Lars(lr=0.7, momentum=0.9, trust=0.01, weight_decay=0.3)
+    model = nn.Linear(3, 2).double()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    gradients = random_gradients(model)
+    run(spec.build(parameter_groups(model, spec.weight_decay)), model, gradients)
+    for name, decay in (("weight", 0.3), ("bias", 0.0)):
+        w, b = start[name], torch.zeros_like(start[name])
+        for g in (step[name] for step in gradients):
+            trust = 0.01 * w.norm() / (g.norm() + decay * w.norm()) if decay else 1.0
+            b = 0.9 * b + trust * (g + decay * w)
+            w = w - 0.7 * b
+        torch.testing.assert_close(model.get_parameter(name), nn.Parameter(w), rtol=1e-10, atol=1e-12)
+
+
+def test_nesterov_without_momentum_is_a_user_error():
+    with pytest.raises(UserError, match="more than 0 with nesterov"):
+        Sgd(momentum=0.0, nesterov=True)
+
+
+STATE = {AdamW: {"step", "exp_avg", "exp_avg_sq"}, Lamb: {"step", "exp_avg", "exp_avg_sq"}}
+
+
+@pytest.mark.parametrize("spec", [AdamW(lr=0.01), Lamb(lr=0.01), Sgd(lr=0.01), Sgd(nesterov=True), Lars(lr=0.1)])
 def test_state_is_named_tensors_per_parameter_and_resumes_bitwise(spec):
     torch.manual_seed(0)
     model = Model()
@@ -191,7 +229,7 @@ def test_state_is_named_tensors_per_parameter_and_resumes_bitwise(spec):
     run(first, model, gradients[:3])
     saved = first.state_dict()
     for state in saved["state"].values():
-        assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert state.keys() == STATE.get(type(spec), {"momentum_buffer"})
         assert all(isinstance(value, torch.Tensor) for value in state.values())
     second = build()
     second.load_state_dict(
@@ -230,6 +268,14 @@ def test_cosine_without_warm_up_equals_torch():
 def test_constant_stays_and_a_run_inside_its_warm_up_never_decays():
     assert Schedule(kind="constant", warmup_steps=2).factor(1000, 10) == 1
     assert Schedule(warmup_steps=10).factor(4, 5) == 0.5
+
+
+def test_drops_are_to_a_tenth_each():
+    schedule = Schedule(kind="constant", drops=(0.6, 0.8))
+    factors = [schedule.factor(step, 10) for step in range(10)]
+    assert factors == pytest.approx([1] * 6 + [0.1] * 2 + [0.01] * 2)
+    with pytest.raises(UserError, match="of kind='constant'"):
+        Schedule(kind="cosine", drops=(0.5,))
 
 
 def test_set_lr_writes_every_group_with_its_scale():

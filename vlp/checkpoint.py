@@ -197,7 +197,8 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, zero: 
             _link_state(optimizer)
         keys = [k for k, v in inner.items() if v.ndim > 0] if inner else []
         tensors = {f"{k}/{n}": safe_get_full_optimizer_state(p, k) for n, p in _trained(model) for k in keys}
-        tensors |= {f"step/{n}": inner["step"].clone() for n, _ in _trained(model) if inner}
+        if "step" in inner:  # SGD counts none
+            tensors |= {f"step/{n}": inner["step"].clone() for n, _ in _trained(model)}
         return tensors | {f"master/{n}": safe_get_full_fp32_param(p) for n, p in _trained(model)}
     state = {n: optimizer.state[p] for n, p in _trained(model) if p in optimizer.state}
     return {f"{k}/{n}": v for n, values in state.items() for k, v in values.items()}
@@ -237,9 +238,9 @@ def _load_zero(model: nn.Module, optimizer, by_parameter: dict[str, Tensors]) ->
     if keys:
         # ZeRO has no state before its first step, and only state that exists can be set
         for flat in optimizer.single_partition_of_fp32_groups:
-            optimizer.optimizer.state[flat] = {k: torch.zeros_like(flat) for k in keys} | {
-                "step": example["step"].clone()
-            }
+            state = optimizer.optimizer.state[flat] = {k: torch.zeros_like(flat) for k in keys}
+            if "step" in example:
+                state["step"] = example["step"].clone()
         _link_state(optimizer)
     for name, p in _trained(model):
         for key in keys:

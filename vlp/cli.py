@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from vlp.data.text_commands import add_text_commands
+from vlp.data.world.command import add_world_command
 from vlp.errors import UserError
 
 # what a full or forbidden disk answers, to the write of a log line too
@@ -21,10 +23,13 @@ REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, e
 # name of `vlp eval` -> its module and class, imported only when it runs
 TASKS = {
     "retrieval": ("vlp.tasks.retrieval", "Retrieval"),
+    "rerank": ("vlp.tasks.rerank", "Rerank"),
+    "minimal-pairs": ("vlp.tasks.minimal_pairs", "MinimalPairs"),
     "zero-shot": ("vlp.tasks.zero_shot", "ZeroShot"),
     "knn": ("vlp.tasks.probe", "Knn"),
     "probe": ("vlp.tasks.probe", "LinearProbe"),
     "sts": ("vlp.tasks.sentence_similarity", "SentenceSimilarity"),
+    "masked": ("vlp.tasks.masked", "MaskedPrediction"),
 }
 
 
@@ -68,6 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint", metavar="STEP", help="a step, 'best' or 'last' (default: best if there is one)"
     )
     evaluate.set_defaults(run=run_eval)
+
+    ablate = commands.add_parser("ablate", help="train variants over seeds, and tabulate what each change is worth")
+    ablate.add_argument("config", help="a Python file whose config() returns a vlp.ablation.Ablation")
+    ablate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seeds=0,1 train.steps=100")
+    ablate.set_defaults(run=run_ablate)
 
     report = commands.add_parser("report", help="write RUN/report.html, or a page that compares several runs")
     report.add_argument("folders", metavar="RUN", nargs="+", type=Path)
@@ -135,8 +145,7 @@ def add_data_commands(actions) -> None:
     )
     demo.set_defaults(run=run_demo_data)
 
-    from vlp.data.world.command import add_world_command
-
+    add_text_commands(actions)
     add_world_command(actions)
 
 
@@ -163,6 +172,15 @@ def run_train(options: argparse.Namespace) -> int:
             f"or start a new run with another name=..."
         )
     return train(replace(wanted, name=folder.name, output=str(folder.parent)), resume=True)
+
+
+def run_ablate(options: argparse.Namespace) -> int:
+    from vlp.ablation import ablate, load_ablation
+
+    ablation = load_ablation(options.config, options.overrides)
+    ablate(ablation)
+    print((ablation.folder / "table.md").read_text() + f"\n{ablation.folder}/table.md and plot.png")
+    return 0
 
 
 def run_eval(options: argparse.Namespace) -> int:

@@ -35,6 +35,7 @@ class Data:
         train: sources of the training stream: shards of pictures with captions, or files of texts.
         val: shards for the evaluations during training and for `vlp eval`'s default; None = none.
         tokenizer: folder, tokenizer.json, vocab.txt, ``pip:PACKAGE/path`` or ``open_clip:NAME``.
+        sep: whether ``[SEP]`` ends a caption; None = as the tokenizer has it. ALBEF's weights were trained without.
         batch_size: samples of one optimizer step over all processes and accumulated micro-batches.
         max_length: tokens of a caption; longer ones are cut and counted.
         augment: what training pictures go through; every draw is seeded by (seed, epoch, sample).
@@ -49,6 +50,7 @@ class Data:
     train: tuple[Source | Sentences, ...]
     val: str | None = None
     tokenizer: str = ""
+    sep: bool | None = None
     batch_size: int = 256
     max_length: int = 64
     augment: Any = field(default_factory=RandomResizedCrop)
@@ -69,6 +71,7 @@ class Training:
         epochs: passes over all samples, rounded up to whole steps; None = from ``steps``.
         precision: float32, or bfloat16 autocast (the losses stay float32).
         accumulation: micro-batches of a step. The contrastive losses see the negatives of one micro-batch.
+        grad_cache: they see those of all micro-batches, for a second forward of the towers: see `vlp.grad_cache`.
         clip_norm: the gradient's norm is scaled down to this; None = not.
         layer_decay: learning rate of a layer relative to the one after it (1 = the same).
         lr_scales: parameter-name prefix -> factor on the learning rate.
@@ -86,6 +89,7 @@ class Training:
     epochs: float | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     accumulation: int = 1
+    grad_cache: bool = False
     clip_norm: float | None = 1.0
     layer_decay: float = 1.0
     lr_scales: dict[str, float] = field(default_factory=dict)

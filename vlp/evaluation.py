@@ -19,6 +19,7 @@ from vlp.config import Data
 from vlp.data.shards import RawSample, write_atomically
 from vlp.data.stream import InOrder, evaluation_batches
 from vlp.distributed import gather_objects, world_size
+from vlp.errors import UserError
 from vlp.metrics import Interval
 
 
@@ -165,9 +166,12 @@ def _assemble(own: dict[int, tuple[Tensor, Tensor, RawSample]], size: int, bad: 
         n: c for part in gather_objects({n: raw.captions for n, (_, _, raw) in own.items()}) for n, c in part.items()
     }
     rows = counts.nonzero()[:, 0]
+    texts = merge(texts)
+    if not (images.isfinite().all() and texts.isfinite().all()):  # they would rank first, as no score is above theirs
+        raise UserError("the model's embeddings are not finite; evaluate an earlier checkpoint")
     return EncodedPairs(
         images=images[rows],
-        texts=merge(texts),
+        texts=texts,
         image_ids=ids[rows],
         text_ids=ids.repeat_interleave(counts),
         rows=rows,

@@ -5,23 +5,26 @@ B rows of this process, M rows of all processes, N tokens, E embedding, V vocabu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlp.distributed import gather, gather_with_gradient
+from vlp.distributed import gather_with_gradient, rank, world_size
+from vlp.sampling import MaskedIds, TextMasking
 from vlp.state import Memory
 from vlp.types import Batch, Encoded, Vocabulary
+
+Among = Literal["all", "process"]
 
 
 @dataclass(frozen=True)
 class Keys:
-    """What the rows of this process are compared with: those of all processes, in the order of the processes.
+    """What the rows of this process are compared with: those of all processes, in the order of the data.
 
     Args:
         image: (M, E) unit norm.
@@ -42,11 +45,17 @@ class Surroundings:
         memory: objective -> its queue or bank, as it was before the step.
         vocabulary: of the run's tokenizer; None where there is no text.
         progress: in epochs, for ramps.
+        step: optimizer steps done.
     """
 
     memory: Mapping[Any, Memory] = field(default_factory=dict)
     vocabulary: Vocabulary | None = None
     progress: float = 0.0
+    step: int = 0
+
+    def ramp(self, epochs: float) -> float:
+        """What grows from 0 to 1 over the first ``epochs``; 1 where there are none."""
+        return min(1.0, self.progress / epochs) if epochs else 1.0
 
 
 class Forward:
@@ -58,26 +67,41 @@ class Forward:
 
     def __init__(self, model, batch: Batch, momentum: Forward | None = None, around: Surroundings = Surroundings()):
         self.model, self.batch, self.momentum, self.around = model, batch, momentum, around
+        self._peers: tuple[Forward, ...] = ()  # not (self,): a bundle that refers to itself outlives its step
+        self._masked: dict[TextMasking, MaskedIds] = {}
 
     @cached_property
     def others(self) -> tuple[Forward, ...]:
         """The bundles of the further views."""
         teachers = self.momentum.others if self.momentum else (None,) * len(self.batch.others)
-        return tuple(Forward(self.model, b, t, self.around) for b, t in zip(self.batch.others, teachers))
+        return tuple(self.beside(b, t) for b, t in zip(self.batch.others, teachers))
+
+    def beside(self, batch: Batch, momentum: Forward | None) -> Forward:
+        """A bundle of the same model in the same step."""
+        return Forward(self.model, batch, momentum, self.around)
+
+    def encode(self, encode: Callable[..., Encoded], *given: Tensor) -> Encoded:
+        """Every pass of a tower goes through here."""
+        return encode(*given)
 
     @cached_property
     def image(self) -> Encoded:
-        return self.model.encode_image(self.batch.image)
+        return self.encode(self.model.encode_image, self.batch.image)
 
     @cached_property
     def text(self) -> Encoded:
-        return self.model.encode_text(self.batch.input_ids, self.batch.attention_mask)
+        return self.encode(self.model.encode_text, self.batch.input_ids, self.batch.attention_mask)
+
+    @cached_property
+    def projected(self) -> Any:
+        """What fusion reads of the pictures, once for every pass that fuses texts with them: `model.project`."""
+        return self.model.project(self.image)
 
     @cached_property
     def images(self) -> tuple[Encoded, ...]:
         """All views of the pictures in one pass, so that a BatchNorm sees them together (as SimCLR's does)."""
         views = [self.batch.image, *(b.image for b in self.batch.others)]
-        return _split(self.model.encode_image(torch.cat(views)), len(views))
+        return _split(self.encode(self.model.encode_image, torch.cat(views)), len(views))
 
     @cached_property
     def texts(self) -> tuple[Encoded, ...]:
@@ -86,14 +110,60 @@ class Forward:
         longest = max(b.input_ids.shape[1] for b in views)
         ids = [F.pad(b.input_ids, (0, longest - b.input_ids.shape[1])) for b in views]
         mask = [F.pad(b.attention_mask, (0, longest - b.attention_mask.shape[1])) for b in views]
-        return _split(self.model.encode_text(torch.cat(ids), torch.cat(mask)), len(views))
+        return _split(self.encode(self.model.encode_text, torch.cat(ids), torch.cat(mask)), len(views))
+
+    @property
+    def peers(self) -> tuple[Forward, ...]:
+        """The bundles of the micro-batches that losses take as one batch, this one among them; see `vlp.grad_cache`."""
+        return self._peers or (self,)
+
+    @peers.setter
+    def peers(self, peers: tuple[Forward, ...]) -> None:
+        self._peers = peers
+
+    def masked(self, masking: TextMasking) -> MaskedIds:
+        """The texts with masks, drawn when first asked for; the momentum encoder is to read the same."""
+        if masking not in self._masked:
+            self._masked[masking] = masking(self.batch.input_ids, self.batch.attention_mask, self.around.vocabulary)
+        return self._masked[masking]
+
+    def gathered(self, what: Callable[[Forward], Tensor], among: Among = "all") -> Tensor:
+        """``what`` (B, ...) of every bundle that counts as the same batch, in the order of the data.
+
+        Gradient flows back to where a row was made, summed over the processes that used it.
+
+        Args:
+            among: "all" processes, or this "process" alone, without communication.
+        """
+        gather = gather_with_gradient if among == "all" else lambda x: x
+        parts = [gather(what(peer)) for peer in self.peers]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def rows(self, among: Among = "all") -> Tensor:
+        """(B,) where the rows of this bundle are among the `gathered` ones."""
+        size, places, place = len(self.batch), *((world_size(), rank()) if among == "all" else (1, 0))
+        first = (self.peers.index(self) * places + place) * size
+        return torch.arange(first, first + size, device=self.batch.index.device)
 
     @cached_property
     def keys(self) -> Keys:
-        """Gradient flows back to the process that encoded a row, summed over the processes that compared with it."""
+        """Everything that the rows of this bundle can be compared with, with gradient; see `gathered`."""
+        return self._keys("all")
+
+    def keys_among(self, among: Among) -> Keys:
+        return self.keys if among == "all" else self._keys(among)
+
+    def _keys(self, among: Among) -> Keys:
         return Keys(
-            gather_with_gradient(self.image.embed), gather_with_gradient(self.text.embed), gather(self.batch.index)
+            self.gathered(lambda f: f.image.embed, among),
+            self.gathered(lambda f: f.text.embed, among),
+            self.gathered(lambda f: f.batch.index, among),
         )
+
+    def forget(self) -> None:
+        """Drops what only losses read. From then on their graph alone holds it, and lets go of it in the backward."""
+        for bundle in filter(None, (self, self.momentum)):
+            vars(bundle).pop("projected", None)
 
     def ran(self) -> dict[str, Tensor]:
         """(B, E) embeddings that were made on the way, by name, for measures; none is computed for this."""

@@ -1,24 +1,9 @@
-"""A run and its folder: what training builds before the first step, and everything that it writes.
-
-runs/NAME/
-  experiment.json   the resolved experiment; with a checkpoint, all that it takes to rebuild the model
-  tokenizer/        a copy
-  starts.jsonl      a line for each time it was started or continued: command, machine, processes
-  log.jsonl         a line a step
-  eval.jsonl        a line an evaluation; eval/TASK.json holds the newest in full
-  quarantine.jsonl  samples that could not be used, with shard, key and reason
-  checkpoints/      see `vlp.checkpoint`
-"""
+"""A run: what training builds before the first step, and what it does between steps besides training."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import platform
-import shutil
-import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -26,16 +11,16 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from vlp import __version__, checkpoint
-from vlp.config import Experiment, dump
-from vlp.data.shards import write_atomically
+from vlp import checkpoint
+from vlp.config import Experiment
 from vlp.data.stream import Loaded, Shuffled, training_loader
 from vlp.data.text import load_tokenizer
 from vlp.distributed import engine, start, take_from_main
 from vlp.errors import UserError
 from vlp.evaluation import Result, Subject
-from vlp.logging import RunLog, peak_memory_mib, read_log, truncate_log
-from vlp.optim import Lamb, describe_groups, parameter_groups
+from vlp.logging import peak_memory_mib, read_log
+from vlp.optim import Lamb, Lars, describe_groups, parameter_groups
+from vlp.records import Records
 from vlp.state import Average, TrainState
 from vlp.validation import validate
 
@@ -53,7 +38,7 @@ def total_steps(experiment: Experiment, epoch_samples: int) -> int:
 
 
 class Run:
-    """What belongs to one run in one process. Only the main process writes."""
+    """What belongs to one run in one process."""
 
     def __init__(self, experiment: Experiment, accelerator: Accelerator, resume: bool, whole: Path | None):
         self.experiment, self.accelerator, self.resumed_from = experiment, accelerator, whole
@@ -63,7 +48,8 @@ class Run:
         self.model = experiment.model.build(load_weights=whole is None)
         self.tokenizer = self.vocabulary = None
         if self.model.text is not None:
-            self.tokenizer = load_tokenizer(str(self.folder / "tokenizer") if resume else experiment.data.tokenizer)
+            given = (str(self.folder / "tokenizer"),) if resume else (experiment.data.tokenizer, experiment.data.sep)
+            self.tokenizer = load_tokenizer(*given)
             self.vocabulary = self.tokenizer.vocabulary().to(accelerator.device)
             self._check_text()
         data = experiment.data
@@ -97,7 +83,7 @@ class Run:
         self.optimizer = experiment.optim.build(groups)
         if whole is not None:
             self._restore(whole)
-        self.known_bad = {(b["source"], b["shard"], b["key"]) for b in read_log(self.folder / "quarantine.jsonl")}
+        self.records = Records(experiment, accelerator, self.state, self.epoch_samples)
 
     @classmethod
     def start(cls, experiment: Experiment, resume: bool) -> Run:
@@ -114,14 +100,12 @@ class Run:
         if not resume:
             experiment = experiment.resolved()
         run = cls(experiment, accelerator, resume, whole)
-        accelerator.wait_for_everyone()
-        run.log = run._open_folder() if run.is_main else None
-        accelerator.wait_for_everyone()  # the main process has cut the logs back to the step that is resumed
-        run.samples = run._open_samples()
-        run.say(run.describe())
+        fingerprints = [reader.fingerprint() for reader in run.dataset.readers]
+        run.records.open(resume, run.tokenizer, fingerprints, run._audit(), run.total_steps)
+        run.records.say(run.describe())
         if whole is None:
             for tower, report in run.model.reports.items():
-                run.say(f"{tower} weights: {report or 'random'}")
+                run.records.say(f"{tower} weights: {report or 'random'}")
         return run
 
     def _check_text(self) -> None:
@@ -150,9 +134,9 @@ class Run:
                 )
 
     def _check_zero(self) -> None:
-        if isinstance(self.experiment.optim, Lamb):
+        if isinstance(self.experiment.optim, (Lamb, Lars)):
             raise UserError(
-                "LAMB needs whole parameters and ZeRO cuts them up; use vlp.optim.AdamW, or another launch config"
+                f"{type(self.experiment.optim).__name__} needs whole parameters and ZeRO cuts them up; use vlp.optim.AdamW, or another launch config"
             )
         if self.experiment.train.nonfinite == "skip" and self.experiment.train.accumulation > 1:
             raise UserError("train.nonfinite=skip with DeepSpeed needs train.accumulation=1; set one of them")
@@ -206,53 +190,10 @@ class Run:
             tensors = checkpoint.read(self.resumed_from, "optimizer")
             checkpoint.load_optimizer(self.model, optimizer, zero, tensors)
 
-    def _open_folder(self) -> RunLog:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not self.resume:
-                shutil.rmtree(self.folder / "tokenizer", ignore_errors=True)  # of a start that was killed here
-                if self.tokenizer:
-                    self.tokenizer.save(self.folder / "tokenizer")
-                fingerprints = [reader.fingerprint() for reader in self.dataset.readers]
-                write_atomically(self.folder / "data.json", json.dumps(fingerprints, indent=1).encode())
-                write_atomically(self.folder / "parameters.txt", self._audit().encode())
-            # last, since a folder that has it is a run
-            write_atomically(self.folder / "experiment.json", dump(self.experiment).encode())
-            for name in ("log.jsonl", "eval.jsonl"):
-                truncate_log(self.folder / name, self.state.step)
-            for path in self.folder.glob("samples.*.jsonl"):
-                truncate_log(path, self.state.step)
-            self._write_start()
-        except OSError as e:
-            raise UserError(
-                f"cannot write {self.folder}: {e.strerror or e}; set output=FOLDER to one that can be written"
-            ) from None
-        return RunLog(self.experiment, self.state.step, self.total_steps)
-
     def _audit(self) -> str:
         """Where every weight came from, and which learning rate and weight decay it gets."""
         reports = [f"{tower}: {report or 'random'}" for tower, report in self.model.reports.items()]
         return "\n".join([*reports, "", describe_groups(self.optimizer.param_groups)]) + "\n"
-
-    def _write_start(self) -> None:
-        """How the run was started or continued, for the report and for whoever wonders later."""
-        machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-        start = {
-            "step": self.state.step,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": ["vlp", *sys.argv[1:]] if Path(sys.argv[0]).name == "vlp" else ["python", *sys.argv],
-            "processes": self.accelerator.num_processes,
-            "engine": engine(self.accelerator),
-            "machine": machine,
-            "vlp": __version__,
-        }
-        with open(self.folder / "starts.jsonl", "a") as f:
-            f.write(json.dumps(start) + "\n")
-
-    def _open_samples(self):
-        if not self.experiment.log.samples:
-            return None
-        return open(self.folder / f"samples.{self.accelerator.process_index}.jsonl", "a", buffering=1)
 
     @property
     def to_evaluate(self) -> bool:
@@ -292,42 +233,6 @@ class Run:
             pin_memory=accelerator.device.type == "cuda",
         )
 
-    def say(self, text: str) -> None:
-        if self.log:
-            self.log.say(text)
-
-    def log_step(self, record: dict) -> None:
-        if self.log:
-            self.log.step(record)
-
-    def log_samples(self, keys) -> None:
-        if self.samples:
-            self.samples.write(json.dumps({"step": self.state.step + 1, "keys": list(keys)}) + "\n")
-
-    def quarantine(self, bad: list[dict]) -> None:
-        """Writes newly found bad samples; raises UserError when there are too many of them."""
-        new = {(b["source"], b["shard"], b["key"]): b for b in bad}
-        new = {k: b for k, b in new.items() if k not in self.known_bad}
-        self.known_bad |= new.keys()
-        path = self.folder / "quarantine.jsonl"
-        if new and self.is_main:
-            with open(path, "a") as f:
-                f.writelines(json.dumps(b) + "\n" for b in new.values())
-        allowed = self.experiment.data.max_bad_fraction * self.epoch_samples
-        if new and len(self.known_bad) > allowed:
-            sources = {s: sum(1 for k in self.known_bad if k[0] == s) for s in sorted({k[0] for k in self.known_bad})}
-            counts = ", ".join(f"{n} in {s}" for s, n in sources.items())
-            raise UserError(
-                f"{len(self.known_bad)} samples are bad ({counts}), more than data.max_bad_fraction="
-                f"{self.experiment.data.max_bad_fraction:g} of {self.epoch_samples}; see {path}, mend the data or raise the limit"
-            )
-
-    def report_nonfinite(self, what: str, keys: list[str]) -> None:
-        if self.is_main:
-            with open(self.folder / "nonfinite.jsonl", "a") as f:
-                f.write(json.dumps({"step": self.state.step + 1, "what": what, "samples": keys}) + "\n")
-            self.say(f"step {self.state.step + 1}: {what} is not finite; samples in nonfinite.jsonl")
-
     def memory_mib(self) -> float:
         if self.accelerator.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
@@ -362,20 +267,9 @@ class Run:
         take_from_main(model.buffers())
         results = {name: task(subject) for name, task in self.experiment.evaluate.items()}
         if self.is_main:
-            self._write(results, subject)
+            self.records.evaluation(results, subject)
             self._mark_best(results)
         self.accelerator.wait_for_everyone()
-
-    def _write(self, results: dict[str, Result], subject: Subject) -> None:
-        line = {"step": self.state.step}
-        for name, result in results.items():
-            result.write(self.folder / "eval" / f"{name}.json", subject, self.state.step)
-            line |= {f"{name}/{metric}": interval.value for metric, interval in result.metrics.items()}
-            self.say(
-                f"step {self.state.step}: {name}  " + "  ".join(f"{m} {i.value:.1%}" for m, i in result.metrics.items())
-            )
-        with open(self.folder / "eval.jsonl", "a") as f:
-            f.write(json.dumps(line) + "\n")
 
     def _mark_best(self, results: dict[str, Result]) -> None:
         best = self.experiment.save.best
@@ -392,10 +286,7 @@ class Run:
     def close(self, together: bool) -> None:
         """Closes the files; ``together``: every process is here, so wait for all (one that ends while another still talks
         to it makes that one abort). After an error the others may be elsewhere, and the launcher ends them."""
-        if self.log:
-            self.log.close()
-        if self.samples:
-            self.samples.close()
+        self.records.close()
         if together:
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()

@@ -14,11 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vlp import grad_cache
 from vlp.config import Experiment
 from vlp.data.order import stream
+from vlp.data.stream import Loaded
 from vlp.distributed import engine, gather_objects, sum_over_processes
 from vlp.errors import UserError
 from vlp.forward import Forward, Surroundings
+from vlp.grad_cache import CachedForward
 from vlp.losses.geometry import alignment, modality_gap, uniformity
 from vlp.losses.inputs import NonFiniteLoss
 from vlp.optim import set_lr
@@ -38,8 +41,12 @@ class Pretrainer(nn.Module):
     ) -> tuple[dict[str, Tensor], Tensor, Forward]:
         """The losses by name, sum(weight * loss), and the bundle that they were computed from."""
         f = Forward(self.model, batch, Forward(momentum, batch, around=around) if momentum else None, around)
+        return *self.losses(f), f
+
+    def losses(self, f: Forward) -> tuple[dict[str, Tensor], Tensor]:
         losses = {name: objective(f) for name, objective in self.objectives.items()}
-        return losses, sum(o.weight * losses[name] for name, o in self.objectives.items()), f
+        f.forget()
+        return losses, sum(o.weight * losses[name] for name, o in self.objectives.items())
 
 
 @dataclass
@@ -92,6 +99,11 @@ class Trainer:
             Pretrainer(run.model, self.experiment.objectives), run.optimizer
         )
         run.restore_optimizer(self.optimizer.optimizer, self.zero)
+        if self.zero and self.experiment.train.grad_cache:
+            raise UserError(
+                "train.grad_cache goes past DeepSpeed's backward; use another launch config, or set it to false"
+            )
+        self.waited = 0.0
 
     def fit(self, interrupted: Interrupted) -> bool:
         """Trains to the last step, or to an interruption; True if it got to the end."""
@@ -100,7 +112,7 @@ class Trainer:
             run.evaluate(run.resumed_from)
         with closing(run.micro_batches()) as micro_batches:
             while state.step < run.total_steps:
-                run.log_step(self.step(micro_batches, interrupted))
+                run.records.step(self.step(micro_batches, interrupted))
                 last = state.step == run.total_steps
                 if last or interrupted.agreed or run.to_evaluate or state.step % self.experiment.save.every == 0:
                     saved = self.save()
@@ -116,33 +128,34 @@ class Trainer:
     def step(self, micro_batches: Iterator, interrupted: Interrupted) -> dict:
         """One optimizer step; returns its record for the log."""
         experiment, state = self.experiment, self.run.state
-        began, waited = time.monotonic(), 0.0
+        began = time.monotonic()
+        self.waited = 0.0
         lr = set_lr(self.run.optimizer, experiment.schedule, experiment.optim.lr, state.step, self.run.total_steps)
         losses: dict[str, float] = {}
         finite, keys, f, remembered = True, [], None, []
-        for micro in range(experiment.train.accumulation):
-            asked = time.monotonic()
-            loaded = next(micro_batches)
-            waited += time.monotonic() - asked
-            keys += loaded.batch.keys
-            self.run.log_samples(loaded.batch.keys)
-            state.truncated_captions += loaded.truncated_captions
-            batch = self.prepare(loaded.batch)
+        given = (self._next(micro_batches) for _ in range(experiment.train.accumulation))
+        if experiment.train.grad_cache:
+            given = list(given)
+            cached = self._bundles([batch for _, batch in given])
+        for micro, (loaded, batch) in enumerate(given):
+            keys += batch.keys
             # dropout and the like depend on (seed, step, process) alone: there is no random state to save or to lose
             torch.manual_seed(
                 int(stream(experiment.seed, 4, state.step, micro, self.accelerator.process_index).integers(2**62))
             )
             with self.accelerator.accumulate(self.pretrainer):
-                own, total, f, complaint = self._losses(batch)
+                own, total, f, complaint = self._losses(cached[micro] if experiment.train.grad_cache else batch)
                 agreed = self.agree({**own, "loss": total}, loaded.bad, interrupted)
                 interrupted.agreed |= agreed.stop
-                self.run.quarantine(agreed.bad)
+                self.run.records.quarantine(agreed.bad)
                 finite = finite and all(map(math.isfinite, agreed.losses.values()))
                 if finite:
                     self.accelerator.backward(total)
                     remembered.append(self._to_remember(f))
             for name, value in agreed.losses.items():
                 losses[name] = losses.get(name, 0.0) + value / experiment.train.accumulation
+        if experiment.train.grad_cache and finite:
+            self._replay(cached)
         norm = self._gradient_norm() if finite else math.nan
         if not (finite and math.isfinite(norm)):
             self._nonfinite(losses, keys, norm if finite else None, complaint)
@@ -150,7 +163,28 @@ class Trainer:
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.advance(remembered, skipped=not (finite and math.isfinite(norm)))
-        return self._record(losses, lr, norm, f, began, waited)
+        return self._record(losses, lr, norm, f, began)
+
+    def _next(self, micro_batches: Iterator) -> tuple[Loaded, Batch]:
+        """A micro-batch as it was loaded, and on the device."""
+        asked = time.monotonic()
+        loaded = next(micro_batches)
+        self.waited += time.monotonic() - asked
+        self.run.records.batch(loaded.batch.keys)
+        self.run.state.truncated_captions += loaded.truncated_captions
+        return loaded, self.prepare(loaded.batch)
+
+    def _bundles(self, batches: list[Batch]) -> list[CachedForward]:
+        state = self.run.state
+        momentum = state.momentum.network if state.momentum else None
+        return grad_cache.bundles(self.run.model, batches, momentum, self.surroundings())
+
+    def _replay(self, cached: list[CachedForward]) -> None:
+        """The second forward of the towers, and what DDP would have done: the losses went past its wrapper."""
+        with self.accelerator.autocast():
+            for f in cached:
+                f.replay()
+        grad_cache.average_gradients(list(self.run.model.parameters()))
 
     def prepare(self, batch: Batch) -> Batch:
         batch = batch.to(self.accelerator.device)
@@ -161,12 +195,16 @@ class Trainer:
         image = batch.image if batch.image is None else self.run.model.preprocess.normalise(batch.image)
         return replace(batch, image=image, others=others)
 
-    def _losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Forward | None, str]:
+    def _losses(self, given: Batch | CachedForward) -> tuple[dict[str, Tensor], Tensor, Forward | None, str]:
         """Losses, total, bundle, and what a loss complained of; a loss that refuses its input is not finite."""
         try:
+            if isinstance(given, CachedForward):
+                with self.accelerator.autocast():
+                    losses, total = self.accelerator.unwrap_model(self.pretrainer).losses(given)
+                return losses, total, given, ""
             state = self.run.state
             momentum = state.momentum.network if state.momentum else None
-            losses, total, f = self.pretrainer(batch, momentum, self.surroundings())
+            losses, total, f = self.pretrainer(given, momentum, self.surroundings())
             return losses, total, f, ""
         except NonFiniteLoss as e:
             nan = torch.tensor(math.nan, device=self.accelerator.device)
@@ -175,13 +213,14 @@ class Trainer:
     def surroundings(self) -> Surroundings:
         state = self.run.state
         memory = {self.experiment.objectives[name]: memory for name, memory in state.memory.items()}
-        return Surroundings(memory, self.run.vocabulary, state.position / self.run.epoch_samples)
+        return Surroundings(memory, self.run.vocabulary, state.position / self.run.epoch_samples, state.step)
 
     @torch.no_grad()
     def _to_remember(self, f: Forward) -> dict[str, dict[str, Tensor]]:
         """What each memory gets of a micro-batch, from all processes. Kept until the step is done: one that is skipped
         leaves no trace, and micro-batches do not see each other's rows."""
-        return {name: self.experiment.objectives[name].remember(f) for name in self.run.state.memory}
+        with self.accelerator.autocast():
+            return {name: self.experiment.objectives[name].remember(f) for name in self.run.state.memory}
 
     def agree(self, losses: dict[str, Tensor], bad: list[dict], interrupted: Interrupted) -> Agreement:
         """Every process takes the same decision: engines differ in what a NaN on one process does."""
@@ -201,7 +240,7 @@ class Trainer:
         """Names the samples; raises unless the step may be skipped. Nothing was stepped, so nothing is spoilt."""
         everyones = [key for part in gather_objects(list(keys)) for key in part]
         what = complaint or (f"gradient norm {norm}" if norm is not None else f"loss {losses.get('loss')}")
-        self.run.report_nonfinite(what, everyones)
+        self.run.records.nonfinite(what, everyones)
         if self.experiment.train.nonfinite == "stop" or (self.zero and norm is not None):
             raise UserError(
                 f"step {self.run.state.step + 1}: {what} is not finite; its {len(everyones)} samples are in "
@@ -224,7 +263,7 @@ class Trainer:
             for name, rows in micro.items():
                 state.memory[name].push(**rows)
 
-    def _record(self, losses: dict, lr: float, norm: float, f: Forward | None, began: float, waited: float) -> dict:
+    def _record(self, losses: dict, lr: float, norm: float, f: Forward | None, began: float) -> dict:
         state, experiment = self.run.state, self.experiment
         seconds = time.monotonic() - began
         record = {"step": state.step, "loss": losses.pop("loss")}
@@ -235,7 +274,7 @@ class Trainer:
             "epoch": state.position / self.run.epoch_samples,
             "seconds": seconds,
             "samples_per_second": experiment.data.batch_size / seconds,
-            "data_wait": waited / seconds,
+            "data_wait": self.waited / seconds,
             "memory_mib": self.run.memory_mib(),
         }
         every = experiment.log.geometry_every
@@ -271,12 +310,12 @@ def train(experiment: Experiment, resume: bool = False) -> int:
 def _fit(run: Run, interrupted: Interrupted) -> None:
     folder = run.experiment.folder
     if run.finished:
-        run.say(f"{folder} is already at its last step, {run.total_steps}")
+        run.records.say(f"{folder} is already at its last step, {run.total_steps}")
         return
     if Trainer(run).fit(interrupted):
-        run.say(f"done: {folder}")
+        run.records.say(f"done: {folder}")
     else:
-        run.say(f"stopped at step {run.state.step} and saved; continue with: vlp train --resume {folder}")
+        run.records.say(f"stopped at step {run.state.step} and saved; continue with: vlp train --resume {folder}")
 
 
 if __name__ == "__main__":

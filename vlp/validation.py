@@ -9,6 +9,7 @@ import typing
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 
+from vlp import grad_cache
 from vlp.config import Experiment, describe_type, dump, from_plain
 from vlp.errors import UserError
 from vlp.logging import require
@@ -54,9 +55,14 @@ def validate(experiment: Experiment) -> None:
         raise UserError("data.train names no data; set data.train=SHARDS")
     if not experiment.objectives:
         raise UserError("the experiment has no objective; add one to objectives")
-    for objective in experiment.objectives.values():
+    objectives = list(experiment.objectives.values())
+    if any(a == b for n, a in enumerate(objectives) for b in objectives[:n]):
+        raise UserError("objectives has the same objective twice; give it once, with the weight of both")
+    for objective in objectives:
         if hasattr(objective, "check"):
             objective.check(experiment)
+    if train.grad_cache:
+        grad_cache.check(experiment)
     for name, task in experiment.evaluate.items():
         if not callable(task):
             raise UserError(f"evaluate.{name} is not a task; the tasks are in vlp.tasks")

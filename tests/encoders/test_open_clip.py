@@ -77,8 +77,8 @@ def test_grouped_run_has_the_gradient_of_the_padded_one(tmp_path):
     ids, mask = captions()
     text(ids, mask).cos().sum().backward()
     model.encode_text(ids).cos().sum().backward()
-    for (name, one), other in zip(text.text.named_parameters(), model.text.parameters()):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5, msg=name)
+    for one, other in zip(text.text.parameters(), model.text.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)  # the largest are about 80
 
 
 def test_text_tower_that_looks_at_padding_runs_on_the_whole_context(tmp_path):

@@ -207,3 +207,38 @@ def test_checkpointing_recomputes_and_leaves_gradients_as_they_are():
     torch.testing.assert_close(gradients[0], gradients[1])
     with pytest.raises(UserError, match="MPNetModel"):
         BertText(config=family("mpnet")).build().set_checkpointing(True)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_is_not_kept_of_the_embeddings_is_zero_for_the_layers(model_type):
+    """Against the whole model with an embedding layer that does so itself, at full length."""
+    tower = BertText(config=family(model_type), dropout=0.0, length_groups=3).build().eval()
+    ids, mask = captions(pad=tower.model.config.pad_token_id)
+    torch.manual_seed(1)
+    width = tower.word_embeddings.embedding_dim
+    tokens, features = torch.rand(*ids.shape, 1) < 0.7, torch.rand(len(ids), 1, width) < 0.7
+    before = tower(ids, mask)
+    for keep, hidden in (
+        (tokens, mask),
+        (features, mask),
+        (tokens, mask & (tokens[:, :, 0] | (torch.arange(17) == 0))),
+    ):
+        found = tower(ids, hidden, keep)
+        layer = tower.model.embeddings
+        really = layer.forward
+        layer.forward = lambda *args, really=really, keep=keep, **kwargs: really(*args, **kwargs) * keep
+        expected = tower.model(input_ids=ids, attention_mask=hidden).last_hidden_state
+        del layer.forward
+        torch.testing.assert_close(found[hidden], expected[hidden], rtol=1e-4, atol=1e-5)
+        assert (found - before)[hidden].abs().max() > 1e-3
+    torch.testing.assert_close(tower(ids, mask), before)  # nothing stays
+
+
+def test_gradient_of_what_is_cut_is_zero():
+    tower = BertText(config=BERT, dropout=0.0, length_groups=3).build()
+    ids, mask = torch.arange(5, 35).view(3, 10), torch.ones(3, 10, dtype=torch.bool)
+    keep = torch.ones(3, 10, 1, dtype=torch.bool)
+    keep[1, 4] = False
+    tower(ids, mask, keep)[:, 0].cos().sum().backward()
+    untouched = (tower.word_embeddings.weight.grad.abs().sum(1) == 0).nonzero()[:, 0].tolist()
+    assert untouched == [n for n in range(99) if n not in ids or n == ids[1, 4]]

@@ -17,6 +17,7 @@ from vlp.data.pack import Packing, pack
 from vlp.errors import UserError
 from vlp.evaluation import encode_pairs
 from vlp.tasks.retrieval import Retrieval
+from vlp.types import Encoded
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +135,13 @@ def test_five_thousand_pictures_and_their_captions_fit_in_a_gigabyte():
     measured = json.loads(done.stdout)
     assert measured["peak_growth_mib"] < 1024
     assert measured["images"] == 5000 and measured["captions"] == 25000
+
+
+def test_embeddings_that_are_not_finite_are_refused_not_ranked_first(colours):
+    class Diverged(Seer):
+        def encode_image(self, image):
+            encoded = super().encode_image(image)
+            return Encoded(encoded.tokens, encoded.mask, encoded.embed * torch.nan)
+
+    with pytest.raises(UserError, match="not finite"):
+        Retrieval(data=str(colours))(subject(Diverged()))

@@ -26,7 +26,7 @@ IMAGE_NAMES = (
     "path",
     "img",
 )
-CAPTION_NAMES = ("captions", "caption", "title", "text", "sentences", "sentence", "description", "comment")
+CAPTION_NAMES = ("captions", "caption", "title", "text", "sentences", "sentence", "description", "comment", "name")
 IMAGE_FILE = re.compile(r"\.(jpe?g|png|webp)$", re.IGNORECASE)
 CAPTION_NUMBER = r"#\d+$"  # Flickr8k's and Flickr30k's x.jpg#0 is x.jpg
 RESERVED = ("captions", "index", "source")  # what the shards' json keeps of its own

@@ -125,6 +125,8 @@ class Shuffled(Dataset):
 
     def _collate(self, samples: list[Sample]) -> tuple[Batch, int]:
         """The batch with its further views, and how many texts were cut."""
+        if len({len(s.texts) for s in samples}) > 1:
+            raise UserError("the sources have different numbers of texts a sample; give each as many columns")
         index = torch.tensor([s.index for s in samples])
         images = [torch.stack(view) for view in zip(*(s.images for s in samples))]
         texts = [self.tokenizer.rows(view) for view in zip(*(s.texts for s in samples), strict=True)]

@@ -67,9 +67,10 @@ class TimmImage:
     """An image tower by its timm name.
 
     Args:
-        weights: None = random; "timm" = timm's own download; else a file, or ``pip:PACKAGE/sub/path``.
+        weights: None = random; "timm" = timm's own download; else a file, ``pip:PACKAGE/sub/path``, or the folder of a
+            run, whose newest image tower it then is.
         image_size: pixels, one number or (H, W); None = what the weights were trained at, else positions are resized.
-        mean: None, as std and interpolation: what timm says about this model.
+        mean: None, as std and interpolation: what timm, or the run, says about this model.
         drop_path: largest rate of dropped residual branches, growing linearly with depth.
         head_conv: keep the 1x1 convolution, norm and activation between the last block and the classifier of
             EfficientNet and MobileNet. ALIGN leaves it out ("global pooling, without training the 1x1 conv in the
@@ -92,6 +93,11 @@ class TimmImage:
             UserError: if timm has no such model, or the model's own interpolation is one that we do not have.
         """
         cfg = self._timm_cfg()
+        if pretrained.is_run(self.weights):
+            ran = pretrained.run_spec(self.weights, "image")
+            cfg = replace(
+                cfg, input_size=(3, *ran.image_size), mean=ran.mean, std=ran.std, interpolation=ran.interpolation
+            )
         interpolation = self.interpolation or cfg.interpolation or "bicubic"
         if interpolation not in ("bicubic", "bilinear"):
             raise UserError(f"{self.name} asks for interpolation {interpolation!r}; set it to bicubic or bilinear")
@@ -160,6 +166,8 @@ class TimmImage:
                 raise UserError(
                     f"cannot fetch timm's weights of {self.name} ({reason}); set weights to a file"
                 ) from error
+        if pretrained.is_run(self.weights):
+            return pretrained.read_run(self.weights, "image")
         state = pretrained.read_weights(self.weights)
         if "_conv_stem.weight" in state:
             return pretrained.from_efficientnet_pytorch(state, [len(stage) for stage in model.blocks])

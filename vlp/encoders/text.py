@@ -9,6 +9,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -35,8 +36,8 @@ class BertText:
     """A text tower: any BERT-like encoder that transformers' `AutoModel` builds (BERT, RoBERTa, MPNet, ELECTRA, ...).
 
     Args:
-        weights: a transformers folder (config.json and model.safetensors or pytorch_model.bin), or
-            ``pip:PACKAGE/folder``; None = random, of the sizes in ``config``.
+        weights: a transformers folder (config.json and model.safetensors or pytorch_model.bin), ``pip:PACKAGE/folder``,
+            or the folder of a run, whose newest text tower it then is; None = random, of the sizes in ``config``.
         config: transformers' own size names. With ``model_type`` (bert, roberta, ...) among them it stands alone, and
             what it leaves out takes transformers' default; without, it changes the config in the ``weights`` folder.
         dropout: rate, hidden states and attention alike; None = the config's.
@@ -77,8 +78,11 @@ class BertText:
             raise UserError(f"transformers cannot build this text tower: {_line(error)}") from error
         report = None
         if load_weights and self.weights:
-            state = _read_encoder(self.weights, model.base_model_prefix)
-            report = pretrained.load(model, state, ignored=HEADS)
+            if pretrained.is_run(self.weights):
+                state = pretrained.read_run(self.weights, "text")
+            else:
+                state = _read_encoder(self.weights, model.base_model_prefix)
+            report = pretrained.load(model, state, ignored=HEADS + _layers_from(config.num_hidden_layers, state))
         return TextTower(model.float(), self.pool, self.length_groups, report)
 
     def _config(self):
@@ -86,11 +90,7 @@ class BertText:
 
         given = dict(self.config or {})
         if self.weights and "model_type" not in given:
-            folder = pretrained.resolve(self.weights)
-            try:
-                given = _architecture(AutoConfig.from_pretrained(folder, local_files_only=True)) | given
-            except (OSError, ValueError) as error:
-                raise UserError(f"{self.weights} is no transformers folder: {_line(error)}") from error
+            given = self._config_of_weights() | given
         if "model_type" not in given:
             raise UserError(
                 "a text tower needs weights, or a config with model_type (for example 'bert') and its sizes"
@@ -112,6 +112,17 @@ class BertText:
             return AutoConfig.for_model(model_type, **given)
         except Exception as error:  # transformers' own check of types has its own class of error
             raise UserError(f"this {model_type} config does not hold together: {_line(error)}") from error
+
+    def _config_of_weights(self) -> dict[str, Any]:
+        from transformers import AutoConfig
+
+        if pretrained.is_run(self.weights):
+            return pretrained.run_spec(self.weights, "text").config
+        folder = pretrained.resolve(self.weights)
+        try:
+            return _architecture(AutoConfig.from_pretrained(folder, local_files_only=True))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.weights} is no transformers folder, nor a run: {_line(error)}") from error
 
 
 def _architecture(config) -> dict[str, Any]:
@@ -139,6 +150,12 @@ def _read_encoder(weights: str, prefix: str) -> dict[str, Tensor]:
     norms = {"gamma": "weight", "beta": "bias"}
     state = {re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda m: norms[m[1]], key): v for key, v in state.items()}
     return {key.removeprefix(f"{prefix}."): value for key, value in state.items()}
+
+
+def _layers_from(number: int, state: Iterable[str]) -> tuple[str, ...]:
+    """The layers of a deeper model: a config with fewer asks for the first ones."""
+    found = {match[0]: int(match[1]) for key in state if (match := re.match(r"\w+\.layers?\.(\d+)(?=\.)", key))}
+    return tuple(layer for layer, its_number in found.items() if its_number >= number)
 
 
 def by_length(lengths: Sequence[int], groups: int) -> list[Tensor]:
@@ -174,30 +191,33 @@ def by_length(lengths: Sequence[int], groups: int) -> list[Tensor]:
 
 
 def run_by_length(
-    encode: Callable[[Tensor, Tensor], Tensor], input_ids: Tensor, attention_mask: Tensor, groups: int
+    encode: Callable[..., Tensor], input_ids: Tensor, attention_mask: Tensor, groups: int, *others: Tensor
 ) -> Tensor:
-    """``encode(input_ids, attention_mask)`` for rows grouped by length, each group at its own longest row.
+    """``encode(input_ids, attention_mask, *others)`` for rows grouped by length, each group at its own longest row.
 
     Equal to one call at full length wherever padding cannot change a row, dropout aside; the gradient too. On a GPU it
     costs one synchronisation with the host, for the lengths, which ``groups`` 1 avoids.
 
     Args:
-        encode: (b, l) ids and mask to (b, l', D), where row i depends on row i alone and l' grows with l.
+        encode: (b, l) ids and mask, and (b, l, ...) others, to (b, l', D), where row i depends on row i alone and l'
+            grows with l.
         input_ids: (B, L).
         attention_mask: (B, L) bool, padding on the right.
+        others: (B, L, ...) whatever else a row needs; cut as the ids are.
 
     Returns:
         (B, L', D), zero behind the end of a row's group, rows in the order in which they came.
     """
+    given = (input_ids, attention_mask, *others)
     if groups == 1 or len(input_ids) == 1:
-        return encode(input_ids, attention_mask)
+        return encode(*given)
     positions = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
     lengths = (attention_mask * positions).amax(1).tolist()
     rows = by_length(lengths, groups)
     longest = [max(lengths[part[-1]], 1) for part in rows]
     order = torch.cat(rows).to(input_ids.device)
     parts = order.split([len(part) for part in rows])
-    outputs = [encode(input_ids[part, :n], attention_mask[part, :n]) for part, n in zip(parts, longest)]
+    outputs = [encode(*(each[part, :n] for each in given)) for part, n in zip(parts, longest)]
     width = max(out.shape[1] for out in outputs)
     padded = torch.cat([F.pad(out, (0, 0, 0, width - out.shape[1])) for out in outputs])
     return padded[order.argsort()]
@@ -240,8 +260,16 @@ class TextTower(nn.Module):
         self.vocab_size: int = model.config.vocab_size
         self.max_length: int = _max_length(model)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    @property
+    def word_embeddings(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, keep: Tensor | None = None) -> Tensor:
         """Encode (B, L) ids, padded on the right, with their (B, L) bool mask.
+
+        Args:
+            keep: (B, L, 1) or (B, 1, W) bool, W the width of the embeddings: False where what the embedding layer
+                gives out, positions and norm included, is set to 0.
 
         Returns:
             (B, L, D), or (B, 1 + L, D) with pool "mean"; `token_mask` says which are real, the rest means nothing.
@@ -251,10 +279,16 @@ class TextTower(nn.Module):
         """
         if input_ids.shape[1] > self.max_length:
             raise ValueError(f"texts of {input_ids.shape[1]} tokens; this tower takes {self.max_length}")
-        return run_by_length(self._encode, input_ids, attention_mask, self.length_groups)
+        others = () if keep is None else (keep.expand(*input_ids.shape, -1),)
+        return run_by_length(self._encode, input_ids, attention_mask, self.length_groups, *others)
 
-    def _encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        tokens = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor, keep: Tensor | None = None) -> Tensor:
+        # a hook, since no model takes what comes out of its embedding layer: `inputs_embeds` goes in before the norm
+        cut = nullcontext()
+        if keep is not None:
+            cut = self.model.embeddings.register_forward_hook(lambda module, given, out: out * keep)
+        with cut:
+            tokens = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         if self.pool == "cls":
             return tokens
         weight = attention_mask[:, :, None].to(tokens.dtype)

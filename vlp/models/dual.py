@@ -5,7 +5,6 @@ B batch, L text tokens, D width of a tower, E embedding.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,6 +17,7 @@ from vlp.encoders.open_clip import OpenClip
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
 from vlp.models.pretrained import LoadReport
+from vlp.models.scale import LearnedScale, check_temperatures
 from vlp.types import Encoded
 
 
@@ -72,9 +72,7 @@ class Dual:
             )
         if self.towers and self.projection != "none":
             raise UserError(f"open_clip's towers are projected already; set projection='none', not {self.projection!r}")
-        for value in (self.temperature, self.temperature_min, self.temperature_max):
-            if value is not None and value <= 0:
-                raise UserError(f"a temperature of {value} cannot divide similarities; set one above 0")
+        check_temperatures(self.temperature, self.temperature_min, self.temperature_max)
         temperature, bias = self.temperature, self.bias
         if self.towers:
             image, text, scale, own_bias = self.towers.build(load_weights)
@@ -88,11 +86,8 @@ class Dual:
         return DualEncoder(replace(self, temperature=temperature or 1.0, bias=bias), image, text)
 
 
-class DualEncoder(nn.Module):
-    """Images and texts on one sphere; owns every parameter, the temperature included.
-
-    The learned scalar is ``temperature`` (divides) or ``logit_scale`` (log of what multiplies), as
-    ``spec.temperature_form`` says; losses read `scale` and `bias`. Scalars have shape (1,): engines refuse 0-dim ones.
+class DualEncoder(LearnedScale):
+    """Images and texts on one sphere; owns every parameter, the temperature included; losses read `scale` and `bias`.
 
     Args:
         spec: its projection, temperature and bias; the towers are given.
@@ -118,14 +113,7 @@ class DualEncoder(nn.Module):
             self.text_projection = nn.Linear(text.width, self.embed_size, bias=False)
             for layer in (self.image_projection, self.text_projection):
                 nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-        self.temperature_form = spec.temperature_form
-        low, high = spec.temperature_min, spec.temperature_max
-        if spec.temperature_form == "temperature":
-            self.temperature = nn.Parameter(torch.tensor([float(spec.temperature)]))
-            self.bounds = low, high
-        else:
-            self.logit_scale = nn.Parameter(torch.tensor([-math.log(spec.temperature)]))
-            self.bounds = high and -math.log(high), low and -math.log(low)
+        self.add_scale(spec.temperature, spec.temperature_min, spec.temperature_max, spec.temperature_form)
         self.logit_bias = None if spec.bias is None else nn.Parameter(torch.tensor([float(spec.bias)]))
 
     @property
@@ -139,58 +127,29 @@ class DualEncoder(nn.Module):
         return {"image": self.image.report, "text": self.text.report}
 
     @property
-    def scale(self) -> Tensor:
-        """(1,) what multiplies cosine similarities, kept within the bounds.
-
-        Beyond a bound the value stops there but the gradient passes, so that an overshooting parameter can come back,
-        and the mean of gradients over processes stays the gradient of the mean.
-        """
-        learned = self.temperature if self.temperature_form == "temperature" else self.logit_scale
-        if self.bounds != (None, None):
-            learned = learned + (learned.clamp(*self.bounds) - learned).detach()
-        return 1 / learned if self.temperature_form == "temperature" else learned.exp()
-
-    @property
     def bias(self) -> Tensor | None:
         """(1,) what is added to the logits (SigLIP), or None."""
         return self.logit_bias
-
-    def scalars(self) -> dict[str, float]:
-        """For the log."""
-        return {"temperature": 1 / float(self.scale.detach())}
-
-    @torch.no_grad()
-    def clamp_scalars(self) -> None:
-        """Put the learned scalar back within the bounds, after an optimizer step.
-
-        Without this it would have to come back all the way that it drifted beyond a bound before `scale` changes again.
-        """
-        if self.bounds != (None, None):
-            (self.temperature if self.temperature_form == "temperature" else self.logit_scale).clamp_(*self.bounds)
 
     def encode_image(self, image: Tensor) -> Encoded:
         """(B, 3, H, W) float32, normalised as `preprocess` says."""
         tokens = self.image(image)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Encoded(tokens, mask, _unit(self.image_projection(tokens[:, 0])))
+        return Encoded(tokens, mask, unit(self.image_projection(tokens[:, 0])))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         """(B, L) int64 and bool, padded on the right."""
         tokens = self.text(input_ids, attention_mask)
-        return Encoded(tokens, self.text.token_mask(attention_mask), _unit(self.text_projection(tokens[:, 0])))
+        return Encoded(tokens, self.text.token_mask(attention_mask), unit(self.text_projection(tokens[:, 0])))
 
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to depth, for layer-wise learning rates; projections and scalars are the top.
 
         The towers end at the same depth, right below the top, and the shallower one starts later.
         """
-        towers = {"image": self.image.layer_ids(), "text": self.text.layer_ids()}
-        deepest = max(max(ids.values()) for ids in towers.values())
-        merged = {name: deepest + 1 for name, _ in self.named_parameters()}
-        for tower, ids in towers.items():
-            shift = deepest - max(ids.values())
-            merged |= {f"{tower}.{name}": depth + shift for name, depth in ids.items()}
-        return merged
+        towers = tower_layer_ids(self.image, self.text)
+        top = max(towers.values()) + 1
+        return {name: towers.get(name, top) for name, _ in self.named_parameters()}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are no weights: what the towers name, and the scalars."""
@@ -204,8 +163,20 @@ class DualEncoder(nn.Module):
         self.text.set_checkpointing(enabled)
 
 
-def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x.float(), dim=-1)
+def tower_layer_ids(image: nn.Module, text: nn.Module) -> dict[str, int]:
+    """Depth of the parameters of ``image`` and ``text``; both end at the same, and the shallower tower starts later."""
+    towers = {"image": image.layer_ids(), "text": text.layer_ids()}
+    deepest = max(max(ids.values()) for ids in towers.values())
+    return {
+        f"{tower}.{name}": depth + deepest - max(ids.values())
+        for tower, ids in towers.items()
+        for name, depth in ids.items()
+    }
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of length 1, in float32 at least."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 def _embed_size(spec: Dual, image_width: int, text_width: int) -> int:

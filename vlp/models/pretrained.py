@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,45 @@ def _read_torch(path: Path):
                 "safetensors.torch.save_file(torch.load(..., weights_only=False), 'x.safetensors')"
             ) from error
         raise UserError(f"{path} is damaged or no weights file; fetch it again") from error
+
+
+def is_run(path: str | None) -> bool:
+    """Whether ``path`` is the folder of a run of vlp."""
+    return path is not None and (Path(path).expanduser() / "experiment.json").is_file()
+
+
+def run_spec(folder: str, tower: Literal["image", "text"]) -> Any:
+    """The spec of a run's image or text tower, with all its sizes.
+
+    Raises:
+        UserError: if the run has no such tower.
+    """
+    from vlp.config import load_json  # which is built from what imports this module
+
+    spec = getattr(load_json(Path(folder).expanduser() / "experiment.json").model, tower, None)
+    if spec is None:
+        raise UserError(f"the run {folder} has no {tower} tower to start from; name a run that has one")
+    return spec
+
+
+def read_run(folder: str, tower: Literal["image", "text"]) -> dict[str, Tensor]:
+    """The tensors of a run's tower, without its heads: of the newest whole checkpoint, averaged if it kept an average.
+
+    Raises:
+        UserError: if the run has no such tower, or no checkpoint.
+    """
+    from vlp import checkpoint
+
+    run_spec(folder, tower)
+    whole = checkpoint.newest_whole(Path(folder).expanduser() / "checkpoints")
+    if whole is None:
+        raise UserError(
+            f"the run {folder} has no checkpoint to start from; train it first: vlp train --resume {folder}"
+        )
+    averaged = (whole / "average.safetensors").is_file()
+    state = checkpoint.read(whole, "average" if averaged else "model")
+    prefix = f"{tower}.model."
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,9 @@ class Single:
         if self.head != "mlp" and (self.head_norm or self.hidden_size is not None):
             raise UserError(f"head_norm and hidden_size are of head='mlp', not of {self.head!r}")
         if (self.mlm and self.text is None) or (self.mim and self.image is None):
-            raise UserError("mlm is the head of a text tower, mim that of an image tower; set it to none")
+            raise UserError(
+                "mlm is the head of a text tower and mim that of an image tower; set the other to false or none"
+            )
         tower = (self.image or self.text).build(load_weights)
         if self.mim:
             check_vit(tower)
@@ -112,7 +114,7 @@ class SingleTower(nn.Module):
         self.head = _head(spec, tower.width)
         self.embed_size = spec.embed_size or tower.width
         self.classifier = None if spec.classes is None else nn.Linear(tower.width, spec.classes)
-        self.mlm = VocabularyHead(tower.width, tower.word_embeddings) if spec.mlm else None
+        self.mlm = VocabularyHead(tower.width, tower.word_embeddings, tower.model.config) if spec.mlm else None
         self.mim = PatchHead(tower, spec.mim.build(tower, load_weights)) if spec.mim else None
 
     @property

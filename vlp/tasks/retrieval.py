@@ -56,37 +56,16 @@ class Retrieval:
             "i2t": (ranks(pairs.images, pairs.texts, pairs.image_ids, pairs.text_ids), pairs.image_ids),
             "t2i": (ranks(pairs.texts, pairs.images, pairs.text_ids, pairs.image_ids), pairs.text_ids),
         }
-        metrics = {
-            f"{way}_r@{k}": bootstrap((rank < k).numpy().astype(np.float64), ids.numpy(), subject.seed, self.resamples)
-            for way, (rank, ids) in found.items()
-            for k in self.ks
-        }
-        for k in self.ks:
-            metrics[f"mean_r@{k}"] = self._mean(found, [k], subject.seed)
-        metrics["mean_recall"] = self._mean(found, self.ks, subject.seed)
         return Result(
             task="retrieval",
             protocol="itc-any-positive: cosine similarity of embeddings over the whole source, ties count against",
             data=source,
             n={"images": len(pairs.images), "captions": len(pairs.texts)},
-            metrics=metrics,
+            metrics=recalls(found, self.ks, subject.seed, self.resamples),
             details=self._examples(pairs, found["t2i"][0], subject.seed),
             bad=pairs.bad,
             seconds=time.monotonic() - began,
         )
-
-    def _mean(self, found: dict[str, tuple[Tensor, Tensor]], ks, seed: int) -> Interval:
-        """Mean over both ways and ``ks``; pictures are resampled together with their captions.
-
-        Each way weighs the same, whatever the number of captions.
-        """
-        values, groups = [], []
-        total = sum(len(rank) for rank, _ in found.values())
-        for rank, ids in found.values():
-            hits = np.mean([(rank < k).numpy() for k in ks], axis=0)
-            values.append(hits * total / (len(found) * len(rank)))
-            groups.append(ids.numpy())
-        return bootstrap(np.concatenate(values), np.concatenate(groups), seed, self.resamples)
 
     def _examples(self, pairs: EncodedPairs, t2i_rank: Tensor, seed: int) -> dict:
         """Captions drawn at random with the five pictures that they find."""
@@ -104,3 +83,35 @@ class Retrieval:
                 for n, t in enumerate(drawn)
             ]
         }
+
+
+def recalls(
+    found: dict[str, tuple[Tensor, Tensor]], ks: tuple[int, ...], seed: int, resamples: int
+) -> dict[str, Interval]:
+    """``WAY_r@k`` and ``mean_r@k`` for each k, and ``mean_recall`` over all of them.
+
+    Args:
+        found: way -> (n,) rank of each query, 0 = first; (n,) id of the picture that it belongs to.
+        resamples: of the bootstrap, over pictures.
+    """
+    metrics = {
+        f"{way}_r@{k}": bootstrap((rank < k).numpy().astype(np.float64), ids.numpy(), seed, resamples)
+        for way, (rank, ids) in found.items()
+        for k in ks
+    }
+    metrics |= {f"mean_r@{k}": _mean(found, (k,), seed, resamples) for k in ks}
+    return metrics | {"mean_recall": _mean(found, ks, seed, resamples)}
+
+
+def _mean(found: dict[str, tuple[Tensor, Tensor]], ks: tuple[int, ...], seed: int, resamples: int) -> Interval:
+    """Mean over both ways and ``ks``; pictures are resampled together with their captions.
+
+    Each way weighs the same, whatever the number of captions.
+    """
+    values, groups = [], []
+    total = sum(len(rank) for rank, _ in found.values())
+    for rank, ids in found.values():
+        hits = np.mean([(rank < k).numpy() for k in ks], axis=0)
+        values.append(hits * total / (len(found) * len(rank)))
+        groups.append(ids.numpy())
+    return bootstrap(np.concatenate(values), np.concatenate(groups), seed, resamples)

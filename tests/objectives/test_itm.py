@@ -1,0 +1,200 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.objectives.fusing import ROWS, assert_same, bundle, drawn_by_row, pairs, step, tiny
+from tests.objectives.toys import part_of
+from vlp.config import Data, Experiment
+from vlp.errors import UserError
+from vlp.models.dual import Dual
+from vlp.negatives import draw_negatives
+from vlp.objectives.itm import ImageTextMatching, matching_loss
+from vlp.state import Momentum
+
+ITM = ImageTextMatching()
+
+
+# --- the draw ------------------------------------------------------------------------------------------------------
+
+
+def frequencies(similarity, candidates, epsilon=0.0, draws=20_000):
+    torch.manual_seed(0)
+    drawn = draw_negatives(similarity.expand(draws, -1), candidates.expand(draws, -1), epsilon)
+    return F.one_hot(drawn, similarity.shape[-1]).double().mean(0)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.05])
+def test_candidates_are_drawn_as_often_as_their_softmax_and_epsilon_say(epsilon):
+    similarity, candidates = torch.tensor([3.0, 1.0, 0.0, 2.0, -1.0]), torch.tensor([False, True, True, True, False])
+    weights = (torch.tensor([1.0, 0.0, 2.0]).softmax(0) + epsilon).double()
+    expected = weights / weights.sum()
+    found = frequencies(similarity, candidates, epsilon)
+    assert found[[0, 4]].sum() == 0
+    assert ((found[1:4] - expected).abs() < 4 * (expected * (1 - expected) / 20_000).sqrt()).all()
+
+
+def test_rows_draw_apart_and_the_generator_repeats_them():
+    similarity, candidates = torch.zeros(200, 6), torch.ones(200, 6, dtype=torch.bool)
+    first, again = (draw_negatives(similarity, candidates, generator=torch.Generator().manual_seed(1)) for _ in "ab")
+    assert torch.equal(first, again) and set(first.tolist()) == set(range(6))
+
+
+def test_probabilities_of_0_in_float32_are_still_drawn_in_order_of_size():
+    # the published code has a row of zeros here, and stops
+    similarity = torch.tensor([[900.0, -400.0, -398.0, -401.0]])
+    assert similarity.softmax(1)[0, 1:].sum() == 0
+    candidates = torch.tensor([[False, True, True, True]])
+    expected = torch.tensor([-2.0, 0.0, -3.0]).softmax(0).double()
+    found = frequencies(similarity[0], candidates[0])[1:]
+    assert ((found - expected).abs() < 4 * (expected / 20_000).sqrt()).all()
+
+
+def test_only_candidates_are_drawn_whatever_the_scores():
+    torch.manual_seed(3)
+    similarity = torch.randn(500, 12) * 300
+    candidates = torch.rand(500, 12) < 0.2
+    for epsilon in (0.0, 1e-4):
+        drawn = draw_negatives(similarity, candidates, epsilon)
+        some = candidates.any(1)
+        assert 0 < (~some).sum() < 100
+        assert candidates.gather(1, drawn[:, None])[some].all() and ((drawn >= 0) & (drawn < 12)).all()
+
+
+# --- the loss ------------------------------------------------------------------------------------------------------
+
+
+def pair_by_pair(f, texts, images, found):
+    """Every pair fused by itself."""
+    model, total, count = f.model, 0.0, 0
+    for i in range(len(f.batch)):
+        jobs = [(i, i, 1)] + ([(i, int(texts[i]), 0), (int(images[i]), i, 0)] if found[i] else [])
+        for image, text, label in jobs:
+            seen = model.encode_image(f.batch.image[image : image + 1])
+            read = model.encode_text(f.batch.input_ids[text : text + 1], f.batch.attention_mask[text : text + 1])
+            logits = model.match(model.project(seen), read)
+            total, count = total + F.cross_entropy(logits, torch.tensor([label])), count + 1
+    return total / count
+
+
+def gradients_of(loss, model):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("keys", ["momentum", "student"])
+@pytest.mark.parametrize("same_picture", ["left_out", "negative"])
+def test_loss_is_that_of_every_pair_by_itself_with_the_hardest_negatives(keys, same_picture):
+    itm = replace(ITM, keys=keys, same_picture=same_picture)
+    f = bundle(pairs(), {"itm": itm})
+    of = f.momentum if keys == "momentum" else f
+    i2t, t2i = f.image.embed @ of.text.embed.T, f.text.embed @ of.image.embed.T
+    same = torch.eye(ROWS, dtype=torch.bool)
+    if same_picture == "left_out":
+        same[[1, 6], [6, 1]] = True
+    hardest = [similarity.masked_fill(same, -torch.inf).argmax(1) for similarity in (i2t, t2i)]
+    with drawn_by_row():
+        loss = itm(f)
+    expected = pair_by_pair(f, *hardest, [True] * ROWS)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    wanted, found = gradients_of(expected, f.model), gradients_of(loss, f.model)
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).norm() <= 1e-9 * gradient.norm() + 1e-12, name
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_batch_of_one_picture_has_the_loss_of_its_pairs_alone(rows):
+    batch = part_of(pairs(), slice(0, rows))
+    batch = replace(batch, index=torch.full((rows,), 7))
+    for same_picture in ("left_out", "negative")[: 1 if rows == 2 else 2]:
+        f = bundle(batch, {"itm": ITM})
+        loss = replace(ITM, same_picture=same_picture)(f)
+        expected = pair_by_pair(f, [0] * rows, [0] * rows, [False] * rows)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+        wanted, found = gradients_of(expected, f.model), gradients_of(loss, f.model)
+        for name, gradient in wanted.items():
+            assert (found[name] - gradient).norm() <= 1e-9 * gradient.norm() + 1e-12, name
+
+
+def test_row_whose_picture_is_every_candidates_has_no_negative_and_the_others_have():
+    batch = replace(part_of(pairs(), slice(0, 4)), index=torch.tensor([5, 5, 5, 6]))
+    f = bundle(batch, {"itm": ITM})
+    with drawn_by_row():
+        loss = ITM(f)  # rows 0 to 2 have row 3 alone, and row 3 has all of them
+    index = batch.index
+    texts, images = ITM.draw(f, index[:, None] != index)
+    assert texts[:3].tolist() == images[:3].tolist() == [3, 3, 3]
+    assert loss.isfinite()
+
+
+def test_uniform_negatives_need_no_embeddings_and_come_equally_often():
+    itm = replace(ITM, negatives="uniform")
+    f = bundle(pairs(), {"itm": itm})
+    torch.manual_seed(0)
+    candidates = f.batch.index[:, None] != f.batch.index
+    drawn = torch.stack([torch.stack(itm.draw(f, candidates)) for _ in range(2000)])  # (draws, 2, B)
+    shares = F.one_hot(drawn, ROWS).double().mean((0, 1))
+    expected = candidates.double() / candidates.sum(1, keepdim=True)
+    assert ((shares - expected).abs() <= 4 * (expected / 4000).sqrt()).all()
+    assert not {"image", "text"} & vars(f.momentum).keys()
+
+
+def test_every_network_runs_once():
+    f = bundle(pairs(), {"itm": ITM})
+    passes = []
+    for name, module in {"image": f.model.image, "text": f.model.text, "fusion": f.model.fusion}.items():
+        module.register_forward_hook(lambda *_, name=name: passes.append(name))
+    ITM(f)
+    assert sorted(passes) == ["fusion", "image", "text"]
+
+
+def test_all_padding_caption_has_a_loss():
+    batch = pairs()
+    mask = batch.attention_mask.clone()
+    mask[3] = False
+    f = bundle(replace(batch, attention_mask=mask), {"itm": ITM})
+    loss = ITM(f)
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in f.model.parameters() if p.grad is not None)
+
+
+def test_equal_logits_cost_log_2_whatever_is_counted():
+    counted = torch.tensor([True, True, False])
+    loss = matching_loss(torch.zeros(3, 2), torch.tensor([1, 0, 0]), counted, torch.tensor(2.0))
+    assert loss.item() == pytest.approx(math.log(2))
+
+
+def test_two_processes_that_draw_from_the_whole_batch_are_one(pair):
+    objectives = {"itm": replace(ITM, candidates="all")}
+    expected = step(0, 1, objectives)
+    for found in pair(step, 2, objectives):
+        assert_same(found, expected)
+
+
+def test_two_processes_that_draw_from_their_own_rows_are_the_mean_of_two_batches(pair):
+    objectives, halves = {"itm": ITM}, []
+    for part in (slice(0, 4), slice(4, 8)):
+        with drawn_by_row():
+            halves.append(ITM(bundle(part_of(pairs(), part), objectives)).item())
+    for losses, _, _ in pair(step, 2, objectives):
+        assert losses["itm"] == pytest.approx(sum(halves) / 2, rel=1e-9)
+
+
+def test_what_is_missing_is_said_before_anything_is_built():
+    experiment = Experiment("x", tiny(), {}, Data(train=()), momentum=Momentum())
+    ITM.check(experiment)
+    replace(ITM, negatives="uniform").check(replace(experiment, momentum=None, model=tiny(itc=False)))
+    replace(ITM, keys="student").check(replace(experiment, momentum=None))
+    for wrong, message in (
+        (replace(experiment, momentum=None), "needs the momentum encoder"),
+        (replace(experiment, model=tiny(itm=False)), "model.itm=true"),
+        (replace(experiment, model=tiny(itc=False)), "negatives=uniform"),
+        (replace(experiment, model=Dual(image=tiny().image, text=tiny().text)), "a model that fuses"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ITM.check(wrong)
+    with pytest.raises(UserError, match="epsilon is -1"):
+        replace(ITM, epsilon=-1.0).check(experiment)

@@ -1,0 +1,190 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vlp.config import Data, Experiment
+from vlp.data.sentences import Sentences
+from vlp.distributed import sum_over_processes
+from vlp.encoders.image import TimmImage
+from vlp.encoders.text import BertText
+from vlp.errors import UserError
+from vlp.forward import Forward, Surroundings
+from vlp.models.single import Single
+from vlp.objectives.mlm import MaskedText
+from vlp.optim import AdamW
+from vlp.sampling import TextMasking
+from vlp.state import Momentum
+from vlp.types import Batch, Vocabulary
+
+SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"intermediate_size": 64, "max_position_embeddings": 40}
+MODEL = Single(text=BertText(config=SIZES | {"model_type": "bert"}, dropout=0.0), mlm=True)
+VOCABULARY = Vocabulary(99, 4, torch.arange(99) < 5, torch.zeros(99, dtype=torch.bool))
+USUAL = TextMasking()
+EVERY = TextMasking(probability=1.0, mask_share=1.0, random_share=0.0)  # leaves nothing to chance
+
+
+def batch(lengths=(9, 3, 12, 6)):
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(5, 99, mask.shape, generator=generator).masked_fill(~mask, 0)
+    ids[:, 0] = 2
+    return Batch(torch.arange(len(lengths)), input_ids=ids, attention_mask=mask)
+
+
+def build(seed=0):
+    torch.manual_seed(seed)
+    return MODEL.build()
+
+
+def bundle(model, given, momentum=None, progress=0.0):
+    around = Surroundings(vocabulary=VOCABULARY, progress=progress)
+    return Forward(model, given, momentum and Forward(momentum, given, around=around), around)
+
+
+def run(objective, f, seed=5):
+    torch.manual_seed(seed)
+    return objective(f)
+
+
+def masked_batch(given, masking=USUAL, seed=5):
+    """What the objective draws with this seed: masked ids, and (B, L) labels in transformers' form."""
+    torch.manual_seed(seed)
+    masked = masking(given.input_ids, given.attention_mask, VOCABULARY)
+    labels = torch.full_like(given.input_ids, -100)
+    labels.view(-1)[masked.positions] = masked.labels
+    return masked.input_ids, labels
+
+
+def published(model, folder):
+    """transformers' BERT with the model's weights."""
+    reference = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)).eval()
+    state = {f"bert.{name}": value for name, value in model.text.model.state_dict().items()}
+    own = {"dense": "transform.dense", "norm": "transform.LayerNorm"}
+    for name, value in model.mlm.state_dict().items():
+        layer, _, leaf = name.rpartition(".")
+        state[f"cls.predictions.{own[layer]}.{leaf}" if layer else "cls.predictions.bias"] = value
+    state["cls.predictions.decoder.weight"] = state["bert.embeddings.word_embeddings.weight"]
+    state["cls.predictions.decoder.bias"] = state["cls.predictions.bias"]
+    reference.load_state_dict(state)
+    return reference
+
+
+@pytest.mark.parametrize("of", ["token", "word", "span"])
+@pytest.mark.parametrize("capacity", [None, 0.5])
+def test_loss_and_gradients_are_those_of_transformers_bert_on_the_same_labels(tmp_path, of, capacity):
+    model, given = build().eval(), batch((12, 3, 12, 9))
+    masking = TextMasking(of=of, probability=0.3, capacity=capacity)
+    ids, labels = masked_batch(given, replace(masking, capacity=None))
+    assert (labels >= 0).any()
+    reference = published(model, tmp_path)
+    expected = reference(input_ids=ids, attention_mask=given.attention_mask.long(), labels=labels).loss
+    loss = run(MaskedText(masking=masking), bundle(model, given))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    expected.backward()
+    gradients = dict(reference.bert.named_parameters())
+    for name, parameter in model.text.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-4, atol=1e-6, msg=name)
+    torch.testing.assert_close(model.mlm.bias.grad, reference.cls.predictions.bias.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_texts_without_a_word_cost_exactly_0_and_every_gradient_is_0():
+    given = batch((2, 2, 2))
+    given.input_ids[:, 1] = 3
+    for masking in (USUAL, TextMasking(of="span"), TextMasking(capacity=0.5)):
+        model = build()
+        loss = run(MaskedText(masking=masking, distill=0.4), bundle(model, given, build(1)))
+        assert loss.item() == 0
+        loss.backward()
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("progress", "share"), [(0.0, 0.0), (0.25, 0.1), (3.0, 0.4)])
+def test_distillation_mixes_in_the_teacher_s_answer_to_the_same_text_along_its_ramp(progress, share):
+    model, teacher, given = build().eval(), build(1).eval().requires_grad_(False), batch()
+    ids, labels = masked_batch(given)
+    positions = (labels >= 0).flatten().nonzero()[:, 0]
+    student = model.masked_text(bundle(model, given), ids, positions).log_softmax(1)
+    soft = teacher.masked_text(bundle(teacher, given), ids, positions).softmax(1)
+    hard = -student[torch.arange(len(positions)), labels.flatten()[positions]].mean()
+    expected = (1 - share) * hard - share * (soft * student).sum(1).mean()
+    objective = MaskedText(distill=0.4, ramp_epochs=1.0)
+    loss = run(objective, bundle(model, given, teacher, progress))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_asked_views_pass_is_run():
+    calls = []
+    model, given = build(), batch()
+    model.text.register_forward_hook(lambda *_: calls.append("text"))
+    given.others = (batch(),)
+    run(MaskedText(), bundle(model, given))
+    assert calls == ["text"]
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model, objective):
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, given):
+        return self.objective(bundle(self.model, given))
+
+
+def part_of(given, rows):
+    return Batch(given.index[rows], input_ids=given.input_ids[rows], attention_mask=given.attention_mask[rows])
+
+
+def step(rank, world, objective):
+    """Mean of the loss over the processes, and the gradients that DDP leaves."""
+    model, given = build().double(), batch((12, 10, 11, 9, 3, 2, 4, 1))  # the first half has most of the words
+    rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    wrapped = Wrapped(model, objective)
+    called = DistributedDataParallel(wrapped) if world > 1 else wrapped  # kept until the backward is done
+    loss = called(part_of(given, rows))
+    loss.backward()
+    mean = sum_over_processes([loss.item()], torch.device("cpu"))[0] / world
+    return mean, {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_two_processes_with_unequal_numbers_of_words_have_the_loss_and_gradient_of_one(pair):
+    loss, gradients = step(0, 1, MaskedText(masking=EVERY))
+    for mean, found in pair(step, 2, MaskedText(masking=EVERY)):
+        assert mean == pytest.approx(loss, rel=1e-9)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-10, msg=name)
+    # as published: a word counts more where there are fewer of them
+    for mean, _ in pair(step, 2, MaskedText(masking=EVERY, mean_over="process")):
+        assert abs(mean - loss) > 1e-4
+
+
+def experiment(model=MODEL, momentum=None, **more):
+    data = Data(train=(Sentences("texts.txt"),), tokenizer="vocab.txt")
+    return Experiment(
+        name="x", model=model, objectives={"mlm": MaskedText(**more)}, data=data, optim=AdamW(), momentum=momentum
+    )
+
+
+def test_what_is_missing_is_said_before_anything_is_built():
+    for wrong, complaint in (
+        (experiment(Single(image=TimmImage("test_vit"))), "needs a text tower"),
+        (experiment(replace(MODEL, mlm=False)), "set model.mlm=true"),
+        (experiment(distill=0.4), "needs the momentum encoder"),
+        (experiment(masking=TextMasking(probability=1.5)), "masking.probability is 1.5"),
+        (experiment(distill=1.4, momentum=Momentum()), "distill is 1.4"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            wrong.objectives["mlm"].check(wrong)
+    right = experiment(momentum=Momentum(0.995), distill=0.4)
+    right.objectives["mlm"].check(right)
+
+
+def test_a_random_model_is_as_sure_as_chance():
+    loss = run(MaskedText(masking=EVERY), bundle(build(), batch()))
+    assert loss.item() == pytest.approx(math.log(99), rel=0.05)

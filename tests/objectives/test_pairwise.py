@@ -1,0 +1,112 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.objectives.toys import ROWS, assert_two_are_one, forward_of, views
+from vlp.config import Data, Experiment
+from vlp.data.augment import simclr
+from vlp.encoders.image import TimmImage
+from vlp.errors import UserError
+from vlp.models.single import Single
+from vlp.objectives.geometry import sides_of
+from vlp.objectives.pairwise import NPair, PairContrast, Triplet
+
+SIDES = ("image_text", "images", "texts")
+
+
+def both(f, sides):
+    """Queries and keys of either direction, as detached rows."""
+    x, y = (side.embed.detach() for side in sides_of(f, sides))
+    return ((x, y), (y, x))
+
+
+def mined(queries, keys, ids, margin, mining) -> list[float]:
+    """The hinges of FaceNet's triplets, one anchor at a time."""
+    hinges = []
+    for i, q in enumerate(queries):
+        d = [float((q - k).square().sum()) for k in keys]
+        positives = [d[j] for j in range(len(keys)) if ids[j] == ids[i]]
+        negatives = [d[j] for j in range(len(keys)) if ids[j] != ids[i]]
+        if mining == "hardest":
+            hinges.append(max(positives) - min(negatives) + margin)
+            continue
+        for near in positives:
+            semi_hard = [far for far in negatives if near < far < near + margin]
+            hinges += [near - min(semi_hard) + margin] if semi_hard else []
+    return [max(h, 0.0) for h in hinges]
+
+
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize("mining", ["semi_hard", "hardest"])
+def test_triplet_is_the_mean_over_mined_triplets(sides, mining):
+    objective = Triplet(margin=0.5, mining=mining, sides=sides)
+    f = forward_of(objective, views())
+    hinges = [mined(q, k, f.batch.index.tolist(), 0.5, mining) for q, k in both(f, sides)]
+    assert all(hinges) and any(map(sum, hinges))
+    assert objective(f).item() == pytest.approx(sum(sum(h) / len(h) for h in hinges) / 2)
+
+
+def test_without_a_triplet_the_loss_and_its_gradient_are_0():
+    f = forward_of(Triplet(), views(rows=1))
+    loss = Triplet()(f)
+    loss.backward()
+    assert loss.item() == 0 and f.model.head.weight.grad.norm() == 0
+
+
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize("others", [1, 3])
+def test_pair_contrast_is_equation_4_of_each_row_with_its_own_and_the_next_keys(sides, others):
+    objective = PairContrast(margin=1.3, others=others, sides=sides)
+    f = forward_of(objective, views())
+    ids, values = f.batch.index.tolist(), []
+    for queries, keys in both(f, sides):
+        for i in range(ROWS):
+            for step in range(others + 1):
+                j = (i + step) % ROWS
+                d = float((queries[i] - keys[j]).norm())
+                values.append(d**2 / 2 if ids[i] == ids[j] else max(1.3 - d, 0) ** 2 / 2)
+    assert objective(f).item() == pytest.approx(sum(values) / len(values))
+
+
+def test_same_picture_elsewhere_in_the_batch_is_a_match():
+    """Rows 1 and 6 show the same picture: a step of 5 meets it."""
+    f = forward_of(PairContrast(), views())
+    f.batch.index[:] = torch.arange(ROWS)
+    apart = PairContrast(others=5)(f)
+    f.batch.index[6] = 1
+    assert PairContrast(others=5)(f) != apart
+
+
+@pytest.mark.parametrize("sides", SIDES)
+def test_n_pair_is_the_softmax_of_pooled_states_with_the_penalty(sides):
+    objective = NPair(l2=0.3, sides=sides)
+    f = forward_of(objective, views())
+    x, y = (side.tokens[:, 0].detach() for side in sides_of(f, sides))
+    assert not torch.allclose(x.norm(dim=1), torch.ones(ROWS, dtype=x.dtype))
+    terms = [
+        torch.log(1 + sum(torch.exp(x[i] @ y[j] - x[i] @ y[i]) for j in range(ROWS) if j != i)) for i in range(ROWS)
+    ]
+    penalty = 0.3 / 2 * torch.cat([x, y]).square().sum(1).mean()
+    assert objective(f).item() == pytest.approx((sum(terms) / ROWS + penalty).item())
+
+
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize(
+    "objective", [Triplet(), Triplet(mining="hardest", margin=0.5), PairContrast(others=5), NPair(l2=0.1)]
+)
+def test_two_processes_are_one(pair, objective, sides):
+    objective = replace(objective, sides=sides)
+    assert_two_are_one(pair, objective, objective)
+
+
+def test_what_cannot_be_is_said_before_anything_is_built():
+    data = Data(train=(), views=(simclr(),), batch_size=8)
+    experiment = Experiment("x", Single(image=TimmImage("test_vit")), {}, data)
+    for objective in (Triplet(), PairContrast(), NPair()):
+        objective.check(experiment)
+        with pytest.raises(UserError, match=f"{type(objective).__name__} needs at least one further view"):
+            objective.check(replace(experiment, data=Data(train=())))
+    for others in (0, 8):
+        with pytest.raises(UserError, match="a micro-batch of 8 has 1 to 7 other rows"):
+            PairContrast(others=others).check(experiment)

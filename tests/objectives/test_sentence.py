@@ -1,0 +1,312 @@
+"""SimCSE, ESimCSE and CERT against loops over sentences, one process against two, and a resumed run."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.conftest import ROOT
+from tests.processes import Pair, losses, records, resume, run, samples, tensors
+from vlp.config import Data, Experiment
+from vlp.data.sentences import Sentences
+from vlp.data.shards import Source
+from vlp.data.text_views import Same
+from vlp.distributed import sum_over_processes
+from vlp.encoders.image import TimmImage
+from vlp.encoders.text import BertText
+from vlp.errors import UserError
+from vlp.forward import Forward, Surroundings
+from vlp.models.single import Single
+from vlp.objectives.sentence import Cert, ESimCse, SimCse
+from vlp.state import Momentum, Queue
+from vlp.types import Batch, Encoded
+from vlp.validation import validate
+
+B, E = 8, 5
+INDEX = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])  # rows 1 and 3 are the same sentence
+TOY = ROOT / "tests" / "fixtures" / "toy_esimcse.py"
+
+
+class Bag(nn.Module):
+    """The smallest sentence encoder."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.text, self.head, self.embed_size = nn.Embedding(40, 7), nn.Linear(7, E), E
+
+    def encode_text(self, input_ids, attention_mask):
+        pooled = (self.text(input_ids) * attention_mask[:, :, None]).sum(1, keepdim=True)
+        return Encoded(pooled, attention_mask[:, :1], nn.functional.normalize(self.head(pooled[:, 0]), dim=-1))
+
+
+def batch_of(views: int) -> Batch:
+    """The views have other lengths and, but for the sentence that comes twice, other words."""
+    torch.manual_seed(1)
+    made = []
+    for view in range(views):
+        ids = torch.randint(1, 40, (B, 4 + view))
+        ids[3] = ids[1]
+        made.append(Batch(INDEX, input_ids=ids, attention_mask=torch.rand(ids.shape) < 0.8))
+    return replace(made[0], others=tuple(made[1:]))
+
+
+def queue_of(rows: int, size: int = 30) -> Queue:
+    """It knows the sentence of row 2."""
+    torch.manual_seed(2)
+    queue = Queue(size, {"text": E}, torch.device("cpu"))
+    queue.push(torch.tensor([4, *range(100, 99 + rows)]), text=nn.functional.normalize(torch.randn(rows, E), dim=1))
+    return queue
+
+
+def forward_of(objective, views=2, queue=None, momentum=None) -> Forward:
+    batch = batch_of(views)
+    around = Surroundings({objective: queue} if queue is not None else {})
+    return Forward(Bag(), batch, Forward(momentum, batch, around=around) if momentum else None, around)
+
+
+def mean_over_rows(rows) -> float:
+    """-1/B sum_i 1/|positives| sum_p log softmax_p, of rows [(logit, is positive), ...]."""
+    total = 0.0
+    for row in rows:
+        normaliser = sum(math.exp(logit) for logit, _ in row)
+        positives = [math.log(math.exp(logit) / normaliser) for logit, positive in row if positive]
+        total -= sum(positives) / len(positives)
+    return total / len(rows)
+
+
+def simcse_by_loops(views, index, temperature, alpha) -> float:
+    queries, positives, *hard = views
+    rows = []
+    for i in range(len(queries)):
+        row = [(queries[i] @ positives[j] / temperature, index[i] == index[j]) for j in range(len(queries))]
+        for negatives in hard:
+            row += [
+                (queries[i] @ negatives[j] / temperature + (math.log(alpha) if i == j else 0), False)
+                for j in range(len(queries))
+            ]
+        rows.append([(float(logit), bool(positive)) for logit, positive in row])
+    return mean_over_rows(rows)
+
+
+@pytest.mark.parametrize("views", [2, 3, 4])
+@pytest.mark.parametrize("alpha", [1.0, 3.0])
+def test_simcse_equals_loops_over_sentences(views, alpha):
+    objective = SimCse(hard_negative=math.log(alpha))
+    f = forward_of(objective, views)
+    expected = simcse_by_loops([view.embed.detach() for view in f.texts], INDEX, 0.05, alpha)
+    assert objective(f).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_sentence_that_comes_twice_does_not_repel_itself():
+    model, ids = Bag(), torch.full((2, 3), 7)
+    batch = Batch(torch.tensor([5, 5]), input_ids=ids, attention_mask=ids.bool())
+    batch = replace(batch, others=(replace(batch),))
+    loss = SimCse()(Forward(model, batch))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2))
+    assert model.text.weight.grad.abs().max() < 1e-6
+    apart = SimCse()(Forward(model, replace(batch, index=torch.tensor([5, 6]))))
+    assert apart.item() == pytest.approx(math.log(2))  # taken for two sentences, each is the other's equal
+
+
+def test_unsupervised_simcse_is_one_pass_with_two_dropout_masks():
+    sizes = {"model_type": "bert", "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 32}
+    model, rows = Single(text=BertText(config=sizes, length_groups=1), head="tanh").build().train(), []
+    model.text.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
+    batch = batch_of(1)
+    batch = replace(batch, attention_mask=torch.ones_like(batch.attention_mask), others=(replace(batch),))
+    batch = replace(batch, others=(replace(batch, others=()),))
+    f = Forward(model, batch)
+    SimCse()(f).backward()
+    assert rows == [2 * B]
+    one, two = (view.embed for view in f.texts)
+    assert (one - two).norm(dim=1).min() > 1e-3
+    model.eval()
+    one, two = (view.embed for view in Forward(model, batch).texts)
+    torch.testing.assert_close(one, two)
+
+
+def test_esimcse_equals_loops_over_batch_and_queue():
+    objective, queue = ESimCse(), queue_of(20)
+    f = forward_of(objective, queue=queue)
+    queries, positives = (view.embed.detach() for view in f.texts)
+    rows = []
+    for i in range(B):
+        row = [(float(queries[i] @ positives[j]) / 0.05, bool(INDEX[i] == INDEX[j])) for j in range(B)]
+        rows.append(
+            row + [(float(queries[i] @ queue["text"][k]) / 0.05, bool(INDEX[i] == queue.index[k])) for k in range(20)]
+        )
+    assert sum(positive for row in rows for _, positive in row) == B + 2 + 1
+    loss = objective(f)
+    assert loss.item() == pytest.approx(mean_over_rows(rows), rel=1e-5)
+
+
+def test_esimcse_with_an_empty_queue_is_simcse():
+    objective = ESimCse()
+    queue = objective.start(Bag(), 100, torch.device("cpu"), torch.Generator())
+    assert len(queue) == 0
+    found = objective(forward_of(objective, queue=queue))
+    assert found.item() == pytest.approx(SimCse()(forward_of(objective)).item(), rel=1e-5)
+
+
+def test_esimcse_remembers_the_original_sentence_by_the_momentum_encoder():
+    teacher = Bag(seed=5)
+    for head in ("momentum", "student"):
+        objective = ESimCse(queue_head=head)
+        f = forward_of(objective, queue=queue_of(3), momentum=teacher)
+        rows = objective.remember(f)
+        original = teacher.encode_text(f.batch.input_ids, f.batch.attention_mask)
+        pooled = (teacher if head == "momentum" else f.model).head(original.tokens[:, 0]).float()
+        torch.testing.assert_close(rows["text"].float(), nn.functional.normalize(pooled, dim=-1))
+        assert torch.equal(rows["index"], INDEX)
+        queue = queue_of(3)
+        queue.push(**rows)
+        assert len(queue) == 3 + B
+
+
+@pytest.mark.parametrize("filled", [0, 20])
+def test_cert_equals_loops_over_own_key_and_queue(filled):
+    objective, teacher = Cert(queue_size=30), Bag(seed=5)
+    queue = queue_of(20) if filled else objective.start(teacher, 100, torch.device("cpu"), torch.Generator())
+    f = forward_of(objective, queue=queue, momentum=teacher)
+    loss = objective(f)
+    loss.backward()
+    query, key = f.text.embed.detach(), f.momentum.others[0].text.embed.detach()
+    rows = []
+    for i in range(B):
+        row = [(float(query[i] @ key[i]) / 0.07, True)]  # the keys of other rows take no part
+        rows.append(
+            row + [(float(query[i] @ queue["text"][k]) / 0.07, bool(INDEX[i] == queue.index[k])) for k in range(filled)]
+        )
+    assert loss.item() == pytest.approx(mean_over_rows(rows), rel=1e-5, abs=1e-6)
+    assert f.model.text.weight.grad.isfinite().all()
+    assert torch.equal(objective.remember(f)["text"], key)
+
+
+def test_cert_starts_with_a_random_queue_if_asked():
+    generator = torch.Generator().manual_seed(0)
+    queue = Cert(queue_size=30, random_start=True).start(Bag(), 100, torch.device("cpu"), generator)
+    assert len(queue) == 30 and (queue.index == -1).all()
+    torch.testing.assert_close(queue["text"].norm(dim=1), torch.ones(30))
+
+
+OBJECTIVES = {
+    "simcse": (SimCse(), 2),
+    "simcse-hard": (SimCse(hard_negative=1.5), 3),
+    "esimcse": (ESimCse(), 2),
+    "esimcse-student": (ESimCse(queue_head="student"), 2),
+    "cert": (Cert(queue_size=30), 2),
+}
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model, objective, around, momentum):
+        super().__init__()
+        self.model, self.objective, self.around, self.momentum = model, objective, around, [momentum]
+
+    def forward(self, batch):
+        teacher = Forward(self.momentum[0], batch, around=self.around)
+        f = Forward(self.model, batch, teacher, self.around)
+        return self.objective(f), f
+
+
+def gradients(rank: int, world: int, name: str) -> tuple:
+    objective, views = OBJECTIVES[name]
+    part = slice(rank * B // world, (rank + 1) * B // world)
+
+    def cut(batch):
+        rows = {n: getattr(batch, n)[part] for n in ("index", "input_ids", "attention_mask")}
+        return Batch(**rows, others=tuple(map(cut, batch.others)))
+
+    around = Surroundings({objective: queue_of(20)} if name != "simcse" else {})
+    wrapped = Wrapped(Bag(), objective, around, Bag(seed=5).requires_grad_(False))
+    called = DistributedDataParallel(wrapped) if world > 1 else wrapped  # which must live until the backward
+    loss, f = called(cut(batch_of(views)))
+    loss.backward()
+    with torch.no_grad():
+        rows = objective.remember(f) if hasattr(objective, "remember") else {}
+    total = sum_over_processes([loss.item()], torch.device("cpu"))[0] / world
+    return total, {n: p.grad for n, p in wrapped.model.named_parameters()}, rows
+
+
+@pytest.fixture(scope="module")
+def pair():
+    pair = Pair()
+    yield pair
+    pair.close()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_two_processes_are_one_in_loss_gradient_and_what_is_remembered(pair, name):
+    loss, expected, remembered = gradients(0, 1, name)
+    for total, found, rows in pair(gradients, 2, name):
+        assert total == pytest.approx(loss, rel=1e-5)
+        for parameter, gradient in expected.items():
+            torch.testing.assert_close(found[parameter], gradient, rtol=1e-4, atol=1e-6)
+        assert rows.keys() == remembered.keys()
+        for column, value in remembered.items():
+            torch.testing.assert_close(rows[column], value)
+
+
+def experiment(objective, **changes) -> Experiment:
+    data = Data(train=(Sentences("x.txt"),), tokenizer="t", batch_size=8, text_views=(Same(),))
+    model = Single(text=BertText(weights="x"))
+    return replace(Experiment("x", model, {"o": objective}, data), **changes)
+
+
+def test_what_a_method_lacks_is_said_before_anything_is_built():
+    views = Data(train=(Sentences("x.tsv", columns=("a", "b")),), tokenizer="t", batch_size=8)
+    for objective in (SimCse(), ESimCse(), Cert()):
+        complete = experiment(objective, momentum=Momentum(0.995, "eval"))
+        validate(complete)
+        validate(replace(complete, data=views))
+        for data in (replace(views, train=(Sentences("x.txt"),)), replace(views, train=(Source("x"),))):
+            with pytest.raises(UserError, match="text_views"):
+                validate(replace(complete, data=data))
+        with pytest.raises(UserError, match="text tower"):
+            validate(replace(complete, model=Single(image=TimmImage("resnet18"))))
+        if not isinstance(objective, SimCse):
+            with pytest.raises(UserError, match="momentum"):
+                validate(replace(complete, momentum=None))
+    with pytest.raises(UserError, match="hard negatives"):
+        validate(experiment(SimCse(hard_negative=1.0), data=views))
+    triples = replace(views, train=(Sentences("x.tsv", columns=("a", "b", "c")),))
+    validate(experiment(SimCse(hard_negative=1.0), data=triples))
+
+
+@pytest.fixture(scope="module")
+def sentences(world) -> Path:
+    path = world / "sentences.txt"
+    path.write_text("".join(f"{a} {b} at the {c} number\n" for a in ("red", "blue", "green") for b in ("square", "thing")
+                            for c in ("left", "right", "top", "bottom")))  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_resumed_esimcse_is_the_run_that_never_stopped(world, sentences, tmp_path, world_size):
+    """Queue, momentum encoder and the repetitions of the epoch among it: six steps are two epochs of 24 sentences."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    given = [f"data.train={sentences}", f"data.tokenizer={world / 'tokenizer'}", f"output={tmp_path}"]
+    done = run("train", TOY, *given, "name=whole", world=world_size)
+    assert not any(done.codes), "\n".join(done.errors)
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "step-00000006")
+    resume(again, world=world_size)
+    assert losses(again) == losses(whole) and len(losses(whole)) == 6
+    assert samples(again) == samples(whole)
+    assert [r["gradient_norm"] for r in records(again)] == [r["gradient_norm"] for r in records(whole)]
+    for name in ("model", "momentum", "memory", "optimizer"):
+        expected, found = tensors(whole, name), tensors(again, name)
+        assert expected.keys() == found.keys() and expected
+        assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    queue = tensors(whole, "memory")
+    assert queue["esimcse/counters"].tolist() == [0, 12]  # 48 rows have gone through 12 places
+    assert json.loads((whole / "experiment.json").read_text())["momentum"]["mode"] == "eval"

@@ -1,0 +1,78 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlp.config import Data
+from vlp.data.sentences import Sentences
+from vlp.data.shards import Source
+from vlp.data.text import train_tokenizer
+from vlp.encoders.text import BertText
+from vlp.errors import UserError
+from vlp.evaluation import Subject
+from vlp.models.single import Single
+from vlp.tasks import classification
+from vlp.tasks.classification import TextAccuracy
+
+SIZES = {"model_type": "bert", "vocab_size": 80, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+WORDS = ["red", "blue", "square", "thing", "left", "right"]
+
+
+@pytest.fixture
+def subject() -> Subject:
+    torch.manual_seed(0)
+    model = Single(text=BertText(config=SIZES | {"intermediate_size": 16}, dropout=0.1), classes=3).build()
+    model.text.word_embeddings.weight.data.mul_(50)
+    tokenizer = train_tokenizer(WORDS, vocab_size=80)
+    return Subject(model, tokenizer, Data(train=(Source("x"),), max_length=16), torch.device("cpu"))
+
+
+@pytest.fixture
+def source(tmp_path) -> Sentences:
+    generator = torch.Generator().manual_seed(1)
+    lines = ["label\ttext"]
+    for n in range(60):
+        words = [WORDS[i] for i in torch.randint(len(WORDS), (2 + n % 4,), generator=generator)]
+        lines.append(f"{'xyz'[n % 3]}\t{' '.join(words)}")
+    lines[8] = "q\tno class"
+    lines[30] = "x\t"
+    (tmp_path / "x.tsv").write_text("\n".join(lines) + "\n")
+    return Sentences(str(tmp_path / "x.tsv"), ("text",), label="label", classes=("x", "y", "z"))
+
+
+def test_accuracy_is_that_of_one_text_after_the_other_without_the_bad_ones(subject, source):
+    task = TextAccuracy(source, batch_size=7, resamples=50)
+    task.check(subject.data)
+    result, model, right = task(subject), subject.model, []
+    assert model.training
+    model.eval()
+    for line in Path(source.path).read_text().splitlines()[1:]:
+        label, text = line.split("\t")
+        if label in "xyz" and text:
+            ids, mask, _ = subject.tokenizer([text], 16)
+            right.append(int(model.classifier(model.text(ids, mask)[:, 0]).argmax()) == "xyz".index(label))
+    assert len(right) == 58 and 0 < sum(right) < 58
+    interval = result.metrics["accuracy"]
+    assert interval.value == pytest.approx(sum(right) / 58) and interval.low < interval.value < interval.high
+    assert result.n == {"texts": 58} and [b["key"] for b in result.bad] == ["7", "29"]
+
+
+def test_the_processes_share_the_texts_out(subject, source, monkeypatch):
+    parts = []
+    monkeypatch.setattr(classification, "merge", lambda rows: parts.append(rows.clone()) or rows)
+    task = TextAccuracy(source, batch_size=7, resamples=0)
+    task(subject)
+    monkeypatch.setattr(classification, "world_size", lambda: 2)
+    for subject.rank in (0, 1):
+        task(subject)
+    whole, one, two = parts
+    assert torch.equal(one + two, whole) and not (one.bool() & two.bool()).any() and one.any() and two.any()
+
+
+def test_what_has_no_classes_is_said_in_one_line(subject, source, tmp_path):
+    (tmp_path / "plain.txt").write_text("red\n")
+    with pytest.raises(UserError, match="no labels"):
+        TextAccuracy(Sentences(str(tmp_path / "plain.txt"))).check(subject.data)
+    subject.model.classifier = None
+    with pytest.raises(UserError, match="a classifier"):
+        TextAccuracy(source)(subject)

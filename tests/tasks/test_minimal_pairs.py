@@ -1,0 +1,119 @@
+"""Minimal pairs: a bag of words earns exactly chance, and whoever compares words in order earns everything."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from tests.conftest import COLOURS
+from tests.tasks.fakes import Seer, subject
+from vlp.data.formats import Pair
+from vlp.data.pack import Packing, pack
+from vlp.errors import UserError
+from vlp.tasks.minimal_pairs import MinimalPairs
+from vlp.types import Encoded
+
+NAMES = list(COLOURS)
+
+
+class Words:
+    """The numbers of a caption's two colours, in its order."""
+
+    def __call__(self, texts: list[str], max_length: int):
+        ids = torch.tensor([[NAMES.index(word) for word in text.split() if word in NAMES] for text in texts])
+        return ids, torch.ones_like(ids, dtype=torch.bool), 0
+
+
+class Sides(Seer):
+    """Sees the colours of the left and the right half, each a one-hot of the embedding; ``bag``: both in one place."""
+
+    def __init__(self, bag: bool):
+        super().__init__()
+        self.bag = bag
+
+    def _of(self, pairs: torch.Tensor) -> Encoded:
+        """(B, 2) numbers of colours."""
+        embed = torch.eye(len(NAMES))[pairs] / 2**0.5
+        embed = embed.sum(1) if self.bag else embed.flatten(1)
+        return Encoded(embed[:, None], torch.ones(len(embed), 1, dtype=torch.bool), embed)
+
+    def encode_image(self, image: torch.Tensor) -> Encoded:
+        means = torch.stack([half.flatten(2).mean(2) * 255 for half in image.chunk(2, dim=3)], dim=1)
+        values = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
+        return self._of((means[:, :, None] - values).norm(dim=3).argmin(2))
+
+    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Encoded:
+        return self._of(input_ids)
+
+
+class Contrary(Sides):
+    """Embeds in order, and has a head for matching that says the opposite: the head must be asked."""
+
+    def __init__(self):
+        super().__init__(bag=False)
+        self.itm = nn.Identity()
+
+    def project(self, image: Encoded) -> torch.Tensor:
+        return image.embed
+
+    def match(self, image: torch.Tensor, text: Encoded) -> torch.Tensor:
+        score = (text.embed * image.repeat(len(text.embed) // len(image), 1)).sum(1)
+        return torch.stack([score, -score], dim=1)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A world of 10 scenes: two halves of two colours, and the same exchanged."""
+    folder = tmp_path_factory.mktemp("scenes")
+    pairs = []
+    for n in range(10):
+        names = [NAMES[n // 2 % 5], NAMES[(n // 2 + 1 + n // 6) % 5]][:: -1 if n % 2 else 1]
+        halves = [np.full((8, 4, 3), COLOURS[name], dtype=np.uint8) for name in names]
+        Image.fromarray(np.concatenate(halves, axis=1)).save(folder / f"{n}.png")
+        texts = [f"{a} left of {b}" for a, b in (names, names[::-1])]
+        extra = {"number": n, "contrast": ("order", "shape")[n // 2 % 2], "minimal_pair": texts[1]}
+        pairs.append(Pair(str(folder / f"{n}.png"), (texts[0],), str(n), "scenes", extra))
+    pack(pairs, folder / "val", Packing(shard_samples=4))
+    return folder
+
+
+def evaluated(model, scenes, **fields):
+    given = subject(model)
+    given.tokenizer = Words()
+    return MinimalPairs(data=str(scenes), **fields)(given)
+
+
+@pytest.mark.parametrize(("model", "share"), [(Sides(bag=True), 0.5), (Sides(bag=False), 1.0), (Contrary(), 0.0)])
+def test_accuracy_is_that_of_what_the_model_can_see(scenes, model, share):
+    for batch_size in (3, 64):
+        result = evaluated(model, scenes, batch_size=batch_size)
+        assert {name: i.value for name, i in result.metrics.items()} == dict.fromkeys(
+            ("accuracy", "accuracy_order", "accuracy_shape"), share
+        )
+    assert result.n == {"scenes": 10} and ("cosine" in result.protocol) == (model.__class__ is Sides)
+
+
+def test_the_world_is_found_beside_the_val_of_the_run(scenes):
+    given = subject(Sides(bag=False), str(scenes / "val"))
+    given.tokenizer = Words()
+    MinimalPairs().check(given.data)
+    assert MinimalPairs()(given).metrics["accuracy"].value == 1.0
+
+
+def test_scores_that_are_not_finite_earn_nothing_but_an_error(scenes):
+    class Broken(Sides):
+        def encode_text(self, *given):
+            encoded = super().encode_text(*given)
+            return Encoded(encoded.tokens, encoded.mask, encoded.embed * torch.nan)
+
+    with pytest.raises(UserError, match="not finite"):
+        evaluated(Broken(bag=False), scenes)
+
+
+def test_shards_without_scenes_are_refused(world):
+    given = subject(Sides(bag=False), str(world / "shards" / "val"))
+    with pytest.raises(UserError, match="vlp data world"):
+        MinimalPairs(data=str(world), split="shards").check(given.data)
+    with pytest.raises(UserError, match="give data=FOLDER"):
+        MinimalPairs().check(subject(Sides(bag=False)).data)

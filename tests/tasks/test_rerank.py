@@ -1,0 +1,155 @@
+"""Re-ranking: the scores are those of each pair alone, the published ones, and the same for any number of processes."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.models.test_albef import SPEC, close, published
+from tests.tasks.fakes import Seer, subject
+from vlp.data.stream import InOrder, evaluation_batches
+from vlp.data.text import load_tokenizer
+from vlp.encoders.fusion import Unprojected
+from vlp.errors import UserError
+from vlp.evaluation import encode_pairs
+from vlp.tasks.rerank import Rerank, Shortlist, encode_distinct, match, rerank
+from vlp.tasks.retrieval import Retrieval
+
+
+def test_scores_and_candidates_are_the_published_ones():
+    model, _, _, meta, given, expected = published("albef_retrieval")
+    model.eval()
+    encode = SimpleNamespace(
+        model=model,
+        tokenizer=lambda texts, _: (given["input_ids"], given["attention_mask"].bool(), 0),
+        data=SimpleNamespace(max_length=30),
+        device=torch.device("cpu"),
+        rank=0,
+    )
+    with torch.no_grad():
+        images = model.encode_image(given["image"])
+        texts = encode_distinct(encode, ["a caption"] * 20, 7)
+        shortlist = Shortlist(images.embed, texts.embeds, meta["k"])
+        for picture in range(6):
+            asked = shortlist.captions_of(picture)
+            shortlist.fill(picture, match(model, images[picture : picture + 1], texts, asked, 4))
+    for (_, keys), scores, name in (
+        (shortlist.i2t, shortlist.i2t_itm, "score_i2t"),
+        (shortlist.t2i, shortlist.t2i_itm, "score_t2i"),
+    ):
+        found = torch.full_like(expected[name], -100.0).scatter_(1, keys, scores)
+        assert torch.equal(found == -100, expected[name] == -100)
+        close(found, expected[name], 1e-4)
+
+
+@pytest.fixture
+def albef(world):
+    """A small ALBEF with random weights on the world of coloured squares, 50 pictures with two captions each."""
+    torch.manual_seed(0)
+    text = replace(SPEC.text, config=SPEC.text.config | {"vocab_size": 200})
+    given = subject(replace(SPEC, text=text).build().eval(), str(world / "shards"))
+    return replace(given, tokenizer=load_tokenizer(str(world / "tokenizer")), data=replace(given.data, max_length=16))
+
+
+def of_all_pairs(given, k: int, plus_cosine: bool) -> dict[str, float]:
+    """Recall at 1 of each way by the definition: all pairs are scored, with a copy of the picture for each caption."""
+    pairs, model = encode_pairs(given, given.data.val, 64), given.model
+    dataset = InOrder(given.data.val, given.data.resize, given.preprocess, given.data.max_pixels)
+    pixels = torch.stack([image for samples, _ in evaluation_batches(dataset, 64, 0) for image, _ in samples])
+    cosines = pairs.images @ pairs.texts.T
+    with torch.no_grad():
+        text = model.encode_text(*given.tokenizer(pairs.captions, 16)[:2])
+        images = model.encode_image(given.preprocess.normalise(pixels)).tokens
+        rounds = (Unprojected(image.expand(len(pairs.captions), -1, -1)) for image in images)
+        itm = torch.stack([model.match(image, text)[:, 1] for image in rounds])
+    positive = pairs.image_ids[:, None] == pairs.text_ids
+    found = {}
+    for way, cosine, score, true in (("i2t", cosines, itm, positive), ("t2i", cosines.T, itm.T, positive.T)):
+        score = score + cosine if plus_cosine else score
+        kept = torch.zeros_like(true).scatter_(1, cosine.topk(k).indices, True)
+        found[way] = true.gather(1, score.masked_fill(~kept, -torch.inf).argmax(1, keepdim=True)).float().mean().item()
+    return found
+
+
+@pytest.mark.parametrize("score", ["itm", "itm+itc"])
+def test_recall_is_that_of_all_pairs_scored(albef, score):
+    metrics = Rerank(k=9, ks=(1, 5), score=score, batch_size=16, text_batch=7, resamples=0)(albef).metrics
+    for way, recall in of_all_pairs(albef, 9, score == "itm+itc").items():
+        assert metrics[f"{way}_r@1"].value == pytest.approx(recall)
+
+
+def test_without_re_ranking_it_is_retrieval(albef):
+    plain = Retrieval(resamples=0)(albef).metrics
+    for k in (1, 10):  # with k candidates, recall at k and beyond cannot change
+        metrics = Rerank(k=k, resamples=0)(albef).metrics
+        for name, value in plain.items():
+            assert metrics[f"itc_{name}"].value == pytest.approx(value.value)
+        for at in (1, 5, 10):
+            if at >= k:
+                assert metrics[f"mean_r@{at}"].value == pytest.approx(plain[f"mean_r@{at}"].value)
+
+
+def test_an_image_is_projected_once_and_a_text_encoded_once(albef, monkeypatch):
+    model, projected, encoded = albef.model, [], []
+    monkeypatch.setattr(
+        model, "project", lambda image, f=model.project: projected.append(len(image.tokens)) or f(image)
+    )
+    monkeypatch.setattr(
+        model,
+        "encode_text",
+        lambda ids, mask, f=model.encode_text: encoded.extend(map(tuple, ids.tolist())) or f(ids, mask),
+    )
+    result = Rerank(k=20, text_batch=8, resamples=0)(albef)
+    assert sum(projected) == result.n["images"] == 50
+    pairs = encode_pairs(albef, albef.data.val, 64)
+    assert len(set(pairs.captions)) < len(pairs.captions) == 100
+    assert result.n["pairs"] < 50 * 20 + 100 * 20
+    del encoded[:]
+    Rerank(k=20, text_batch=8, resamples=0)(albef)
+    assert len(encoded) == len(set(pairs.captions))
+
+
+@pytest.mark.parametrize(
+    ("scores", "rank"),
+    [
+        ([[3.0, 2.0, 1.0]], 1),  # one ahead
+        ([[1.0, 2.0, 2.0]], 1),  # a tie counts as ahead
+        ([[1.0, 3.0, 2.0]], 0),
+    ],
+)
+def test_rank_is_that_of_the_best_positive_and_ties_count_against(scores, rank):
+    positive = torch.tensor([[False, True, False]])
+    assert rerank(torch.tensor(scores), positive, torch.tensor([2])).tolist() == [rank]
+    for by_tie in (positive, positive & False):  # among the candidates by the luck of the sort, or not
+        assert rerank(torch.tensor(scores), by_tie, torch.tensor([7])).tolist() == [7]
+
+
+def two_of(rank: int, given, expected: dict) -> bool:
+    torch.manual_seed(0)
+    given = replace(given, rank=rank)
+    result = Rerank(k=9, batch_size=7, text_batch=8, resamples=10)(given)
+    return {name: i for name, i in result.metrics.items()} == expected and result.n["images"] == 50
+
+
+def test_result_is_the_same_for_one_process_and_two(albef, two_processes):
+    result = Rerank(k=9, batch_size=7, text_batch=8, resamples=10)(albef)
+    assert two_processes(two_of, albef, result.metrics) == [True, True]
+
+
+def test_a_model_that_cannot_match_is_refused(world):
+    with pytest.raises(UserError, match="model.itm"):
+        Rerank(data=str(world / "shards"))(subject(Seer()))
+
+
+def test_scores_that_are_not_finite_are_refused(albef):
+    with torch.no_grad():
+        albef.model.itm.bias.fill_(torch.nan)
+    with pytest.raises(UserError, match="not finite"):
+        Rerank(k=3)(albef)
+
+
+@pytest.mark.parametrize("field", ["k", "text_batch"])
+def test_less_than_one_is_refused(albef, field):
+    with pytest.raises(UserError, match="give 1 or more"):
+        Rerank(**{field: 0})(albef)

@@ -1,0 +1,101 @@
+"""DALL-E's image tokenizer (Ramesh et al. 2021, app. A.2), whose codes BEiT learned to predict.
+
+B pictures, h x w codes of 8 x 8 pixels each, K = 8192 codes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlp.encoders.image import ImageTower, Preprocess
+from vlp.encoders.patch_targets import Frozen
+from vlp.errors import UserError
+from vlp.models import pretrained
+
+EPSILON = 0.1  # of the logit-Laplace distribution that it was trained with: pixels lie in [0.1, 0.9]
+
+
+@dataclass(frozen=True)
+class DallE:
+    """The codes of DALL-E's discrete autoencoder, one for each patch of the tower's grid.
+
+    Args:
+        weights: the encoder's tensors. OpenAI's encoder.pkl is a pickled module, which is not read here; convert it once,
+            where you trust it: ``torch.save(torch.load("encoder.pkl", weights_only=False).state_dict(), "encoder.pt")``.
+        codes: K.
+        size: channels of the first group; the published one has 256.
+    """
+
+    weights: str | None = None
+    codes: int = 8192
+    size: int = 256
+
+    def build(self, tower: ImageTower, load_weights: bool = True) -> DallETokenizer:
+        """Raises UserError where there are no weights: random codes say less than `RandomCodes`."""
+        tokenizer = DallETokenizer(self, tower.model.patch_embed.grid_size, tower.preprocess)
+        if load_weights:
+            if not self.weights:
+                raise UserError("DALL-E's tokenizer needs its weights; set model.mim.weights, or mim=RandomCodes()")
+            state = pretrained.read_weights(self.weights)
+            pretrained.load(tokenizer, {_own_name(key): value for key, value in state.items()})
+        return tokenizer
+
+
+def _own_name(key: str) -> str:
+    """OpenAI's names to ours: ``blocks.group_1.block_2.res_path.conv_3.w`` is ``groups.0.1.convs.2.weight``."""
+    key = re.sub(r"\bw$", "weight", re.sub(r"\bb$", "bias", key.removeprefix("blocks.")))
+    key = re.sub(r"group_(\d)\.block_(\d)", lambda m: f"groups.{int(m[1]) - 1}.{int(m[2]) - 1}", key)
+    key = re.sub(r"res_path\.conv_(\d)", lambda m: f"convs.{int(m[1]) - 1}", key)
+    return key.replace("id_path", "shortcut").replace("output.conv", "output")
+
+
+class Block(nn.Module):
+    """x + g f(x), f of four convolutions with a ReLU in front of each."""
+
+    def __init__(self, width_in: int, width: int, gain: float):
+        super().__init__()
+        inner = width // 4
+        self.gain = gain
+        self.shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
+        widths = [(width_in, inner, 3), (inner, inner, 3), (inner, inner, 3), (inner, width, 1)]
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, side, padding=side // 2) for a, b, side in widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = x
+        for conv in self.convs:
+            inner = conv(F.relu(inner))
+        return self.shortcut(x) + self.gain * inner
+
+
+class DallETokenizer(Frozen):
+    """Four groups of two blocks, twice as wide each, the resolution halved between them."""
+
+    def __init__(self, spec: DallE, grid: tuple[int, int], preprocess: Preprocess):
+        super().__init__()
+        self.grid, self.preprocess, self.width = tuple(grid), preprocess, spec.codes
+        widths = [spec.size, *(spec.size * 2**n for n in range(4))]
+        gain = 1 / 8**2  # 8 blocks
+        self.input = nn.Conv2d(3, spec.size, 7, padding=3)
+        self.groups = nn.ModuleList(
+            nn.Sequential(Block(a, b, gain), Block(b, b, gain)) for a, b in zip(widths, widths[1:])
+        )
+        self.output = nn.Conv2d(widths[-1], spec.codes, 1)
+        self.requires_grad_(False).train(False)
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised for the tower to (B, h * w) codes; it looks at 8 x 8 pixels for each."""
+        mean, std = (
+            torch.tensor(v, device=image.device).view(3, 1, 1) for v in (self.preprocess.mean, self.preprocess.std)
+        )
+        size = (8 * self.grid[0], 8 * self.grid[1])
+        pixels = F.interpolate(image * std + mean, size, mode="bicubic", antialias=True).clamp(0, 1)
+        x = self.input((1 - 2 * EPSILON) * pixels + EPSILON)
+        for n, group in enumerate(self.groups):
+            x = group(F.max_pool2d(x, 2) if n else x)
+        return self.output(F.relu(x)).argmax(1).flatten(1)

@@ -1,0 +1,287 @@
+"""Fusion of texts with images: BERT layers that also attend to the tokens of an image (ALBEF, Li et al. 2021, sec. 3.1).
+
+An image is long and a text short, so what an image costs here is the projection to its keys and values. `project` does
+that once, and every text that is fused with the image reads them in place. Linear layers see real tokens only.
+
+B images, A texts, n pairs, P image tokens, L text tokens, W <= L of the longest text, D width, h heads, T real tokens of all
+texts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from vlp.encoders.fusion_layer import Attend, FusionLayer
+from vlp.encoders.packing import Layout
+from vlp.encoders.text import BertText, _read_encoder
+from vlp.errors import UserError
+from vlp.models import pretrained
+from vlp.models.pretrained import LoadReport
+
+# BERT's names of the parts of a layer, and ours
+BERT_LAYER = {
+    **{f"attention.self.{name}": f"self_attention.{name}" for name in ("query", "key", "value")},
+    "attention.output.dense": "self_attention.out",
+    "attention.output.LayerNorm": "self_norm",
+    **{f"crossattention.self.{name}": f"cross_attention.{name}" for name in ("query", "key", "value")},
+    "crossattention.output.dense": "cross_attention.out",
+    "crossattention.output.LayerNorm": "cross_norm",
+    "intermediate.dense": "expand",
+    "output.dense": "contract",
+    "output.LayerNorm": "norm",
+}
+CROSS = ("cross_attention", "cross_norm")
+Wanted = Tensor | Literal["first"] | None
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Layers of cross-attention on top of a text tower.
+
+    Args:
+        layers: how many.
+        weights: a BERT folder, ``pip:PACKAGE/folder`` or the folder of a run, from whose layers ``first_layer`` on
+            self-attention and feed-forward start; BERT has no cross-attention, that is new. None = all random.
+        first_layer: ALBEF's text tower takes layers 0 to 5, its fusion 6 to 11.
+        heads: None = as in the weights, or else the text tower.
+        hidden_size: of the feed-forward part; None = likewise.
+        dropout: of hidden states and attention alike; None = likewise.
+        eps: of the norms; None = likewise.
+        pack: linear layers see real tokens only, for whose number a GPU's host waits (once, twice with ``texts``; a CPU
+            loses nothing). False = all L positions, nothing waits.
+    """
+
+    layers: int = 6
+    weights: str | None = None
+    first_layer: int = 6
+    heads: int | None = None
+    hidden_size: int | None = None
+    dropout: float | None = None
+    eps: float | None = None
+    pack: bool = True
+
+    def resolved(self, text: BertText) -> Fusion:
+        """The same fusion with all sizes filled in; reads no weights."""
+        if None not in (self.heads, self.hidden_size, self.dropout, self.eps):
+            return self
+        config = (BertText(self.weights) if self.weights else text).resolved().config
+        found = {"heads": config.get("num_attention_heads"), "hidden_size": config.get("intermediate_size")}
+        found["dropout"] = config.get("hidden_dropout_prob", 0.1) if text.dropout is None else text.dropout
+        found["eps"] = config.get("layer_norm_eps", 1e-12)
+        sizes = {name: value if getattr(self, name) is None else getattr(self, name) for name, value in found.items()}
+        if missing := [name for name, value in sizes.items() if value is None]:
+            raise UserError(f"a {config['model_type']} config does not say fusion's {' and '.join(missing)}; set them")
+        return replace(self, **sizes)
+
+    def build(self, width: int, image_width: int, load_weights: bool = True) -> FusionEncoder:
+        """The module of a `resolved` spec.
+
+        Args:
+            width: D of the text tower.
+            image_width: of the image tower.
+            load_weights: False = leave the parameters random whatever ``weights`` says: a checkpoint follows.
+
+        Raises:
+            UserError: if the sizes do not go together, or the weights do not fit.
+        """
+        if self.layers < 1 or width % self.heads:
+            raise UserError(
+                f"fusion of {self.layers} layers with {self.heads} heads on a text tower of width {width}; "
+                "take at least one layer, and heads that divide the width"
+            )
+        model = FusionEncoder(self, width, image_width)
+        if load_weights and self.weights:
+            model.report = self._load(model.layers)
+        return model
+
+    def _load(self, layers: nn.ModuleList) -> LoadReport:
+        is_run = pretrained.is_run(self.weights)
+        given = pretrained.read_run(self.weights, "text") if is_run else _read_encoder(self.weights, "bert")
+        state = {}
+        for number in range(self.layers):
+            for theirs, ours in BERT_LAYER.items():
+                old = f"encoder.layer.{self.first_layer + number}.{theirs}."
+                state |= {f"{number}.{ours}.{k.removeprefix(old)}": v for k, v in given.items() if k.startswith(old)}
+        new = [f"{number}.{name}" for number in range(self.layers) for name in CROSS]
+        try:
+            return pretrained.load(layers, state, new=new)
+        except UserError as error:
+            last = self.first_layer + self.layers - 1
+            raise UserError(f"fusion from layers {self.first_layer} to {last} of {self.weights}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What fusion reads of B images: keys and values, each (B, P, D) for every layer."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys[0])
+
+    def __getitem__(self, rows: Tensor | slice) -> Projected:
+        return Projected(tuple(k[rows] for k in self.keys), tuple(v[rows] for v in self.values))
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor | None]:
+        return self.keys[number], self.values[number]
+
+
+@dataclass(frozen=True)
+class Unprojected:
+    """Images as they left their tower, (B, P, image width): for a single pass of short texts the cheaper way.
+
+    The result is the same. With 13 tokens a text and 257 an image it takes a third of the operations.
+    """
+
+    tokens: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor | None]:
+        return self.tokens, None
+
+
+class FusionEncoder(nn.Module):
+    """What texts become when they look at images.
+
+    Args:
+        spec: resolved.
+        width: D of the texts.
+        image_width: of the image tokens.
+    """
+
+    def __init__(self, spec: Fusion, width: int, image_width: int):
+        super().__init__()
+        sizes = (width, image_width, spec.heads, spec.hidden_size, spec.dropout, spec.eps)
+        self.layers = nn.ModuleList(FusionLayer(*sizes) for _ in range(spec.layers))
+        self.pack = spec.pack
+        self.checkpointing = False
+        self.report: LoadReport | None = None
+        for module in self.modules():
+            if isinstance(module, nn.Linear):  # as BERT
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def project(self, tokens: Tensor) -> Projected:
+        """(B, P, image width), all of them real, to the keys and values of every layer: the dearest part of fusion."""
+        attentions = [layer.cross_attention for layer in self.layers]
+        return Projected(tuple(a.key(tokens) for a in attentions), tuple(a.value(tokens) for a in attentions))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        image: Projected | Unprojected,
+        texts: Tensor | None = None,
+        images: Tensor | None = None,
+        at: Wanted = None,
+    ) -> Tensor:
+        """Texts fused with images, n pairs of them.
+
+        The first n - len(``images``) pairs go through the B images in their order, again and again, and read keys and
+        values where they are; for the others these are copied. The first self-attention runs once a text.
+
+        Args:
+            tokens: (A, L, D) of the text tower.
+            mask: (A, L) bool, padding on the right; a text without any token counts as one of its first.
+            image: B of them, projected if there is more than one pass.
+            texts: (n,) int64 text of each pair; None = each once, n = A.
+            images: (m,) int64 image of the last m pairs; None = m is 0.
+            at: which outputs are wanted, the last layer computes no others: None = all; "first" = of each pair's first
+                token; (M,) int64 = at these positions, of real tokens, in the flattened (n * L).
+
+        Returns:
+            (n, L, D), with zeros where there is no token unless ``pack`` is False; (n, D) for "first"; (M, D).
+
+        Raises:
+            ValueError: if the pairs in order are no whole rounds of the images.
+        """
+        states, layout = self._run(tokens, mask, image, texts, images, at, self.pack, {})
+        if at is not None:
+            return states
+        padded = layout.pad(states)
+        return F.pad(padded, (0, 0, 0, tokens.shape[1] - padded.shape[1]))
+
+    def with_attention(
+        self,
+        layer: int,
+        tokens: Tensor,
+        mask: Tensor,
+        image: Projected,
+        texts: Tensor | None = None,
+        images: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, slowly, with the cross-attention of one layer as a part of the graph (for Grad-CAM).
+
+        Dropout of attention is left out there. Without packing, whatever `Fusion.pack` says.
+
+        Args:
+            layer: from 0; ALBEF's grounding looks at layer 2 of its fusion, 8 in all.
+
+        Returns:
+            (n, L, D) fused; (n, heads, L, P) probabilities, which torch.autograd.grad can differentiate a function of
+            the fused states by.
+        """
+        count = len(mask if texts is None else texts)
+        rows = torch.arange(count, device=mask.device) % len(image)
+        if images is not None:
+            rows[count - len(images) :] = images
+        seen = []
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            seen.append((query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1))
+            return seen[0] @ value
+
+        states, layout = self._run(tokens, mask, image, texts, rows, None, False, {layer: attend})
+        return layout.pad(states), seen[0]
+
+    def _run(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        image: Projected | Unprojected,
+        texts: Tensor | None,
+        images: Tensor | None,
+        at: Wanted,
+        packed: bool,
+        attend: Mapping[int, Attend],
+    ) -> tuple[Tensor, Layout]:
+        """Packed states and their layout; ``attend``: by layer, what to do in the place of fused attention."""
+        own = pairs = Layout.of(mask, packed)
+        states = self._step(self.layers[0].read_text, own.pack(tokens[:, : own.width]), own)
+        if texts is not None:
+            pairs = Layout.of(mask[texts], packed)
+            states = states[own.packed(pairs.source(texts, own.width))]
+        out, pick = (pairs, None) if at is None else pairs.part(at, mask.shape[1], mask.device)
+        for number, layer in enumerate(self.layers):
+            last = number == len(self.layers) - 1
+            if number:
+                states = self._step(layer.read_text, states, pairs, *((out, pick) if last else ()))
+            elif last and pick is not None:  # a single layer's self-attention is done
+                states = states[pick]
+            given = (*image.layer(number), images, attend.get(number))
+            states = self._step(layer.read_image, states, out if last else pairs, *given)
+        return states, out
+
+    def _step(self, part: Callable[..., Tensor], *given) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(part, *given, use_reentrant=False)
+        return part(*given)
+
+    def layer_ids(self) -> dict[str, int]:
+        """Parameter name to layer, from 1."""
+        return {name: int(name.split(".")[1]) + 1 for name, _ in self.named_parameters()}
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward instead of keeping them; keys and values of images are kept."""
+        self.checkpointing = enabled

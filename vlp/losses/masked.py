@@ -1,0 +1,76 @@
+"""Masked modelling: what was hidden is told from what was not.
+
+M predicted positions, V vocabulary, C values of a patch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlp.losses.inputs import check_finite, in_float32
+
+IGNORED = -100  # torch's and transformers' label of what is not predicted
+
+
+@in_float32
+def masked_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Tensor | None = None,
+    distill: float = 0.0,
+    count: Tensor | None = None,
+) -> Tensor:
+    """``1/count sum_i [(1 - a) CE(logits_i, labels_i) + a CE(logits_i, softmax(teacher_i))]``, a = ``distill``.
+
+    BERT's masked language modelling (Devlin et al. 2019), with momentum distillation (ALBEF, Li et al. 2021, eq. 7).
+    Computed in float32; gradient flows to ``logits`` only. Where nothing is to be predicted it is 0, and so is the
+    gradient.
+
+    Args:
+        logits: (M, V); M may be 0.
+        labels: (M,) int64; -100 = the row does not count.
+        teacher: (M, V) logits of the teacher.
+        distill: share of the teacher.
+        count: () what the sum is divided by; None = the number of rows that count. Over several processes the mean of
+            the losses is the loss of all rows where this is the mean of their numbers.
+
+    Returns:
+        () mean over rows, in nats.
+
+    Raises:
+        ValueError: if the shapes differ; naming the row, if logits are not finite.
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or (teacher is not None and teacher.shape != logits.shape):
+        of_teacher = "" if teacher is None else f", teacher {tuple(teacher.shape)}"
+        raise ValueError(
+            f"one label a row is needed: logits {tuple(logits.shape)}, labels {tuple(labels.shape)}{of_teacher}"
+        )
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    if teacher is not None:
+        rows = F.cross_entropy(logits, teacher.detach().softmax(1), reduction="none")
+        total = (1 - distill) * total + distill * rows.masked_fill(labels == IGNORED, 0).sum()
+    if count is None:
+        count = (labels != IGNORED).sum()
+    loss = total / torch.where(count > 0, count, 1)
+    return check_finite(loss, logits=logits, **({} if teacher is None else {"teacher": teacher}))
+
+
+@in_float32
+def masked_pixel_loss(predicted: Tensor, pixels: Tensor) -> Tensor:
+    """Mean squared error of masked patches (MAE, He et al. 2022, sec. 3).
+
+    Args:
+        predicted: (M, C). Gradient flows here only.
+        pixels: (M, C), normalised patch by patch or not.
+
+    Returns:
+        () mean over patches and values.
+
+    Raises:
+        ValueError: if the shapes differ or there is no patch; naming the row, if a value is not finite.
+    """
+    if predicted.shape != pixels.shape or not len(predicted):
+        raise ValueError(f"patches need one prediction each, got {tuple(predicted.shape)} for {tuple(pixels.shape)}")
+    return check_finite(F.mse_loss(predicted, pixels.detach()), predicted=predicted, pixels=pixels)

@@ -1,0 +1,232 @@
+"""ALBEF: an image and a text encoder, aligned by contrast, and a fusion encoder on top (Li et al. 2021, sec. 3.1).
+
+B images, A texts, n pairs, P image tokens, L text tokens, D width, E embedding, M masked tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlp.encoders.fusion import Fusion, Projected, Unprojected, Wanted
+from vlp.encoders.heads import VocabularyHead
+from vlp.encoders.image import Preprocess, TimmImage, _grids
+from vlp.encoders.text import BertText
+from vlp.errors import UserError
+from vlp.forward import Forward
+from vlp.models import pretrained
+from vlp.models.albef_weights import load_albef
+from vlp.models.dual import tower_layer_ids, unit
+from vlp.models.pretrained import LoadReport
+from vlp.models.scale import LearnedScale, check_temperatures
+from vlp.types import Encoded
+
+# what a file may hold, or lack, that a model for other objectives lacks, or holds
+HEADS = ("image_projection", "text_projection", "temperature", "itm", "mlm")
+TASKS = ("classifier", "assignment", "decoder")
+
+
+@dataclass(frozen=True)
+class Albef:
+    """An ALBEF for the objectives that it is to be trained with; it has no parameter that none of them uses.
+
+    Args:
+        text: the first layers of BERT: ``config={"num_hidden_layers": 6}`` on its folder.
+        fusion: its last layers, with cross-attention; built where ``itm`` or ``mlm`` asks for it.
+        itc: linear projections of the first tokens to ``embed_size``, and the temperature. Without them `Encoded.embed`
+            is the first token itself, at unit length.
+        itm: a linear layer on fusion's first token: does the text belong to the image?
+        mlm: a head that predicts masked tokens from fusion's states, tied to the word embeddings; from the folder of the
+            text tower's weights where that has one.
+        embed_size: E.
+        temperature: initial value; similarities are divided by it.
+        temperature_min: smallest value that takes effect; None = unbounded.
+        temperature_max: largest.
+        weights: a checkpoint of ALBEF, see `vlp.models.albef_weights`, from which all of the model starts instead;
+            positions are resized to ``image.image_size``.
+    """
+
+    image: TimmImage
+    text: BertText
+    fusion: Fusion = Fusion()
+    itc: bool = True
+    itm: bool = True
+    mlm: bool = True
+    embed_size: int = 256
+    temperature: float = 0.07
+    temperature_min: float | None = 0.001
+    temperature_max: float | None = 0.5
+    weights: str | None = None
+
+    def resolved(self) -> Albef:
+        """The same model with all sizes and normalisation filled in: `build(load_weights=False)` needs no weights then."""
+        parts = {"image": self.image.resolved(), "text": self.text.resolved()}
+        return replace(self, fusion=self.fusion.resolved(self.text), **parts)
+
+    def build(self, load_weights: bool = True) -> AlbefModel:
+        """The model.
+
+        Args:
+            load_weights: False = leave everything random: a checkpoint follows.
+
+        Raises:
+            UserError: if the sizes, or the weights, do not go together.
+        """
+        check_temperatures(self.temperature, self.temperature_min, self.temperature_max)
+        if self.text.pool != "cls":
+            raise UserError(
+                f"fusion begins with the text's own first token; set text.pool to cls, not {self.text.pool!r}"
+            )
+        part_by_part = load_weights and not self.weights
+        model = AlbefModel(self, self.image.build(part_by_part), self.text.build(part_by_part), part_by_part)
+        if load_weights and self.weights:
+            model.load(load_albef(self.weights).student)
+        return model
+
+
+class AlbefModel(LearnedScale):
+    """Images and texts on one sphere, and texts that look at images; owns every parameter.
+
+    What the objectives call: `encode_image` and `encode_text` for each modality; `project` once for each image and
+    `fuse` for each pass over pairs; `match` for the scores of pairs; `masked_text` for the words under masks.
+
+    Args:
+        spec: of all but the towers.
+        image: tower, see `vlp.encoders.image.ImageTower`.
+        text: tower, see `vlp.encoders.text.TextTower`.
+        load_weights: see `Albef.build`.
+    """
+
+    def __init__(self, spec: Albef, image: nn.Module, text: nn.Module, load_weights: bool = True):
+        super().__init__()
+        self.image, self.text, self.itc = image, text, spec.itc
+        self.embed_size = spec.embed_size if spec.itc else text.width
+        self.image_projection: nn.Module = nn.Linear(image.width, spec.embed_size) if spec.itc else nn.Identity()
+        self.text_projection: nn.Module = nn.Linear(text.width, spec.embed_size) if spec.itc else nn.Identity()
+        if spec.itc:
+            self.add_scale(spec.temperature, spec.temperature_min, spec.temperature_max)
+        self.fusion = self.itm = self.mlm = None
+        if spec.itm or spec.mlm:
+            self.fusion = spec.fusion.resolved(spec.text).build(text.width, image.width, load_weights)
+        if spec.itm:
+            self.itm = nn.Linear(text.width, 2)
+        if spec.mlm:
+            self.mlm = VocabularyHead(text.width, text.word_embeddings, text.model.config)
+            if load_weights and spec.text.weights:
+                self.mlm.load(spec.text.weights)
+        self.report: LoadReport | None = None
+
+    def load(self, student: Mapping[str, Tensor]) -> None:
+        """Takes everything from a checkpoint's ``student``, and says so in ``reports``.
+
+        Heads that it lacks stay as they are, and what this model is built without is left out; the report names both.
+
+        Raises:
+            UserError: if it is of other sizes.
+        """
+        grids = {f"image.model.{name}": grid for name, grid in _grids(self.image.model).items()}
+        own = {name.partition(".")[0] for name, _ in self.named_parameters()}
+        ignored = [part for part in (*HEADS, "fusion", *TASKS) if part not in own]
+        self.report = pretrained.load(self, student, new=HEADS, ignored=ignored, grids=grids)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """What images must look like, which is the image tower's."""
+        return self.image.preprocess
+
+    @property
+    def reports(self) -> dict[str, LoadReport | None]:
+        """What loading their weights did to the parts; None where none were loaded."""
+        if self.report is not None:
+            return {"model": self.report}
+        parts = {"image": self.image, "text": self.text, "fusion": self.fusion, "mlm": self.mlm}
+        return {name: part.report for name, part in parts.items() if part is not None}
+
+    def scalars(self) -> dict[str, float]:
+        """For the log."""
+        return super().scalars() if self.itc else {}
+
+    def clamp_scalars(self) -> None:
+        """Put the temperature back within the bounds, after an optimizer step."""
+        if self.itc:
+            super().clamp_scalars()
+
+    def encode_image(self, image: Tensor) -> Encoded:
+        """(B, 3, H, W) float32, normalised as `preprocess` says."""
+        tokens = self.image(image)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return Encoded(tokens, mask, unit(self.image_projection(tokens[:, 0])))
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """(A, L) int64 and bool, padded on the right."""
+        tokens = self._text_tokens(input_ids, attention_mask)
+        return Encoded(tokens, attention_mask, unit(self.text_projection(tokens[:, 0])))
+
+    def _text_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        tokens = self.text(input_ids, attention_mask)
+        # the tower may have cut padding that all rows share; positions in (A * L) are to stay valid
+        return F.pad(tokens, (0, 0, 0, input_ids.shape[1] - tokens.shape[1]))
+
+    def project(self, image: Encoded) -> Projected:
+        """What fusion reads of B images: once for all passes over them."""
+        return self.fusion.project(image.tokens)
+
+    def fuse(
+        self,
+        image: Projected | Unprojected,
+        text: Encoded,
+        texts: Tensor | None = None,
+        images: Tensor | None = None,
+        at: Wanted = None,
+    ) -> Tensor:
+        """(n, L, D) texts that have looked at images; see `vlp.encoders.fusion.FusionEncoder.forward`."""
+        return self.fusion(text.tokens, text.mask, image, texts, images, at)
+
+    def match(
+        self, image: Projected | Unprojected, text: Encoded, texts: Tensor | None = None, images: Tensor | None = None
+    ) -> Tensor:
+        """(n, 2) logits of image-text matching, [:, 1] for a pair; arguments as those of `fuse`."""
+        return self.itm(self.fuse(image, text, texts, images, at="first"))
+
+    def masked_text(self, f: Forward, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits of what stood at masked places of the texts of ``f``, with a look at its images.
+
+        Args:
+            f: of which the attention mask and the images are taken.
+            input_ids: (B, L) int64, masked.
+            positions: (M,) int64 in the flattened (B * L), of real tokens.
+
+        Returns:
+            (M, V).
+        """
+        tokens = self._text_tokens(input_ids, f.batch.attention_mask)
+        # nothing else looks at the teacher's images, unless somebody did before
+        only_pass = not f.image.tokens.requires_grad and "projected" not in vars(f)
+        image = Unprojected(f.image.tokens) if only_pass else f.projected
+        states = self.fusion(tokens, f.batch.attention_mask, image, at=positions)
+        return self.mlm(states, self.text.word_embeddings)
+
+    def layer_ids(self) -> dict[str, int]:
+        """Parameter name to depth, for layer-wise learning rates: towers, fusion, and heads and scalars as the top."""
+        depths = tower_layer_ids(self.image, self.text)
+        towers = max(depths.values())
+        if self.fusion is not None:
+            depths |= {f"fusion.{name}": towers + depth for name, depth in self.fusion.layer_ids().items()}
+        top = max(depths.values()) + 1
+        return {name: depths.get(name, top) for name, _ in self.named_parameters()}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are no weights: what the towers name, and the temperature."""
+        towers = {f"image.{name}" for name in self.image.no_weight_decay()}
+        towers |= {f"text.{name}" for name in self.text.no_weight_decay()}
+        return towers | ({"temperature"} if self.itc else set())
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward instead of keeping them; UserError where a tower cannot."""
+        for part in (self.image, self.text, self.fusion):
+            if part is not None:
+                part.set_checkpointing(enabled)

@@ -1,0 +1,97 @@
+"""Cutoff: a classifier that must say the same when a part of its input is missing (Shen et al. 2020).
+
+B texts, L text tokens, W width of the embeddings, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlp.config import Experiment
+from vlp.data.sentences import Sentences
+from vlp.errors import UserError
+from vlp.forward import Forward
+from vlp.losses.divergence import jensen_shannon
+
+
+@dataclass(frozen=True)
+class Cutoff:
+    """``CE(x) + a sum_n CE(x_n) + b JS(x, x_1, .., x_N)`` over N copies with a part cut out (Shen et al. 2020, sec. 3).
+
+    What is cut are rows or columns of the L x W matrix that the embedding layer gives out. Positions are drawn without
+    replacement, and the first token, which the classifier reads, stays; the published code draws with replacement and
+    may cut it. Its divergence is KL(mean || p), not Jensen-Shannon's, and its token variant loses CE(x); here both are
+    as in the paper.
+
+    Args:
+        cut: "token" = random tokens; "feature" = random columns, the same for all tokens of a text; "span" =
+            neighbouring tokens, which attention does not see either.
+        ratio: of the tokens of a text, or of the W columns, rounded down.
+        copies: N; 0 = plain fine-tuning.
+        augmented: a.
+        consistency: b.
+    """
+
+    weight: float = 1.0
+    cut: Literal["token", "feature", "span"] = "span"
+    ratio: float = 0.1
+    copies: int = 1
+    augmented: float = 1.0
+    consistency: float = 1.0
+
+    def check(self, experiment: Experiment) -> None:
+        """Raises UserError for what is missing."""
+        model = experiment.model
+        classes = getattr(model, "classes", None)
+        if model.text is None or classes is None:
+            raise UserError("Cutoff needs a text tower with a classifier: model=Single(text=..., classes=C)")
+        for source in experiment.data.train:
+            if isinstance(source, Sentences) and not (source.label and len(source.classes) == classes):
+                raise UserError(
+                    f"Cutoff needs labels of {classes} classes: set label and classes of the source {source.path}"
+                )
+        if not 0 <= self.ratio < 1:
+            raise UserError(f"Cutoff(ratio={self.ratio}) is a share of the input; give one from 0 to below 1")
+
+    def __call__(self, f: Forward) -> Tensor:
+        batch, tower, classifier = f.batch, f.model.text, f.model.classifier
+        logits = [classifier(f.text.tokens[:, 0])]
+        for _ in range(self.copies):
+            keep, mask = self.restrict(batch.attention_mask, tower.word_embeddings.embedding_dim)
+            logits.append(classifier(tower(batch.input_ids, mask, keep)[:, 0]))
+        whole, *restricted = (F.cross_entropy(each.float(), batch.labels) for each in logits)
+        return whole + self.augmented * sum(restricted) + self.consistency * jensen_shannon(*logits)
+
+    def restrict(self, mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """What a copy keeps of the embeddings, (B, L, 1) or (B, 1, W) bool, and its (B, L) attention mask."""
+        if self.cut == "feature":
+            columns = torch.rand(len(mask), width, device=mask.device).argsort(1)
+            return (columns >= int(self.ratio * width))[:, None], mask
+        kept = (keep_tokens if self.cut == "token" else keep_outside_span)(mask, self.ratio)
+        return kept[:, :, None], mask & kept if self.cut == "span" else mask
+
+
+def keep_tokens(mask: Tensor, ratio: float) -> Tensor:
+    """(B, L) mask of tokens -> (B, L) bool, False at int(ratio * length) random tokens, never at the first."""
+    draw = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, 2.0)
+    draw[:, 0] = 2.0
+    return draw.argsort(1).argsort(1) >= _count(mask, ratio)
+
+
+def keep_outside_span(mask: Tensor, ratio: float) -> Tensor:
+    """(B, L) mask of tokens -> (B, L) bool, False at int(ratio * length) tokens in a row, never at the first."""
+    count, lengths = _count(mask, ratio), mask.sum(1, keepdim=True)
+    room = (lengths - count).clamp(min=1)  # places where the span can begin
+    begin = 1 + (torch.rand(room.shape, device=mask.device) * room).long().minimum(room - 1)
+    place = torch.arange(mask.shape[1], device=mask.device)
+    return (place < begin) | (place >= begin + count)
+
+
+def _count(mask: Tensor, ratio: float) -> Tensor:
+    """(B, 1) tokens to cut; in float64, as Python's int(ratio * length) would be."""
+    return (mask.sum(1, keepdim=True).double() * ratio).long()

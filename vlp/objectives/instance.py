@@ -1,0 +1,90 @@
+"""Instance discrimination: a picture is a class, whose weight is its own embedding of an epoch ago (Wu et al. 2018).
+
+B rows of this process, n samples of the data, m noise rows, E embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vlp.config import Experiment
+from vlp.distributed import gather, world_size
+from vlp.errors import UserError
+from vlp.forward import Forward
+from vlp.losses.geometry import alignment
+from vlp.losses.nce import draw_noise, instance_softmax_loss, log_partition, nce_loss
+from vlp.objectives.needs import need_image
+from vlp.state import Bank
+
+
+@dataclass(frozen=True)
+class InstanceDiscrimination:
+    """A picture finds its own vector in the bank, and does not move far from it (Wu et al. 2018, eq. 10).
+
+    ``1/B sum_i [-log h(i, v_i) - sum_k log(1 - h(i, v_k)) + proximal ||f_i - v_i||^2]`` with v the rows of the bank and
+    k the m noise rows. Gradient flows to f only.
+
+    Args:
+        temperature: 0.07; the published code takes 0.1 for CIFAR-10.
+        form: "nce", or "softmax" over the whole bank, which is what NCE approximates and small data can afford.
+        noise: m, rows drawn evenly for each picture and step.
+        noise_may_be_own: draw a picture's own row as noise too, as the published code does.
+        bank_momentum: share of the old vector that stays, 0.5 as in the published code; the paper replaces it (0).
+        proximal: the paper's lambda, on the positive pair alone; the published code has no such term (0).
+        partition_every: steps between estimates of Z; 0 = once, from the
+            first batch, as published.
+    """
+
+    weight: float = 1.0
+    temperature: float = 0.07
+    form: Literal["nce", "softmax"] = "nce"
+    noise: int = 4096
+    noise_may_be_own: bool = False
+    bank_momentum: float = 0.5
+    proximal: float = 30.0
+    partition_every: int = 0
+
+    def check(self, experiment: Experiment) -> None:
+        """Raises UserError for what cannot be."""
+        need_image(experiment, "InstanceDiscrimination")
+        if self.noise < 1 or not 0 <= self.bank_momentum < 1:
+            raise UserError(
+                f"InstanceDiscrimination has noise={self.noise} and bank_momentum={self.bank_momentum}; "
+                f"give at least 1 row, and a momentum from 0 to below 1"
+            )
+
+    def start(self, model, samples: int, device: torch.device, generator: torch.Generator) -> Bank:
+        return Bank(samples, model.embed_size, self.bank_momentum, device, generator)
+
+    def __call__(self, f: Forward) -> Tensor:
+        queries, bank, rows, scale = f.image.embed, f.around.memory[self].rows, f.batch.row, 1 / self.temperature
+        if self.form == "softmax":
+            loss = instance_softmax_loss(queries, bank, scale, rows)
+        else:
+            noise = draw_noise(rows, len(bank), self.noise, may_be_own=self.noise_may_be_own)
+            loss = nce_loss(queries, bank, scale, rows, noise, self._log_partition(f))
+        return loss + self.proximal * alignment(queries, bank[rows]) if self.proximal else loss
+
+    def remember(self, f: Forward) -> dict[str, Tensor]:
+        rows = {"row": gather(f.batch.row), "embed": gather(f.image.embed)}
+        if self.form == "nce" and self._estimates(f):
+            rows["partition"] = self._log_partition(f).exp()
+        return rows
+
+    def _estimates(self, f: Forward) -> bool:
+        """Whether Z is estimated in this step."""
+        every = self.partition_every
+        return bool(f.around.memory[self].partition == 0) or every > 0 and f.around.step % every == 0
+
+    def _log_partition(self, f: Forward) -> Tensor:
+        """(1,) log Z, the same on every process."""
+        bank = f.around.memory[self]
+        if not self._estimates(f):
+            return bank.partition.log()
+        own = log_partition(f.image.embed, bank.rows, 1 / self.temperature).view(1)
+        return gather(own).logsumexp(0, keepdim=True) - math.log(world_size())
