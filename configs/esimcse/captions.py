@@ -1,7 +1,7 @@
 """ESimCSE on captions, from our own masked language model: SimCSE with word repetition and a queue of older sentences.
 
 Paper:    Wu et al. 2022, arXiv:2109.04380, sec. 3.
-Data:     100,000 English captions (Multi30k task 2, without the photos of Flickr8k's val and test), half of them once.
+Data:     100,000 English captions (Multi30k task 2, without the photos of Flickr8k's val and test), a quarter of them once.
 Start:    runs/mlm-captions: 4 layers of 256, trained on the same captions by configs/mlm/captions.py.
 Differs from the paper: tower and data are smaller, learning rate 1e-4: all as in configs/simcse/unsup_captions.py, which it is
           to be compared with. As in the paper, other than in its code: the momentum encoder starts as a copy of the loaded
@@ -9,8 +9,9 @@ Differs from the paper: tower and data are smaller, learning rate 1e-4: all as i
 Command:  vlp train configs/mlm/captions.py            # once, for all that start from it
           vlp train configs/esimcse/captions.py
           for s in 1 2; do vlp train configs/esimcse/captions.py seed=$s name=esimcse-captions-$s; done
-Hardware: 2 CPU cores; a step takes 0.83 seconds of one core (measured on 4 steps), so the training about 6 minutes.
+Hardware: 2 CPU cores, 3.7 minutes.
 Goal:     mean of 3 seeds, of the mean Spearman of the seven STS tasks, above that of configs/simcse/unsup_captions.py.
+Measured: mean of seeds 0, 1, 2: STS-B test 0.262, the seven 0.278 (SimCSE 0.263, 0.258).
 """
 
 from vlp.config import Data, Experiment, Saving, Training

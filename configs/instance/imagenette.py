@@ -11,6 +11,7 @@ Commands: vlp data pack --split train ../shared/data/imagenette/labels.jsonl dat
           vlp eval runs/instance-imagenette knn data=../shared/data/imagenette
 Hardware: 2 CPU cores, 9 minutes.
 Goal:     kNN top-1 (k = 200) on the 1,000 held-out photos at least 10 points above that of the untrained tower.
+Measured: kNN 41.8 % after 1,200 steps, 9.0 minutes; untrained 22.7 %.
 """
 
 from vlp.config import Data, Experiment, Saving, Training

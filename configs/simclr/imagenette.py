@@ -9,8 +9,9 @@ Differs from the paper: 64 px and RegNetX-200MF instead of 224 px and ResNet-50;
 Commands: vlp data pack --split train ../shared/data/imagenette/labels.jsonl data/imagenette/train
           vlp train configs/simclr/imagenette.py
           vlp eval runs/simclr-imagenette knn data=../shared/data/imagenette
-Hardware: 2 CPU cores, 9 minutes.
+Hardware: 2 CPU cores, 6 minutes.
 Goal:     kNN top-1 (k = 200) on the 1,000 held-out photos at least 10 points above that of the untrained tower.
+Measured: kNN 37.3 % after 400 steps, 5.7 minutes; untrained 22.7 %.
 """
 
 from vlp.config import Data, Experiment, Saving, Training

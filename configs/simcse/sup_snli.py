@@ -9,8 +9,9 @@ Differs from the paper: tower and data are smaller; batch 128 instead of 512, le
 Command:  vlp train configs/mlm/captions.py            # once, for all that start from it
           vlp data triples ../shared/data/sts/snli-dev.tsv ../shared/data/sts/snli-test.tsv data/snli/triples.tsv
           vlp train configs/simcse/sup_snli.py
-Hardware: 2 CPU cores; a step takes 1.3 seconds of one core (measured on 4 steps), so the training about 3 minutes.
+Hardware: 2 CPU cores, 3.4 minutes.
 Goal:     mean Spearman of the seven STS tasks above that of configs/simcse/unsup_captions.py.
+Measured: STS-B test 0.386, the seven 0.357 (start 0.274, 0.284).
 """
 
 from vlp.config import Data, Experiment, Saving, Training
