@@ -4,6 +4,7 @@ environment, is given here; tests/test_engines.py runs the launcher itself once 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -66,7 +67,8 @@ class Running:
     def signal(self, number: int) -> None:
         for process in self.processes:
             if process.is_alive():
-                os.kill(process.pid, number)
+                with contextlib.suppress(ProcessLookupError):  # it may end just then
+                    os.kill(process.pid, number)
 
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
