@@ -103,6 +103,8 @@ def start(train: Training, micro_batch: int) -> Accelerator:
         gradient_accumulation_steps=train.accumulation,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if deepspeed and not cuda else [],
     )
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()  # one that ends because of what follows would break off the others' connecting
     _check_launch(accelerator, train, deepspeed)
     if micro_batch % accelerator.num_processes:
         raise UserError(

@@ -279,16 +279,18 @@ class TextTower(nn.Module):
         """
         if input_ids.shape[1] > self.max_length:
             raise ValueError(f"texts of {input_ids.shape[1]} tokens; this tower takes {self.max_length}")
+        # looked up once for all groups: the gradient of each look-up is as large as the whole vocabulary
+        words = self.word_embeddings(input_ids)
         others = () if keep is None else (keep.expand(*input_ids.shape, -1),)
-        return run_by_length(self._encode, input_ids, attention_mask, self.length_groups, *others)
+        return run_by_length(self._encode, input_ids, attention_mask, self.length_groups, words, *others)
 
-    def _encode(self, input_ids: Tensor, attention_mask: Tensor, keep: Tensor | None = None) -> Tensor:
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor, words: Tensor, keep: Tensor | None = None) -> Tensor:
         # a hook, since no model takes what comes out of its embedding layer: `inputs_embeds` goes in before the norm
         cut = nullcontext()
         if keep is not None:
             cut = self.model.embeddings.register_forward_hook(lambda module, given, out: out * keep)
         with cut:
-            tokens = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            tokens = self.model(inputs_embeds=words, attention_mask=attention_mask).last_hidden_state
         if self.pool == "cls":
             return tokens
         weight = attention_mask[:, :, None].to(tokens.dtype)
