@@ -22,6 +22,7 @@ from typing import Any, Literal
 from vlp.data.augment import RandomResizedCrop, Resize
 from vlp.data.sentences import Sentences
 from vlp.data.shards import Source
+from vlp.encoders.recompute import Checkpointing
 from vlp.errors import UserError
 from vlp.optim import AdamW, Schedule
 from vlp.state import Momentum
@@ -77,7 +78,8 @@ class Training:
         lr_scales: parameter-name prefix -> factor on the learning rate.
         frozen: parameter-name prefixes that are not trained.
         ema_decay: of the averaged weights that are evaluated and saved beside the trained ones; None = no average.
-        activation_checkpointing: recompute the towers' blocks in the backward pass to save memory.
+        activation_checkpointing: what the backward pass makes again to save memory, see `vlp.encoders.recompute`: "cheap" =
+            what lies between matrix products, "full" = whole blocks.
         compile: run the model through torch.compile.
         nonfinite: what to do at a loss or gradient that is not finite: stop, naming the samples, or skip the step.
         processes: stop at start-up unless the launcher started this many; None = any number.
@@ -95,7 +97,7 @@ class Training:
     lr_scales: dict[str, float] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
     ema_decay: float | None = None
-    activation_checkpointing: bool = False
+    activation_checkpointing: Checkpointing = "none"
     compile: bool = False
     nonfinite: Literal["stop", "skip"] = "stop"
     processes: int | None = None

@@ -19,6 +19,7 @@ MEASURES = (
     "queue_info_nce",
     "retrieval_memory",
     "data_wait",
+    "albef_step",
 )
 
 

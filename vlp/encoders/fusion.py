@@ -17,10 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from vlp.encoders.fusion_layer import Attend, FusionLayer
 from vlp.encoders.packing import Layout
+from vlp.encoders.recompute import Checkpointing, recomputed
 from vlp.encoders.text import BertText, _read_encoder
 from vlp.errors import UserError
 from vlp.models import pretrained
@@ -165,7 +165,7 @@ class FusionEncoder(nn.Module):
         sizes = (width, image_width, spec.heads, spec.hidden_size, spec.dropout, spec.eps)
         self.layers = nn.ModuleList(FusionLayer(*sizes) for _ in range(spec.layers))
         self.pack = spec.pack
-        self.checkpointing = False
+        self.checkpointing: Checkpointing = "none"
         self.report: LoadReport | None = None
         for module in self.modules():
             if isinstance(module, nn.Linear):  # as BERT
@@ -274,14 +274,12 @@ class FusionEncoder(nn.Module):
         return states, out
 
     def _step(self, part: Callable[..., Tensor], *given) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(part, *given, use_reentrant=False)
-        return part(*given)
+        return recomputed(part, self.checkpointing, *given)
 
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to layer, from 1."""
         return {name: int(name.split(".")[1]) + 1 for name, _ in self.named_parameters()}
 
-    def set_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward instead of keeping them; keys and values of images are kept."""
-        self.checkpointing = enabled
+    def set_checkpointing(self, how: Checkpointing) -> None:
+        """See `vlp.encoders.recompute`; keys and values of images are kept."""
+        self.checkpointing = how

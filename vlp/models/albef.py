@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from vlp.encoders.fusion import Fusion, Projected, Unprojected, Wanted
 from vlp.encoders.heads import VocabularyHead
 from vlp.encoders.image import Preprocess, TimmImage, _grids
+from vlp.encoders.recompute import Checkpointing
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
 from vlp.forward import Forward
@@ -225,8 +226,8 @@ class AlbefModel(LearnedScale):
         towers |= {f"text.{name}" for name in self.text.no_weight_decay()}
         return towers | ({"temperature"} if self.itc else set())
 
-    def set_checkpointing(self, enabled: bool) -> None:
+    def set_checkpointing(self, how: Checkpointing) -> None:
         """Recompute activations in the backward instead of keeping them; UserError where a tower cannot."""
         for part in (self.image, self.text, self.fusion):
             if part is not None:
-                part.set_checkpointing(enabled)
+                part.set_checkpointing(how)
