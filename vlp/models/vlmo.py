@@ -6,7 +6,7 @@ B images, A texts, n pairs, P image tokens, L text tokens, D width, E embedding,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from vlp.encoders.mome_layer import Rows, Wanted
 from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.models.dual import unit
-from vlp.models.pretrained import LoadReport
+from vlp.models.pretrained import LoadReport, is_run, run_spec
 from vlp.models.scale import LearnedScale, check_temperatures
+from vlp.models.vlmo_start import start
+from vlp.models.vlmo_weights import load_vlmo
 from vlp.types import Encoded
 
 
@@ -44,6 +46,12 @@ class Vlmo:
         temperature: initial value, of both heads; similarities are divided by it, its inverse is learned as a log.
         temperature_min: smallest value that takes effect; None = unbounded, as in the published code, which lost it.
         temperature_max: largest.
+        weights: a published checkpoint of VLMo or BEiT, see `vlp.models.vlmo_weights`, or the folder of a run, from which all
+            that it has starts; positions are resized to ``encoder.image_size``.
+        text_start: of the text experts: the "weights", or copies of the "image" experts there (the paper's stage 2), and then
+            the embeddings of texts may be new.
+        vl_start: of the vision-language experts: the "weights", at "random" (the published stage 3), or copies of the experts
+            of "text" or "image" in the same layers.
     """
 
     encoder: Mome = Mome()
@@ -59,6 +67,9 @@ class Vlmo:
     temperature: float = 0.07
     temperature_min: float | None = 0.01
     temperature_max: float | None = None
+    weights: str | None = None
+    text_start: Literal["weights", "image"] = "weights"
+    vl_start: Literal["weights", "random", "text", "image"] = "weights"
 
     @property
     def image(self) -> Mome | None:
@@ -104,7 +115,12 @@ class Vlmo:
             raise UserError(
                 f"images is {self.images}; set encoder.image_kinds to as many, not {self.encoder.image_kinds}"
             )
-        return VlmoModel(self.resolved(), load_weights)
+        model = VlmoModel(self.resolved(), load_weights)
+        if load_weights and self.weights:
+            source = run_spec(self.weights, "image").grid if is_run(self.weights) else None
+            starts = {"text": self.text_start, "vl": self.vl_start}
+            model.report = start(model, load_vlmo(self.weights).student, self.weights, starts, source)
+        return model
 
 
 class ContrastHead(LearnedScale):
