@@ -22,7 +22,7 @@ from vlp.forward import Forward
 from vlp.models import pretrained
 from vlp.models.albef_weights import load_albef
 from vlp.models.dual import tower_layer_ids, unit
-from vlp.models.pretrained import LoadReport
+from vlp.models.pretrained import LoadReport, is_run, run_state
 from vlp.models.scale import LearnedScale, check_temperatures
 from vlp.types import Encoded
 
@@ -47,8 +47,8 @@ class Albef:
         temperature: initial value; similarities are divided by it.
         temperature_min: smallest value that takes effect; None = unbounded.
         temperature_max: largest.
-        weights: a checkpoint of ALBEF, see `vlp.models.albef_weights`, from which all of the model starts instead;
-            positions are resized to ``image.image_size``.
+        weights: a checkpoint of ALBEF, see `vlp.models.albef_weights`, or the folder of a run, from which all of the model
+            starts instead; positions are resized to ``image.image_size``.
     """
 
     image: TimmImage
@@ -85,7 +85,8 @@ class Albef:
         part_by_part = load_weights and not self.weights
         model = AlbefModel(self, self.image.build(part_by_part), self.text.build(part_by_part), part_by_part)
         if load_weights and self.weights:
-            model.load(load_albef(self.weights).student)
+            state = run_state(self.weights) if is_run(self.weights) else load_albef(self.weights).student
+            model.load(state)
         return model
 
 
