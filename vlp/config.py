@@ -75,7 +75,7 @@ class Training:
         clip_norm: the gradient's norm is scaled down to this; None = not.
         layer_decay: learning rate of a layer relative to the one after it (1 = the same).
         lr_scales: parameter-name prefix -> factor on the learning rate.
-        frozen: parameter-name prefixes that are not trained.
+        frozen: parameter-name prefixes that are not trained; a ``*`` stands for anything up to the next dot.
         ema_decay: of the averaged weights that are evaluated and saved beside the trained ones; None = no average.
         activation_checkpointing: recompute the towers' blocks in the backward pass to save memory.
         compile: run the model through torch.compile.

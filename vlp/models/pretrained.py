@@ -127,6 +127,8 @@ def run_state(folder: str) -> dict[str, Tensor]:
     """
     from vlp import checkpoint
 
+    if not is_run(folder):
+        raise UserError(f"{folder} is not a run to start from; train it first, or give another one as model.weights")
     whole = checkpoint.newest_whole(Path(folder).expanduser() / "checkpoints")
     if whole is None:
         raise UserError(
@@ -142,14 +144,16 @@ class LoadReport:
 
     loaded: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()  # also counted in loaded
+    copied: tuple[str, ...] = ()  # likewise, from the weights of another part
     new: tuple[str, ...] = ()  # in the module only: start fresh, as declared
     unexpected: tuple[str, ...] = ()  # in the weights only: left out, as declared
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} loaded"]
-        for word in ("resized", "new", "unexpected"):
+        for word in ("resized", "copied", "new", "unexpected"):
             names = getattr(self, word)
-            parts.append(f"{len(names)} {word}" + (f" ({_first(names)})" if names else ""))
+            if names or word != "copied":
+                parts.append(f"{len(names)} {word}" + (f" ({_first(names)})" if names else ""))
         return ", ".join(parts)
 
 
@@ -203,7 +207,7 @@ def load(
             raise UserError(f"{key} is {shapes}; choose a model of the same size")
     module.load_state_dict(fitting, strict=False)
     loaded = tuple(key for key in own if key in fitting)
-    return LoadReport(loaded, tuple(resized), tuple(missing), tuple(unexpected))
+    return LoadReport(loaded, tuple(resized), new=tuple(missing), unexpected=tuple(unexpected))
 
 
 def _under(key: str, prefixes: Iterable[str]) -> bool:

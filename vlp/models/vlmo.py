@@ -5,7 +5,8 @@ B images, A texts, n pairs, P image tokens, L text tokens, D width, E embedding,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from vlp.encoders.heads import PatchHead, VocabularyHead
 from vlp.encoders.image import Preprocess
 from vlp.encoders.mome import Mome, MomeEncoder
-from vlp.encoders.mome_layer import Rows, Wanted
+from vlp.encoders.mome_layer import Expert, Rows, Wanted
 from vlp.errors import UserError
 from vlp.forward import Forward
+from vlp.models import pretrained
 from vlp.models.dual import unit
-from vlp.models.pretrained import LoadReport
+from vlp.models.pretrained import LoadReport, run_state
 from vlp.models.scale import LearnedScale, check_temperatures
+from vlp.models.vlmo_start import HEADS, ExpertStart, left_out, with_experts
 from vlp.types import Encoded
 
 
@@ -44,6 +47,9 @@ class Vlmo:
         temperature: initial value, of both heads; similarities are divided by it, its inverse is learned as a log.
         temperature_min: smallest value that takes effect; None = unbounded, as in the published code, which lost it.
         temperature_max: largest.
+        weights: the folder of a run, from which the model starts; heads that it lacks are new, those of other objectives left out.
+        experts_from: what an expert starts from that the weights lack: "random", or the one that it is a copy of. In the paper
+            those of texts start as copies of the images', the vision-language ones at random.
     """
 
     encoder: Mome = Mome()
@@ -59,6 +65,8 @@ class Vlmo:
     temperature: float = 0.07
     temperature_min: float | None = 0.01
     temperature_max: float | None = None
+    weights: str | None = None
+    experts_from: dict[Expert, ExpertStart] = field(default_factory=dict)
 
     @property
     def image(self) -> Mome | None:
@@ -104,7 +112,10 @@ class Vlmo:
             raise UserError(
                 f"images is {self.images}; set encoder.image_kinds to as many, not {self.encoder.image_kinds}"
             )
-        return VlmoModel(self.resolved(), load_weights)
+        model = VlmoModel(self.resolved(), load_weights)
+        if load_weights and self.weights:
+            model.load(run_state(self.weights), self.experts_from)
+        return model
 
 
 class ContrastHead(LearnedScale):
@@ -171,6 +182,17 @@ class VlmoModel(nn.Module):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
         self.report: LoadReport | None = None
+
+    def load(self, state: Mapping[str, Tensor], experts_from: Mapping[Expert, ExpertStart]) -> None:
+        """Takes what another VLMo has of this one, and says so in ``reports``; see `vlp.models.vlmo_start`.
+
+        Raises:
+            UserError: if it is of other sizes, or lacks an expert that ``experts_from`` does not name.
+        """
+        own = self.state_dict()
+        state, new, copied = with_experts(state, own, experts_from)
+        report = pretrained.load(self, state, new=(*HEADS, *new), ignored=left_out(state, own))
+        self.report = replace(report, copied=tuple(copied))
 
     @property
     def image(self) -> MomeEncoder | None:
