@@ -5,6 +5,9 @@ N tokens, P = 1 + h w of an image (class token first), W of a text, C = layers *
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -82,3 +85,55 @@ class RelativePositions(nn.Module):
 def _rows(table: Tensor, index: Tensor) -> Tensor:
     """(rows, C) and (N, N) to (C, N, N)."""
     return table.T.index_select(1, index.flatten()).unflatten(1, index.shape)
+
+
+@dataclass(frozen=True)
+class TableGrid:
+    """Of which patches an image's table is: `vlp.models.pretrained.load` resizes one by it.
+
+    Args:
+        size: (h, w) of the module's images.
+        source: of the weights; None = square.
+    """
+
+    size: tuple[int, int]
+    source: tuple[int, int] | None = None
+
+    def resize(self, table: Tensor) -> Tensor:
+        """((2h - 1)(2w - 1) + 3, C) for ``size``, as BEiT does: cubic between source distances that are spread geometrically.
+
+        Near distances, where biases vary most, keep their place. The class token's three rows stay as they are. A table of no
+        such grid is returned as it is.
+        """
+        side = (math.isqrt(max(len(table) - 3, 0)) + 1) // 2
+        source = self.source or (side, side)
+        rows, columns = (2 * each - 1 for each in source)
+        if rows * columns + 3 != len(table):
+            return table
+        down, across = (spread(old, new).to(table) for old, new in zip(source, self.size))
+        near = torch.einsum("yh,xw,hwc->yxc", down, across, table[:-3].unflatten(0, (rows, columns)))
+        return torch.cat([near.flatten(0, 1), table[-3:]])
+
+
+def spread(source: int, size: int) -> Tensor:
+    """(2 size - 1, 2 source - 1) float64: what takes values at the distances among ``source`` patches to those among ``size``.
+
+    The source's distances are taken for 0, 1, 1 + q, 1 + q + q^2, ..., with the q at which they reach as far as
+    the others.
+    """
+    if source in (1, size):
+        return torch.eye(2 * source - 1, dtype=torch.float64).expand(2 * size - 1, -1)
+    low, high = 1.01, 1.5  # BEiT's bounds of q
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if (1 - q ** (source - 1)) / (1 - q) > size - 1 else (q, high)
+    far = (low ** torch.arange(source - 1, dtype=torch.float64)).cumsum(0)
+    known = torch.cat([-far.flip(0), torch.zeros(1), far]) / far[-1]
+    asked = (torch.arange(1 - size, size, dtype=torch.float64) / far[-1]).clamp(-1, 1)  # nothing is known beyond
+    return spline_basis(asked, known) @ torch.linalg.inv(spline_basis(known, known))
+
+
+def spline_basis(x: Tensor, knots: Tensor) -> Tensor:
+    """(m,) places to (m, n) cubic splines on n knots, polynomials beyond the second and second to last ("not a knot")."""
+    powers = x[:, None] ** torch.arange(min(4, len(knots)))
+    return torch.cat([powers, (x[:, None] - knots[2:-2]).clamp(min=0) ** 3], 1)

@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -94,15 +94,17 @@ def is_run(path: str | None) -> bool:
     return path is not None and (Path(path).expanduser() / "experiment.json").is_file()
 
 
-def run_spec(folder: str, tower: Literal["image", "text"]) -> Any:
-    """The spec of a run's image or text tower, with all its sizes.
+def run_spec(folder: str, tower: Literal["image", "text"] | None = None) -> Any:
+    """The spec of a run's image or text tower, or of its whole model, with all its sizes.
 
     Raises:
         UserError: if the run has no such tower.
     """
     from vlp.config import load_json  # which is built from what imports this module
 
-    spec = getattr(load_json(Path(folder).expanduser() / "experiment.json").model, tower, None)
+    spec = load_json(Path(folder).expanduser() / "experiment.json").model
+    if tower is not None:
+        spec = getattr(spec, tower, None)
     if spec is None:
         raise UserError(f"the run {folder} has no {tower} tower to start from; name a run that has one")
     return spec
@@ -170,6 +172,25 @@ class Grid(NamedTuple):
     prefix: int
     source: tuple[int, int] | None = None
 
+    def resize(self, embedding: Tensor) -> Tensor:
+        """(N, D) or (1, N, D) resampled to ``size``; returned as it is where its positions are no such grid."""
+        from timm.layers import resample_abs_pos_embed
+
+        positions = embedding.shape[-2] - self.prefix
+        side = math.isqrt(max(positions, 0))
+        source = self.source or (side, side)
+        if source[0] * source[1] != positions:
+            return embedding
+        batched = embedding.reshape(1, *embedding.shape[-2:])
+        resized = resample_abs_pos_embed(batched, list(self.size), list(source), num_prefix_tokens=self.prefix)
+        return resized.reshape(*embedding.shape[:-2], *resized.shape[-2:])
+
+
+class Resizable(Protocol):
+    """What positions a tensor of the module holds, and so how those of the weights become as many."""
+
+    def resize(self, positions: Tensor) -> Tensor: ...
+
 
 def load(
     module: nn.Module,
@@ -177,14 +198,14 @@ def load(
     *,
     new: Collection[str] = (),
     ignored: Collection[str] = (),
-    grids: Mapping[str, Grid] | None = None,
+    grids: Mapping[str, Resizable] | None = None,
 ) -> LoadReport:
     """Copy ``state`` into ``module`` in place; every key on either side is loaded or declared, or this raises.
 
     Args:
         new: dotted prefixes that the weights need not have: parameters that start fresh on purpose.
         ignored: dotted prefixes in the weights that the module need not have: heads, buffers of other versions.
-        grids: position embeddings (N, D) or (1, N, D) by name, resized (bicubic, antialiased) where N differs.
+        grids: positions by name, resized where their number differs: `Grid` does so with embeddings.
 
     Raises:
         UserError: naming the first keys that nothing explains, or a key with both its shapes; ``module`` is untouched.
@@ -200,7 +221,7 @@ def load(
     for key in own.keys() & state.keys():
         fitting[key] = state[key]
         if key in grids and state[key].shape != own[key].shape:
-            fitting[key] = _resize(state[key], grids[key])
+            fitting[key] = grids[key].resize(state[key])
             resized.append(key)
         if fitting[key].shape != own[key].shape:
             shapes = f"{tuple(state[key].shape)} in the weights, {tuple(own[key].shape)} in the model"
@@ -216,20 +237,6 @@ def _under(key: str, prefixes: Iterable[str]) -> bool:
 
 def _first(names: Collection[str], count: int = 4) -> str:
     return ", ".join(list(names)[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def _resize(embedding: Tensor, grid: Grid) -> Tensor:
-    """(N, D) or (1, N, D) resampled to ``grid.size``; returned as it is where its positions are no such grid."""
-    from timm.layers import resample_abs_pos_embed
-
-    positions = embedding.shape[-2] - grid.prefix
-    side = math.isqrt(max(positions, 0))
-    source = grid.source or (side, side)
-    if source[0] * source[1] != positions:
-        return embedding
-    batched = embedding.reshape(1, *embedding.shape[-2:])
-    resized = resample_abs_pos_embed(batched, list(grid.size), list(source), num_prefix_tokens=grid.prefix)
-    return resized.reshape(*embedding.shape[:-2], *resized.shape[-2:])
 
 
 def from_efficientnet_pytorch(state: Mapping[str, Tensor], stages: Iterable[int]) -> dict[str, Tensor]:

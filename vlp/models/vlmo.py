@@ -5,9 +5,8 @@ B images, A texts, n pairs, P image tokens, L text tokens, D width, E embedding,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +14,14 @@ from torch import Tensor, nn
 from vlp.encoders.heads import PatchHead, VocabularyHead
 from vlp.encoders.image import Preprocess
 from vlp.encoders.mome import Mome, MomeEncoder
-from vlp.encoders.mome_layer import Expert, Rows, Wanted
+from vlp.encoders.mome_layer import Rows, Wanted
 from vlp.errors import UserError
 from vlp.forward import Forward
-from vlp.models import pretrained
 from vlp.models.dual import unit
-from vlp.models.pretrained import LoadReport, run_state
+from vlp.models.pretrained import LoadReport, is_run
 from vlp.models.scale import LearnedScale, check_temperatures
-from vlp.models.vlmo_start import HEADS, ExpertStart, left_out, with_experts
+from vlp.models.vlmo_start import grid_of_run, start
+from vlp.models.vlmo_weights import load_vlmo
 from vlp.types import Encoded
 
 
@@ -47,9 +46,12 @@ class Vlmo:
         temperature: initial value, of both heads; similarities are divided by it, its inverse is learned as a log.
         temperature_min: smallest value that takes effect; None = unbounded, as in the published code, which lost it.
         temperature_max: largest.
-        weights: the folder of a run, from which the model starts; heads that it lacks are new, those of other objectives left out.
-        experts_from: what an expert starts from that the weights lack: "random", or the one that it is a copy of. In the paper
-            those of texts start as copies of the images', the vision-language ones at random.
+        weights: a published checkpoint of VLMo or BEiT, see `vlp.models.vlmo_weights`, or the folder of a run, from which all
+            that it has starts; positions are resized to ``encoder.image_size``.
+        text_start: of the text experts: the "weights", or copies of the "image" experts there (the paper's stage 2), and then
+            the embeddings of texts may be new.
+        vl_start: of the vision-language experts: the "weights", at "random" (the published stage 3), or copies of the experts
+            of "text" or "image" in the same layers.
     """
 
     encoder: Mome = Mome()
@@ -66,7 +68,8 @@ class Vlmo:
     temperature_min: float | None = 0.01
     temperature_max: float | None = None
     weights: str | None = None
-    experts_from: dict[Expert, ExpertStart] = field(default_factory=dict)
+    text_start: Literal["weights", "image"] = "weights"
+    vl_start: Literal["weights", "random", "text", "image"] = "weights"
 
     @property
     def image(self) -> Mome | None:
@@ -114,7 +117,9 @@ class Vlmo:
             )
         model = VlmoModel(self.resolved(), load_weights)
         if load_weights and self.weights:
-            model.load(run_state(self.weights), self.experts_from)
+            source = grid_of_run(self.weights) if is_run(self.weights) else None
+            starts = {"text": self.text_start, "vl": self.vl_start}
+            model.report = start(model, load_vlmo(self.weights).student, self.weights, starts, source)
         return model
 
 
@@ -182,17 +187,6 @@ class VlmoModel(nn.Module):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
         self.report: LoadReport | None = None
-
-    def load(self, state: Mapping[str, Tensor], experts_from: Mapping[Expert, ExpertStart]) -> None:
-        """Takes what another VLMo has of this one, and says so in ``reports``; see `vlp.models.vlmo_start`.
-
-        Raises:
-            UserError: if it is of other sizes, or lacks an expert that ``experts_from`` does not name.
-        """
-        own = self.state_dict()
-        state, new, copied = with_experts(state, own, experts_from)
-        report = pretrained.load(self, state, new=(*HEADS, *new), ignored=left_out(state, own))
-        self.report = replace(report, copied=tuple(copied))
 
     @property
     def image(self) -> MomeEncoder | None:

@@ -1,26 +1,30 @@
-"""VLMo's stages: which parts start from which, and what the text stage leaves as it is (Bao et al. 2022, sec. 3.3).
+"""Where the parts of a VLMo start: in weights, in another expert, or at random - and which of these was meant.
 
-The stages of a run of `vlp.stages` are (1) images alone, (2) texts alone, through the attention that the images have shaped,
-(3) both.
+The stages of the paper hand weights on that lack what the next one adds: experts of texts after images, the vision-language
+expert after texts. What is missing without having been declared is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Literal
+import re
+from collections.abc import Mapping
+from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from vlp.encoders.mome_layer import Expert
+from vlp.encoders.relative_position import TableGrid
 from vlp.errors import UserError
+from vlp.models import pretrained
+from vlp.models.pretrained import Grid, LoadReport, run_spec
 
-ExpertStart = Literal["random", "image", "text"]
+# what weights may lack, since it is new for each purpose
+HEADS = ("itc", "vl", "itm", "pooler", "classifier", "mlm", "words", "mim")
+PARTS = (*HEADS, "encoder.image", "encoder.text", "encoder.positions")
+EXPERT = re.compile(r"(encoder\.layers\.\d+\.experts)\.(\w+)\.")
 
-# What a stage has that the one before may lack, or the other way round
-HEADS = ("itc", "vl", "pooler", "itm", "classifier", "mlm", "words", "mim")
-
-# ``train.frozen`` of stage 2. The published code trains the text's parts and the last norm, which images go through too, so that
-# they drift. It also names the images' token type and rows of the position table trainable: no text reaches them.
+# ``train.frozen`` of the stage of texts (Bao et al. 2022, sec. 3.3). The published code trains the texts' own parts and the last
+# norm, which images go through too, so that their branch drifts. It also names the images' token type and rows of the position
+# table trainable, which no text reaches.
 PAPER = (
     "encoder.image",
     "encoder.positions.image",
@@ -29,75 +33,81 @@ PAPER = (
     "encoder.layers.*.gamma",
     "encoder.layers.*.experts.image",
 )
-# What images go through stays as stage 1 left it, to the bit.
+# All that images go through stays as the stage of images left it, to the bit.
 RECOMMENDED = (*PAPER, "encoder.norm")
 
 
-def with_experts(
-    state: Mapping[str, Tensor], own: Collection[str], starts: Mapping[Expert, ExpertStart]
-) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """The weights with the experts that they lack, where these start from others.
+def start(
+    model: nn.Module, state: Mapping[str, Tensor], name: str, starts: Mapping[str, str], source: tuple[int, int] | None
+) -> LoadReport:
+    """Loads ``state`` into ``model``.
 
     Args:
-        state: of another VLMo.
-        own: names of the model's tensors.
-        starts: of each expert that may be lacking: the one that it is a copy of, or "random".
-
-    Returns:
-        The tensors; prefixes of what starts at random; names that were copied.
+        name: of the weights, for messages.
+        starts: expert -> where it starts: in the "weights", at "random", or as a copy of another expert of the same layer.
+        source: (h, w) patches that the weights are of; None = square.
 
     Raises:
-        UserError: if an expert is lacking that ``starts`` does not name, or the one that it is to be copied from.
+        UserError: if the weights lack an expert, or anything else that is not declared new, or are of other sizes.
     """
-    if not any(name.startswith("encoder.layers.") for name in state):
-        some = ", ".join(list(state)[:2])
-        raise UserError(f"the weights are not of a VLMo: they have {some}, ...; give model.weights those of one")
-    state, new, copied = dict(state), [], []
-    held = {name.split(".")[4] for name in state if ".experts." in name}
-    for expert in ("image", "text", "vl"):
-        layers = sorted({int(n.split(".")[2]) for n in own if f".experts.{expert}." in n})
-        lacking = [n for n in layers if not _of(state, n, expert)]
-        if not lacking:
+    own, state, new, copied = model.state_dict(), dict(state), list(HEADS), []
+    for expert, start in starts.items():
+        if start == "weights":
             continue
-        source = starts.get(expert)
-        if source is None:
-            raise UserError(
-                f"the weights have no {expert} expert in layer {lacking[0]}; set model.experts_from.{expert} to random or to "
-                f"the expert that it is to be a copy of, or give other weights"
-            )
-        for layer in lacking:
-            if source == "random":
-                new.append(f"encoder.layers.{layer}.experts.{expert}")
-                continue
-            found = _of(state, layer, source)
-            if not found:
-                raise UserError(
-                    f"model.experts_from.{expert} is {source}, and the weights have no {source} expert in layer {layer}; "
-                    f"name another one, or give other weights"
-                )
-            here = {name.replace(f".experts.{source}.", f".experts.{expert}."): x for name, x in found.items()}
-            state |= here
-            copied += here
-    if "text" not in held:
+        for key in [key for key in own if (found := EXPERT.match(key)) and found[2] == expert]:
+            prefix = EXPERT.match(key)[0]
+            state.pop(key, None)
+            if start == "random":
+                new.append(prefix.removesuffix("."))
+            elif (other := key.replace(f".experts.{expert}.", f".experts.{start}.")) in state:
+                state[key] = state[other]
+                copied.append(key)
+    if starts["text"] != "weights":
         new += ["encoder.text", "encoder.positions.text"]
-    if "image" not in held:
-        new += ["encoder.image", "encoder.positions.image"]
-    if "vl" not in held:
+    if starts["vl"] != "weights":
         new.append("encoder.positions.cross")
-    return state, new, copied
+    for key in own:
+        found = EXPERT.match(key)
+        if found and key not in state and found[0].removesuffix(".") not in new:
+            raise UserError(
+                f"{name} lacks the {found[2]} expert of {found[1].removesuffix('.experts')}; {CURES[found[2]]}"
+            )
+    kinds = "encoder.image.kind.weight"
+    if (
+        kinds in state and kinds in own and len(state[kinds]) < len(own[kinds])
+    ):  # as published: further ones like the last
+        last = state[kinds][-1:].expand(len(own[kinds]) - len(state[kinds]), -1)
+        state[kinds] = nn.functional.pad(state[kinds], (0, 0, 0, len(last)))
+        state[kinds][-len(last) :] = last
+    grids = {}
+    if model.image is not None:
+        grid = model.encoder.grid
+        grids = {"encoder.image.positions": Grid(grid, 1, source), "encoder.positions.image": TableGrid(grid, source)}
+    report = pretrained.load(model, state, new=new, ignored=_absent(own, state), grids=grids)
+    return replace(report, copied=tuple(copied))
 
 
-def _of(state: Mapping[str, Tensor], layer: int, expert: str) -> dict[str, Tensor]:
-    prefix = f"encoder.layers.{layer}.experts.{expert}."
-    return {name: value for name, value in state.items() if name.startswith(prefix)}
+def grid_of_run(folder: str) -> tuple[int, int]:
+    """(h, w) patches of the images of a run.
+
+    Raises:
+        UserError: if it is not a run of a VLMo.
+    """
+    encoder = getattr(run_spec(folder), "encoder", None)
+    if encoder is None:
+        raise UserError(f"the run {folder} is of another model than VLMo; name one of a VLMo as model.weights")
+    return encoder.grid
 
 
-def left_out(state: Collection[str], own: Collection[str]) -> list[str]:
-    """Prefixes of what the weights have and a model of fewer objectives has not: heads, experts, a modality."""
-    tops = {".".join(n.split(".")[:5]) for n in state if ".experts." in n}
-    tops |= {"encoder.image", "encoder.text", "encoder.positions.image", "encoder.positions.text"}
-    return [
-        p
-        for p in (*HEADS, *sorted(tops), "encoder.positions.cross")
-        if not any(n.startswith(f"{p}.") or n == p for n in own)
-    ]
+CURES = {
+    "image": "choose weights that have image experts",
+    "text": "choose weights that have text experts, or set model.text_start=image",
+    "vl": "choose weights that have them, or set model.vl_start to random, text or image",
+}
+
+
+def _absent(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> set[str]:
+    """Whole parts and experts that the model is built without."""
+    experts = {found[0].removesuffix(".") for key in state if (found := EXPERT.match(key))}
+    tables = {f"encoder.positions.{part}" for part in ("image", "text", "cross")}
+    return {part for part in {*PARTS, *tables, *experts} if not any(f"{key}.".startswith(f"{part}.") for key in own)}
