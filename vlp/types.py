@@ -43,11 +43,11 @@ class Batch:
         input_ids: (B, L) int64, padded to the longest row of the batch.
         attention_mask: (B, L) bool, True where there is a token.
         labels: (B,) int64 class.
-        targets: (B, C) float32 soft target of each class.
+        targets: (B, C) float32 share of each class, where more than one may be true; see `vlp.losses.classification`.
         answers: to the questions that the texts are.
         row: (B,) int64 number of the sample among all samples of the run's sources, from 0: its slot in a bank.
-        others: further views of the same samples (a second crop, a paraphrase, a hard negative, NLVR2's second picture), in the order of
-            the data.
+        others: further views of the same samples (a second crop, a paraphrase, a hard negative, NLVR2's second
+            picture), in the order of the data.
         keys: B names ``source/number/key`` (the sample's number within its source) for logs and error messages; they never reach a device.
     """
 

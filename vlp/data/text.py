@@ -63,6 +63,16 @@ class Tokenizer:
         """Ids of each caption, special tokens included, neither cut nor padded."""
         return [encoding.ids for encoding in self._backend.encode_batch(list(captions))]
 
+    def words(self, caption: str) -> list[tuple[str, list[int]]]:
+        """The words as they are written, each with the places of its pieces in the caption's ids; punctuation is one too."""
+        encoding = self._backend.encode(caption)
+        places: dict[int, list[int]] = {}
+        for place, word in enumerate(encoding.word_ids):
+            if word is not None:
+                places.setdefault(word, []).append(place)
+        spans = ((encoding.offsets[p[0]][0], encoding.offsets[p[-1]][1], p) for p in places.values())
+        return [(caption[begin:end].strip(), own) for begin, end, own in spans]
+
     def __call__(self, captions: Sequence[str], max_length: int) -> tuple[Tensor, Tensor, int]:
         """Ids padded to the longest caption; a longer one than ``max_length`` is cut, keeping its ``[SEP]``.
 

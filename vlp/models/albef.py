@@ -26,8 +26,8 @@ from vlp.models.scale import LearnedScale, check_temperatures
 from vlp.types import Encoded
 
 # what a file may hold, or lack, that a model for other objectives lacks, or holds
-HEADS = ("image_projection", "text_projection", "temperature", "itm", "mlm")
-TASKS = ("classifier", "assignment", "decoder")
+HEADS = ("image_projection", "text_projection", "temperature", "itm", "mlm", "classifier")
+TASKS = ("assignment", "decoder")
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,14 @@ class Albef:
 
     Args:
         text: the first layers of BERT: ``config={"num_hidden_layers": 6}`` on its folder.
-        fusion: its last layers, with cross-attention; built where ``itm`` or ``mlm`` asks for it.
+        fusion: its last layers, with cross-attention; built where ``itm``, ``mlm`` or ``classes`` asks for it.
         itc: linear projections of the first tokens to ``embed_size``, and the temperature. Without them `Encoded.embed`
             is the first token itself, at unit length.
         itm: a linear layer on fusion's first token: does the text belong to the image?
         mlm: a head that predicts masked tokens from fusion's states, tied to the word embeddings; from the folder of the
             text tower's weights where that has one.
+        classes: C of a head on fusion's first token, two linear layers with a ReLU between them (visual entailment, VQA as
+            classification); None = there is none.
         embed_size: E.
         temperature: initial value; similarities are divided by it.
         temperature_min: smallest value that takes effect; None = unbounded.
@@ -56,6 +58,7 @@ class Albef:
     itc: bool = True
     itm: bool = True
     mlm: bool = True
+    classes: int | None = None
     embed_size: int = 256
     temperature: float = 0.07
     temperature_min: float | None = 0.001
@@ -92,7 +95,8 @@ class AlbefModel(LearnedScale):
     """Images and texts on one sphere, and texts that look at images; owns every parameter.
 
     What the objectives call: `encode_image` and `encode_text` for each modality; `project` once for each image and
-    `fuse` for each pass over pairs; `match` for the scores of pairs; `masked_text` for the words under masks.
+    `fuse` for each pass over pairs; `match` for the scores of pairs; `masked_text` for the words under masks; `classify` for
+    the classes of pairs.
 
     Args:
         spec: of all but the towers.
@@ -109,8 +113,8 @@ class AlbefModel(LearnedScale):
         self.text_projection: nn.Module = nn.Linear(text.width, spec.embed_size) if spec.itc else nn.Identity()
         if spec.itc:
             self.add_scale(spec.temperature, spec.temperature_min, spec.temperature_max)
-        self.fusion = self.itm = self.mlm = None
-        if spec.itm or spec.mlm:
+        self.fusion = self.itm = self.mlm = self.classifier = None
+        if spec.itm or spec.mlm or spec.classes:
             self.fusion = spec.fusion.resolved(spec.text).build(text.width, image.width, load_weights)
         if spec.itm:
             self.itm = nn.Linear(text.width, 2)
@@ -118,6 +122,9 @@ class AlbefModel(LearnedScale):
             self.mlm = VocabularyHead(text.width, text.word_embeddings, text.model.config)
             if load_weights and spec.text.weights:
                 self.mlm.load(spec.text.weights)
+        if spec.classes:
+            width = text.width
+            self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, spec.classes))
         self.report: LoadReport | None = None
 
     def load(self, student: Mapping[str, Tensor]) -> None:
@@ -204,11 +211,12 @@ class AlbefModel(LearnedScale):
             (M, V).
         """
         tokens = self._text_tokens(input_ids, f.batch.attention_mask)
-        # nothing else looks at the teacher's images, unless somebody did before
-        only_pass = not f.image.tokens.requires_grad and "projected" not in vars(f)
-        image = Unprojected(f.image.tokens) if only_pass else f.projected
-        states = self.fusion(tokens, f.batch.attention_mask, image, at=positions)
+        states = self.fusion(tokens, f.batch.attention_mask, _seen(f), at=positions)
         return self.mlm(states, self.text.word_embeddings)
+
+    def classify(self, f: Forward) -> Tensor:
+        """(B, C) logits of the classes of pairs, from fusion's first token."""
+        return self.classifier(self.fuse(_seen(f), f.text, at="first"))
 
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to depth, for layer-wise learning rates: towers, fusion, and heads and scalars as the top."""
@@ -230,3 +238,9 @@ class AlbefModel(LearnedScale):
         for part in (self.image, self.text, self.fusion):
             if part is not None:
                 part.set_checkpointing(enabled)
+
+
+def _seen(f: Forward) -> Projected | Unprojected:
+    """What fusion reads of the images of ``f``: nothing else looks at a teacher's, unless somebody did before."""
+    only_pass = not f.image.tokens.requires_grad and "projected" not in vars(f)
+    return Unprojected(f.image.tokens) if only_pass else f.projected
