@@ -174,7 +174,9 @@ class AnswerDecoder(nn.Module):
             ValueError: if there are more tokens than positions.
         """
         if past.length + input_ids.shape[1] > self.max_length:
-            raise ValueError(f"texts of {past.length + input_ids.shape[1]} tokens; there are {self.max_length} positions")
+            raise ValueError(
+                f"texts of {past.length + input_ids.shape[1]} tokens; there are {self.max_length} positions"
+            )
         layout = Layout.of(mask, self.pack)
         ids = layout.pack(input_ids[:, : layout.width, None])[:, 0]
         places = torch.arange(layout.width, device=ids.device).expand(layout.rows, -1)
@@ -199,7 +201,9 @@ class AnswerDecoder(nn.Module):
         follows = mask[:, 1:]
         written = self.read(input_ids[:, :-1], follows, source, rows, past)
         layout = written.layout
-        places = torch.stack([follows, input_ids[:, 1:], torch.arange(len(mask), device=mask.device)[:, None].expand_as(follows)], 2)
+        places = torch.stack(
+            [follows, input_ids[:, 1:], torch.arange(len(mask), device=mask.device)[:, None].expand_as(follows)], 2
+        )
         # one token stands even where nothing follows, and without packing padding does
         real, labels, text = layout.pack(places[:, : layout.width]).unbind(1)
         kept = real.bool()
