@@ -85,6 +85,11 @@ class Tokenizer:
         """As `__call__`, of rows of ids."""
         return pad(rows, max_length, self.pad_id, keep_last=self.sep)
 
+    def pad_closed(self, rows: list[list[int]], max_length: int) -> tuple[Tensor, Tensor, int]:
+        """As `pad`, and every row ends in ``[SEP]``, for what is to be generated, whatever captions end in."""
+        closed = rows if self.sep else [[*row, self.sep_id] for row in rows]
+        return pad(closed, max_length, self.pad_id, keep_last=True)
+
     def vocabulary(self) -> Vocabulary:
         """A piece continues a word by WordPiece's ``##``; where pieces mark the begin instead (RoBERTa), by its lack."""
         tokens = [self._backend.id_to_token(i) or "" for i in range(self.vocab_size)]
@@ -140,6 +145,8 @@ class OpenClipTokenizer:
     def pad(self, rows: list[list[int]], max_length: int) -> tuple[Tensor, Tensor, int]:
         """As `__call__`, of rows of ids."""
         return pad(rows, min(max_length, self.context), self.pad_id, keep_last=True)
+
+    pad_closed = pad  # they end in the end token already
 
     def vocabulary(self) -> Vocabulary:
         """A piece that does not end its word is continued by the next, so words are not told apart: none continues."""

@@ -10,7 +10,7 @@ texts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -95,6 +95,14 @@ class Fusion:
         Raises:
             UserError: if the sizes do not go together, or the weights do not fit.
         """
+        self.check(width)
+        model = FusionEncoder(self, width, image_width)
+        if load_weights and self.weights:
+            model.report = self.load(model.layers, self.read_layers(self.read_weights()), CROSS)
+        return model
+
+    def check(self, width: int) -> None:
+        """Raises UserError where layers cannot be of this width."""
         if self.images < 1:
             raise UserError(f"fusion with {self.images} images a text; give 1 or more")
         if self.layers < 1 or width % self.heads:
@@ -102,20 +110,24 @@ class Fusion:
                 f"fusion of {self.layers} layers with {self.heads} heads on a text tower of width {width}; "
                 "take at least one layer, and heads that divide the width"
             )
-        model = FusionEncoder(self, width, image_width)
-        if load_weights and self.weights:
-            model.report = self._load(model.layers)
-        return model
 
-    def _load(self, layers: nn.ModuleList) -> LoadReport:
+    def read_weights(self) -> dict[str, Tensor]:
+        """What ``weights`` names, by BERT's names."""
         is_run = pretrained.is_run(self.weights)
-        given = pretrained.read_run(self.weights, "text") if is_run else _read_encoder(self.weights, "bert")
+        return pretrained.read_run(self.weights, "text") if is_run else _read_encoder(self.weights, "bert")
+
+    def read_layers(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The layers from ``first_layer`` on, by our names, numbered from 0."""
         state = {}
         for number in range(self.layers * self.images):
             for theirs, ours in BERT_LAYER.items():
                 old = f"encoder.layer.{self.first_layer + number // self.images}.{theirs}."
                 state |= {f"{number}.{ours}.{k.removeprefix(old)}": v for k, v in given.items() if k.startswith(old)}
-        new = [f"{number}.{name}" for number in range(self.layers * self.images) for name in CROSS]
+        return state
+
+    def load(self, layers: nn.ModuleList, state: Mapping[str, Tensor], fresh: Collection[str]) -> LoadReport:
+        """Takes the state of the layers, of which the parts ``fresh`` may be missing. Raises UserError where it does not fit."""
+        new = [f"{number}.{name}" for number in range(len(layers)) for name in fresh]
         try:
             return pretrained.load(layers, state, new=new)
         except UserError as error:
@@ -125,16 +137,22 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Projected:
-    """What fusion reads of B images: keys and values, each (B, P, D) for every layer."""
+    """What is read of B images, or of B texts: keys and values, each (B, P, D) for every layer.
+
+    Args:
+        mask: (B, P) bool, which tokens are real; None = all, as of images.
+    """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys[0])
 
     def __getitem__(self, rows: Tensor | slice) -> Projected:
-        return Projected(tuple(k[rows] for k in self.keys), tuple(v[rows] for v in self.values))
+        mask = None if self.mask is None else self.mask[rows]
+        return Projected(tuple(k[rows] for k in self.keys), tuple(v[rows] for v in self.values), mask)
 
     def layer(self, number: int) -> tuple[Tensor, Tensor | None]:
         return self.keys[number], self.values[number]

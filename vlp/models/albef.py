@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlp.encoders.decoder import Decoder, Predicted
 from vlp.encoders.fusion import Fusion, InTurn, Projected, Unprojected, Wanted
 from vlp.encoders.heads import VocabularyHead
 from vlp.encoders.image import Preprocess, TimmImage, _grids
@@ -23,11 +24,16 @@ from vlp.models.albef_weights import as_twins, load_albef
 from vlp.models.dual import tower_layer_ids, unit
 from vlp.models.pretrained import LoadReport
 from vlp.models.scale import LearnedScale, check_temperatures
-from vlp.types import Encoded
+from vlp.types import Answers, Encoded
 
 # what a file may hold, or lack, that a model for other objectives lacks, or holds
-HEADS = ("image_projection", "text_projection", "temperature", "itm", "mlm", "classifier", "assignment")
-TASKS = ("decoder",)
+HEADS = ("image_projection", "text_projection", "temperature", "itm", "mlm", "classifier", "assignment", "decoder")
+# what a decoder starts as that the weights lack
+BEGINNING = {
+    "fusion.layers.": "decoder.layers.",
+    "text.model.embeddings.": "decoder.embeddings.",
+    "mlm.": "decoder.head.",
+}
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,14 @@ class Albef:
             VQA as classification); None = there is none.
         assignment: a linear layer on it that tells which of ``fusion.images`` the text belongs to, or none: what NLVR2's
             twins are pre-trained with.
+        decoder: layers that write answers to questions, or captions; None = there is none.
         embed_size: E.
         temperature: initial value; similarities are divided by it.
         temperature_min: smallest value that takes effect; None = unbounded.
         temperature_max: largest.
-        weights: a checkpoint of ALBEF, see `vlp.models.albef_weights`, from which all of the model starts instead;
-            positions are resized to ``image.image_size``.
+        weights: a checkpoint of ALBEF, see `vlp.models.albef_weights`, or the folder of a run, from which all of the model
+            starts instead; positions are resized to ``image.image_size``. What it has no head for is new; a decoder
+            starts as its fusion layers, word embeddings and head for masked words, as published.
     """
 
     image: TimmImage
@@ -62,6 +70,7 @@ class Albef:
     mlm: bool = True
     classes: int | None = None
     assignment: bool = False
+    decoder: Decoder | None = None
     embed_size: int = 256
     temperature: float = 0.07
     temperature_min: float | None = 0.001
@@ -71,6 +80,7 @@ class Albef:
     def resolved(self) -> Albef:
         """The same model with all sizes and normalisation filled in: `build(load_weights=False)` needs no weights then."""
         parts = {"image": self.image.resolved(), "text": self.text.resolved()}
+        parts["decoder"] = self.decoder and self.decoder.resolved(self.text)
         return replace(self, fusion=self.fusion.resolved(self.text), **parts)
 
     def build(self, load_weights: bool = True) -> AlbefModel:
@@ -92,7 +102,8 @@ class Albef:
         part_by_part = load_weights and not self.weights
         model = AlbefModel(self, self.image.build(part_by_part), self.text.build(part_by_part), part_by_part)
         if load_weights and self.weights:
-            model.load(load_albef(self.weights).student)
+            is_run = pretrained.is_run(self.weights)
+            model.load(pretrained.read_run_model(self.weights) if is_run else load_albef(self.weights).student)
         return model
 
 
@@ -101,7 +112,7 @@ class AlbefModel(LearnedScale):
 
     What the objectives call: `encode_image` and `encode_text` for each modality; `project` once for each image and
     `fuse` for each pass over pairs; `match` for the scores of pairs; `masked_text` for the words under masks; `classify` for
-    the classes of pairs.
+    the classes of pairs; `answer` and `caption` for what is written about them.
 
     Args:
         spec: of all but the towers.
@@ -118,8 +129,9 @@ class AlbefModel(LearnedScale):
         self.text_projection: nn.Module = nn.Linear(text.width, spec.embed_size) if spec.itc else nn.Identity()
         if spec.itc:
             self.add_scale(spec.temperature, spec.temperature_min, spec.temperature_max)
-        self.fusion = self.itm = self.mlm = self.classifier = self.assignment = None
-        if spec.itm or spec.mlm or spec.classes or spec.assignment:
+        self.fusion = self.itm = self.mlm = self.classifier = self.assignment = self.decoder = None
+        answers = spec.decoder is not None and spec.decoder.source == "fusion"
+        if spec.itm or spec.mlm or spec.classes or spec.assignment or answers:
             self.fusion = spec.fusion.resolved(spec.text).build(text.width, image.width, load_weights)
         if spec.itm:
             self.itm = nn.Linear(text.width, 2)
@@ -132,6 +144,9 @@ class AlbefModel(LearnedScale):
             self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, spec.classes))
         if spec.assignment:
             self.assignment = nn.Linear(text.width, spec.fusion.images + 1)
+        if spec.decoder:
+            source_width = text.width if answers else image.width
+            self.decoder = spec.decoder.resolved(spec.text).build(text, source_width, load_weights)
         self.report: LoadReport | None = None
 
     def load(self, student: Mapping[str, Tensor]) -> None:
@@ -147,8 +162,21 @@ class AlbefModel(LearnedScale):
             student = as_twins(student, len(self.fusion.layers) // images, images)
         grids = {f"image.model.{name}": grid for name, grid in _grids(self.image.model).items()}
         own = {name.partition(".")[0] for name, _ in self.named_parameters()}
-        ignored = [part for part in (*HEADS, "fusion", *TASKS) if part not in own]
-        self.report = pretrained.load(self, student, new=HEADS, ignored=ignored, grids=grids)
+        ignored = [part for part in (*HEADS, "fusion") if part not in own]
+        self.report = pretrained.load(self, self._with_decoder(student), new=HEADS, ignored=ignored, grids=grids)
+
+    def _with_decoder(self, student: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """``student`` with the beginning of a decoder that it lacks, as far as sizes allow: with a source of another width than
+        fusion's, the layers' cross-attention to it is new."""
+        if self.decoder is None or any(key.startswith("decoder.") for key in student):
+            return student
+        own, begun = self.state_dict(), {}
+        for key, value in student.items():
+            for of, to in BEGINNING.items():
+                name = to + key.removeprefix(of)
+                if key.startswith(of) and name in own and own[name].shape == value.shape:
+                    begun[name] = value
+        return {**student, **begun}
 
     @property
     def preprocess(self) -> Preprocess:
@@ -160,7 +188,13 @@ class AlbefModel(LearnedScale):
         """What loading their weights did to the parts; None where none were loaded."""
         if self.report is not None:
             return {"model": self.report}
-        parts = {"image": self.image, "text": self.text, "fusion": self.fusion, "mlm": self.mlm}
+        parts = {
+            "image": self.image,
+            "text": self.text,
+            "fusion": self.fusion,
+            "mlm": self.mlm,
+            "decoder": self.decoder,
+        }
         return {name: part.report for name, part in parts.items() if part is not None}
 
     def scalars(self) -> dict[str, float]:
@@ -246,12 +280,33 @@ class AlbefModel(LearnedScale):
         shown = InTurn(tuple(f.projected[rows] for rows in images))
         return self.assignment(self.fuse(shown, f.text, at="first"))
 
+    def ask(self, image: Projected | Unprojected, text: Encoded, images: Tensor | None = None) -> Projected:
+        """What the decoder reads of questions: fusion's states; arguments as those of `fuse`."""
+        return self.decoder.project(self.fuse(image, text, images=images), text.mask)
+
+    def describe(self, image: Encoded) -> Projected:
+        """What the decoder reads of images alone."""
+        return self.decoder.project(image.tokens)
+
+    def answer(self, f: Forward, answers: Answers) -> Predicted:
+        """The tokens of answers to the texts of ``f``, as the decoder would write them."""
+        source = self.ask(_seen(f), f.text)
+        return self.decoder.predict(answers.input_ids, answers.attention_mask, source, answers.row)
+
+    def caption(self, f: Forward) -> Predicted:
+        """The tokens of the texts of ``f``, as the decoder would write them about its images."""
+        return self.decoder.predict(f.batch.input_ids, f.batch.attention_mask, self.describe(f.image))
+
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to depth, for layer-wise learning rates: towers, fusion, and heads and scalars as the top."""
         depths = tower_layer_ids(self.image, self.text)
         towers = max(depths.values())
         if self.fusion is not None:
             depths |= {f"fusion.{name}": towers + depth for name, depth in self.fusion.layer_ids().items()}
+        if self.decoder is not None:
+            # the embeddings are as deep as the text tower's, the layers as fusion's that they start as
+            ids = self.decoder.layer_ids()
+            depths |= {f"decoder.{name}": depth and towers + depth for name, depth in ids.items()}
         top = max(depths.values()) + 1
         return {name: depths.get(name, top) for name, _ in self.named_parameters()}
 
@@ -259,11 +314,12 @@ class AlbefModel(LearnedScale):
         """Names of parameters that are no weights: what the towers name, and the temperature."""
         towers = {f"image.{name}" for name in self.image.no_weight_decay()}
         towers |= {f"text.{name}" for name in self.text.no_weight_decay()}
-        return towers | ({"temperature"} if self.itc else set())
+        decoder = {f"decoder.{name}" for name in self.decoder.no_weight_decay()} if self.decoder is not None else set()
+        return towers | decoder | ({"temperature"} if self.itc else set())
 
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute activations in the backward instead of keeping them; UserError where a tower cannot."""
-        for part in (self.image, self.text, self.fusion):
+        for part in (self.image, self.text, self.fusion, self.decoder):
             if part is not None:
                 part.set_checkpointing(enabled)
 
