@@ -29,6 +29,7 @@ TASKS = {
     "knn": ("vlp.tasks.probe", "Knn"),
     "probe": ("vlp.tasks.probe", "LinearProbe"),
     "sts": ("vlp.tasks.sentence_similarity", "SentenceSimilarity"),
+    "grounding": ("vlp.tasks.grounding", "Grounding"),
     "masked": ("vlp.tasks.masked", "MaskedPrediction"),
 }
 
