@@ -29,6 +29,7 @@ TASKS = {
     "knn": ("vlp.tasks.probe", "Knn"),
     "probe": ("vlp.tasks.probe", "LinearProbe"),
     "sts": ("vlp.tasks.sentence_similarity", "SentenceSimilarity"),
+    "classification": ("vlp.tasks.annotated_classes", "Classes"),
     "grounding": ("vlp.tasks.grounding", "Grounding"),
     "masked": ("vlp.tasks.masked", "MaskedPrediction"),
 }
