@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from vlp.data.annotation_commands import add_annotation_commands
 from vlp.data.text_commands import add_text_commands
 from vlp.data.world.command import add_world_command
 from vlp.errors import UserError
@@ -29,6 +30,8 @@ TASKS = {
     "knn": ("vlp.tasks.probe", "Knn"),
     "probe": ("vlp.tasks.probe", "LinearProbe"),
     "sts": ("vlp.tasks.sentence_similarity", "SentenceSimilarity"),
+    "vqa": ("vlp.tasks.vqa", "Vqa"),
+    "captioning": ("vlp.tasks.captioning", "CaptionQuality"),
     "masked": ("vlp.tasks.masked", "MaskedPrediction"),
 }
 
@@ -155,6 +158,7 @@ def add_data_commands(actions) -> None:
     )
     demo.set_defaults(run=run_demo_data)
 
+    add_annotation_commands(actions)
     add_text_commands(actions)
     add_world_command(actions)
 
