@@ -32,6 +32,7 @@ TASKS = {
     "sts": ("vlp.tasks.sentence_similarity", "SentenceSimilarity"),
     "vqa": ("vlp.tasks.vqa", "Vqa"),
     "captioning": ("vlp.tasks.captioning", "CaptionQuality"),
+    "grounding": ("vlp.tasks.grounding", "Grounding"),
     "masked": ("vlp.tasks.masked", "MaskedPrediction"),
 }
 

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from tests.objectives.fusing import SIZES, pairs, tiny
 from vlp.config import Data, Experiment
+from vlp.encoders.fusion import Fusion, InTurn
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
@@ -106,3 +107,20 @@ def test_what_is_missing_is_said_before_anything_is_built(changed, complaint):
     experiment = replace(whole, **changed)
     with pytest.raises(UserError, match=complaint):
         experiment.objectives["c"].check(experiment)
+
+
+def test_two_pictures_of_a_text_are_read_in_turn_by_twins():
+    spec = replace(SPEC, fusion=Fusion(layers=2, images=2), classes=2)
+    model, batch = build(spec=spec), labelled()
+    second = replace(batch, image=batch.image.flip(0), labels=None)
+    f = Forward(model, replace(batch, labels=LABELS % 2, others=(second,)))
+    images = [model.project(model.encode_image(image)) for image in (batch.image, second.image)]
+    text = model.encode_text(batch.input_ids, batch.attention_mask)
+    expected = model.classifier(model.fuse(InTurn(tuple(images)), text)[:, 0])
+    torch.testing.assert_close(model.classify(f), expected)
+    Classification()(f).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    with pytest.raises(ValueError, match="looks at 2 images, and the batch has 1"):
+        model.classify(Forward(model, batch))
+    with pytest.raises(UserError, match="itm and mlm look at one image"):
+        replace(spec, itm=True).build()

@@ -22,13 +22,14 @@ class Attention(nn.Module):
 
     Args:
         width: D of the queries and of the output.
-        source: width of what keys and values are made from.
+        source: width of what keys and values are made from; None = they are made elsewhere.
     """
 
-    def __init__(self, width: int, source: int, heads: int, dropout: float):
+    def __init__(self, width: int, source: int | None, heads: int, dropout: float):
         super().__init__()
         self.query, self.out = nn.Linear(width, width), nn.Linear(width, width)
-        self.key, self.value = nn.Linear(source, width), nn.Linear(source, width)
+        if source is not None:
+            self.key, self.value = nn.Linear(source, width), nn.Linear(source, width)
         self.heads, self.dropout = heads, dropout
 
     def split(self, x: Tensor) -> Tensor:
@@ -41,9 +42,13 @@ class Attention(nn.Module):
 
 
 class FusionLayer(nn.Module):
-    """BERT's layer with cross-attention: self-attention, cross-attention, feed-forward, each with its norm behind it."""
+    """BERT's layer with cross-attention: self-attention, cross-attention, feed-forward, each with its norm behind it.
 
-    def __init__(self, width: int, image_width: int, heads: int, hidden_size: int, dropout: float, eps: float):
+    Args:
+        image_width: None = its twin makes the keys and values of images for it.
+    """
+
+    def __init__(self, width: int, image_width: int | None, heads: int, hidden_size: int, dropout: float, eps: float):
         super().__init__()
         self.self_attention = Attention(width, width, heads, dropout)
         self.self_norm = nn.LayerNorm(width, eps=eps)

@@ -13,22 +13,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlp.encoders.decoder import Decoder, Predicted
-from vlp.encoders.fusion import Fusion, Projected, Unprojected, Wanted
+from vlp.encoders.fusion import Fusion, InTurn, Projected, Unprojected, Wanted
 from vlp.encoders.heads import VocabularyHead
 from vlp.encoders.image import Preprocess, TimmImage, _grids
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.models import pretrained
-from vlp.models.albef_weights import load_albef
+from vlp.models.albef_weights import as_twins, load_albef
 from vlp.models.dual import tower_layer_ids, unit
 from vlp.models.pretrained import LoadReport
 from vlp.models.scale import LearnedScale, check_temperatures
 from vlp.types import Answers, Encoded
 
 # what a file may hold, or lack, that a model for other objectives lacks, or holds
-HEADS = ("image_projection", "text_projection", "temperature", "itm", "mlm", "classifier", "decoder")
-TASKS = ("assignment",)
+HEADS = ("image_projection", "text_projection", "temperature", "itm", "mlm", "classifier", "assignment", "decoder")
 # what a decoder starts as that the weights lack
 BEGINNING = {
     "fusion.layers.": "decoder.layers.",
@@ -43,14 +42,16 @@ class Albef:
 
     Args:
         text: the first layers of BERT: ``config={"num_hidden_layers": 6}`` on its folder.
-        fusion: its last layers, with cross-attention; built where ``itm``, ``mlm``, ``classes`` or ``decoder`` asks for it.
+        fusion: its last layers, with cross-attention; built where a head asks for it.
         itc: linear projections of the first tokens to ``embed_size``, and the temperature. Without them `Encoded.embed`
             is the first token itself, at unit length.
         itm: a linear layer on fusion's first token: does the text belong to the image?
         mlm: a head that predicts masked tokens from fusion's states, tied to the word embeddings; from the folder of the
             text tower's weights where that has one.
-        classes: C of a head on fusion's first token, two linear layers with a ReLU between them (visual entailment, VQA as
-            classification); None = there is none.
+        classes: C of a head on fusion's first token, two linear layers with a ReLU between them (visual entailment, NLVR2,
+            VQA as classification); None = there is none.
+        assignment: a linear layer on it that tells which of ``fusion.images`` the text belongs to, or none: what NLVR2's
+            twins are pre-trained with.
         decoder: layers that write answers to questions, or captions; None = there is none.
         embed_size: E.
         temperature: initial value; similarities are divided by it.
@@ -68,6 +69,7 @@ class Albef:
     itm: bool = True
     mlm: bool = True
     classes: int | None = None
+    assignment: bool = False
     decoder: Decoder | None = None
     embed_size: int = 256
     temperature: float = 0.07
@@ -95,6 +97,8 @@ class Albef:
             raise UserError(
                 f"fusion begins with the text's own first token; set text.pool to cls, not {self.text.pool!r}"
             )
+        if self.fusion.images > 1 and (self.itm or self.mlm):
+            raise UserError(f"itm and mlm look at one image, fusion.images is {self.fusion.images}; set both to false")
         part_by_part = load_weights and not self.weights
         model = AlbefModel(self, self.image.build(part_by_part), self.text.build(part_by_part), part_by_part)
         if load_weights and self.weights:
@@ -125,9 +129,9 @@ class AlbefModel(LearnedScale):
         self.text_projection: nn.Module = nn.Linear(text.width, spec.embed_size) if spec.itc else nn.Identity()
         if spec.itc:
             self.add_scale(spec.temperature, spec.temperature_min, spec.temperature_max)
-        self.fusion = self.itm = self.mlm = self.classifier = self.decoder = None
+        self.fusion = self.itm = self.mlm = self.classifier = self.assignment = self.decoder = None
         answers = spec.decoder is not None and spec.decoder.source == "fusion"
-        if spec.itm or spec.mlm or spec.classes or answers:
+        if spec.itm or spec.mlm or spec.classes or spec.assignment or answers:
             self.fusion = spec.fusion.resolved(spec.text).build(text.width, image.width, load_weights)
         if spec.itm:
             self.itm = nn.Linear(text.width, 2)
@@ -138,6 +142,8 @@ class AlbefModel(LearnedScale):
         if spec.classes:
             width = text.width
             self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, spec.classes))
+        if spec.assignment:
+            self.assignment = nn.Linear(text.width, spec.fusion.images + 1)
         if spec.decoder:
             source_width = text.width if answers else image.width
             self.decoder = spec.decoder.resolved(spec.text).build(text, source_width, load_weights)
@@ -151,9 +157,12 @@ class AlbefModel(LearnedScale):
         Raises:
             UserError: if it is of other sizes.
         """
+        if self.fusion is not None:
+            images = self.fusion.images
+            student = as_twins(student, len(self.fusion.layers) // images, images)
         grids = {f"image.model.{name}": grid for name, grid in _grids(self.image.model).items()}
         own = {name.partition(".")[0] for name, _ in self.named_parameters()}
-        ignored = [part for part in (*HEADS, "fusion", *TASKS) if part not in own]
+        ignored = [part for part in (*HEADS, "fusion") if part not in own]
         self.report = pretrained.load(self, self._with_decoder(student), new=HEADS, ignored=ignored, grids=grids)
 
     def _with_decoder(self, student: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -219,7 +228,7 @@ class AlbefModel(LearnedScale):
 
     def fuse(
         self,
-        image: Projected | Unprojected,
+        image: Projected | Unprojected | InTurn,
         text: Encoded,
         texts: Tensor | None = None,
         images: Tensor | None = None,
@@ -250,8 +259,26 @@ class AlbefModel(LearnedScale):
         return self.mlm(states, self.text.word_embeddings)
 
     def classify(self, f: Forward) -> Tensor:
-        """(B, C) logits of the classes of pairs, from fusion's first token."""
-        return self.classifier(self.fuse(_seen(f), f.text, at="first"))
+        """(B, C) logits of the classes of texts with their image, or with all of their images, from fusion's first token."""
+        if self.fusion.images == 1:
+            image = _seen(f)
+        else:
+            if len(f.images) != self.fusion.images:
+                raise ValueError(f"each text looks at {self.fusion.images} images, and the batch has {len(f.images)}")
+            image = InTurn(tuple(map(self.project, f.images)))
+        return self.classifier(self.fuse(image, f.text, at="first"))
+
+    def assign(self, f: Forward, images: Tensor) -> Tensor:
+        """Logits of which of several images the texts of ``f`` belong to.
+
+        Args:
+            images: (fusion.images, B) int64 of ``f``, those that each text is shown.
+
+        Returns:
+            (B, fusion.images + 1), the last for none of them.
+        """
+        shown = InTurn(tuple(f.projected[rows] for rows in images))
+        return self.assignment(self.fuse(shown, f.text, at="first"))
 
     def ask(self, image: Projected | Unprojected, text: Encoded, images: Tensor | None = None) -> Projected:
         """What the decoder reads of questions: fusion's states; arguments as those of `fuse`."""

@@ -205,7 +205,7 @@ def _draw(rows: list[WordMaps], path: Path) -> None:
         axis.axis("off")
     for row, (first, *others) in zip(rows, axes):
         first.imshow(row.pixels)
-        lines = textwrap.wrap(row.caption, 30, max_lines=3, placeholder=" ...")
+        lines = textwrap.wrap(row.caption, 34, max_lines=3, placeholder=" ...")
         first.set_title("\n".join(lines), fontsize=7, parse_math=False)
         for axis, (word, cam) in zip(others, row.maps):
             axis.imshow(row.pixels)
