@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from vlp.data.annotation_commands import add_annotation_commands
 from vlp.data.text_commands import add_text_commands
 from vlp.data.world.command import add_world_command
 from vlp.errors import UserError
@@ -30,6 +31,8 @@ TASKS = {
     "probe": ("vlp.tasks.probe", "LinearProbe"),
     "sts": ("vlp.tasks.sentence_similarity", "SentenceSimilarity"),
     "classification": ("vlp.tasks.annotated_classes", "Classes"),
+    "vqa": ("vlp.tasks.vqa", "Vqa"),
+    "captioning": ("vlp.tasks.captioning", "CaptionQuality"),
     "grounding": ("vlp.tasks.grounding", "Grounding"),
     "masked": ("vlp.tasks.masked", "MaskedPrediction"),
 }
@@ -157,6 +160,7 @@ def add_data_commands(actions) -> None:
     )
     demo.set_defaults(run=run_demo_data)
 
+    add_annotation_commands(actions)
     add_text_commands(actions)
     add_world_command(actions)
 
