@@ -53,6 +53,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         UserError: if the file is missing, damaged, would have to be unpickled, or holds anything but tensors.
     """
     path = resolve(str(path))
+    if path.is_dir():
+        raise UserError(f"{path} is a folder and no run: it has no experiment.json; train it first, or name a file")
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
@@ -129,8 +131,6 @@ def run_state(folder: str) -> dict[str, Tensor]:
     """
     from vlp import checkpoint
 
-    if not is_run(folder):
-        raise UserError(f"{folder} is not a run to start from; train it first, or give another one as model.weights")
     whole = checkpoint.newest_whole(Path(folder).expanduser() / "checkpoints")
     if whole is None:
         raise UserError(
