@@ -80,6 +80,34 @@ class Result:
         write_atomically(path, json.dumps(record, indent=1).encode())
 
 
+SPLITS = ("train", "val", "valid", "validation", "dev", "test", "minival")
+
+
+def name_of(location: str) -> str:
+    """What a data set is called by where it lies: ``data/flickr8k/val`` is flickr8k-val, ``coco/{000..9}.tar`` is coco."""
+    parts = [part for part in Path(location).parts if not part.endswith(".tar") and not set(part) & set("*?{}[]/")]
+    last = parts[-1] if parts else "data"
+    return f"{parts[-2]}-{last}" if last in SPLITS and len(parts) > 1 else last
+
+
+def result_name(task: str, data: str | None) -> str:
+    """Of the file that keeps the newest result of a task on some data; None = that of the experiment."""
+    return f"{task}-{name_of(data)}" if data else task
+
+
+def need_both(subject: Subject, task: str) -> None:
+    """Raises UserError unless the model sees pictures and reads texts, and puts both into one space."""
+    if subject.tokenizer is None:
+        raise UserError(
+            f"{task} needs a text tower and its tokenizer, and there is none here: give tokenizer=FOLDER for weights "
+            "that bring none, or evaluate pictures alone with knn or probe"
+        )
+    if subject.preprocess is None:
+        raise UserError(f"{task} needs pictures too, and there is no image tower here; evaluate it with sts")
+    if not getattr(subject.model, "itc", True):
+        raise UserError(f"{task} compares embeddings, and this model has no head for contrast; choose one that has")
+
+
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, and back: each part to the mode that it had, since frozen ones never train."""

@@ -48,7 +48,8 @@ class Run:
         self.model = experiment.model.build(load_weights=whole is None)
         self.tokenizer = self.vocabulary = None
         if self.model.text is not None:
-            given = (str(self.folder / "tokenizer"),) if resume else (experiment.data.tokenizer, experiment.data.sep)
+            data = experiment.data
+            given = (str(self.folder / "tokenizer"),) if resume else (data.tokenizer, data.sep, data.clean)
             self.tokenizer = load_tokenizer(*given)
             self.vocabulary = self.tokenizer.vocabulary().to(accelerator.device)
             self._check_text()

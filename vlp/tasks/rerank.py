@@ -19,7 +19,7 @@ from torch import Tensor
 from vlp.data.stream import InOrder, evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
-from vlp.evaluation import Result, Subject, evaluating, merge
+from vlp.evaluation import Result, Subject, evaluating, merge, need_both
 from vlp.metrics import ranks
 from vlp.tasks.retrieval import Retrieval, recalls
 from vlp.types import Encoded
@@ -46,6 +46,7 @@ class Rerank(Retrieval):
         began = time.monotonic()
         if getattr(subject.model, "itm", None) is None:
             raise UserError("rerank needs a model with a head for image-text matching (model.itm); use retrieval")
+        need_both(subject, "rerank")
         if self.k < 1 or self.text_batch < 1:
             raise UserError(f"rerank with k={self.k} and text_batch={self.text_batch}; give 1 or more")
         data, source = subject.data, self._source(subject.data)

@@ -11,7 +11,7 @@ from torch import Tensor
 from vlp.config import Data
 from vlp.data.shards import ShardReader
 from vlp.errors import UserError
-from vlp.evaluation import EncodedPairs, Result, Subject, encode_pairs
+from vlp.evaluation import EncodedPairs, Result, Subject, encode_pairs, need_both
 from vlp.metrics import Interval, bootstrap, ranks, top
 
 
@@ -48,6 +48,7 @@ class Retrieval:
     def __call__(self, subject: Subject) -> Result:
         """Metrics: ``i2t_r@k``, ``t2i_r@k`` and their mean ``mean_r@k`` for each k, and ``mean_recall`` over all of them."""
         began = time.monotonic()
+        need_both(subject, "retrieval")
         source = self._source(subject.data)
         pairs = encode_pairs(subject, source, self.batch_size)
         if len(pairs.texts) == 0:

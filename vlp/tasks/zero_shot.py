@@ -15,12 +15,15 @@ from torch import Tensor
 from vlp.config import Data
 from vlp.data.labelled import FORMS, Labelled, read_labelled
 from vlp.errors import UserError
-from vlp.evaluation import Result, Subject, encode_texts, evaluating
+from vlp.evaluation import Result, Subject, encode_texts, evaluating, need_both
 from vlp.metrics import bootstrap
 from vlp.tasks.probe import encode_pictures
 
 WNID = re.compile(r"n\d{8}")
-NO_TEXT = "zero-shot needs a text tower to read the classes' names, and this run has none; use knn or probe"
+NO_TEXT = (
+    "zero-shot needs a text tower to read the classes' names, and its tokenizer: give tokenizer=FOLDER for weights that "
+    "bring none, or use knn or probe"
+)
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,7 @@ class ZeroShot:
         """Metrics: ``top1``, and ``top5`` where there are more than five classes."""
         began = time.monotonic()
         pictures, names, templates = self._read()
-        if subject.tokenizer is None:
-            raise UserError(NO_TEXT)
+        need_both(subject, "zero-shot")
         with evaluating(subject.model):
             classifier = torch.stack([class_embedding(subject, name, templates) for name in names])
         encoded = encode_pictures(subject, pictures, "embed", self.batch_size)
