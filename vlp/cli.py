@@ -227,7 +227,7 @@ def run_eval(options: argparse.Namespace) -> int:
             raise UserError(f"cannot write {path}: {e.strerror or e}") from None
         Console().print(table)
         print(
-            f"protocol: {result.protocol}\n{'' if opened.step is None else f'step {opened.step}, '}"
+            f"protocol: {f'{result.name}: ' if result.name else ''}{result.protocol}\n{'' if opened.step is None else f'step {opened.step}, '}"
             f"weights {subject.checkpoint[:16]}, left out {len(result.bad)}; written to {path}"
         )
     return 0

@@ -4,6 +4,7 @@ record that is written with each number."""
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,9 @@ class Subject:
     """A model under evaluation with what belongs to its weights.
 
     Args:
+        data: of the run; of weights without one, what they bring.
         checkpoint: SHA-256 of the weights' file, or a note where they are not in a file.
+        name: of the run, or of the weights.
         rank: of this process; every process must evaluate the same.
     """
 
@@ -39,6 +42,7 @@ class Subject:
     seed: int = 0
     checkpoint: str = ""
     rank: int = 0
+    name: str = ""
 
     @property
     def preprocess(self):
@@ -52,6 +56,7 @@ class Result:
     Args:
         task: e.g. ``retrieval``.
         protocol: exactly what was measured, in words that name one procedure.
+        name: of the protocol with its data and weights, e.g. ``flickr30k-zero-shot@coco-ft``; "" where a task has none.
         data: where the evaluated samples came from.
         n: how many of what, e.g. {"images": 1000, "captions": 5000}.
         metrics: fractions in [0, 1], or as the protocol says.
@@ -67,6 +72,7 @@ class Result:
     details: dict = field(default_factory=dict)
     bad: list[dict] = field(default_factory=list)
     seconds: float = 0.0
+    name: str = ""
 
     def write(self, path: Path, subject: Subject, step: int | None = None) -> None:
         record = asdict(self) | {
@@ -88,6 +94,23 @@ def name_of(location: str) -> str:
     parts = [part for part in Path(location).parts if not part.endswith(".tar") and not set(part) & set("*?{}[]/")]
     last = parts[-1] if parts else "data"
     return f"{parts[-2]}-{last}" if last in SPLITS and len(parts) > 1 else last
+
+
+def protocol_name(subject: Subject, location: str, setting: str | None) -> str:
+    """E.g. ``flickr30k-zero-shot@coco-ft``: data without its split, setting, weights.
+
+    Args:
+        setting: "zero-shot" or "fine-tuned"; None = fine-tuned where the run was trained on a split of the same data,
+            and unstated for weights of which that is not known.
+    """
+
+    def whole(data: str) -> str:
+        return re.sub(rf"[-_]({'|'.join(SPLITS)})$", "", name_of(data))
+
+    if setting is None and subject.data.train:
+        trained_on = {whole(getattr(source, "shards", None) or source.path) for source in subject.data.train}
+        setting = "fine-tuned" if whole(location) in trained_on else "zero-shot"
+    return f"{whole(location)}-{setting or 'unstated'}@{subject.name or 'unnamed'}"
 
 
 def result_name(task: str, data: str | None) -> str:

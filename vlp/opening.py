@@ -173,6 +173,7 @@ def _opened(name: str, model: torch.nn.Module, tokenizer, data: Data, files: lis
     hashes = [checkpoint.file_hash(file) for file in files]
     digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     process = PartialState(cpu=not torch.cuda.is_available())
+    name = re.sub(r"[^\w.-]+", "-", name).strip("-.")
     subject = Subject(
         model.to(process.device).eval(),
         tokenizer,
@@ -180,6 +181,6 @@ def _opened(name: str, model: torch.nn.Module, tokenizer, data: Data, files: lis
         process.device,
         checkpoint=digest if files else name,
         rank=process.process_index,
+        name=name,
     )
-    folder = Path("runs/eval") / re.sub(r"[^\w.-]+", "-", name).strip("-.")
-    return Opened(subject, folder, None, model.reports)
+    return Opened(subject, Path("runs/eval") / name, None, model.reports)

@@ -263,6 +263,7 @@ class Run:
             self.experiment.seed,
             checkpoint.file_hash(weights),
             self.accelerator.process_index,
+            self.experiment.name,
         )
         # running means are each process's own; those of the main process are in the checkpoint
         take_from_main(model.buffers())

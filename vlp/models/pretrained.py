@@ -114,18 +114,26 @@ def read_run(folder: str, tower: Literal["image", "text"]) -> dict[str, Tensor]:
     Raises:
         UserError: if the run has no such tower, or no checkpoint.
     """
+    run_spec(folder, tower)
+    prefix = f"{tower}.model."
+    return {k.removeprefix(prefix): value for k, value in read_whole_run(folder).items() if k.startswith(prefix)}
+
+
+def read_whole_run(folder: str) -> dict[str, Tensor]:
+    """All tensors of a run's model, heads and scalars too: of the newest whole checkpoint, averaged if it kept an average.
+
+    Raises:
+        UserError: if the run has no checkpoint.
+    """
     from vlp import checkpoint
 
-    run_spec(folder, tower)
     whole = checkpoint.newest_whole(Path(folder).expanduser() / "checkpoints")
     if whole is None:
         raise UserError(
             f"the run {folder} has no checkpoint to start from; train it first: vlp train --resume {folder}"
         )
     averaged = (whole / "average.safetensors").is_file()
-    state = checkpoint.read(whole, "average" if averaged else "model")
-    prefix = f"{tower}.model."
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return checkpoint.read(whole, "average" if averaged else "model")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from vlp.data.stream import InOrder, evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
-from vlp.evaluation import Result, Subject, evaluating, merge, need_both
+from vlp.evaluation import Result, Subject, evaluating, merge, need_both, protocol_name
 from vlp.metrics import ranks
 from vlp.tasks.retrieval import Retrieval, recalls
 from vlp.types import Encoded
@@ -66,6 +66,7 @@ class Rerank(Retrieval):
             protocol=f"{self.score}-of-itc-top-{self.k}: each query's {self.k} best by cosine similarity in the order of "
             f"{'the matching logit' if self.score == 'itm' else 'the matching logit + cosine'}, the others behind them; "
             "any caption of a picture counts, ties count against",
+            name=protocol_name(subject, source, self.setting),
             data=source,
             n={"images": len(pictures.rows), "captions": len(captions), "pairs": pairs},
             metrics=self._metrics(pictures, shortlist, texts.embeds[text_of], subject.seed),

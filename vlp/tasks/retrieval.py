@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from vlp.config import Data
 from vlp.data.shards import ShardReader
 from vlp.errors import UserError
-from vlp.evaluation import EncodedPairs, Result, Subject, encode_pairs, need_both
+from vlp.evaluation import EncodedPairs, Result, Subject, encode_pairs, need_both, protocol_name
 from vlp.metrics import Interval, bootstrap, ranks, top
 
 
@@ -21,6 +22,7 @@ class Retrieval:
 
     Args:
         data: shards; None = ``data.val`` of the experiment.
+        setting: of the protocol's name, where the run does not tell: see `vlp.evaluation.protocol_name`.
         batch_size: pictures encoded at a time.
         ks: recalls are reported at these ranks.
         resamples: of the bootstrap, over pictures.
@@ -28,6 +30,7 @@ class Retrieval:
     """
 
     data: str | None = None
+    setting: Literal["zero-shot", "fine-tuned"] | None = None
     batch_size: int = 64
     ks: tuple[int, ...] = (1, 5, 10)
     resamples: int = 1000
@@ -60,6 +63,7 @@ class Retrieval:
         return Result(
             task="retrieval",
             protocol="itc-any-positive: cosine similarity of embeddings over the whole source, ties count against",
+            name=protocol_name(subject, source, self.setting),
             data=source,
             n={"images": len(pairs.images), "captions": len(pairs.texts)},
             metrics=recalls(found, self.ks, subject.seed, self.resamples),
