@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vlp.config import Data
 from vlp.data.shards import ShardReader
 from vlp.errors import UserError
-from vlp.evaluation import EncodedPairs, Result, Subject, encode_pairs, need_both, protocol_name
+from vlp.evaluation import Result, Subject, encode_pairs, need_both, protocol_name
 from vlp.metrics import Interval, bootstrap, ranks, top
+from vlp.tasks.examples import Found
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Retrieval:
         batch_size: pictures encoded at a time.
         ks: recalls are reported at these ranks.
         resamples: of the bootstrap, over pictures.
-        examples: queries each way whose five best answers are kept for the report.
+        examples: queries whose five best answers are kept for the report, of those drawn at random and of the hardest.
     """
 
     data: str | None = None
@@ -60,6 +62,16 @@ class Retrieval:
             "i2t": (ranks(pairs.images, pairs.texts, pairs.image_ids, pairs.text_ids), pairs.image_ids),
             "t2i": (ranks(pairs.texts, pairs.images, pairs.text_ids, pairs.image_ids), pairs.text_ids),
         }
+        place = {int(i): n for n, i in enumerate(pairs.image_ids)}
+        details = Found(
+            pairs.rows.tolist(),
+            pairs.captions,
+            torch.tensor([place[i] for i in pairs.text_ids.tolist()]),
+            found["i2t"][0],
+            found["t2i"][0],
+            i2t_best=lambda queries: top(pairs.images[queries], pairs.texts, 5),
+            t2i_best=lambda queries: top(pairs.texts[queries], pairs.images, 5),
+        )
         return Result(
             task="retrieval",
             protocol="itc-any-positive: cosine similarity of embeddings over the whole source, ties count against",
@@ -67,27 +79,10 @@ class Retrieval:
             data=source,
             n={"images": len(pairs.images), "captions": len(pairs.texts)},
             metrics=recalls(found, self.ks, subject.seed, self.resamples),
-            details=self._examples(pairs, found["t2i"][0], subject.seed),
+            details=details.examples(self.examples, subject.seed),
             bad=pairs.bad,
             seconds=time.monotonic() - began,
         )
-
-    def _examples(self, pairs: EncodedPairs, t2i_rank: Tensor, seed: int) -> dict:
-        """Captions drawn at random with the five pictures that they find."""
-        drawn = np.random.default_rng(seed).permutation(len(pairs.texts))[: self.examples]
-        best = top(pairs.texts[drawn], pairs.images, 5)
-        row_of = {int(i): int(row) for i, row in zip(pairs.image_ids, pairs.rows)}
-        return {
-            "text_to_image": [
-                {
-                    "query": pairs.captions[t],
-                    "answer": row_of[int(pairs.text_ids[t])],
-                    "found": pairs.rows[best[n]].tolist(),
-                    "rank": int(t2i_rank[t]) + 1,
-                }
-                for n, t in enumerate(drawn)
-            ]
-        }
 
 
 def recalls(
