@@ -245,6 +245,12 @@ class ImageTower(nn.Module):
             grid = features.flatten(2).mT
         return torch.cat([pooled[:, None], grid], dim=1)
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the tokens behind the pooled one, for pictures of the size that `preprocess` makes."""
+        stride = self.model.feature_info[-1]["reduction"]
+        return tuple(-(-side // stride) for side in self.preprocess.size)
+
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to depth: see `timm_layer_ids`."""
         return {f"model.{name}": depth for name, depth in timm_layer_ids(self.model).items()}

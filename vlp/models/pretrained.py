@@ -116,11 +116,11 @@ def read_run(folder: str, tower: Literal["image", "text"]) -> dict[str, Tensor]:
     """
     run_spec(folder, tower)
     prefix = f"{tower}.model."
-    return {k.removeprefix(prefix): value for k, value in read_whole_run(folder).items() if k.startswith(prefix)}
+    return {key.removeprefix(prefix): value for key, value in read_run_model(folder).items() if key.startswith(prefix)}
 
 
-def read_whole_run(folder: str) -> dict[str, Tensor]:
-    """All tensors of a run's model, heads and scalars too: of the newest whole checkpoint, averaged if it kept an average.
+def read_run_model(folder: str) -> dict[str, Tensor]:
+    """All tensors of a run's model: of the newest whole checkpoint, averaged if it kept an average.
 
     Raises:
         UserError: if the run has no checkpoint.
