@@ -1,6 +1,7 @@
 """`vlp eval` on published weights: every form is opened strictly, and scores as the library that it comes from does."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import COLOURS
 from tests.models.test_albef import SPEC, published
 from vlp.cli import main
+from vlp.encoders.decoder import Decoder
 from vlp.errors import UserError
 from vlp.models.albef_weights import AlbefCheckpoint, export_albef
 from vlp.opening import Opening, open_subject
@@ -169,6 +171,26 @@ def test_sizes_and_heads_of_an_albef_file_are_those_of_its_tensors(tmp_path):
                 expected = found
     for ours, theirs in zip(found, expected):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "fusion"),
+    [
+        ({"decoder": Decoder(layers=2), "itc": False, "itm": False}, {}),  # VQA
+        ({"classes": 3, "itc": False, "itm": False}, {}),  # visual entailment
+        ({"classes": 2, "itc": False, "itm": False}, {"images": 2}),  # NLVR2
+        ({"assignment": True, "itm": False}, {"images": 2}),
+    ],
+)
+def test_every_head_that_a_file_has_is_there(tmp_path, heads, fusion):
+    torch.manual_seed(0)
+    spec = replace(SPEC, fusion=replace(SPEC.fusion, **fusion), mlm=False, **heads)
+    own = spec.build().eval()
+    exported = export_albef(AlbefCheckpoint(own.state_dict()))
+    save_file({k: v.contiguous().clone() for k, v in exported.items()}, tmp_path / "x.safetensors")
+    model = open_subject(str(tmp_path / "x.safetensors"), opening=Opening(head_width=16)).subject.model
+    ours, theirs = model.state_dict(), own.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
 @pytest.fixture

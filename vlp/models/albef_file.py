@@ -6,9 +6,11 @@ import math
 import re
 from collections.abc import Mapping
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from vlp.encoders.decoder import Decoder
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import ImageTower, Preprocess, TimmImage
 from vlp.encoders.text import BertText
@@ -33,19 +35,35 @@ def build_albef(checkpoint: AlbefCheckpoint, image_size: int | None = None, head
     """
     student = checkpoint.student
     image, text = _image_tower(student, image_size, head_width), _text(student, head_width)
-    layers = 1 + max(_numbers(student, r"fusion\.layers\.(\d+)\."))
+    sizes = {"heads": text.config["num_attention_heads"], "hidden_size": text.config["intermediate_size"]}
+    sizes |= {"dropout": 0.1, "eps": 1e-12}  # BERT's
+    decoder = _numbers(student, r"decoder\.layers\.(\d+)\.")
     spec = Albef(
         TimmImage("vit_base_patch16_224"),  # not looked at: the tower is there
         text,
-        Fusion(layers, heads=text.config["num_attention_heads"], hidden_size=text.config["intermediate_size"]),
+        Fusion(images=_images(student), layers=_layers(student) // _images(student), **sizes),
         itc="image_projection.weight" in student,
         itm="itm.weight" in student,
         mlm="mlm.bias" in student,
+        classes=len(student.get("classifier.2.weight", ())) or None,
+        assignment="assignment.weight" in student,
+        decoder=Decoder(layers=1 + max(decoder), **sizes) if decoder else None,
         embed_size=len(student.get("image_projection.weight", ())) or 1,
     )
     model = AlbefModel(spec, image, text.build())
     model.load(student)
     return model
+
+
+def _layers(student: Mapping[str, Tensor]) -> int:
+    return 1 + max(_numbers(student, r"fusion\.layers\.(\d+)\."))
+
+
+def _images(student: Mapping[str, Tensor]) -> int:
+    """2 where layers stand in twins that share the keys of images, as NLVR2's do."""
+    key = "fusion.layers.{}.cross_attention.key.weight".format
+    twins = _layers(student) % 2 == 0 and torch.equal(student[key(0)], student[key(1)])
+    return 2 if twins else 1
 
 
 def _image_tower(student: Mapping[str, Tensor], image_size: int | None, head_width: int) -> ImageTower:
