@@ -95,7 +95,9 @@ def build_parser() -> argparse.ArgumentParser:
     ablate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seeds=0,1 train.steps=100")
     ablate.set_defaults(run=run_ablate)
 
-    report = commands.add_parser("report", help="write RUN/report.html, or a page that compares several runs")
+    report = commands.add_parser(
+        "report", help="write RUN/report.html, or a page that compares all that is given: vlp report runs/*"
+    )
     report.add_argument("folders", metavar="RUN", nargs="+", type=Path)
     report.add_argument(
         "--output",
@@ -261,7 +263,7 @@ def run_report(options: argparse.Namespace) -> int:
     from vlp.comparison import write_comparison
     from vlp.report import write_report
 
-    if len(options.folders) > 1 or options.output:
+    if len(options.folders) > 1 or options.output or not (options.folders[0] / "experiment.json").exists():
         path = write_comparison(options.folders, options.output or Path("runs/comparison"))
     else:
         path = write_report(options.folders[0])
