@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
+from vlp.data.dedup_command import add_dedup_command
 from vlp.data.text_commands import add_text_commands
 from vlp.data.world.command import add_world_command
 from vlp.errors import UserError
@@ -163,6 +164,7 @@ def add_data_commands(actions) -> None:
     )
     demo.set_defaults(run=run_demo_data)
 
+    add_dedup_command(actions)
     add_text_commands(actions)
     add_world_command(actions)
 
@@ -207,6 +209,7 @@ def run_eval(options: argparse.Namespace) -> int:
 
     from vlp.config import override
     from vlp.evaluation import result_name
+    from vlp.leaks import leaked
     from vlp.opening import Opening, open_subject
 
     module, name = TASKS[options.task]
@@ -215,14 +218,14 @@ def run_eval(options: argparse.Namespace) -> int:
     of_opening = {field.name for field in fields(Opening)} - names  # what both have, such as max_length, is the task's
     own = [text for text in options.overrides if text.partition("=")[0] not in of_opening]
     task = override(task, own)
-    opened = open_subject(
-        options.what, options.checkpoint, override(Opening(), [text for text in options.overrides if text not in own])
-    )
+    opening = override(Opening(), [text for text in options.overrides if text not in own])
+    opened = open_subject(options.what, options.checkpoint, opening)
     subject = opened.subject
     for part, report in opened.reports.items():
         print(f"{part} weights: {report or 'random'}")
     task.check(subject.data)
-    result = task(subject)
+    seen = leaked(task, subject.data, opening.allow_leak)
+    result = replace(task(subject), trained_on=seen)
     path = opened.folder / "eval" / f"{result_name(options.task, task.data)}.json"
     table = Table(
         title=f"{options.task} on {result.data}: {', '.join(f'{n:,} {what}' for what, n in result.n.items())}"
@@ -240,7 +243,7 @@ def run_eval(options: argparse.Namespace) -> int:
         Console().print(table)
         print(
             f"protocol: {f'{result.name}: ' if result.name else ''}{result.protocol}\n{'' if opened.step is None else f'step {opened.step}, '}"
-            f"weights {subject.checkpoint[:16]}, left out {len(result.bad)}; written to {path}"
+            f"weights {subject.checkpoint[:16]}, {f'{seen:,} of the pictures trained on, ' if seen else ''}left out {len(result.bad)}; written to {path}"
         )
     return 0
 

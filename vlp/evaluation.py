@@ -62,6 +62,7 @@ class Result:
         metrics: fractions in [0, 1], or as the protocol says.
         details: for the report: examples and their answers.
         bad: samples left out.
+        trained_on: how many of the pictures were in the training data, by their bytes; None = that was not looked at.
     """
 
     task: str
@@ -73,6 +74,7 @@ class Result:
     bad: list[dict] = field(default_factory=list)
     seconds: float = 0.0
     name: str = ""
+    trained_on: int | None = None
 
     def write(self, path: Path, subject: Subject, step: int | None = None) -> None:
         record = asdict(self) | {

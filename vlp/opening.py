@@ -51,6 +51,7 @@ class Opening:
         image_size: pixels at which an ALBEF file sees pictures; its positions are resized.
         head_width: of an ALBEF file's attention heads, which no shape tells.
         workers: loading processes; None = 1, or the run's own.
+        allow_leak: evaluate a run on pictures that it was trained on too, see `vlp.leaks`.
     """
 
     tokenizer: str | None = None
@@ -59,6 +60,7 @@ class Opening:
     image_size: int | None = None
     head_width: int | None = None
     workers: int | None = None
+    allow_leak: bool = False
 
 
 @dataclass

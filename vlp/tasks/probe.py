@@ -51,6 +51,10 @@ class _Classes:
         """Raises UserError where there are no two splits of the same classes."""
         self._read()
 
+    def evaluated(self, data: Data) -> list[Path]:
+        """Those of the test pictures that are files of their own, see `vlp.leaks`."""
+        return [picture for picture, _ in self._read()[1] if isinstance(picture, Path)]
+
     def _read(self) -> tuple[Labelled, Labelled, list[str]]:
         if not self.data:
             raise UserError(f"there are no pictures to classify: give data=FOLDER with {FORMS}")

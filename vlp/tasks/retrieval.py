@@ -50,6 +50,10 @@ class Retrieval:
             raise UserError("retrieval has no data: give data=SHARDS, or set data.val in the config")
         return source
 
+    def evaluated(self, data: Data) -> str:
+        """The shards, see `vlp.leaks`."""
+        return self._source(data)
+
     def __call__(self, subject: Subject) -> Result:
         """Metrics: ``i2t_r@k``, ``t2i_r@k`` and their mean ``mean_r@k`` for each k, and ``mean_recall`` over all of them."""
         began = time.monotonic()

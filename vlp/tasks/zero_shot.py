@@ -57,6 +57,10 @@ class ZeroShot:
         if not data.tokenizer:
             raise UserError(NO_TEXT)
 
+    def evaluated(self, data: Data) -> list[Path]:
+        """Those of the pictures that are files of their own, see `vlp.leaks`."""
+        return [picture for picture, _ in self._read()[0] if isinstance(picture, Path)]
+
     def _read(self) -> tuple[Labelled, list[str], str]:
         """Pictures with their class numbers, class names, what the prompts are called."""
         if not self.data:
