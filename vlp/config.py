@@ -38,6 +38,8 @@ class Data:
         val: shards for the evaluations during training and for `vlp eval`'s default; None = none.
         tokenizer: folder, tokenizer.json, vocab.txt, ``pip:PACKAGE/path`` or ``open_clip:NAME``.
         sep: whether ``[SEP]`` ends a caption; None = as the tokenizer has it. ALBEF's weights were trained without.
+        clean: whether captions are lower-cased and lose their punctuation first, as ALBEF's weights know them: see
+            `vlp.data.text.clean_caption`.
         batch_size: samples of one optimizer step over all processes and accumulated micro-batches.
         max_length: tokens of a caption; longer ones are cut and counted.
         augment: what training pictures go through; every draw is seeded by (seed, epoch, sample).
@@ -53,6 +55,7 @@ class Data:
     val: str | None = None
     tokenizer: str = ""
     sep: bool | None = None
+    clean: bool = False
     batch_size: int = 256
     max_length: int = 64
     augment: Any = field(default_factory=RandomResizedCrop)

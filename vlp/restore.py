@@ -64,5 +64,6 @@ def open_run(folder: Path, which: str | None = None) -> tuple[Subject, int]:
         experiment.seed,
         checkpoint.file_hash(weights),
         process.process_index,
+        folder.resolve().name,
     )
     return subject, int(checkpoint.read_state(path)["step"])
