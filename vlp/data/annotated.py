@@ -175,10 +175,9 @@ class AnnotatedReader:
             captions = (word(record.get(source.text)),)
             if not captions[0]:
                 raise BadSample(f"no text in {source.text!r}")
-        if source.label:
-            if (label := self._place.get(word(record.get(source.label)))) is None:
-                some = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
-                raise BadSample(f"label {word(record.get(source.label))!r} is not among {some}")
+        if source.label and (label := self._place.get(word(record.get(source.label)))) is None:
+            some = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
+            raise BadSample(f"label {word(record.get(source.label))!r} is not among {some}")
         answers, targets = (), None
         if source.answers:
             answers, counts = read_answers(record.get(source.answers))

@@ -234,11 +234,6 @@ class ImageTower(nn.Module):
         self.report = report
         self.width: int = model.num_features
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of a ViT's patches."""
-        return tuple(self.model.patch_embed.grid_size)
-
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) normalised to (B, 1 + P, D)."""
         features = self.model.forward_features(image)
@@ -254,6 +249,9 @@ class ImageTower(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """(h, w) of the tokens behind the pooled one, for pictures of the size that `preprocess` makes."""
+        patches = getattr(self.model, "patch_embed", None)
+        if patches is not None:
+            return tuple(patches.grid_size)
         stride = self.model.feature_info[-1]["reduction"]
         return tuple(-(-side // stride) for side in self.preprocess.size)
 
