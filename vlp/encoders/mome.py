@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from vlp.encoders.image import Interpolation, Preprocess, Triple
-from vlp.encoders.mome_layer import Expert, MomeLayer, Rows, Wanted
+from vlp.encoders.mome_layer import Expert, MomeLayer, Rows, Wanted, keep_products
 from vlp.encoders.relative_position import RelativePositions
 from vlp.encoders.text import layer_ids
 from vlp.errors import UserError
@@ -95,6 +96,9 @@ BASE = Mome()
 BASE_PLUS = Mome(544, 24, 16, vl_from=21, layer_scale=None, max_text_length=40, positions="absolute")
 LARGE = Mome(1024, 24, 16, vl_from=21)
 SMALL = Mome(256, 6, 4, vl_from=4, drop_path=0.0, text_dropout=0.0, image_size=128, max_text_length=64)
+
+
+KEEP_PRODUCTS = partial(create_selective_checkpoint_contexts, keep_products)
 
 
 class ImageEmbedding(nn.Module):
@@ -253,8 +257,9 @@ class MomeEncoder(nn.Module):
         for number in range(first, last):
             layer, bias = self.layers[number], biases and biases[number]
             given = (states, rows, bias, joint and number >= self.vl_from, wanted if number == last - 1 else None)
-            if self.checkpointing and torch.is_grad_enabled():
-                states = checkpoint(layer, *given, use_reentrant=False)
+            if torch.is_grad_enabled():
+                again = {} if self.checkpointing else {"context_fn": KEEP_PRODUCTS}
+                states = checkpoint(layer, *given, use_reentrant=False, **again)
             else:
                 states = layer(*given)
         return states
@@ -272,7 +277,7 @@ class MomeEncoder(nn.Module):
         return {n for n, p in self.named_parameters() if p.ndim == 1 or n.startswith(named)}
 
     def set_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward instead of keeping them."""
+        """Recompute all of a layer in the backward, and not only what costs little, see `mome_layer.keep_products`."""
         self.checkpointing = enabled
 
 
