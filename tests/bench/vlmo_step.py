@@ -6,10 +6,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -18,13 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.bench.albef_step import MIB, captions, in_fresh_process, masked_of, resident
+from tests.bench.albef_step import captions, masked_of, resident
 from tests.vlmo_reference import reference_step
 from vlp.encoders.mome import BASE
 from vlp.forward import Forward, Surroundings
 from vlp.losses.masked import IGNORED
 from vlp.models.vlmo import Vlmo, VlmoModel
-from vlp.objectives import itm
 from vlp.objectives.itc import ImageTextContrast
 from vlp.objectives.itm import ImageTextMatching
 from vlp.objectives.mlm import MaskedText
