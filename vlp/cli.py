@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from vlp.data.annotation_commands import add_annotation_commands
 from vlp.data.text_commands import add_text_commands
 from vlp.data.world.command import add_world_command
 from vlp.errors import UserError
@@ -30,6 +31,10 @@ TASKS = {
     "knn": ("vlp.tasks.probe", "Knn"),
     "probe": ("vlp.tasks.probe", "LinearProbe"),
     "sts": ("vlp.tasks.sentence_similarity", "SentenceSimilarity"),
+    "classification": ("vlp.tasks.annotated_classes", "Classes"),
+    "vqa": ("vlp.tasks.vqa", "Vqa"),
+    "captioning": ("vlp.tasks.captioning", "CaptionQuality"),
+    "grounding": ("vlp.tasks.grounding", "Grounding"),
     "masked": ("vlp.tasks.masked", "MaskedPrediction"),
 }
 
@@ -74,6 +79,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint", metavar="STEP", help="a step, 'best' or 'last' (default: best if there is one)"
     )
     evaluate.set_defaults(run=run_eval)
+
+    cam = commands.add_parser("gradcam", help="draw where the words of captions look in their pictures (ALBEF)")
+    cam.add_argument("folder", metavar="RUN", type=Path)
+    cam.add_argument("--data", metavar="SHARDS", help="pictures with captions (default: the run's data.val)")
+    cam.add_argument("--words", default="", metavar="A,B", help="only captions with these words, and these words alone")
+    cam.add_argument("--pictures", type=int, default=6, help="drawn at random (default: %(default)s)")
+    cam.add_argument("--layer", type=int, help="of fusion, from 0 (default: a third of the way up)")
+    cam.add_argument("--checkpoint", metavar="STEP", help="a step, 'best' or 'last' (default: best if there is one)")
+    cam.add_argument("--output", type=Path, metavar="PNG", help="default: RUN/gradcam.png")
+    cam.set_defaults(run=run_gradcam)
 
     ablate = commands.add_parser("ablate", help="train variants over seeds, and tabulate what each change is worth")
     ablate.add_argument("config", help="a Python file whose config() returns a vlp.ablation.Ablation")
@@ -146,6 +161,7 @@ def add_data_commands(actions) -> None:
     )
     demo.set_defaults(run=run_demo_data)
 
+    add_annotation_commands(actions)
     add_text_commands(actions)
     add_world_command(actions)
 
@@ -223,6 +239,20 @@ def run_eval(options: argparse.Namespace) -> int:
         print(
             f"protocol: {result.protocol}\nstep {step}, weights {subject.checkpoint[:16]}, left out {len(result.bad)}; written to {path}"
         )
+    return 0
+
+
+def run_gradcam(options: argparse.Namespace) -> int:
+    from vlp.restore import open_run
+    from vlp.tasks.grad_cam import draw_words
+
+    subject, step = open_run(options.folder, options.checkpoint)
+    source, path = options.data or subject.data.val, options.output or options.folder / "gradcam.png"
+    if not source:
+        raise UserError("gradcam has no pictures: give --data SHARDS")
+    words = tuple(filter(None, options.words.split(",")))
+    captions = draw_words(subject, source, path, words, options.pictures, options.layer)
+    print("\n".join([*captions, f"step {step}; wrote {path}"]))
     return 0
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from vlp.data.annotated import Annotated
 from vlp.data.augment import RandomResizedCrop, Resize
 from vlp.data.sentences import Sentences
 from vlp.data.shards import Source
@@ -32,7 +33,7 @@ class Data:
     """Where samples come from and what is done to them.
 
     Args:
-        train: sources of the training stream: shards of pictures with captions, or files of texts.
+        train: sources of the training stream: shards of pictures with captions, annotations, or files of texts.
         val: shards for the evaluations during training and for `vlp eval`'s default; None = none.
         tokenizer: folder, tokenizer.json, vocab.txt, ``pip:PACKAGE/path`` or ``open_clip:NAME``.
         sep: whether ``[SEP]`` ends a caption; None = as the tokenizer has it. ALBEF's weights were trained without.
@@ -47,7 +48,7 @@ class Data:
         max_pixels: a picture with more is bad.
     """
 
-    train: tuple[Source | Sentences, ...]
+    train: tuple[Source | Annotated | Sentences, ...]
     val: str | None = None
     tokenizer: str = ""
     sep: bool | None = None
@@ -75,7 +76,7 @@ class Training:
         clip_norm: the gradient's norm is scaled down to this; None = not.
         layer_decay: learning rate of a layer relative to the one after it (1 = the same).
         lr_scales: parameter-name prefix -> factor on the learning rate.
-        frozen: parameter-name prefixes that are not trained.
+        frozen: parameter-name prefixes that are not trained; a ``*`` stands for anything up to the next dot.
         ema_decay: of the averaged weights that are evaluated and saved beside the trained ones; None = no average.
         activation_checkpointing: recompute the towers' blocks in the backward pass to save memory.
         compile: run the model through torch.compile.
@@ -168,8 +169,9 @@ class Experiment:
         return Path(self.output) / self.name
 
     def resolved(self) -> Experiment:
-        """With every size and normalisation that the weights bring written out."""
-        return replace(self, model=self.model.resolved())
+        """With every size and normalisation that the weights bring, and every class, written out."""
+        train = tuple(s.resolved() if isinstance(s, Annotated) else s for s in self.data.train)
+        return replace(self, model=self.model.resolved(), data=replace(self.data, train=train))
 
 
 # What may change between a run and its continuation: nothing that a loss depends on.
@@ -274,10 +276,10 @@ def _set(node: Any, key: str, path: list[str], text: str) -> Any:
 
 def _parse(key: str, text: str, hint: Any, old: Any) -> Any:
     """``text`` as a value of type ``hint``. Sources may be given as paths separated by commas."""
-    if hint == tuple[Source | Sentences, ...]:
-        # files of texts keep the columns of the one that they take the place of
-        texts = old[0] if old and isinstance(old[0], Sentences) else None
-        return tuple(replace(texts, path=path) if texts else Source(path) for path in text.split(","))
+    if hint == tuple[Source | Annotated | Sentences, ...]:
+        # files keep the columns of the one that they take the place of
+        file = old[0] if old and isinstance(old[0], (Annotated, Sentences)) else None
+        return tuple(replace(file, path=path) if file else Source(path) for path in text.split(","))
     if hint is Any or is_dataclass(hint):
         names = [f.name for f in dataclasses.fields(old)] if is_dataclass(old) else []
         raise UserError(

@@ -14,6 +14,26 @@ from torch import Tensor
 
 
 @dataclass
+class Answers:
+    """What is to be said of the samples of a batch: any number of answers for each, in the order of the samples.
+
+    Args:
+        input_ids: (n, L) int64, from ``[CLS]`` to ``[SEP]``, padded to the longest.
+        attention_mask: (n, L) bool.
+        weight: (n,) float32 of the answer within its question.
+        row: (n,) int64 of its question in the batch.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    weight: Tensor
+    row: Tensor
+
+    def to(self, device: torch.device) -> Answers:
+        return Answers(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+@dataclass
 class Batch:
     """What one step of one process sees; what a run has not is None.
 
@@ -23,8 +43,11 @@ class Batch:
         input_ids: (B, L) int64, padded to the longest row of the batch.
         attention_mask: (B, L) bool, True where there is a token.
         labels: (B,) int64 class.
+        targets: (B, C) float32 share of each class, where more than one may be true; see `vlp.losses.classification`.
+        answers: to the questions that the texts are.
         row: (B,) int64 number of the sample among all samples of the run's sources, from 0: its slot in a bank.
-        others: further views of the same samples (a second crop, a paraphrase, a hard negative), in the order of the data.
+        others: further views of the same samples (a second crop, a paraphrase, a hard negative, NLVR2's second
+            picture), in the order of the data.
         keys: B names ``source/number/key`` (the sample's number within its source) for logs and error messages; they never reach a device.
     """
 
@@ -33,13 +56,17 @@ class Batch:
     input_ids: Tensor | None = None
     attention_mask: Tensor | None = None
     labels: Tensor | None = None
+    targets: Tensor | None = None
+    answers: Answers | None = None
     row: Tensor | None = None
     others: tuple[Batch, ...] = ()
     keys: Sequence[str] = ()
 
     def to(self, device: torch.device) -> Batch:
         def move(value: Any) -> Any:
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=True)
+            return value.to(device) if isinstance(value, Answers) else value
 
         others = tuple(other.to(device) for other in self.others)
         moved = {f.name: move(getattr(self, f.name)) for f in fields(self)}

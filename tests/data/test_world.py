@@ -350,6 +350,8 @@ def test_an_interrupted_folder_is_completed_and_a_complete_one_left_alone(tmp_pa
             make_it()
     whole = contents(make(tmp_path / "world", train=20, val=4, noise=0.5))
     assert {"train/manifest.json", "val/manifest.json", "world.json", "questions.jsonl"} <= whole.keys()
+    (tmp_path / "world" / "pairs.jsonl").unlink()  # as a world of before there were pairs
+    assert contents(make(tmp_path / "world", train=20, val=4, noise=0.5)) == whole
     monkeypatch.setattr(World, "scene", interrupt)
     assert contents(make_it()) == whole
     with pytest.raises(UserError, match="holds another world"):
@@ -385,4 +387,101 @@ def test_the_command_makes_the_same_world(tmp_path, capsys):
     )
     make(tmp_path / "b", World(96), train=20, val=4, noise=0.2, seed=9)
     same = [{k: v for k, v in contents(tmp_path / f).items() if "pictures" in k or k[-5:] == "jsonl"} for f in "ab"]
-    assert same[0] == same[1] and len(same[0]) == 28
+    assert same[0] == same[1] and len(same[0]) == 30
+
+
+def test_boxes_are_those_of_the_pixels(pairs):
+    for scene in (s for pair in pairs for s in pair):
+        seen = dict(see(scene.image))
+        for thing, (left, top, width, height) in zip(scene.things, scene.boxes):
+            mask = seen[f"{thing.size} {thing.colour} {thing.shape}"]
+            assert box(mask) == (left, top, left + width - 1, top + height - 1)
+
+
+def test_grounding_names_each_thing_of_each_sample_once(folder):
+    found = {}
+    for line in lines(folder, "grounding"):
+        assert set(line) == {"key", "text", "box", "proposals", "split"} and line["box"] in line["proposals"]
+        found.setdefault((line["split"], line["key"]), []).append((line["text"], tuple(line["box"])))
+    for split in ("train", "val"):
+        for key, sample in samples(folder, split).items():
+            scene = World().scene(5, sample.meta["number"])
+            named = [(f"the {t.colour} {t.shape}", b) for t, b in zip(scene.things, scene.boxes)]
+            assert found.pop((split, key)) == named
+    assert not found
+
+
+SHAPES, ALL_COLOURS = "|".join(OUTLINES), "|".join(COLOURS)
+
+
+def same_in_both(text: str, left: Seen, right: Seen) -> bool:
+    """Whether what the text compares is the same in two pictures, from their pixels."""
+    if "number of things" in text or "more things" in text:
+        return len(left) == len(right)
+    values = []
+    for seen in (left, right):
+        words = [(name.split(), mask) for name, mask in seen]
+        if match := re.search(f"the ({SHAPES}) has", text):
+            values.append(next(w[1] for w, _ in words if w[2] == match[1]))
+        elif match := re.search(f"the ({ALL_COLOURS}) thing has", text):
+            values.append(next(w[2] for w, _ in words if w[1] == match[1]))
+        else:
+            match = re.search(f"the ({SHAPES}) and the ({SHAPES})", text)
+            one, other = (next(mask for w, mask in words if w[2] == shape) for shape in match.groups())
+            values.append(related(one, other))
+    return values[0] == values[1]
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("made") / "larger", train=400, val=100, seed=5)
+
+
+def test_statements_about_two_pictures_are_true_of_the_pixels(larger):
+    pictures, found = larger / "pictures", lines(larger, "pairs")
+    assert {line["kind"] for line in found} == {"colour", "shape", "place", "number"}
+    seen = {}
+    for line in found:
+        for key in (line["left"], line["right"]):
+            if key not in seen:
+                seen[key] = see(np.array(Image.open(pictures / line["split"] / f"{key}.png")))
+        same = same_in_both(line["text"], seen[line["left"]], seen[line["right"]])
+        assert line["answer"] is (same == ("same" in line["text"] or "alike" in line["text"])), line
+
+
+def test_neither_a_text_nor_a_text_with_one_picture_decides_about_two(larger):
+    found = lines(larger, "pairs")
+    assert len({line["answer"] for line in found}) == 2 and all(line["left"] != line["right"] for line in found)
+    for split in ("train", "val"):
+        for kind in ("colour", "shape", "place", "number"):
+            some = [line for line in found if line["split"] == split and line["kind"] == kind]
+            assert some and len(some) % 4 == 0
+            for known in (("text",), ("text", "left"), ("text", "right")):
+                answers = {}
+                for line in some:
+                    answers.setdefault(tuple(line[name] for name in known), []).append(line["answer"])
+                assert all(sum(a) * 2 == len(a) for a in answers.values())
+    same = sum("same" in line["text"] or "alike" in line["text"] for line in found) / len(found)
+    assert 0.4 < same < 0.6  # and pictures without their text do not either
+
+
+def test_pictures_compared_by_colour_shape_or_place_have_histograms_that_do_not_tell(larger):
+    """All four of a group: both of two minimal pairs."""
+    numbers = {s.key: s.meta["number"] for split in ("train", "val") for s in read_all(larger, split)}
+    found = [line for line in lines(larger, "pairs") if line["kind"] != "number"]
+    for four in zip(*[iter(found)] * 4):
+        sides = [{numbers[line[side]] // 2 for line in four} for side in ("left", "right")]
+        assert [len(side) for side in sides] == [1, 1] and sides[0] != sides[1]
+
+
+def read_all(folder: Path, split: str) -> list:
+    reader = ShardReader(str(folder / split))
+    return [reader.read(*reader.place(n)) for n in range(len(reader))]
+
+
+def test_pairs_of_fewer_scenes_are_the_first_of_more(larger, tmp_path):
+    fewer = make(tmp_path / "fewer", train=200, val=100, seed=5)
+    some = [[line for line in lines(f, "pairs") if line["split"] == "train"] for f in (fewer, larger)]
+    assert 0 < len(some[0]) < len(some[1]) and some[1][: len(some[0])] == some[0]
+    val = [[line for line in lines(f, "pairs") if line["split"] == "val"] for f in (fewer, larger)]
+    assert val[0] == val[1]

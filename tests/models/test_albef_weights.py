@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +64,15 @@ def bert(name, layers, fusion_layer, masked_lm):
     return state
 
 
+def twins(state, fusion_layer):
+    """Keys and values of images are one parameter in both of a pair, and saved twice."""
+    for key, value in state.items():
+        if found := re.match(r"(.*layer\.)(\d+)(\.crossattention\.self\.(?:key|value)\..*)", key):
+            number = int(found[2])
+            value.copy_(state[f"{found[1]}{number - (number - fusion_layer) % 2}{found[3]}"])
+    return state
+
+
 def queues(index):
     state = {f"{name}_queue": torch.nn.functional.normalize(torch.randn(E, K), dim=0) for name in ("image", "text")}
     state["queue_ptr"] = torch.tensor([8])
@@ -87,7 +97,7 @@ def official(layout):
         if layout.endswith("pretrain"):
             state |= bert(f"text_encoder{twin}", 4, 2, masked_lm=True)
         elif layout in ("nlvr2", "text assignment"):
-            state |= bert(f"text_encoder{twin}", 6, 2, masked_lm=False)
+            state |= twins(bert(f"text_encoder{twin}", 6, 2, masked_lm=False), 2)
         else:
             state |= bert(f"text_encoder{twin}", 4, 2, masked_lm=False)
         if layout in ("nlvr2", "entailment"):
@@ -148,17 +158,53 @@ def test_every_layout_fills_the_model_that_it_holds(layout):
         name: any(key.startswith(f"{name}.") for key in checkpoint.student)
         for name in ("itm", "mlm", "text_projection")
     }
-    layers = 4 if layout in ("nlvr2", "text assignment") else 2
-    spec = replace(SPEC, itc=has["text_projection"], mlm=has["mlm"], fusion=Fusion(layers=layers))
-    model = spec.build()
-    before = model.itm.weight.clone()
+    pairs = layout in ("nlvr2", "text assignment")
+    classes = {"nlvr2": 2, "entailment": 3}.get(layout)
+    heads = {"itm": not pairs, "mlm": has["mlm"], "classes": classes, "assignment": layout == "text assignment"}
+    model = replace(SPEC, itc=has["text_projection"], fusion=Fusion(layers=2, images=1 + pairs), **heads).build()
+    before = None if pairs else model.itm.weight.clone()
     model.load(checkpoint.student)
-    assert (model.itm.weight == before).all() == (not has["itm"])
-    assert set(model.reports["model"].new) == (set() if has["itm"] else {"itm.weight", "itm.bias"})
-    assert {name.split(".")[0] for name in model.reports["model"].unexpected} <= {"classifier", "assignment", "decoder"}
+    if not pairs:
+        assert (model.itm.weight == before).all() == (not has["itm"])
+    assert set(model.reports["model"].new) == (set() if has["itm"] or pairs else {"itm.weight", "itm.bias"})
+    assert {name.split(".")[0] for name in model.reports["model"].unexpected} <= {"decoder"}
     for name, tensor in model.state_dict().items():
         if not name.startswith("itm.") or has["itm"]:
             assert torch.equal(tensor, checkpoint.student[name]), name
+    if pairs:
+        copies = {name for name in checkpoint.student if name not in model.state_dict()}
+        assert {name.split(".")[-2] for name in copies} == {"key", "value"} and len(copies) == 8
+        same(export_albef(AlbefCheckpoint(model.state_dict())), without_momentum(official(layout)))
+
+
+def without_momentum(state):
+    return {key: value for key, value in state.items() if not key.partition(".")[0].endswith("_m")}
+
+
+def test_twins_start_from_pretrained_layers_repeated_as_published():
+    """Official layers 6, 7, ... of a pre-trained file are layers 6 and 7, 8 and 9, ... of NLVR2's."""
+    checkpoint = load_albef(official("pretrain"))
+    spec = replace(SPEC, itc=False, itm=False, mlm=False, classes=2, fusion=Fusion(layers=2, images=2))
+    model = spec.build()
+    model.load(checkpoint.student)
+    exported = export_albef(AlbefCheckpoint(model.state_dict()))
+    given = {key.replace("bert.", ""): value for key, value in official("pretrain").items()}
+    layer = "text_encoder.encoder.layer"
+    for number in range(6):
+        source = number if number < 2 else 2 + (number - 2) // 2
+        names = [key for key in exported if key.startswith(f"{layer}.{number}.")]
+        assert len(names) == (16 if number < 2 else 26)
+        for key in names:
+            assert torch.equal(exported[key], given[key.replace(f"{layer}.{number}.", f"{layer}.{source}.")]), key
+
+
+def test_twins_that_share_nothing_are_refused():
+    state = official("nlvr2")
+    name = "text_encoder.encoder.layer.3.crossattention.self.key.weight"
+    state[name] = state[name] + 1
+    spec = replace(SPEC, itc=False, itm=False, mlm=False, classes=2, fusion=Fusion(layers=2, images=2))
+    with pytest.raises(UserError, match="fusion.layers.1.cross_attention.key.weight is not that of its twin"):
+        spec.build().load(load_albef(state).student)
 
 
 def test_official_names_land_where_they_belong():

@@ -6,15 +6,11 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
+from vlp.data.lines import Lines
 from vlp.data.shards import RawSample
 from vlp.errors import BadSample, UserError
 from vlp.models.pretrained import resolve
@@ -49,7 +45,7 @@ class Sentences:
 
 
 class SentenceReader:
-    """Lines of a file by number. Only their offsets are in memory; the handle is opened when first needed, not pickled.
+    """Lines of a file by number.
 
     Raises UserError where there is no such file, or it lacks a column.
     """
@@ -63,25 +59,20 @@ class SentenceReader:
             raise UserError(f"{self.path} has no columns; give a .tsv, .csv or .jsonl, or no columns")
         if self.path.suffix != ".txt" and not source.columns:
             raise UserError(f"name the columns of {self.path} that hold the texts: columns=('sentence',)")
+        self.lines = Lines(self.path)
         self.header: list[str] = []
-        self.offsets, self.sha256 = self._scan()
+        if self.path.suffix in TABLES and len(self.lines):
+            self._read_header()
         self.sizes = [len(self)]
 
-    def _scan(self) -> tuple[np.ndarray, str]:
-        """Where the lines begin, with the end of the last, and the hash of the file."""
-        content = self.path.read_bytes()
-        ends = np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n")) + 1
-        offsets = np.concatenate([[0], ends, [] if content.endswith(b"\n") or not content else [len(content)]])
-        offsets = offsets.astype(np.int64)
-        if self.path.suffix in TABLES and len(offsets) > 1:
-            self.header = list(self.source.header)
-            if not self.header:
-                self.header = self._cells(content[: offsets[1]].decode("utf-8-sig", errors="replace"))
-                offsets = offsets[1:]
-            wanted = [*self.source.columns, *([self.source.label] if self.source.label else [])]
-            if missing := [name for name in wanted if name not in self.header]:
-                raise UserError(f"{self.path} has no column {missing[0]!r}; it has {', '.join(self.header)}")
-        return offsets, hashlib.sha256(content).hexdigest()
+    def _read_header(self) -> None:
+        self.header = list(self.source.header)
+        if not self.header:
+            self.header = self._cells(self.lines[0])
+            self.lines.bounds = self.lines.bounds[1:]
+        wanted = [*self.source.columns, *([self.source.label] if self.source.label else [])]
+        if missing := [name for name in wanted if name not in self.header]:
+            raise UserError(f"{self.path} has no column {missing[0]!r}; it has {', '.join(self.header)}")
 
     def _cells(self, line: str) -> list[str]:
         # a tab-separated file is never quoted: sentences have single quotation marks
@@ -89,31 +80,15 @@ class SentenceReader:
         rows = list(csv.reader(io.StringIO(line), delimiter=TABLES[self.path.suffix], quoting=quoting))
         return rows[0] if rows else []
 
-    @cached_property
-    def _file(self):
-        return open(self.path, "rb")
-
     def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def _line(self, row: int) -> str:
-        begin, end = self.offsets[row : row + 2].tolist()
-        text = os.pread(self._file.fileno(), end - begin, begin).decode("utf-8", errors="replace")
-        return text.strip("\r\n")
+        return len(self.lines)
 
     def _record(self, row: int) -> dict[str, str]:
-        line = self._line(row)
         if self.path.suffix == ".txt":
-            return {"text": line}
+            return {"text": self.lines[row]}
         if self.path.suffix == ".jsonl":
-            try:
-                record = json.loads(line)
-            except ValueError as e:
-                raise BadSample(f"json does not parse ({e})") from None
-            if not isinstance(record, dict):
-                raise BadSample("json is not an object")
-            return record
-        cells = self._cells(line)
+            return self.lines.record(row)
+        cells = self._cells(self.lines[row])
         if len(cells) != len(self.header):
             raise BadSample(f"{len(cells)} columns where the first line has {len(self.header)}")
         return dict(zip(self.header, cells))
@@ -142,14 +117,11 @@ class SentenceReader:
 
     def fingerprint(self) -> dict:
         """What the order of the samples depends on."""
-        return {"shards": 1, "samples": len(self), "sha256": self.sha256}
+        return {"shards": 1, "samples": len(self), "sha256": self.lines.sha256}
 
     @property
     def shards(self) -> list[str]:
         return [str(self.path)]
-
-    def __getstate__(self):
-        return {name: value for name, value in vars(self).items() if name != "_file"}
 
 
 def nli_triples(path: Path) -> Iterator[tuple[str, str, str]]:

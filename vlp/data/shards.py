@@ -22,6 +22,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
+from torch import Tensor
+
 from vlp.data.locations import cache_folder, fetch, list_shards, read_manifest, reason_of, write_atomically
 from vlp.data.order import GROUP_SAMPLES
 from vlp.errors import BadSample, UserError
@@ -212,6 +214,9 @@ class RawSample:
         meta: whatever else the json holds.
         texts: further views of a text.
         label: number of the class, where there are classes.
+        images: further encoded pictures of the sample (NLVR2 has two).
+        answers: (answer, weight) of a question.
+        targets: (C,) soft target of each class.
     """
 
     key: str
@@ -224,6 +229,9 @@ class RawSample:
     meta: dict
     texts: tuple[str, ...] = ()
     label: int | None = None
+    images: tuple[bytes, ...] = ()
+    answers: tuple[tuple[str, float], ...] = ()
+    targets: Tensor | None = None
 
 
 @dataclass(frozen=True)

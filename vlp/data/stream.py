@@ -17,7 +17,7 @@ from vlp.data.image import decode
 from vlp.data.order import Draw, MixtureOrder, SourceOrder, stream
 from vlp.data.shards import INDEX_BITS, RawSample, ShardReader
 from vlp.errors import BadSample, UserError
-from vlp.types import Batch
+from vlp.types import Answers, Batch
 
 
 @dataclass
@@ -34,8 +34,11 @@ class Sample:
     """One sample before it is put into a batch.
 
     Args:
-        images: its views, (3, h, w) uint8 each; none where the model takes no pictures.
+        images: its views, (3, h, w) uint8 each, those of a further picture behind those of the first; none where the
+            model takes no pictures.
         texts: its views; none where the model takes no text.
+        answers: (answer, weight) each.
+        targets: (C,).
         rng: what is left of the sample's own randomness, for views that are made from token ids.
     """
 
@@ -45,6 +48,8 @@ class Sample:
     label: int | None
     images: list[Tensor]
     texts: tuple[str, ...]
+    answers: tuple[tuple[str, float], ...]
+    targets: Tensor | None
     rng: np.random.Generator
 
 
@@ -55,7 +60,7 @@ class Shuffled(Dataset):
     size on every process, and a resumed run substitutes the same.
 
     Args:
-        sources: `vlp.data.shards.Source` or `vlp.data.sentences.Sentences`.
+        sources: `vlp.data.shards.Source`, `vlp.data.annotated.Annotated` or `vlp.data.sentences.Sentences`.
         transforms: one for each view of a picture.
         preprocess: of the image tower; None = pictures are not read.
         tokenizer: None = texts are not read.
@@ -95,11 +100,14 @@ class Shuffled(Dataset):
             if raw.image is None:
                 raise BadSample("no picture")
             size, interpolation = self.preprocess.size, self.preprocess.interpolation
-            pixels = decode(raw.image, self.max_pixels)
-            images = [t(pixels, size, interpolation, rng, texts[0] if texts else "") for t in self.transforms]
+            # an answer may be what mirroring makes wrong, as a text may
+            said = " ".join([*texts[:1], *(answer for answer, _ in raw.answers)])
+            for pixels in (decode(image, self.max_pixels) for image in (raw.image, *raw.images)):
+                images += [transform(pixels, size, interpolation, rng, said) for transform in self.transforms]
         # pictures of different sources never have the same index
         index, row = draw.source << INDEX_BITS | raw.index, self.first_rows[draw.source] + raw.number
-        return Sample(f"{draw.source}/{raw.number}/{raw.key}", index, row, raw.label, images, texts, rng)
+        key = f"{draw.source}/{raw.number}/{raw.key}"
+        return Sample(key, index, row, raw.label, images, texts, raw.answers, raw.targets, rng)
 
     def _sample_or_another(self, position: int, bad: list[dict]) -> Sample:
         draw = self.order.locate(position)
@@ -125,8 +133,15 @@ class Shuffled(Dataset):
 
     def _collate(self, samples: list[Sample]) -> tuple[Batch, int]:
         """The batch with its further views, and how many texts were cut."""
-        if len({len(s.texts) for s in samples}) > 1:
-            raise UserError("the sources have different numbers of texts a sample; give each as many columns")
+        for what, kinds in {
+            "numbers of texts a sample": {len(s.texts) for s in samples},
+            "numbers of pictures a sample": {len(s.images) for s in samples},
+            "kinds of annotation: only some have classes or answers": {
+                (s.label is None, s.targets is None or len(s.targets), not s.answers) for s in samples
+            },
+        }.items():
+            if len(kinds) > 1:
+                raise UserError(f"the sources have different {what}; give each the same")
         index = torch.tensor([s.index for s in samples])
         images = [torch.stack(view) for view in zip(*(s.images for s in samples))]
         texts = [self.tokenizer.rows(view) for view in zip(*(s.texts for s in samples), strict=True)]
@@ -135,9 +150,19 @@ class Shuffled(Dataset):
         padded = [self.tokenizer.pad(rows, self.max_length) for rows in texts]
         views = [Batch(index, image, *(text or (None, None, 0))[:2]) for image, text in zip_longest(images, padded)]
         labels = torch.tensor([s.label for s in samples]) if samples[0].label is not None else None
+        targets = torch.stack([s.targets for s in samples]) if samples[0].targets is not None else None
+        answers, cut = self._answers(samples) if self.tokenizer and samples[0].answers else (None, 0)
         row, keys = torch.tensor([s.row for s in samples]), [s.key for s in samples]
-        first = replace(views[0], labels=labels, row=row, keys=keys, others=tuple(views[1:]))
-        return first, sum(cut for _, _, cut in padded)
+        first = replace(
+            views[0], labels=labels, targets=targets, answers=answers, row=row, keys=keys, others=tuple(views[1:])
+        )
+        return first, cut + sum(cut for _, _, cut in padded)
+
+    def _answers(self, samples: list[Sample]) -> tuple[Answers, int]:
+        """The answers of all samples, and how many were cut."""
+        rows, weights, texts = zip(*((n, w, text) for n, s in enumerate(samples) for text, w in s.answers))
+        ids, mask, cut = self.tokenizer.pad_closed(self.tokenizer.rows(texts), self.max_length)
+        return Answers(ids, mask, torch.tensor(weights), torch.tensor(rows)), cut
 
 
 class InOrder(Dataset):

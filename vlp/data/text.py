@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
-from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 from vlp.errors import UserError
@@ -48,6 +48,8 @@ class Tokenizer:
         if missing:
             raise UserError(f"the tokenizer has no token {' or '.join(missing)}; use a BERT-like one, or train one")
         self.pad_id, self.cls_id, self.sep_id, self.mask_id = found.values()
+        if isinstance(backend.model, models.WordPiece) and backend.decoder is None:
+            backend.decoder = decoders.WordPiece()
         cls, last = backend.id_to_token(self.cls_id), backend.id_to_token(self.sep_id)
         backend.no_truncation()
         backend.no_padding()
@@ -63,6 +65,16 @@ class Tokenizer:
         """Ids of each caption, special tokens included, neither cut nor padded."""
         return [encoding.ids for encoding in self._backend.encode_batch(list(captions))]
 
+    def words(self, caption: str) -> list[tuple[str, list[int]]]:
+        """The words as they are written, each with the places of its pieces in the caption's ids; punctuation is one too."""
+        encoding = self._backend.encode(caption)
+        places: dict[int, list[int]] = {}
+        for place, word in enumerate(encoding.word_ids):
+            if word is not None:
+                places.setdefault(word, []).append(place)
+        spans = ((encoding.offsets[p[0]][0], encoding.offsets[p[-1]][1], p) for p in places.values())
+        return [(caption[begin:end].strip(), own) for begin, end, own in spans]
+
     def __call__(self, captions: Sequence[str], max_length: int) -> tuple[Tensor, Tensor, int]:
         """Ids padded to the longest caption; a longer one than ``max_length`` is cut, keeping its ``[SEP]``.
 
@@ -74,6 +86,15 @@ class Tokenizer:
     def pad(self, rows: list[list[int]], max_length: int) -> tuple[Tensor, Tensor, int]:
         """As `__call__`, of rows of ids."""
         return pad(rows, max_length, self.pad_id, keep_last=self.sep)
+
+    def pad_closed(self, rows: list[list[int]], max_length: int) -> tuple[Tensor, Tensor, int]:
+        """As `pad`, and every row ends in ``[SEP]``, for what is to be generated, whatever captions end in."""
+        closed = rows if self.sep else [[*row, self.sep_id] for row in rows]
+        return pad(closed, max_length, self.pad_id, keep_last=True)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What ids say, special tokens left out."""
+        return self._backend.decode(list(ids)).strip()
 
     def vocabulary(self) -> Vocabulary:
         """A piece continues a word by WordPiece's ``##``; where pieces mark the begin instead (RoBERTa), by its lack."""
@@ -130,6 +151,12 @@ class OpenClipTokenizer:
     def pad(self, rows: list[list[int]], max_length: int) -> tuple[Tensor, Tensor, int]:
         """As `__call__`, of rows of ids."""
         return pad(rows, min(max_length, self.context), self.pad_id, keep_last=True)
+
+    pad_closed = pad  # they end in the end token already
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What ids say, special tokens left out."""
+        return self._bpe.decode([i for i in ids if i not in (self.cls_id, self.sep_id)]).strip()
 
     def vocabulary(self) -> Vocabulary:
         """A piece that does not end its word is continued by the next, so words are not told apart: none continues."""

@@ -10,7 +10,7 @@ texts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -51,6 +51,8 @@ class Fusion:
         weights: a BERT folder, ``pip:PACKAGE/folder`` or the folder of a run, from whose layers ``first_layer`` on
             self-attention and feed-forward start; BERT has no cross-attention, that is new. None = all random.
         first_layer: ALBEF's text tower takes layers 0 to 5, its fusion 6 to 11.
+        images: how many a text looks at: every layer stands so many times in a row, each time for the next image, with
+            keys and values of images in common (ALBEF's NLVR2 has 2: twins).
         heads: None = as in the weights, or else the text tower.
         hidden_size: of the feed-forward part; None = likewise.
         dropout: of hidden states and attention alike; None = likewise.
@@ -62,6 +64,7 @@ class Fusion:
     layers: int = 6
     weights: str | None = None
     first_layer: int = 6
+    images: int = 1
     heads: int | None = None
     hidden_size: int | None = None
     dropout: float | None = None
@@ -92,25 +95,39 @@ class Fusion:
         Raises:
             UserError: if the sizes do not go together, or the weights do not fit.
         """
+        self.check(width)
+        model = FusionEncoder(self, width, image_width)
+        if load_weights and self.weights:
+            model.report = self.load(model.layers, self.read_layers(self.read_weights()), CROSS)
+        return model
+
+    def check(self, width: int) -> None:
+        """Raises UserError where layers cannot be of this width."""
+        if self.images < 1:
+            raise UserError(f"fusion with {self.images} images a text; give 1 or more")
         if self.layers < 1 or width % self.heads:
             raise UserError(
                 f"fusion of {self.layers} layers with {self.heads} heads on a text tower of width {width}; "
                 "take at least one layer, and heads that divide the width"
             )
-        model = FusionEncoder(self, width, image_width)
-        if load_weights and self.weights:
-            model.report = self._load(model.layers)
-        return model
 
-    def _load(self, layers: nn.ModuleList) -> LoadReport:
+    def read_weights(self) -> dict[str, Tensor]:
+        """What ``weights`` names, by BERT's names."""
         is_run = pretrained.is_run(self.weights)
-        given = pretrained.read_run(self.weights, "text") if is_run else _read_encoder(self.weights, "bert")
+        return pretrained.read_run(self.weights, "text") if is_run else _read_encoder(self.weights, "bert")
+
+    def read_layers(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The layers from ``first_layer`` on, by our names, numbered from 0."""
         state = {}
-        for number in range(self.layers):
+        for number in range(self.layers * self.images):
             for theirs, ours in BERT_LAYER.items():
-                old = f"encoder.layer.{self.first_layer + number}.{theirs}."
+                old = f"encoder.layer.{self.first_layer + number // self.images}.{theirs}."
                 state |= {f"{number}.{ours}.{k.removeprefix(old)}": v for k, v in given.items() if k.startswith(old)}
-        new = [f"{number}.{name}" for number in range(self.layers) for name in CROSS]
+        return state
+
+    def load(self, layers: nn.ModuleList, state: Mapping[str, Tensor], fresh: Collection[str]) -> LoadReport:
+        """Takes the state of the layers, of which the parts ``fresh`` may be missing. Raises UserError where it does not fit."""
+        new = [f"{number}.{name}" for number in range(len(layers)) for name in fresh]
         try:
             return pretrained.load(layers, state, new=new)
         except UserError as error:
@@ -120,16 +137,22 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Projected:
-    """What fusion reads of B images: keys and values, each (B, P, D) for every layer."""
+    """What is read of B images, or of B texts: keys and values, each (B, P, D) for every layer.
+
+    Args:
+        mask: (B, P) bool, which tokens are real; None = all, as of images.
+    """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys[0])
 
     def __getitem__(self, rows: Tensor | slice) -> Projected:
-        return Projected(tuple(k[rows] for k in self.keys), tuple(v[rows] for v in self.values))
+        mask = None if self.mask is None else self.mask[rows]
+        return Projected(tuple(k[rows] for k in self.keys), tuple(v[rows] for v in self.values), mask)
 
     def layer(self, number: int) -> tuple[Tensor, Tensor | None]:
         return self.keys[number], self.values[number]
@@ -151,6 +174,19 @@ class Unprojected:
         return self.tokens, None
 
 
+@dataclass(frozen=True)
+class InTurn:
+    """Several images of each text, B of each: the layers look at the first, the second, ..., and the first again."""
+
+    images: tuple[Projected, ...]
+
+    def __len__(self) -> int:
+        return len(self.images[0])
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor | None]:
+        return self.images[number % len(self.images)].layer(number)
+
+
 class FusionEncoder(nn.Module):
     """What texts become when they look at images.
 
@@ -162,9 +198,10 @@ class FusionEncoder(nn.Module):
 
     def __init__(self, spec: Fusion, width: int, image_width: int):
         super().__init__()
-        sizes = (width, image_width, spec.heads, spec.hidden_size, spec.dropout, spec.eps)
-        self.layers = nn.ModuleList(FusionLayer(*sizes) for _ in range(spec.layers))
-        self.pack = spec.pack
+        sizes = (spec.heads, spec.hidden_size, spec.dropout, spec.eps)
+        twins = [image_width] + [None] * (spec.images - 1)
+        self.layers = nn.ModuleList(FusionLayer(width, source, *sizes) for _ in range(spec.layers) for source in twins)
+        self.pack, self.images = spec.pack, spec.images
         self.checkpointing = False
         self.report: LoadReport | None = None
         for module in self.modules():
@@ -174,14 +211,15 @@ class FusionEncoder(nn.Module):
 
     def project(self, tokens: Tensor) -> Projected:
         """(B, P, image width), all of them real, to the keys and values of every layer: the dearest part of fusion."""
-        attentions = [layer.cross_attention for layer in self.layers]
-        return Projected(tuple(a.key(tokens) for a in attentions), tuple(a.value(tokens) for a in attentions))
+        attentions = [layer.cross_attention for layer in self.layers[:: self.images]]
+        keys, values = [a.key(tokens) for a in attentions], [a.value(tokens) for a in attentions]
+        return Projected(*(tuple(x for x in each for _ in range(self.images)) for each in (keys, values)))
 
     def forward(
         self,
         tokens: Tensor,
         mask: Tensor,
-        image: Projected | Unprojected,
+        image: Projected | Unprojected | InTurn,
         texts: Tensor | None = None,
         images: Tensor | None = None,
         at: Wanted = None,
@@ -194,7 +232,7 @@ class FusionEncoder(nn.Module):
         Args:
             tokens: (A, L, D) of the text tower.
             mask: (A, L) bool, padding on the right; a text without any token counts as one of its first.
-            image: B of them, projected if there is more than one pass.
+            image: B of them, projected if there is more than one pass, or if layers have twins.
             texts: (n,) int64 text of each pair; None = each once, n = A.
             images: (m,) int64 image of the last m pairs; None = m is 0.
             at: which outputs are wanted, the last layer computes no others: None = all; "first" = of each pair's first
@@ -249,7 +287,7 @@ class FusionEncoder(nn.Module):
         self,
         tokens: Tensor,
         mask: Tensor,
-        image: Projected | Unprojected,
+        image: Projected | Unprojected | InTurn,
         texts: Tensor | None,
         images: Tensor | None,
         at: Wanted,
@@ -279,8 +317,8 @@ class FusionEncoder(nn.Module):
         return part(*given)
 
     def layer_ids(self) -> dict[str, int]:
-        """Parameter name to layer, from 1."""
-        return {name: int(name.split(".")[1]) + 1 for name, _ in self.named_parameters()}
+        """Parameter name to layer, from 1; twins are one."""
+        return {name: int(name.split(".")[1]) // self.images + 1 for name, _ in self.named_parameters()}
 
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute activations in the backward instead of keeping them; keys and values of images are kept."""

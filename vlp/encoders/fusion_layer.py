@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from vlp.encoders.packing import Layout
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[..., Tensor]  # of (query, key, value), and of a mask where there is one
 
 
 class Attention(nn.Module):
@@ -22,13 +22,14 @@ class Attention(nn.Module):
 
     Args:
         width: D of the queries and of the output.
-        source: width of what keys and values are made from.
+        source: width of what keys and values are made from; None = they are made elsewhere.
     """
 
-    def __init__(self, width: int, source: int, heads: int, dropout: float):
+    def __init__(self, width: int, source: int | None, heads: int, dropout: float):
         super().__init__()
         self.query, self.out = nn.Linear(width, width), nn.Linear(width, width)
-        self.key, self.value = nn.Linear(source, width), nn.Linear(source, width)
+        if source is not None:
+            self.key, self.value = nn.Linear(source, width), nn.Linear(source, width)
         self.heads, self.dropout = heads, dropout
 
     def split(self, x: Tensor) -> Tensor:
@@ -41,9 +42,13 @@ class Attention(nn.Module):
 
 
 class FusionLayer(nn.Module):
-    """BERT's layer with cross-attention: self-attention, cross-attention, feed-forward, each with its norm behind it."""
+    """BERT's layer with cross-attention: self-attention, cross-attention, feed-forward, each with its norm behind it.
 
-    def __init__(self, width: int, image_width: int, heads: int, hidden_size: int, dropout: float, eps: float):
+    Args:
+        image_width: None = its twin makes the keys and values of images for it.
+    """
+
+    def __init__(self, width: int, image_width: int | None, heads: int, hidden_size: int, dropout: float, eps: float):
         super().__init__()
         self.self_attention = Attention(width, width, heads, dropout)
         self.self_norm = nn.LayerNorm(width, eps=eps)
@@ -61,7 +66,7 @@ class FusionLayer(nn.Module):
         query = attention.split(out.pad(attention.query(wanted)))
         key, value = (attention.split(layout.pad(part(states))) for part in (attention.key, attention.value))
         mask = None if layout.mask is None else layout.mask[:, None, None]
-        attended = out.pack(_merge(attention.attend(query, key, value, mask)))
+        attended = out.pack(merge_heads(attention.attend(query, key, value, mask)))
         return self.self_norm(wanted + self.dropout(attention.out(attended)))
 
     def read_image(
@@ -72,6 +77,7 @@ class FusionLayer(nn.Module):
         values: Tensor | None,
         images: Tensor | None = None,
         attend: Attend | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Cross-attention of (T, D) states to (B, P, D) keys and values, and the feed-forward part behind it.
 
@@ -79,17 +85,19 @@ class FusionLayer(nn.Module):
             values: None = ``keys`` are the image tokens, (B, P, image width), see `_absorb`.
             images: see `FusionEncoder.forward`.
             attend: in the place of fused attention.
+            mask: (B, P) bool, which tokens are real; None = all. Not with image tokens.
         """
         attention = self.cross_attention
         query, attend = attention.query(states), attend or attention.attend
         if values is None:
             attended = self._absorb(query, layout, keys, images, attend)
         elif len(keys) == 1 and images is None:  # one image for all: neither padding nor order matters
-            attended = _merge(attend(*map(attention.split, (query[None], keys, values))))[0]
+            given = map(attention.split, (query[None], keys, values))
+            attended = merge_heads(attend(*given, *(() if mask is None else (mask[:, None, None],))))[0]
         else:
             padded = attention.split(layout.pad(query))
-            attended = _in_place(padded, attention.split(keys), attention.split(values), images, attend)
-            attended = layout.pack(_merge(attended))
+            attended = _in_place(padded, attention.split(keys), attention.split(values), images, attend, mask)
+            attended = layout.pack(merge_heads(attended))
         states = self.cross_norm(states + self.dropout(attention.out(attended)))
         return self.norm(states + self.dropout(self.contract(F.gelu(self.expand(states)))))
 
@@ -110,23 +118,27 @@ class FusionLayer(nn.Module):
         return torch.einsum("thc,hdc->thd", attended, value).flatten(1) + attention.value.bias
 
 
-def _in_place(query: Tensor, keys: Tensor, values: Tensor, images: Tensor | None, attend: Attend) -> Tensor:
-    """(n, h, W, d) queries, (B, h, P, d) keys and values, to (n, h, W, d).
+def _in_place(
+    query: Tensor, keys: Tensor, values: Tensor, images: Tensor | None, attend: Attend, mask: Tensor | None = None
+) -> Tensor:
+    """(n, h, W, d) queries, (B, h, P, d) keys and values and their (B, P) mask, to (n, h, W, d).
 
     Texts of one image stand side by side, so that keys and values are copied for what ``images`` names alone.
     """
     aligned, parts = len(query) - (0 if images is None else len(images)), []
+    given = (keys, values) if mask is None else (keys, values, mask[:, None, None])
     if aligned % len(keys):
         raise ValueError(f"{aligned} texts in the order of {len(keys)} images: give whole rounds of them")
     if aligned:
         rounds = query[:aligned].unflatten(0, (-1, len(keys)))  # (n / B, B, h, W, d)
         side_by_side = rounds.permute(1, 2, 0, 3, 4).flatten(2, 3)
-        attended = attend(side_by_side, keys, values).unflatten(2, (len(rounds), -1))
+        attended = attend(side_by_side, *given).unflatten(2, (len(rounds), -1))
         parts.append(attended.permute(2, 0, 1, 3, 4).flatten(0, 1))
     if aligned < len(query):
-        parts.append(attend(query[aligned:], keys[images], values[images]))
+        parts.append(attend(query[aligned:], *(x[images] for x in given)))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _merge(x: Tensor) -> Tensor:
+def merge_heads(x: Tensor) -> Tensor:
+    """(n, h, W, d) to (n, W, h * d)."""
     return x.transpose(1, 2).flatten(2)

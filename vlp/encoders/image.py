@@ -233,11 +233,6 @@ class ImageTower(nn.Module):
         self.report = report
         self.width: int = model.num_features
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of a ViT's patches."""
-        return tuple(self.model.patch_embed.grid_size)
-
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) normalised to (B, 1 + P, D)."""
         features = self.model.forward_features(image)
@@ -249,6 +244,12 @@ class ImageTower(nn.Module):
         else:
             grid = features.flatten(2).mT
         return torch.cat([pooled[:, None], grid], dim=1)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the tokens behind the pooled one, for pictures of the size that `preprocess` makes."""
+        stride = self.model.feature_info[-1]["reduction"]
+        return tuple(-(-side // stride) for side in self.preprocess.size)
 
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to depth: see `timm_layer_ids`."""

@@ -25,7 +25,7 @@ from vlp.errors import UserError
 
 @dataclass(frozen=True)
 class Mome:
-    """The transformer; the sizes are VLMo's base. See `BASE`, `BASE_PLUS`, `LARGE`, `SMALL`.
+    """The transformer; the sizes are VLMo's base. See `BASE`, `BASE_PLUS`, `LARGE`, `SMALL`, `TINY`.
 
     Args:
         width: D.
@@ -96,6 +96,7 @@ BASE = Mome()
 BASE_PLUS = Mome(544, 24, 16, vl_from=21, layer_scale=None, max_text_length=40, positions="absolute")
 LARGE = Mome(1024, 24, 16, vl_from=21)
 SMALL = Mome(256, 6, 4, vl_from=4, drop_path=0.0, text_dropout=0.0, image_size=128, max_text_length=64)
+TINY = replace(SMALL, width=192, heads=3, image_size=96)
 
 
 KEEP_PRODUCTS = partial(create_selective_checkpoint_contexts, keep_products)

@@ -1,4 +1,4 @@
-"""Masked modelling: what was hidden is told from what was not.
+"""Masked and causal modelling: what is hidden, or comes next, is told from what is not.
 
 M predicted positions, V vocabulary, C values of a patch.
 """
@@ -21,8 +21,9 @@ def masked_cross_entropy(
     teacher: Tensor | None = None,
     distill: float = 0.0,
     count: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """``1/count sum_i [(1 - a) CE(logits_i, labels_i) + a CE(logits_i, softmax(teacher_i))]``, a = ``distill``.
+    """``1/count sum_i w_i [(1 - a) CE(logits_i, labels_i) + a CE(logits_i, softmax(teacher_i))]``, a = ``distill``.
 
     BERT's masked language modelling (Devlin et al. 2019), with momentum distillation (ALBEF, Li et al. 2021, eq. 7).
     Computed in float32; gradient flows to ``logits`` only. Where nothing is to be predicted it is 0, and so is the
@@ -35,6 +36,7 @@ def masked_cross_entropy(
         distill: share of the teacher.
         count: () what the sum is divided by; None = the number of rows that count. Over several processes the mean of
             the losses is the loss of all rows where this is the mean of their numbers.
+        weight: (M,) w; None = 1 each.
 
     Returns:
         () mean over rows, in nats.
@@ -47,10 +49,11 @@ def masked_cross_entropy(
         raise ValueError(
             f"one label a row is needed: logits {tuple(logits.shape)}, labels {tuple(labels.shape)}{of_teacher}"
         )
-    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    rows = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
     if teacher is not None:
-        rows = F.cross_entropy(logits, teacher.detach().softmax(1), reduction="none")
-        total = (1 - distill) * total + distill * rows.masked_fill(labels == IGNORED, 0).sum()
+        soft = F.cross_entropy(logits, teacher.detach().softmax(1), reduction="none")
+        rows = (1 - distill) * rows + distill * soft.masked_fill(labels == IGNORED, 0)
+    total = rows.sum() if weight is None else (rows * weight).sum()
     if count is None:
         count = (labels != IGNORED).sum()
     loss = total / torch.where(count > 0, count, 1)

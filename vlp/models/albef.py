@@ -12,22 +12,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlp.encoders.fusion import Fusion, Projected, Unprojected, Wanted
+from vlp.encoders.decoder import Decoder, Predicted
+from vlp.encoders.fusion import Fusion, InTurn, Projected, Unprojected, Wanted
 from vlp.encoders.heads import VocabularyHead
 from vlp.encoders.image import Preprocess, TimmImage, _grids
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.models import pretrained
-from vlp.models.albef_weights import load_albef
+from vlp.models.albef_weights import as_twins, load_albef
 from vlp.models.dual import tower_layer_ids, unit
-from vlp.models.pretrained import LoadReport, is_run, run_state
+from vlp.models.pretrained import LoadReport
 from vlp.models.scale import LearnedScale, check_temperatures
-from vlp.types import Encoded
+from vlp.types import Answers, Encoded
 
 # what a file may hold, or lack, that a model for other objectives lacks, or holds
-HEADS = ("image_projection", "text_projection", "temperature", "itm", "mlm")
-TASKS = ("classifier", "assignment", "decoder")
+HEADS = ("image_projection", "text_projection", "temperature", "itm", "mlm", "classifier", "assignment", "decoder")
+# what a decoder starts as that the weights lack
+BEGINNING = {
+    "fusion.layers.": "decoder.layers.",
+    "text.model.embeddings.": "decoder.embeddings.",
+    "mlm.": "decoder.head.",
+}
 
 
 @dataclass(frozen=True)
@@ -36,18 +42,24 @@ class Albef:
 
     Args:
         text: the first layers of BERT: ``config={"num_hidden_layers": 6}`` on its folder.
-        fusion: its last layers, with cross-attention; built where ``itm`` or ``mlm`` asks for it.
+        fusion: its last layers, with cross-attention; built where a head asks for it.
         itc: linear projections of the first tokens to ``embed_size``, and the temperature. Without them `Encoded.embed`
             is the first token itself, at unit length.
         itm: a linear layer on fusion's first token: does the text belong to the image?
         mlm: a head that predicts masked tokens from fusion's states, tied to the word embeddings; from the folder of the
             text tower's weights where that has one.
+        classes: C of a head on fusion's first token, two linear layers with a ReLU between them (visual entailment, NLVR2,
+            VQA as classification); None = there is none.
+        assignment: a linear layer on it that tells which of ``fusion.images`` the text belongs to, or none: what NLVR2's
+            twins are pre-trained with.
+        decoder: layers that write answers to questions, or captions; None = there is none.
         embed_size: E.
         temperature: initial value; similarities are divided by it.
         temperature_min: smallest value that takes effect; None = unbounded.
         temperature_max: largest.
         weights: a checkpoint of ALBEF, see `vlp.models.albef_weights`, or the folder of a run, from which all of the model
-            starts instead; positions are resized to ``image.image_size``.
+            starts instead; positions are resized to ``image.image_size``. What it has no head for is new; a decoder
+            starts as its fusion layers, word embeddings and head for masked words, as published.
     """
 
     image: TimmImage
@@ -56,6 +68,9 @@ class Albef:
     itc: bool = True
     itm: bool = True
     mlm: bool = True
+    classes: int | None = None
+    assignment: bool = False
+    decoder: Decoder | None = None
     embed_size: int = 256
     temperature: float = 0.07
     temperature_min: float | None = 0.001
@@ -65,6 +80,7 @@ class Albef:
     def resolved(self) -> Albef:
         """The same model with all sizes and normalisation filled in: `build(load_weights=False)` needs no weights then."""
         parts = {"image": self.image.resolved(), "text": self.text.resolved()}
+        parts["decoder"] = self.decoder and self.decoder.resolved(self.text)
         return replace(self, fusion=self.fusion.resolved(self.text), **parts)
 
     def build(self, load_weights: bool = True) -> AlbefModel:
@@ -81,11 +97,13 @@ class Albef:
             raise UserError(
                 f"fusion begins with the text's own first token; set text.pool to cls, not {self.text.pool!r}"
             )
+        if self.fusion.images > 1 and (self.itm or self.mlm):
+            raise UserError(f"itm and mlm look at one image, fusion.images is {self.fusion.images}; set both to false")
         part_by_part = load_weights and not self.weights
         model = AlbefModel(self, self.image.build(part_by_part), self.text.build(part_by_part), part_by_part)
         if load_weights and self.weights:
-            state = run_state(self.weights) if is_run(self.weights) else load_albef(self.weights).student
-            model.load(state)
+            is_run = pretrained.is_run(self.weights)
+            model.load(pretrained.run_state(self.weights) if is_run else load_albef(self.weights).student)
         return model
 
 
@@ -93,7 +111,8 @@ class AlbefModel(LearnedScale):
     """Images and texts on one sphere, and texts that look at images; owns every parameter.
 
     What the objectives call: `encode_image` and `encode_text` for each modality; `project` once for each image and
-    `fuse` for each pass over pairs; `match` for the scores of pairs; `masked_text` for the words under masks.
+    `fuse` for each pass over pairs; `match` for the scores of pairs; `masked_text` for the words under masks; `classify` for
+    the classes of pairs; `answer` and `caption` for what is written about them.
 
     Args:
         spec: of all but the towers.
@@ -110,8 +129,9 @@ class AlbefModel(LearnedScale):
         self.text_projection: nn.Module = nn.Linear(text.width, spec.embed_size) if spec.itc else nn.Identity()
         if spec.itc:
             self.add_scale(spec.temperature, spec.temperature_min, spec.temperature_max)
-        self.fusion = self.itm = self.mlm = None
-        if spec.itm or spec.mlm:
+        self.fusion = self.itm = self.mlm = self.classifier = self.assignment = self.decoder = None
+        answers = spec.decoder is not None and spec.decoder.source == "fusion"
+        if spec.itm or spec.mlm or spec.classes or spec.assignment or answers:
             self.fusion = spec.fusion.resolved(spec.text).build(text.width, image.width, load_weights)
         if spec.itm:
             self.itm = nn.Linear(text.width, 2)
@@ -119,6 +139,14 @@ class AlbefModel(LearnedScale):
             self.mlm = VocabularyHead(text.width, text.word_embeddings, text.model.config)
             if load_weights and spec.text.weights:
                 self.mlm.load(spec.text.weights)
+        if spec.classes:
+            width = text.width
+            self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, spec.classes))
+        if spec.assignment:
+            self.assignment = nn.Linear(text.width, spec.fusion.images + 1)
+        if spec.decoder:
+            source_width = text.width if answers else image.width
+            self.decoder = spec.decoder.resolved(spec.text).build(text, source_width, load_weights)
         self.report: LoadReport | None = None
 
     def load(self, student: Mapping[str, Tensor]) -> None:
@@ -129,10 +157,26 @@ class AlbefModel(LearnedScale):
         Raises:
             UserError: if it is of other sizes.
         """
+        if self.fusion is not None:
+            images = self.fusion.images
+            student = as_twins(student, len(self.fusion.layers) // images, images)
         grids = {f"image.model.{name}": grid for name, grid in _grids(self.image.model).items()}
         own = {name.partition(".")[0] for name, _ in self.named_parameters()}
-        ignored = [part for part in (*HEADS, "fusion", *TASKS) if part not in own]
-        self.report = pretrained.load(self, student, new=HEADS, ignored=ignored, grids=grids)
+        ignored = [part for part in (*HEADS, "fusion") if part not in own]
+        self.report = pretrained.load(self, self._with_decoder(student), new=HEADS, ignored=ignored, grids=grids)
+
+    def _with_decoder(self, student: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """``student`` with the beginning of a decoder that it lacks, as far as sizes allow: with a source of another width than
+        fusion's, the layers' cross-attention to it is new."""
+        if self.decoder is None or any(key.startswith("decoder.") for key in student):
+            return student
+        own, begun = self.state_dict(), {}
+        for key, value in student.items():
+            for of, to in BEGINNING.items():
+                name = to + key.removeprefix(of)
+                if key.startswith(of) and name in own and own[name].shape == value.shape:
+                    begun[name] = value
+        return {**student, **begun}
 
     @property
     def preprocess(self) -> Preprocess:
@@ -144,7 +188,13 @@ class AlbefModel(LearnedScale):
         """What loading their weights did to the parts; None where none were loaded."""
         if self.report is not None:
             return {"model": self.report}
-        parts = {"image": self.image, "text": self.text, "fusion": self.fusion, "mlm": self.mlm}
+        parts = {
+            "image": self.image,
+            "text": self.text,
+            "fusion": self.fusion,
+            "mlm": self.mlm,
+            "decoder": self.decoder,
+        }
         return {name: part.report for name, part in parts.items() if part is not None}
 
     def scalars(self) -> dict[str, float]:
@@ -178,7 +228,7 @@ class AlbefModel(LearnedScale):
 
     def fuse(
         self,
-        image: Projected | Unprojected,
+        image: Projected | Unprojected | InTurn,
         text: Encoded,
         texts: Tensor | None = None,
         images: Tensor | None = None,
@@ -205,11 +255,47 @@ class AlbefModel(LearnedScale):
             (M, V).
         """
         tokens = self._text_tokens(input_ids, f.batch.attention_mask)
-        # nothing else looks at the teacher's images, unless somebody did before
-        only_pass = not f.image.tokens.requires_grad and "projected" not in vars(f)
-        image = Unprojected(f.image.tokens) if only_pass else f.projected
-        states = self.fusion(tokens, f.batch.attention_mask, image, at=positions)
+        states = self.fusion(tokens, f.batch.attention_mask, _seen(f), at=positions)
         return self.mlm(states, self.text.word_embeddings)
+
+    def classify(self, f: Forward) -> Tensor:
+        """(B, C) logits of the classes of texts with their image, or with all of their images, from fusion's first token."""
+        if self.fusion.images == 1:
+            image = _seen(f)
+        else:
+            if len(f.images) != self.fusion.images:
+                raise ValueError(f"each text looks at {self.fusion.images} images, and the batch has {len(f.images)}")
+            image = InTurn(tuple(map(self.project, f.images)))
+        return self.classifier(self.fuse(image, f.text, at="first"))
+
+    def assign(self, f: Forward, images: Tensor) -> Tensor:
+        """Logits of which of several images the texts of ``f`` belong to.
+
+        Args:
+            images: (fusion.images, B) int64 of ``f``, those that each text is shown.
+
+        Returns:
+            (B, fusion.images + 1), the last for none of them.
+        """
+        shown = InTurn(tuple(f.projected[rows] for rows in images))
+        return self.assignment(self.fuse(shown, f.text, at="first"))
+
+    def ask(self, image: Projected | Unprojected, text: Encoded, images: Tensor | None = None) -> Projected:
+        """What the decoder reads of questions: fusion's states; arguments as those of `fuse`."""
+        return self.decoder.project(self.fuse(image, text, images=images), text.mask)
+
+    def describe(self, image: Encoded) -> Projected:
+        """What the decoder reads of images alone."""
+        return self.decoder.project(image.tokens)
+
+    def answer(self, f: Forward, answers: Answers) -> Predicted:
+        """The tokens of answers to the texts of ``f``, as the decoder would write them."""
+        source = self.ask(_seen(f), f.text)
+        return self.decoder.predict(answers.input_ids, answers.attention_mask, source, answers.row)
+
+    def caption(self, f: Forward) -> Predicted:
+        """The tokens of the texts of ``f``, as the decoder would write them about its images."""
+        return self.decoder.predict(f.batch.input_ids, f.batch.attention_mask, self.describe(f.image))
 
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to depth, for layer-wise learning rates: towers, fusion, and heads and scalars as the top."""
@@ -217,6 +303,10 @@ class AlbefModel(LearnedScale):
         towers = max(depths.values())
         if self.fusion is not None:
             depths |= {f"fusion.{name}": towers + depth for name, depth in self.fusion.layer_ids().items()}
+        if self.decoder is not None:
+            # the embeddings are as deep as the text tower's, the layers as fusion's that they start as
+            ids = self.decoder.layer_ids()
+            depths |= {f"decoder.{name}": depth and towers + depth for name, depth in ids.items()}
         top = max(depths.values()) + 1
         return {name: depths.get(name, top) for name, _ in self.named_parameters()}
 
@@ -224,10 +314,17 @@ class AlbefModel(LearnedScale):
         """Names of parameters that are no weights: what the towers name, and the temperature."""
         towers = {f"image.{name}" for name in self.image.no_weight_decay()}
         towers |= {f"text.{name}" for name in self.text.no_weight_decay()}
-        return towers | ({"temperature"} if self.itc else set())
+        decoder = {f"decoder.{name}" for name in self.decoder.no_weight_decay()} if self.decoder is not None else set()
+        return towers | decoder | ({"temperature"} if self.itc else set())
 
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute activations in the backward instead of keeping them; UserError where a tower cannot."""
-        for part in (self.image, self.text, self.fusion):
+        for part in (self.image, self.text, self.fusion, self.decoder):
             if part is not None:
                 part.set_checkpointing(enabled)
+
+
+def _seen(f: Forward) -> Projected | Unprojected:
+    """What fusion reads of the images of ``f``: nothing else looks at a teacher's, unless somebody did before."""
+    only_pass = not f.image.tokens.requires_grad and "projected" not in vars(f)
+    return Unprojected(f.image.tokens) if only_pass else f.projected

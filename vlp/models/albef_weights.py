@@ -6,7 +6,8 @@ many layers fuse, whether the momentum twin is there (``*_m``; LAVIS drops it on
 the names, so nothing has to be said about a file. Ours:
 
   image.model.*  text.model.*  image_projection  text_projection  temperature  itm  mlm   as `vlp.models.albef` has them
-  fusion.layers.N      layers of the text encoder from the first with cross-attention on; in NLVR2's files 12, in twins
+  fusion.layers.N      layers of the text encoder from the first with cross-attention on; in NLVR2's files 12: twins, whose
+                       keys and values of images are the same and in our models are there once, see `as_twins`
   classifier.0, .2     the two linear layers of NLVR2's and entailment's head
   assignment           the head of NLVR2's text assignment
   decoder.embeddings, .layers.N, .head     VQA's answer decoder, its layers and head named as fusion's and ``mlm``'s
@@ -19,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -41,6 +43,8 @@ HEAD = {"transform.dense.": "dense.", "transform.LayerNorm.": "norm.", "bias": "
 QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
 # repeats of other tensors, and numbers from 0
 DERIVED = re.compile(r"(embeddings\.position_ids|cls\.predictions\.decoder\.(weight|bias))$")
+FUSION_LAYER = re.compile(r"fusion\.layers\.(\d+)\.(.+)")
+SHARED = tuple(f"cross_attention.{part}.{leaf}" for part in ("key", "value") for leaf in ("weight", "bias"))
 NO_TWIN = ("itm", "temperature", "assignment")  # what ALBEF keeps no average of
 NO_INDEX = -100  # of rows of idx_queue that were never pushed; ours is -1
 
@@ -137,6 +141,34 @@ def _ours(key: str, split: int) -> str | None:
     return None
 
 
+def as_twins(student: Mapping[str, Tensor], layers: int, images: int) -> dict[str, Tensor]:
+    """A student for a fusion of ``layers`` that each stand ``images`` times, see `vlp.encoders.fusion.Fusion`.
+
+    Layers that are there once are repeated, as the published code starts NLVR2 from pre-trained weights; twins that are
+    there already lose their second copy of keys and values.
+
+    Raises:
+        UserError: where twins are to share what is not the same.
+    """
+    if images == 1:
+        return dict(student)
+    once = f"fusion.layers.{layers}.norm.weight" not in student
+    made = {}
+    for key, value in student.items():
+        found = FUSION_LAYER.match(key)
+        number, name = (int(found[1]), found[2]) if found else (0, key)
+        if found and once:
+            copies = range(1 if name in SHARED else images)
+            made |= {f"fusion.layers.{number * images + n}.{name}": value for n in copies}
+        elif not (found and name in SHARED and number % images):
+            made[key] = value
+        elif not torch.equal(value, student[f"fusion.layers.{number - number % images}.{name}"]):
+            raise UserError(
+                f"{key} is not that of its twin; layers that look at several images share their keys and values"
+            )
+    return made
+
+
 def _queue(found: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """(E, K) queues to rows; a full one, since the published queues start full of random vectors."""
     if not found:
@@ -154,7 +186,7 @@ def _queue(found: dict[str, Tensor]) -> dict[str, Tensor] | None:
 def export_albef(checkpoint: AlbefCheckpoint) -> dict[str, Tensor]:
     """The inverse of `load_albef`: official names, for the official code. LAVIS takes them too.
 
-    Of the momentum encoder only what ALBEF keeps an average of is written. The queue's indices of images have a place in
+    Twins get their copies of keys and values. Of the momentum encoder only what ALBEF keeps an average of is written. The queue's indices of images have a place in
     the layout of retrieval alone, which has no MLM head.
 
     Raises:
@@ -184,7 +216,7 @@ def _official(state: Mapping[str, Tensor], split: int, twin: str) -> dict[str, T
     if "mlm.bias" in state:
         encoder += "bert."
     official = {}
-    for key, value in state.items():
+    for key, value in _with_copies(state).items():
         if found := re.match(r"(fusion|decoder)\.layers\.(\d+)\.(.+)\.(weight|bias)$", key):
             number, part = int(found[2]), _theirs(BERT_LAYER, found[3])
             tower, first = (encoder, split) if found[1] == "fusion" else (decoder, 0)
@@ -200,6 +232,17 @@ def _official(state: Mapping[str, Tensor], split: int, twin: str) -> dict[str, T
                 raise ValueError(f"ALBEF has no place for {key}")
             official[tops[top] + key.removeprefix(top)] = value.reshape(()) if top == "temperature" else value
     return official | _derived(official)
+
+
+def _with_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With keys and values of images in every layer: where one has none, those of the layer before it."""
+    made = dict(state)
+    layers = {int(found[1]) for key in state if (found := FUSION_LAYER.match(key))}
+    for number, name in product(sorted(layers), SHARED):
+        before = made.get(f"fusion.layers.{number - 1}.{name}")
+        if before is not None:
+            made.setdefault(f"fusion.layers.{number}.{name}", before)
+    return made
 
 
 def _theirs(names: Mapping[str, str], ours: str) -> str:

@@ -150,6 +150,10 @@ class SingleTower(nn.Module):
         tokens = self.text(input_ids, attention_mask)
         return Encoded(tokens, self.text.token_mask(attention_mask), self._embed(tokens[:, 0]))
 
+    def classify(self, f: Forward) -> Tensor:
+        """(B, C) logits of the classes, from the tower's pooled state."""
+        return self.classifier((f.image if self.text is None else f.text).tokens[:, 0])
+
     def masked_text(self, f: Forward, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Logits of what stood at masked places of the texts of ``f``.
 

@@ -41,6 +41,6 @@ def run_world(options: argparse.Namespace) -> int:
         )
     print(
         f"{options.train:,} samples in {options.folder / 'train'}, {options.val:,} in {options.folder / 'val'}, "
-        f"questions.jsonl and statements.jsonl beside them"
+        f"questions.jsonl, statements.jsonl, grounding.jsonl and pairs.jsonl beside them"
     )
     return 0

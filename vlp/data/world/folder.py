@@ -1,4 +1,4 @@
-"""Scenes as a folder: pictures, shards, questions and statements, some captions swapped."""
+"""Scenes as a folder: pictures, shards, and what is asked and said of them; some captions swapped."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from PIL import Image
 from vlp.data.formats import Pair
 from vlp.data.locations import write_atomically
 from vlp.data.pack import pack
+from vlp.data.world.pairs import paired
 from vlp.data.world.scenes import Scene, World
 from vlp.data.world.sentences import captions
 from vlp.errors import UserError
 
+ANNOTATIONS = ("questions", "statements", "grounding", "pairs")  # .jsonl
 FIRST_VAL = 1_000_000_000  # number of the first scene of val, so that val stays the same whatever the size of train
 
 
@@ -34,8 +36,10 @@ def make(
     """Scenes as PNG files in ``folder``/pictures, and as shards in ``folder``/train and ``folder``/val.
 
     Beside them, true of the picture whatever the noise: questions.jsonl and statements.jsonl, each line an object of
-    ``key`` (the sample's), ``text``, ``answer`` (a word; true or false) and ``split``; and world.json, what all this
-    was made of. The json of a sample has number, contrast, minimal_pair, things and relations of the scene, and
+    ``key`` (the sample's), ``text``, ``answer`` (a word; true or false) and ``split``; pairs.jsonl, statements about two
+    samples, see `vlp.data.world.pairs`; grounding.jsonl, which names each thing (``text``), with its ``box`` and
+    ``proposals``, the boxes of all things of the picture: left, top, width, height in pixels; and world.json, what all
+    this was made of. The json of a sample has number, contrast, minimal_pair, things and relations of the scene, and
     captions_of: the key of the sample that its captions are of, which is another one if they were swapped.
 
     The same for any number of workers. Fewer scenes are the first ones of more, and less noise is part of more noise.
@@ -74,14 +78,18 @@ def make(
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "world.json", made_of.encode())
         pairs: dict[str, list[Pair]] = {"train": [], "val": []}
-        asked, stated, done = [], [], 0
+        files: dict[str, list[dict]] = {name: [] for name in ANNOTATIONS}
+        done = 0
         for split in pairs:
+            scenes = []
             for pair, scene in _draw(world, seed, numbers[split], folder / "pictures" / split):
                 pairs[split].append(pair)
-                asked += ({"key": pair.key, "text": q, "answer": a, "split": split} for q, a in scene.questions)
-                stated += ({"key": pair.key, "text": s, "answer": a, "split": split} for s, a in scene.statements)
+                scenes.append((pair.key, replace(scene, image=None)))
+                for name, said in _annotations(scene).items():
+                    files[name] += ({"key": pair.key, **line, "split": split} for line in said)
                 progress(done := done + 1, total)
-        for name, lines in (("questions", asked), ("statements", stated)):
+            files["pairs"] += ({**line, "split": split} for line in paired(scenes, seed))
+        for name, lines in files.items():
             write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
         pairs["train"] = _swap(pairs["train"], noise, seed)
         for split in pairs:
@@ -99,10 +107,21 @@ def _complete(folder: Path, made_of: str) -> bool:
     if mark.is_file():
         if mark.read_text() != made_of:
             raise UserError(f"{folder} holds another world, see {mark}; remove it or choose another folder")
-        return all((folder / split / "manifest.json").is_file() for split in ("train", "val"))
+        parts = [f"{split}/manifest.json" for split in ("train", "val")] + [f"{name}.jsonl" for name in ANNOTATIONS]
+        return all((folder / part).is_file() for part in parts)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is no world; remove it or choose another folder")
     return False
+
+
+def _annotations(scene: Scene) -> dict[str, list[dict]]:
+    """The lines of each file about one picture."""
+    named = zip((f"the {t.colour} {t.shape}" for t in scene.things), scene.boxes)
+    return {
+        "questions": [{"text": text, "answer": answer} for text, answer in scene.questions],
+        "statements": [{"text": text, "answer": answer} for text, answer in scene.statements],
+        "grounding": [{"text": text, "box": box, "proposals": scene.boxes} for text, box in named],
+    }
 
 
 def _draw(world: World, seed: int, numbers: Iterable[int], folder: Path) -> Iterator[tuple[Pair, Scene]]:

@@ -41,6 +41,7 @@ class Scene:
         contrast: what the two things have exchanged in the other scene: "order" (their places), "shape" or "colour".
         things: in the order of the first caption.
         relations: of each thing to the next.
+        boxes: (left, top, width, height) of each thing in pixels, of what is covered too.
     """
 
     image: np.ndarray
@@ -51,6 +52,7 @@ class Scene:
     contrast: str
     things: tuple[Thing, ...]
     relations: tuple[str, ...]
+    boxes: tuple[tuple[int, int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class World:
             contrast=pair.contrast,
             things=own,
             relations=pair.relations,
+            boxes=tuple(_box(self.size, thing) for thing in own),
         )
 
 
@@ -190,6 +193,11 @@ def _exchange(things: list[Thing], link: int, names: tuple[str, ...]) -> list[Th
 
 def _sprite(size: int, thing: Thing) -> Sprite:
     return sprite(thing.shape, round(SIDES[thing.size] * size))
+
+
+def _box(size: int, thing: Thing) -> tuple[int, int, int, int]:
+    left, top, right, bottom = _sprite(size, thing).box
+    return thing.x + left, thing.y + top, right - left, bottom - top
 
 
 def _picture(size: int, grey: int, things: tuple[Thing, ...]) -> np.ndarray:

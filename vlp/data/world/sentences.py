@@ -44,6 +44,15 @@ def links(first: Thing, relation: str, second: Thing) -> tuple[str, str]:
     return f"{first.short} {relation} {second.short}", f"{second.short} {INVERSE[relation]} {first.short}"
 
 
+def between(things: Sequence[Thing], relations: Sequence[str]) -> dict[tuple[str, str], str]:
+    """How each thing stands to the next, by their shapes in the order of the alphabet."""
+    found = {}
+    for first, relation, second in zip(things, relations, things[1:]):
+        names = (first.shape, second.shape)
+        found[tuple(sorted(names))] = relation if names[0] < names[1] else INVERSE[relation]
+    return found
+
+
 def questions(first: Thing, relation: str, second: Thing) -> list[tuple[str, str]]:
     """With answers: colour, shape, size and place. If the two exchange attributes, the questions stay the same."""
     both = (first, second)

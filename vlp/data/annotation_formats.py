@@ -1,0 +1,147 @@
+"""The official files of annotations -> lines as `vlp.data.annotated.Annotated` reads them by default.
+
+A line has image (or image0 and image1), text, answers or label, and what else evaluators use: question_id, question_type,
+answer_type. Paths of images are those of the official folders.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from vlp.data.formats import read_json, read_text
+from vlp.errors import UserError
+from vlp.models.pretrained import resolve
+from vlp.tasks.vqa_answers import normalised
+
+VG_WEIGHT = 0.5  # of an answer of Visual Genome; of VQA's, their share of the annotators (ALBEF)
+
+
+def expecting(expected: str) -> Callable:
+    """Says what was expected, and in which file, where a reader does not find it."""
+
+    def wrap(read: Callable[..., Iterator[dict]]):
+        @wraps(read)
+        def checked(*files: Path) -> Iterator[dict]:
+            try:
+                yield from read(*files)
+            except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
+                lacks = f"there is no {e}" if isinstance(e, KeyError) else f"its structure is another ({e})"
+                raise UserError(f"{' '.join(map(str, files))}: expected {expected}; {lacks}") from None
+
+        return checked
+
+    return wrap
+
+
+@expecting("VQA v2's questions, and its annotations where there are some")
+def vqa2(questions: Path, annotations: Path | None = None) -> Iterator[dict]:
+    """``v2_OpenEnded_mscoco_*_questions.json`` and ``v2_mscoco_*_annotations.json``; a test set has no annotations."""
+    asked = read_json(questions)
+    told = {a["question_id"]: a for a in read_json(annotations)["annotations"]} if annotations else {}
+    if annotations and (missing := {q["question_id"] for q in asked["questions"]} ^ told.keys()):
+        raise UserError(f"{len(missing)} questions are in one of {questions} and {annotations} alone; give two of one split")
+    folder = asked["data_subtype"].replace("-dev", "")  # test-dev2015 is part of test2015
+    for question in asked["questions"]:
+        image = f"{folder}/COCO_{folder}_{question['image_id']:012d}.jpg"
+        line = {"image": image, "text": question["question"], "question_id": question["question_id"]}
+        if annotations:
+            found = told[question["question_id"]]
+            line["answers"] = [answer["answer"] for answer in found["answers"]]
+            line |= {name: found[name] for name in ("multiple_choice_answer", "question_type", "answer_type")}
+        yield line
+
+
+@expecting("ALBEF's list of objects with image, question, and answer, dataset or question_id")
+def albef_vqa(*files: Path) -> Iterator[dict]:
+    """ALBEF's ``vqa_train.json``, ``vqa_val.json``, ``vg_qa.json``, ``vqa_test.json``: any number of them."""
+    for file in files:
+        for record in _list(file):
+            line = {"image": record["image"], "text": record["question"]}
+            line |= {name: record[name] for name in ("question_id", "dataset") if name in record}
+            if "answer" in record:
+                genome = record.get("dataset") == "vg"
+                line["answers"] = {record["answer"]: VG_WEIGHT} if genome else record["answer"]
+            yield line
+
+
+@expecting("Visual Genome's question_answers.json and image_data.json")
+def visual_genome(questions: Path, images: Path) -> Iterator[dict]:
+    """Answers as VQA's rules write them."""
+    paths = {image["image_id"]: "/".join(image["url"].split("/")[-2:]) for image in read_json(images)}
+    for image in read_json(questions):
+        for qa in image["qas"]:
+            line = {"image": paths[image["id"]], "text": qa["question"], "question_id": qa["qa_id"]}
+            yield line | {"answers": {normalised(qa["answer"]): VG_WEIGHT}}
+
+
+@expecting("NLVR2's lines with sentence, label and identifier, or ALBEF's list with images, sentence and label")
+def nlvr2(file: Path) -> Iterator[dict]:
+    """``train.json``, ``dev.json``, ``test1.json``; label is True or False."""
+    for record in _list(file):
+        if "images" in record:
+            images = record["images"]
+        else:
+            split, name = record["identifier"].split("-")[0], record["identifier"].rsplit("-", 1)[0]
+            folder = f"images/train/{record['directory']}" if split == "train" else split
+            images = [f"{folder}/{name}-img{n}.png" for n in (0, 1)]
+        line = {"image0": images[0], "image1": images[1], "text": record["sentence"], "label": str(record["label"])}
+        yield line | {name: record[name] for name in ("identifier",) if name in record}
+
+
+@expecting("SNLI-VE's lines with Flickr30K_ID, sentence2 and gold_label, or ALBEF's list with image, sentence and label")
+def snli_ve(file: Path) -> Iterator[dict]:
+    """``snli_ve_train.jsonl``; label is entailment, neutral or contradiction."""
+    for record in _list(file):
+        if "Flickr30K_ID" in record:
+            image, text, label = f"{record['Flickr30K_ID']}.jpg", record["sentence2"], record["gold_label"]
+        else:
+            image, text, label = record["image"], record["sentence"], record["label"]
+        yield {"image": image, "text": text, "label": label}
+
+
+@expecting("ALBEF's list of objects with image and text")
+def refcoco(file: Path) -> Iterator[dict]:
+    """ALBEF's ``refcoco+_train.json`` and the like; whatever else it says, such as ref_id or bbox, is kept."""
+    for record in _list(file):
+        yield {"image": record["image"], "text": record["text"]} | record
+
+
+@expecting("the folder data of the package easy_vqa, with train/questions.json and test/questions.json")
+def easy_vqa(folder: Path) -> Iterator[dict]:
+    """``pip:easy_vqa/data``; split is train or test."""
+    for split in ("train", "test"):
+        for question, answer, image in read_json(folder / split / "questions.json"):
+            yield {"image": f"{split}/images/{image}.png", "text": question, "answers": answer, "split": split}
+
+
+FORMATS = {
+    "vqa2": vqa2,
+    "albef-vqa": albef_vqa,
+    "visual-genome": visual_genome,
+    "nlvr2": nlvr2,
+    "snli-ve": snli_ve,
+    "refcoco": refcoco,
+    "easy-vqa": easy_vqa,
+}
+
+
+def convert(format: str, files: Iterable[str]) -> Iterator[dict]:
+    """The lines of official files, which may be ``pip:PACKAGE/path``. Raises UserError where they are not of the format."""
+    files = [resolve(file) for file in files]
+    try:
+        lines = FORMATS[format](*files)
+        yield next(lines)
+    except StopIteration:
+        raise UserError(f"{' '.join(map(str, files))} holds no annotation") from None
+    yield from lines
+
+
+def _list(file: Path) -> list[Any]:
+    """A json list, or objects a line."""
+    if file.suffix == ".jsonl" or not read_text(file).lstrip().startswith("["):
+        return [json.loads(line) for line in read_text(file).split("\n") if line.strip()]
+    return read_json(file)

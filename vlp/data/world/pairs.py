@@ -1,0 +1,83 @@
+"""Statements about two pictures, as in NLVR2 (Suhr et al. 2019), that neither the text nor one of the pictures decides.
+
+Lines come in fours: with one text, each of two first pictures beside each of two second ones. What the text compares has one
+value in one of the first and one of the second, and another value in the other two. So whatever the text and one picture
+are, the statement is true as often as false.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator
+from itertools import combinations, product
+
+import numpy as np
+
+from vlp.data.world.scenes import Scene
+from vlp.data.world.sentences import INVERSE, between
+
+Keyed = tuple[str, Scene]
+# what is compared -> how it is said to be the same, and to differ
+SAID = {
+    "colour": ("the {} has the same colour in both pictures", "the {} has another colour in the other picture"),
+    "shape": ("the {} thing has the same shape in both pictures", "the {} thing has another shape in the other picture"),
+    "place": ("the {} and the {} are placed alike in both pictures", "the {} and the {} have changed places"),
+    "number": ("both pictures have the same number of things", "one picture has more things than the other"),
+}
+
+
+def paired(scenes: Iterable[Keyed], seed: int) -> Iterator[dict]:
+    """Lines with ``left`` and ``right`` (keys of samples), ``text``, ``answer`` (whether it is true) and ``kind``, of `SAID`.
+
+    Colours, shapes and places are compared between two minimal pairs, so that the histograms of the pictures say nothing.
+    A scene is in at most one group of four of each kind. Those of fewer scenes are the first of more.
+
+    Args:
+        scenes: with the keys of their samples, minimal pairs side by side.
+    """
+    waiting: dict[Hashable, list[tuple[Keyed, Keyed]]] = defaultdict(list)
+    numbers: dict[int, list[Keyed]] = defaultdict(list)
+    for n, (own, other) in enumerate(zip(*[iter(scenes)] * 2)):
+        rng = np.random.default_rng([seed, 2, n])
+        for kind in ("colour", "shape", "place"):
+            found = list(_compared(kind, own[1], other[1]))
+            if found:
+                names, one, two = found[rng.integers(len(found))]
+                members = (own, other) if one < two else (other, own)
+                yield from _four(kind, names, waiting[kind, names, frozenset((one, two))], members, rng)
+        # of both, one would tell by the histogram which pictures go together
+        numbers[len(own[1].things)].append((own, other)[rng.integers(2)])
+        for few, many in combinations(sorted(numbers), 2):
+            while numbers[few] and numbers[many]:
+                members = numbers[few].pop(), numbers[many].pop()
+                yield from _four("number", (), waiting["number", few, many], members, rng)
+
+
+def _compared(kind: str, own: Scene, other: Scene) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """What the two of a minimal pair differ in: the names of what is compared, and its value in either scene."""
+    if kind == "place":
+        places = [between(scene.things, scene.relations) for scene in (own, other)]
+        yield from ((names, places[0][names], places[1][names]) for names in places[0] if _differ(names, *places))
+    else:
+        name = "shape" if kind == "colour" else "colour"
+        values = [{getattr(t, name): getattr(t, kind) for t in scene.things} for scene in (own, other)]
+        yield from (((known,), values[0][known], values[1][known]) for known in values[0] if _differ(known, *values))
+
+
+def _differ(name: Hashable, own: dict, other: dict) -> bool:
+    return name in other and own[name] != other[name]
+
+
+def _four(
+    kind: str, names: tuple[str, ...], waiting: list[tuple[Keyed, Keyed]], members: tuple[Keyed, Keyed], rng
+) -> Iterator[dict]:
+    """Lines of two times two scenes that differ in the same way, once there is a second two."""
+    waiting.append(members)
+    if len(waiting) < 2:
+        return
+    left, right = (waiting[n] for n in rng.permutation(2))
+    waiting.clear()
+    said_same = bool(rng.integers(2))
+    text = SAID[kind][not said_same].format(*names)
+    for (n, (left_key, _)), (m, (right_key, _)) in product(enumerate(left), enumerate(right)):
+        yield {"left": left_key, "right": right_key, "text": text, "answer": (n == m) == said_same, "kind": kind}
