@@ -49,7 +49,8 @@ class Run:
         self.model = experiment.model.build(load_weights=whole is None)
         self.tokenizer = self.vocabulary = None
         if self.model.text is not None:
-            given = (str(self.folder / "tokenizer"),) if resume else (experiment.data.tokenizer, experiment.data.sep)
+            data = experiment.data
+            given = (str(self.folder / "tokenizer"),) if resume else (data.tokenizer, data.sep, data.clean)
             self.tokenizer = load_tokenizer(*given)
             self.vocabulary = self.tokenizer.vocabulary().to(accelerator.device)
             self._check_text()
@@ -166,8 +167,8 @@ class Run:
                 )
             for p in frozen:
                 p.requires_grad_(False)
-        if train.activation_checkpointing:
-            model.set_checkpointing(True)
+        if train.activation_checkpointing != "none":
+            model.set_checkpointing(train.activation_checkpointing)
         model.to(self.accelerator.device)
         if engine(self.accelerator) != "deepspeed":  # which sends weights as plain bytes
             # convolutions run faster so, transformers do not mind
@@ -263,6 +264,7 @@ class Run:
             self.experiment.seed,
             checkpoint.file_hash(weights),
             self.accelerator.process_index,
+            self.experiment.name,
         )
         # running means are each process's own; those of the main process are in the checkpoint
         take_from_main(model.buffers())

@@ -18,7 +18,9 @@ MEASURES = (
     "uniformity_memory",
     "queue_info_nce",
     "retrieval_memory",
+    "rerank",
     "data_wait",
+    "albef_step",
 )
 
 

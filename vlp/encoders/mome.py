@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from vlp.encoders.image import Interpolation, Preprocess, Triple
-from vlp.encoders.mome_layer import Expert, MomeLayer, Rows, Wanted, keep_products
+from vlp.encoders.mome_layer import Expert, MomeLayer, Rows, Wanted
+from vlp.encoders.recompute import Checkpointing, recomputed
 from vlp.encoders.relative_position import RelativePositions
 from vlp.encoders.text import layer_ids
 from vlp.errors import UserError
@@ -97,9 +96,6 @@ BASE_PLUS = Mome(544, 24, 16, vl_from=21, layer_scale=None, max_text_length=40, 
 LARGE = Mome(1024, 24, 16, vl_from=21)
 SMALL = Mome(256, 6, 4, vl_from=4, drop_path=0.0, text_dropout=0.0, image_size=128, max_text_length=64)
 TINY = replace(SMALL, width=192, heads=3, image_size=96)
-
-
-KEEP_PRODUCTS = partial(create_selective_checkpoint_contexts, keep_products)
 
 
 class ImageEmbedding(nn.Module):
@@ -208,7 +204,7 @@ class MomeEncoder(nn.Module):
             for number in range(spec.layers)
         )
         self.norm = nn.LayerNorm(spec.width, eps=1e-6)
-        self.checkpointing = False
+        self.checkpointing: Checkpointing = "none"
         self.apply(_initialise)
         for parameter in (
             p for n, p in self.named_parameters() if n in ("image.cls_token", "image.positions", "text.kind")
@@ -258,11 +254,7 @@ class MomeEncoder(nn.Module):
         for number in range(first, last):
             layer, bias = self.layers[number], biases and biases[number]
             given = (states, rows, bias, joint and number >= self.vl_from, wanted if number == last - 1 else None)
-            if torch.is_grad_enabled():
-                again = {} if self.checkpointing else {"context_fn": KEEP_PRODUCTS}
-                states = checkpoint(layer, *given, use_reentrant=False, **again)
-            else:
-                states = layer(*given)
+            states = recomputed(layer, self.checkpointing, *given)
         return states
 
     def finish(self, states: Tensor) -> Tensor:
@@ -277,9 +269,9 @@ class MomeEncoder(nn.Module):
         named = ("image.kind", "image.positions", "text.token_types", "text.positions", "positions.")
         return {n for n, p in self.named_parameters() if p.ndim == 1 or n.startswith(named)}
 
-    def set_checkpointing(self, enabled: bool) -> None:
-        """Recompute all of a layer in the backward, and not only what costs little, see `mome_layer.keep_products`."""
-        self.checkpointing = enabled
+    def set_checkpointing(self, how: Checkpointing) -> None:
+        """See `vlp.encoders.recompute`."""
+        self.checkpointing = how
 
 
 def _initialise(module: nn.Module) -> None:

@@ -16,7 +16,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import CheckpointPolicy
 
 Expert = Literal["image", "text", "vl"]
 
@@ -203,21 +202,6 @@ def scaled(linear: nn.Linear, x: Tensor, gamma: Tensor | None) -> Tensor:
     if gamma is None:
         return linear(x)
     return F.linear(x, gamma[:, None] * linear.weight, gamma * linear.bias)
-
-
-PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-ATTENTION = ("scaled_dot_product_flash", "scaled_dot_product_efficient", "scaled_dot_product_cudnn")
-
-
-def keep_products(ctx, op, *arguments, **named) -> CheckpointPolicy:
-    """What a layer keeps for its backward: results of matrix products, where there are no fewer of them than there were inputs.
-
-    The others, norms and activations and what contracts, are made again, which costs next to nothing; so is attention where
-    torch has no fused one, as with a bias that takes a gradient on a CPU.
-    """
-    if op in PRODUCTS and arguments[-1].shape[0] <= arguments[-1].shape[1]:
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.MUST_SAVE if op._opname.startswith(ATTENTION) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class MomeLayer(nn.Module):

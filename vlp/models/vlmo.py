@@ -15,6 +15,7 @@ from vlp.encoders.heads import PatchHead, VocabularyHead
 from vlp.encoders.image import Preprocess
 from vlp.encoders.mome import Mome, MomeEncoder
 from vlp.encoders.mome_layer import Rows, Wanted
+from vlp.encoders.recompute import Checkpointing
 from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.models.dual import unit
@@ -350,6 +351,6 @@ class VlmoModel(nn.Module):
         named = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
         return named | {name for name, p in self.named_parameters() if p.ndim == 1}
 
-    def set_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward instead of keeping them."""
-        self.encoder.set_checkpointing(enabled)
+    def set_checkpointing(self, how: Checkpointing) -> None:
+        """See `vlp.encoders.recompute`."""
+        self.encoder.set_checkpointing(how)
