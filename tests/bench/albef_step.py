@@ -61,11 +61,11 @@ def spec(count: int) -> Albef:
 
 
 def captions(count: int, tokens: int) -> tuple[Tensor, Tensor, Vocabulary]:
-    """(count, L) ids and mask, L about as published (15 for 8, 21 for 64), cut so that there are exactly ``tokens``."""
+    """(count, L) ids and mask, L about as they are long (16 for 4, 15 for 8, 21 for 64), cut so that there are exactly ``tokens``."""
     tokenizer = load_tokenizer(str(SHARED / "text" / "bert_base_uncased_vocab.txt"), False)
     rows = [json.loads(line) for line in (SHARED / "flickr8k" / "captions.jsonl").read_text().splitlines()]
     ids, mask, _ = tokenizer([row["captions"][0] for row in rows[:: len(rows) // count][:count]], 25)
-    limit = {8: 15, 64: 21}[count]
+    limit = {4: 16, 8: 15, 64: 21}[count]
     ids, mask = ids[:, :limit], mask[:, :limit].clone()
     lengths = mask.sum(1)
     while lengths.sum() != tokens:  # longer or shorter by a token, the longest first or the shortest
