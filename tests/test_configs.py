@@ -107,7 +107,7 @@ def batch_of(experiment: Experiment, model, rows: int) -> Batch:
     data = experiment.data
     pictures = texts = 0
     if model.preprocess:
-        pictures = 1 + len(data.views)
+        pictures = max(len(getattr(s, "image", [None])) for s in data.train) + len(data.views)
     if model.text is not None:
         columns = min(max(1, len(getattr(s, "columns", ()))) if not getattr(s, "join", None) else 1 for s in data.train)
         texts = columns + len(data.text_views)
@@ -143,7 +143,10 @@ def test_it_builds_without_its_weights_and_takes_a_step(experiment):
     model = small(experiment).model.build(load_weights=False)
     assert model.text is None or experiment.data.max_length <= model.text.max_length
     for prefix in experiment.train.frozen:
-        assert any(name.startswith(prefix) for name, _ in model.named_parameters()), prefix
+        frozen = [p for name, p in model.named_parameters() if name.startswith(prefix)]
+        assert frozen, prefix
+        for parameter in frozen:
+            parameter.requires_grad_(False)
     groups = parameter_groups(
         model, experiment.optim.weight_decay, experiment.train.layer_decay, experiment.train.lr_scales
     )

@@ -44,7 +44,7 @@ class Annotated:
             With ``answers`` a sample gets a soft target for each.
         scores: the soft target of an answer that 1, 2, ... annotators gave, the last for as many or more; VQA's. What has a
             weight, or is the only answer, has that weight, or 1.
-        split: lines whose field ``split`` is this one, or one of several joined by "+"; None = all.
+        split: lines whose field ``split_field`` is this one, or one of several joined by "+"; None = all.
         weight: share of the stream relative to the other sources' weights; None = number of lines.
     """
 
@@ -57,6 +57,7 @@ class Annotated:
     classes: str | tuple[str, ...] = ()
     scores: tuple[float, ...] = (0.3, 0.6, 0.9, 1.0)
     split: str | None = None
+    split_field: str = "split"
     weight: float | None = None
 
     def open(self) -> AnnotatedReader:
@@ -140,7 +141,7 @@ class AnnotatedReader:
 
     def _split(self, number: int) -> Any:
         try:
-            return self.lines.record(number).get("split")
+            return self.lines.record(number).get(self.source.split_field)
         except BadSample:
             return UNREADABLE
 
@@ -175,10 +176,9 @@ class AnnotatedReader:
             captions = (word(record.get(source.text)),)
             if not captions[0]:
                 raise BadSample(f"no text in {source.text!r}")
-        if source.label:
-            if (label := self._place.get(word(record.get(source.label)))) is None:
-                some = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
-                raise BadSample(f"label {word(record.get(source.label))!r} is not among {some}")
+        if source.label and (label := self._place.get(word(record.get(source.label)))) is None:
+            some = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
+            raise BadSample(f"label {word(record.get(source.label))!r} is not among {some}")
         answers, targets = (), None
         if source.answers:
             answers, counts = read_answers(record.get(source.answers))
@@ -247,7 +247,9 @@ def read_answers(given: Any) -> tuple[tuple[tuple[str, float], ...], tuple[int, 
     """
     if isinstance(given, dict):
         weights = {word(answer): weight for answer, weight in given.items() if word(answer)}
-        if wrong := [w for w in weights.values() if isinstance(w, bool) or not isinstance(w, (int, float)) or not w >= 0]:
+        if wrong := [
+            w for w in weights.values() if isinstance(w, bool) or not isinstance(w, (int, float)) or not w >= 0
+        ]:
             raise BadSample(f"the weight of an answer is {wrong[0]!r}; it should be a number from 0 on")
         return tuple((answer, float(weight)) for answer, weight in weights.items()), (0,) * len(weights)
     said = [text for value in (given if isinstance(given, list) else [given]) if (text := word(value))]

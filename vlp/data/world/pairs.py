@@ -14,20 +14,23 @@ from itertools import combinations, product
 import numpy as np
 
 from vlp.data.world.scenes import Scene
-from vlp.data.world.sentences import INVERSE, between
+from vlp.data.world.sentences import between
 
 Keyed = tuple[str, Scene]
 # what is compared -> how it is said to be the same, and to differ
 SAID = {
     "colour": ("the {} has the same colour in both pictures", "the {} has another colour in the other picture"),
-    "shape": ("the {} thing has the same shape in both pictures", "the {} thing has another shape in the other picture"),
+    "shape": (
+        "the {} thing has the same shape in both pictures",
+        "the {} thing has another shape in the other picture",
+    ),
     "place": ("the {} and the {} are placed alike in both pictures", "the {} and the {} have changed places"),
     "number": ("both pictures have the same number of things", "one picture has more things than the other"),
 }
 
 
 def paired(scenes: Iterable[Keyed], seed: int) -> Iterator[dict]:
-    """Lines with ``left`` and ``right`` (keys of samples), ``text``, ``answer`` (whether it is true) and ``kind``, of `SAID`.
+    """Lines with ``image0`` and ``image1`` (keys of samples), ``text``, ``answer`` (whether it is true) and ``kind``, of `SAID`.
 
     Colours, shapes and places are compared between two minimal pairs, so that the histograms of the pictures say nothing.
     A scene is in at most one group of four of each kind. Those of fewer scenes are the first of more.
@@ -80,4 +83,4 @@ def _four(
     said_same = bool(rng.integers(2))
     text = SAID[kind][not said_same].format(*names)
     for (n, (left_key, _)), (m, (right_key, _)) in product(enumerate(left), enumerate(right)):
-        yield {"left": left_key, "right": right_key, "text": text, "answer": (n == m) == said_same, "kind": kind}
+        yield {"image0": left_key, "image1": right_key, "text": text, "answer": (n == m) == said_same, "kind": kind}
