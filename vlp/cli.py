@@ -7,6 +7,7 @@ import errno
 import importlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -165,7 +166,8 @@ def add_data_commands(actions) -> None:
 
 
 def run_train(options: argparse.Namespace) -> int:
-    from vlp.config import changed_keys, load_config, load_json, override
+    from vlp.config import Experiment, changed_keys, load_config, load_json, override
+    from vlp.stages import Stages, train_stages
     from vlp.train import train
 
     # with --resume the config may be left out, and then the first override stands in its place
@@ -175,7 +177,10 @@ def run_train(options: argparse.Namespace) -> int:
     if options.resume is None:
         if config is None:
             raise UserError("give a config to train, e.g. vlp train configs/align/demo.py, or --resume RUN")
-        return train(override(load_config(config), overrides))
+        wanted = load_config(config, Experiment, Stages)
+        if isinstance(wanted, Experiment):
+            return train(override(wanted, overrides))
+        return train_stages(wanted.overridden(overrides), shlex.join(["vlp", "train", config, *overrides]))
     folder = Path(options.resume)
     saved = load_json(folder / "experiment.json")
     saved = replace(saved, name=folder.name, output=str(folder.parent))
@@ -193,7 +198,9 @@ def run_ablate(options: argparse.Namespace) -> int:
     from vlp.ablation import ablate, load_ablation
 
     ablation = load_ablation(options.config, options.overrides)
-    ablate(ablation)
+    if not ablate(ablation):
+        print(f"stopped; continue with: {shlex.join(['vlp', 'ablate', options.config, *options.overrides])}")
+        return 0
     print((ablation.folder / "table.md").read_text() + f"\n{ablation.folder}/table.md and plot.png")
     return 0
 

@@ -178,12 +178,14 @@ class Experiment:
 FREE_ON_RESUME = ("name", "output", "data.workers", "train.processes", "train.engine", "train.threads", "save", "log")
 
 
-def load_config(path: str) -> Experiment:
-    """The experiment of a Python file with ``def config() -> Experiment``, or of a JSON file that `dump` wrote.
+def load_config(path: str, *kinds: type) -> Any:
+    """What ``config()`` of a Python file returns, an `Experiment` or, where given, one of ``kinds``; or the experiment of a JSON
+    file that `dump` wrote.
 
     Raises:
         UserError: where there is no such file, it has no ``config``, or it names a field that does not exist.
     """
+    kinds = kinds or (Experiment,)
     if not Path(path).is_file():
         raise UserError(f"no config file {path}; the ones that come with vlp are in configs/")
     if path.endswith(".json"):
@@ -191,15 +193,22 @@ def load_config(path: str) -> Experiment:
     try:
         namespace = runpy.run_path(path)
         if not callable(namespace.get("config")):
-            raise UserError(f"{path} does not define config(); it must return a vlp.config.Experiment")
-        experiment = namespace["config"]()
+            raise UserError(f"{path} does not define config(); it must return a {_names(kinds)}")
+        made = namespace["config"]()
     except (SyntaxError, ImportError) as e:
         raise UserError(f"{path}: {e}") from None
     except TypeError as e:
         raise UserError(f"{path}: {_explain_type_error(e)}") from e
-    if not isinstance(experiment, Experiment):
-        raise UserError(f"config() of {path} returns a {type(experiment).__name__}, not a vlp.config.Experiment")
-    return experiment
+    if not isinstance(made, kinds):
+        raise UserError(
+            f"config() of {path} returns a {type(made).__name__}, not a {_names(kinds)}; an Experiment or Stages are for "
+            f"vlp train, an Ablation for vlp ablate"
+        )
+    return made
+
+
+def _names(kinds: tuple[type, ...]) -> str:
+    return " or ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
 
 
 def _explain_type_error(e: TypeError) -> str:

@@ -22,7 +22,7 @@ from vlp.forward import Forward
 from vlp.models import pretrained
 from vlp.models.albef_weights import as_twins, load_albef
 from vlp.models.dual import tower_layer_ids, unit
-from vlp.models.pretrained import LoadReport
+from vlp.models.pretrained import LoadReport, is_run, run_state
 from vlp.models.scale import LearnedScale, check_temperatures
 from vlp.types import Answers, Encoded
 
@@ -102,8 +102,8 @@ class Albef:
         part_by_part = load_weights and not self.weights
         model = AlbefModel(self, self.image.build(part_by_part), self.text.build(part_by_part), part_by_part)
         if load_weights and self.weights:
-            is_run = pretrained.is_run(self.weights)
-            model.load(pretrained.read_run_model(self.weights) if is_run else load_albef(self.weights).student)
+            state = run_state(self.weights) if is_run(self.weights) else load_albef(self.weights).student
+            model.load(state)
         return model
 
 

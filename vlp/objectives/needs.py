@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from vlp.config import Experiment
 from vlp.errors import UserError
+from vlp.forward import Head
+
+
+def need_head(experiment: Experiment, who: str, head: Head) -> None:
+    """Raises UserError where the model has no second contrastive head, and that one is meant."""
+    if head == "vl" and not getattr(experiment.model, "itc_vl", False):
+        raise UserError(f"{who} with head='vl' needs a model with a second head; set head=first, or model.itc_vl=true")
 
 
 def need_image(experiment: Experiment, who: str) -> None:
