@@ -233,11 +233,6 @@ class ImageTower(nn.Module):
         self.report = report
         self.width: int = model.num_features
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of a ViT's patches."""
-        return tuple(self.model.patch_embed.grid_size)
-
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) normalised to (B, 1 + P, D)."""
         features = self.model.forward_features(image)
