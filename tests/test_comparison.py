@@ -3,18 +3,23 @@
 import base64
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.tasks.fakes import Blind, subject
 from vlp.cli import main
-from vlp.comparison import Plane, draw_planes, find_planes, tabulate, write_comparison
+from vlp.comparison import write_comparison
 from vlp.config import Data
 from vlp.errors import UserError
 from vlp.evaluation import Result, Subject
 from vlp.metrics import Interval
+from vlp.plane import Plane, draw_planes, find_planes
 from vlp.report import read_results
+from vlp.tables import find_runs, tabulate
+from vlp.tasks.retrieval import Retrieval
 
 
 def plain(value: float) -> Interval:
@@ -147,7 +152,10 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
 
 
 def test_what_cannot_be_compared_is_refused(runs, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="is not a run"):
+        write_comparison([tmp_path / "empty"], tmp_path / "out")
+    with pytest.raises(UserError, match="given twice"):
         write_comparison([runs[0], tmp_path], tmp_path / "out")
     with pytest.raises(UserError, match="given twice"):
         write_comparison([runs[0], runs[0]], tmp_path / "out")
@@ -156,6 +164,32 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["report", str(runs[0]), str(runs[1]), "--output", str(tmp_path / "file")]) == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_a_glob_of_everything_finds_runs_weights_and_nothing_else(runs, tmp_path):
+    (tmp_path / "bench.json").write_text("{}")
+    (tmp_path / "comparison").mkdir()
+    weights = write(tmp_path / "eval" / "ALBEF", knn(0.4))
+    (weights / "experiment.json").unlink()
+    found = find_runs(sorted(tmp_path.iterdir()))
+    assert {run.name for run in found} == {"simcse", "esimcse", "moco", "fresh", "ALBEF"}
+    assert find_runs([tmp_path]) == sorted(runs)  # one level down, no further
+
+
+def test_page_shows_recalls_what_is_mixed_up_and_what_is_hardest(world, tmp_path):
+    given = subject(Blind(), str(world / "shards"))
+    retrieved = Retrieval(resamples=5, examples=2)(given)
+    mixed = knn(0.5)
+    mixed.details = {"confused": [{"true": "tench", "guessed": "church", "count": 3, "of": 50}]}
+    run = write(tmp_path / "blind", replace(retrieved, name="toy-zero-shot@blind"), mixed)
+    html = write_comparison([run], tmp_path / "out").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', html)
+    assert "<td>toy-zero-shot@blind</td>".replace("<td>", ">") in html and "mean_recall" in html
+    assert "<td>tench</td><td>church</td><td>3 of 50</td>" in html
+    assert 'alt="recalls with intervals"' in html and "plane.png" not in html
+    assert html.count('alt="result ') == 2 * 5 and html.count('alt="query"') == 2 and html.count("<li>") == 2 * 5
+    hardest = retrieved.details["hardest_text_to_image"][0]
+    assert hardest["query"] in html and f"found {hardest['rank']}." in html
 
 
 def test_command_writes_where_it_is_told(runs, tmp_path, capsys, monkeypatch):

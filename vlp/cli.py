@@ -11,10 +11,11 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from vlp.data.annotation_commands import add_annotation_commands
+from vlp.data.dedup_command import add_dedup_command
 from vlp.data.text_commands import add_text_commands
 from vlp.data.world.command import add_world_command
 from vlp.errors import UserError
@@ -31,6 +32,7 @@ TASKS = {
     "knn": ("vlp.tasks.probe", "Knn"),
     "probe": ("vlp.tasks.probe", "LinearProbe"),
     "sts": ("vlp.tasks.sentence_similarity", "SentenceSimilarity"),
+    "classification": ("vlp.tasks.annotated_classes", "Classes"),
     "vqa": ("vlp.tasks.vqa", "Vqa"),
     "captioning": ("vlp.tasks.captioning", "CaptionQuality"),
     "grounding": ("vlp.tasks.grounding", "Grounding"),
@@ -70,12 +72,18 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", metavar="RUN", help="continue this run folder where it stopped")
     train.set_defaults(run=run_train)
 
-    evaluate = commands.add_parser("eval", help=f"evaluate a run: {', '.join(TASKS)}")
-    evaluate.add_argument("folder", metavar="RUN")
-    evaluate.add_argument("task", choices=TASKS)
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data=shards/val ks=1,5,10")
+    evaluate = commands.add_parser("eval", help=f"evaluate a run, or published weights: {', '.join(TASKS)}")
     evaluate.add_argument(
-        "--checkpoint", metavar="STEP", help="a step, 'best' or 'last' (default: best if there is one)"
+        "what",
+        metavar="RUN_OR_WEIGHTS",
+        help="a run; a file of ALBEF's weights; a transformers folder (CLIP, ALIGN, SigLIP); open_clip:NAME/TAG_OR_FILE",
+    )
+    evaluate.add_argument("task", choices=TASKS)
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. data=shards/val ks=1,5,10 tokenizer=bert-base-uncased/"
+    )
+    evaluate.add_argument(
+        "--checkpoint", metavar="STEP", help="of a run: a step, 'best' or 'last' (default: best if there is one)"
     )
     evaluate.set_defaults(run=run_eval)
 
@@ -94,7 +102,9 @@ def build_parser() -> argparse.ArgumentParser:
     ablate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seeds=0,1 train.steps=100")
     ablate.set_defaults(run=run_ablate)
 
-    report = commands.add_parser("report", help="write RUN/report.html, or a page that compares several runs")
+    report = commands.add_parser(
+        "report", help="write RUN/report.html, or a page that compares all that is given: vlp report runs/*"
+    )
     report.add_argument("folders", metavar="RUN", nargs="+", type=Path)
     report.add_argument(
         "--output",
@@ -161,6 +171,7 @@ def add_data_commands(actions) -> None:
     demo.set_defaults(run=run_demo_data)
 
     add_annotation_commands(actions)
+    add_dedup_command(actions)
     add_text_commands(actions)
     add_world_command(actions)
 
@@ -210,17 +221,25 @@ def run_eval(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from vlp.config import override
-    from vlp.restore import open_run
+    from vlp.evaluation import result_name
+    from vlp.leaks import leaked
+    from vlp.opening import Opening, open_subject
 
     module, name = TASKS[options.task]
-    task = override(getattr(importlib.import_module(module), name)(), options.overrides)
-    subject, step = open_run(Path(options.folder), options.checkpoint)
+    task = getattr(importlib.import_module(module), name)()
+    names = {field.name for field in fields(task)}
+    of_opening = {field.name for field in fields(Opening)} - names  # what both have, such as max_length, is the task's
+    own = [text for text in options.overrides if text.partition("=")[0] not in of_opening]
+    task = override(task, own)
+    opening = override(Opening(), [text for text in options.overrides if text not in own])
+    opened = open_subject(options.what, options.checkpoint, opening)
+    subject = opened.subject
+    for part, report in opened.reports.items():
+        print(f"{part} weights: {report or 'random'}")
     task.check(subject.data)
-    result = task(subject)
-    name = (
-        options.task if task.data is None else f"{options.task}-{Path(task.data).name or Path(task.data).parent.name}"
-    )
-    path = Path(options.folder) / "eval" / f"{name}.json"
+    seen = leaked(task, subject.data, opening.allow_leak)
+    result = replace(task(subject), trained_on=seen)
+    path = opened.folder / "eval" / f"{result_name(options.task, task.data)}.json"
     table = Table(
         title=f"{options.task} on {result.data}: {', '.join(f'{n:,} {what}' for what, n in result.n.items())}"
     )
@@ -231,12 +250,13 @@ def run_eval(options: argparse.Namespace) -> int:
         table.add_row(metric, value, f"{low} to {high}")
     if subject.rank == 0:
         try:
-            result.write(path, subject, step)
+            result.write(path, subject, opened.step)
         except OSError as e:
             raise UserError(f"cannot write {path}: {e.strerror or e}") from None
         Console().print(table)
         print(
-            f"protocol: {result.protocol}\nstep {step}, weights {subject.checkpoint[:16]}, left out {len(result.bad)}; written to {path}"
+            f"protocol: {f'{result.name}: ' if result.name else ''}{result.protocol}\n{'' if opened.step is None else f'step {opened.step}, '}"
+            f"weights {subject.checkpoint[:16]}, {f'{seen:,} of the pictures trained on, ' if seen else ''}left out {len(result.bad)}; written to {path}"
         )
     return 0
 
@@ -259,7 +279,7 @@ def run_report(options: argparse.Namespace) -> int:
     from vlp.comparison import write_comparison
     from vlp.report import write_report
 
-    if len(options.folders) > 1 or options.output:
+    if len(options.folders) > 1 or options.output or not (options.folders[0] / "experiment.json").exists():
         path = write_comparison(options.folders, options.output or Path("runs/comparison"))
     else:
         path = write_report(options.folders[0])

@@ -23,6 +23,7 @@ from vlp.data.annotated import Annotated
 from vlp.data.augment import RandomResizedCrop, Resize
 from vlp.data.sentences import Sentences
 from vlp.data.shards import Source
+from vlp.encoders.recompute import Checkpointing
 from vlp.errors import UserError
 from vlp.optim import AdamW, Schedule
 from vlp.state import Momentum
@@ -37,6 +38,8 @@ class Data:
         val: shards for the evaluations during training and for `vlp eval`'s default; None = none.
         tokenizer: folder, tokenizer.json, vocab.txt, ``pip:PACKAGE/path`` or ``open_clip:NAME``.
         sep: whether ``[SEP]`` ends a caption; None = as the tokenizer has it. ALBEF's weights were trained without.
+        clean: whether captions are lower-cased and lose their punctuation first, as ALBEF's weights know them: see
+            `vlp.data.text.clean_caption`.
         batch_size: samples of one optimizer step over all processes and accumulated micro-batches.
         max_length: tokens of a caption; longer ones are cut and counted.
         augment: what training pictures go through; every draw is seeded by (seed, epoch, sample).
@@ -52,6 +55,7 @@ class Data:
     val: str | None = None
     tokenizer: str = ""
     sep: bool | None = None
+    clean: bool = False
     batch_size: int = 256
     max_length: int = 64
     augment: Any = field(default_factory=RandomResizedCrop)
@@ -76,9 +80,10 @@ class Training:
         clip_norm: the gradient's norm is scaled down to this; None = not.
         layer_decay: learning rate of a layer relative to the one after it (1 = the same).
         lr_scales: parameter-name prefix -> factor on the learning rate.
-        frozen: parameter-name prefixes that are not trained.
+        frozen: parameter-name prefixes that are not trained; a ``*`` stands for anything up to the next dot.
         ema_decay: of the averaged weights that are evaluated and saved beside the trained ones; None = no average.
-        activation_checkpointing: recompute the towers' blocks in the backward pass to save memory.
+        activation_checkpointing: what the backward pass makes again to save memory, see `vlp.encoders.recompute`: "cheap" =
+            what lies between matrix products, "full" = whole blocks.
         compile: run the model through torch.compile.
         nonfinite: what to do at a loss or gradient that is not finite: stop, naming the samples, or skip the step.
         processes: stop at start-up unless the launcher started this many; None = any number.
@@ -96,7 +101,7 @@ class Training:
     lr_scales: dict[str, float] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
     ema_decay: float | None = None
-    activation_checkpointing: bool = False
+    activation_checkpointing: Checkpointing = "none"
     compile: bool = False
     nonfinite: Literal["stop", "skip"] = "stop"
     processes: int | None = None

@@ -4,6 +4,7 @@ record that is written with each number."""
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,9 @@ class Subject:
     """A model under evaluation with what belongs to its weights.
 
     Args:
+        data: of the run; of weights without one, what they bring.
         checkpoint: SHA-256 of the weights' file, or a note where they are not in a file.
+        name: of the run, or of the weights.
         rank: of this process; every process must evaluate the same.
     """
 
@@ -39,6 +42,7 @@ class Subject:
     seed: int = 0
     checkpoint: str = ""
     rank: int = 0
+    name: str = ""
 
     @property
     def preprocess(self):
@@ -52,11 +56,13 @@ class Result:
     Args:
         task: e.g. ``retrieval``.
         protocol: exactly what was measured, in words that name one procedure.
+        name: of the protocol with its data and weights, e.g. ``flickr30k-zero-shot@coco-ft``; "" where a task has none.
         data: where the evaluated samples came from.
         n: how many of what, e.g. {"images": 1000, "captions": 5000}.
         metrics: fractions in [0, 1], or as the protocol says.
         details: for the report: examples and their answers.
         bad: samples left out.
+        trained_on: how many of the pictures were in the training data, by their bytes; None = that was not looked at.
     """
 
     task: str
@@ -67,6 +73,8 @@ class Result:
     details: dict = field(default_factory=dict)
     bad: list[dict] = field(default_factory=list)
     seconds: float = 0.0
+    name: str = ""
+    trained_on: int | None = None
 
     def write(self, path: Path, subject: Subject, step: int | None = None) -> None:
         record = asdict(self) | {
@@ -78,6 +86,51 @@ class Result:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(record, indent=1).encode())
+
+
+SPLITS = ("train", "val", "valid", "validation", "dev", "test", "minival")
+
+
+def name_of(location: str) -> str:
+    """What a data set is called by where it lies: ``data/flickr8k/val`` is flickr8k-val, ``coco/{000..9}.tar`` is coco."""
+    parts = [part for part in Path(location).parts if not part.endswith(".tar") and not set(part) & set("*?{}[]/")]
+    last = parts[-1] if parts else "data"
+    return f"{parts[-2]}-{last}" if last in SPLITS and len(parts) > 1 else last
+
+
+def protocol_name(subject: Subject, location: str, setting: str | None) -> str:
+    """E.g. ``flickr30k-zero-shot@coco-ft``: data without its split, setting, weights.
+
+    Args:
+        setting: "zero-shot" or "fine-tuned"; None = fine-tuned where the run was trained on a split of the same data,
+            and unstated for weights of which that is not known.
+    """
+
+    def whole(data: str) -> str:
+        return re.sub(rf"[-_]({'|'.join(SPLITS)})$", "", name_of(data))
+
+    if setting is None and subject.data.train:
+        trained_on = {whole(getattr(source, "shards", None) or source.path) for source in subject.data.train}
+        setting = "fine-tuned" if whole(location) in trained_on else "zero-shot"
+    return f"{whole(location)}-{setting or 'unstated'}@{subject.name or 'unnamed'}"
+
+
+def result_name(task: str, data: str | None) -> str:
+    """Of the file that keeps the newest result of a task on some data; None = that of the experiment."""
+    return f"{task}-{name_of(data)}" if data else task
+
+
+def need_both(subject: Subject, task: str) -> None:
+    """Raises UserError unless the model sees pictures and reads texts, and puts both into one space."""
+    if subject.tokenizer is None:
+        raise UserError(
+            f"{task} needs a text tower and its tokenizer, and there is none here: give tokenizer=FOLDER for weights "
+            "that bring none, or evaluate pictures alone with knn or probe"
+        )
+    if subject.preprocess is None:
+        raise UserError(f"{task} needs pictures too, and there is no image tower here; evaluate it with sts")
+    if not getattr(subject.model, "itc", True):
+        raise UserError(f"{task} compares embeddings, and this model has no head for contrast; choose one that has")
 
 
 @contextmanager

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment
-from PIL import Image
 
+from vlp import gallery
 from vlp.config import Experiment, load_json
-from vlp.data.image import decode
-from vlp.data.shards import ShardReader, write_atomically
-from vlp.errors import BadSample, UserError
+from vlp.data.shards import write_atomically
+from vlp.errors import UserError
+from vlp.gallery import MACROS, captions_with_pictures
 from vlp.logging import read_log
 from vlp.metrics import Interval
 
@@ -27,13 +27,13 @@ STYLE = """
  td:first-child, th:first-child { text-align: left } pre { background: #f4f6f8; padding: .8rem; overflow-x: auto }
  img.plot { width: 100% }
 """
-TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>
+TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+    MACROS
+    + """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ name }}</title>
 <style>{{ style|safe }}
- .row { display: flex; align-items: center; gap: .5rem; margin: .35rem 0 }
- .row .query { width: 15rem } .row img { width: 84px; height: 84px; object-fit: contain; border: 3px solid #dde2e7; border-radius: 6px; background: #fff }
- .row img.right { border-color: #1a9850 } .row .rank { width: 5rem; text-align: right; color: #5b6570 }
+{{ gallery|safe }}
 </style></head><body>
 <h1>{{ name }}</h1><p class="quiet">{{ summary }}</p>
 {% for result in results %}
@@ -49,17 +49,14 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 <h2>Training</h2><img class="plot" alt="curves" src="data:image/png;base64,{{ curves }}">
 {% if queries %}
 <h2>What captions find</h2><p class="quiet">Captions drawn at random from the held-out part, and the five pictures nearest to each; the right one has a green frame.</p>
-{% for q in queries %}
-<div class="row"><div class="query">{{ q.query }}</div>
-{% for f in q.found %}<img class="{{ "right" if f.right }}" alt="result {{ loop.index }}" src="data:image/png;base64,{{ f.png }}">{% endfor %}
-<div class="rank">{{ "found %d." | format(q.rank) }}</div></div>
-{% endfor %}
+{{ captions(queries) }}
 {% endif %}
 <h2>To repeat it</h2><pre>{% for line in commands %}{{ line }}
 {% endfor %}</pre>
 <p class="quiet">The resolved experiment is in <code>experiment.json</code> beside this file.{% if quarantined %} {{ quarantined }} samples could not be used, see <code>quarantine.jsonl</code>.{% endif %}</p>
 </body></html>
-""")
+"""
+)
 
 
 def write_report(folder: Path) -> Path:
@@ -73,11 +70,12 @@ def write_report(folder: Path) -> Path:
     starts = read_log(folder / "starts.jsonl")
     html = TEMPLATE.render(
         style=STYLE,
+        gallery=gallery.STYLE,
         name=experiment.name,
         summary=_summary(experiment, log, starts),
         results=results,
         curves=_curves(log, read_log(folder / "eval.jsonl")),
-        queries=[q for result in results for q in _queries(result)],
+        queries=[q for result in results for q in captions_with_pictures(result, "text_to_image")],
         commands=[shlex.join(start["command"]) for start in starts],
         quarantined=len(read_log(folder / "quarantine.jsonl")),
     )
@@ -164,31 +162,3 @@ def png(figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
-
-
-def _queries(result: dict) -> list[dict]:
-    """The kept examples with their pictures, where the shards are still at hand."""
-    examples = result["details"].get("text_to_image", [])
-    try:
-        reader = ShardReader(result["data"]) if examples else None
-        return [
-            {
-                "query": example["query"],
-                "rank": example["rank"],
-                "found": [
-                    {"right": n == example["answer"], "png": _thumbnail(reader, *reader.place(n))}
-                    for n in example["found"]
-                ],
-            }
-            for example in examples
-        ]
-    except (UserError, BadSample):
-        return []
-
-
-def _thumbnail(reader: ShardReader, shard: int, row: int) -> str:
-    image = Image.fromarray(decode(reader.read(shard, row).image))
-    image.thumbnail((112, 112))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -19,7 +19,9 @@ MEASURES = (
     "queue_info_nce",
     "retrieval_memory",
     "vqa_ranking",
+    "rerank",
     "data_wait",
+    "albef_step",
 )
 
 

@@ -171,3 +171,15 @@ def test_bad_tokenizers_are_users_errors(tmp_path):
         load_tokenizer("open_clip:ViT-Z")
     with pytest.raises(UserError, match="on a hub; give a local folder"):
         load_tokenizer("open_clip:ViT-B-16-SigLIP")
+
+
+@pytest.mark.parametrize("text", ["A man's dog, running!", "black-and-white / photo of two <person>s", "#1: a*b; c~d?"])
+def test_tokenizer_that_cleans_does_so_before_all_else_and_after_saving(tmp_path, text):
+    plain = train_tokenizer(["a man's dog, running black and white photo of two persons 1 ab cd - / #"] * 3, 200)
+    plain.save(tmp_path / "plain")
+    cleaning = load_tokenizer(str(tmp_path / "plain"), clean=True)
+    assert cleaning.rows([text]) == plain.rows([clean_caption(text)]) != plain.rows([text])
+    cleaning.save(tmp_path / "cleaning")
+    assert load_tokenizer(str(tmp_path / "cleaning")).rows([text]) == cleaning.rows([text])
+    with pytest.raises(UserError, match="data.clean=false"):
+        load_tokenizer("open_clip:ViT-B-32", clean=True)

@@ -110,3 +110,18 @@ def test_a_run_that_cannot_be_started_from_is_said_in_one_line(tmp_path):
     run_of(tmp_path / "image", Single(image=IMAGE))
     with pytest.raises(UserError, match="no text tower"):
         BertText(weights=str(tmp_path / "image")).build()
+
+
+def test_a_whole_dual_encoder_starts_from_a_run_heads_and_scalars_too(tmp_path):
+    spec = Dual(image=IMAGE, text=BertText(config=BERT), projection="both", embed_size=8, temperature=0.5, bias=-3.0)
+    run, (model,) = str(tmp_path / "run"), run_of(tmp_path / "run", spec)
+    started = replace(spec, temperature=0.07, bias=0.0, weights=run).build()
+    assert_equal(started, model.state_dict(), "")
+    assert started.reports["model"].new == started.reports["model"].unexpected == ()
+    larger = replace(spec, image=replace(IMAGE, image_size=64), weights=run).build()
+    assert larger.reports["model"].resized == ("image.model.pos_embed",)
+    with pytest.raises(UserError, match="choose a model of the same size"):
+        replace(spec, embed_size=9, weights=run).build()
+    assert not torch.equal(
+        replace(spec, weights=run).build(load_weights=False).text_projection.weight, model.text_projection.weight
+    )

@@ -15,7 +15,7 @@ from tests.tasks.test_zero_shot import picture
 from vlp.encoders.image import TimmImage
 from vlp.errors import UserError
 from vlp.models.single import Single
-from vlp.tasks.probe import Knn, LinearProbe, cross_validate, encode_pictures, fit_logistic, knn_scores
+from vlp.tasks.probe import Knn, LinearProbe, confused, cross_validate, encode_pictures, fit_logistic, knn_scores
 
 
 @pytest.fixture
@@ -231,3 +231,12 @@ def test_features_that_are_not_finite_name_the_picture(labelled):
         path.write_bytes(b"no picture")
     with pytest.raises(UserError, match="none of the 30 pictures"):
         Knn(data=str(labelled))(subject(Seer()))
+
+
+def test_pairs_mixed_up_most_often_come_first():
+    labels, guesses = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([1, 1, 0, 1, 2, 2])
+    assert confused(labels, guesses, ["cat", "dog", "fox"]) == [
+        {"true": "cat", "guessed": "dog", "count": 2, "of": 3},
+        {"true": "dog", "guessed": "fox", "count": 1, "of": 2},
+    ]
+    assert confused(labels, labels, ["cat", "dog", "fox"]) == []

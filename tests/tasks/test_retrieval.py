@@ -3,19 +3,23 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tests.conftest import ROOT, environment, toy_overrides, vlp
 from tests.processes import free_port, run, train
 from tests.tasks.fakes import Blind, Seer, subject
 from vlp.data.formats import Pair
 from vlp.data.pack import Packing, pack
+from vlp.data.shards import Source
 from vlp.errors import UserError
-from vlp.evaluation import encode_pairs
+from vlp.evaluation import encode_pairs, protocol_name
+from vlp.metrics import ranks
+from vlp.tasks.rerank import Shortlist
 from vlp.tasks.retrieval import Retrieval
 from vlp.types import Encoded
 
@@ -145,3 +149,45 @@ def test_embeddings_that_are_not_finite_are_refused_not_ranked_first(colours):
 
     with pytest.raises(UserError, match="not finite"):
         Retrieval(data=str(colours))(subject(Diverged()))
+
+
+@pytest.mark.parametrize(
+    ("location", "setting", "name"),
+    [
+        ("data/flickr8k/val", None, "flickr8k-fine-tuned@run"),
+        ("data/coco-val", None, "coco-zero-shot@run"),
+        ("data/coco/karpathy/{000..004}.tar", "fine-tuned", "karpathy-fine-tuned@run"),
+    ],
+)
+def test_protocol_names_data_setting_and_weights(location, setting, name):
+    given = subject(Seer())
+    given = replace(given, name="run", data=replace(given.data, train=(Source("data/flickr8k/train"),)))
+    assert protocol_name(given, location, setting) == name
+    assert protocol_name(replace(given, data=replace(given.data, train=())), "flickr30k-test", None) == (
+        "flickr30k-unstated@run"
+    )
+
+
+class Largest(TorchFunctionMode):
+    """The most numbers that an operation gave out."""
+
+    numbers = 0
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        out = function(*arguments, **(named or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+def test_scores_of_a_chunk_are_all_that_is_held_at_a_time():
+    """Of 5,000 pictures x 25,000 captions the whole matrix would be 500 MB, as often as it is copied."""
+    torch.manual_seed(0)
+    images, texts, ids = torch.randn(600, 4), torch.randn(3000, 4), torch.arange(600)
+    with Largest() as largest:
+        ranks(images, texts, ids, ids.repeat_interleave(5))
+        ranks(texts, images, ids.repeat_interleave(5), ids)
+        shortlist = Shortlist(images, texts, 16)
+    assert 0 < largest.numbers <= 256 * 3000 < 600 * 3000
+    assert shortlist.t2i[1].shape == (3000, 16)

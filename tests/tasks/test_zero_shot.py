@@ -127,6 +127,22 @@ def test_other_folders_are_called_as_they_are_or_as_a_file_says(tmp_path):
 def test_named_templates_are_open_clips():
     assert len(templates_of("openai")) == 80
     assert [t.replace("{}", "dog") for t in templates_of("openai")] == [t("dog") for t in OPENAI_IMAGENET_TEMPLATES]
+    assert len(templates_of("simple")) == 7 and set(templates_of("simple")) <= set(templates_of("openai"))
+    cifar = templates_of("cifar")
+    assert len(set(cifar)) == 18 and cifar[:2] == ["a photo of a {}.", "a blurry photo of a {}."]
+    assert cifar[8:11] == ["a photo of a big {}.", "a photo of the {}.", "a blurry photo of the {}."]
+    with pytest.raises(UserError, match="the named sets are openai, simple, cifar, photo"):
+        templates_of("clip")
+
+
+def test_imagenet_v2_has_numbers_for_folders():
+    names = class_names(sorted(map(str, range(1000))), None)
+    assert (
+        names[0] == IMAGENET_CLASSNAMES[0]
+        and names[1] == IMAGENET_CLASSNAMES[1]
+        and names[2] == IMAGENET_CLASSNAMES[10]
+    )
+    assert class_names(["0", "1"], None) == ["0", "1"]  # ten digits, say, are no ImageNet
 
 
 def test_run_without_a_tower_is_told_what_to_use(folder):

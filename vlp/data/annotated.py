@@ -175,10 +175,9 @@ class AnnotatedReader:
             captions = (word(record.get(source.text)),)
             if not captions[0]:
                 raise BadSample(f"no text in {source.text!r}")
-        if source.label:
-            if (label := self._place.get(word(record.get(source.label)))) is None:
-                some = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
-                raise BadSample(f"label {word(record.get(source.label))!r} is not among {some}")
+        if source.label and (label := self._place.get(word(record.get(source.label)))) is None:
+            some = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
+            raise BadSample(f"label {word(record.get(source.label))!r} is not among {some}")
         answers, targets = (), None
         if source.answers:
             answers, counts = read_answers(record.get(source.answers))
@@ -247,7 +246,9 @@ def read_answers(given: Any) -> tuple[tuple[tuple[str, float], ...], tuple[int, 
     """
     if isinstance(given, dict):
         weights = {word(answer): weight for answer, weight in given.items() if word(answer)}
-        if wrong := [w for w in weights.values() if isinstance(w, bool) or not isinstance(w, (int, float)) or not w >= 0]:
+        if wrong := [
+            w for w in weights.values() if isinstance(w, bool) or not isinstance(w, (int, float)) or not w >= 0
+        ]:
             raise BadSample(f"the weight of an answer is {wrong[0]!r}; it should be a number from 0 on")
         return tuple((answer, float(weight)) for answer, weight in weights.items()), (0,) * len(weights)
     said = [text for value in (given if isinstance(given, list) else [given]) if (text := word(value))]

@@ -1,4 +1,6 @@
-"""Pictures with a class each: a folder of pictures a class, or a labels.jsonl; shared by zero-shot, kNN and linear probe."""
+"""Pictures with a class each: a folder of pictures a class, a labels.jsonl, or a public set in its own form.
+
+Shared by zero-shot, kNN and linear probe."""
 
 from __future__ import annotations
 
@@ -6,25 +8,28 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlp.config import Data
+from vlp.data.benchmarks import CifarPicture, FramedPicture, find_cifar, read_cifar, read_objectnet
 from vlp.data.image import decode
 from vlp.encoders.image import Preprocess
 from vlp.errors import BadSample, UserError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-FORMS = "a folder of pictures a class, or a labels.jsonl"
+FORMS = "a folder of pictures a class, a labels.jsonl, CIFAR's binary files, or ObjectNet"
 
-Labelled = list[tuple[Path, int]]  # (picture, class number)
+Picture = Path | CifarPicture | FramedPicture
+Labelled = list[tuple[Picture, int]]  # (picture, class number)
 
 
 @dataclass(frozen=True)
 class _Row:
     """A picture whose class is known by ``key`` (the label's number or the folder), and is called ``name``."""
 
-    picture: Path
+    picture: Picture
     key: int | str
     name: str
 
@@ -34,7 +39,7 @@ def read_labelled(folder: Path, split: str | None) -> tuple[Labelled, list[str]]
 
     Args:
         folder: has one folder of pictures a class, or a labels.jsonl of objects with image, label and, optionally, name
-            and split.
+            and split; or see `vlp.data.benchmarks`.
         split: rows of labels.jsonl with this split, or the folder FOLDER/SPLIT; None = all.
 
     Raises:
@@ -81,10 +86,19 @@ def _read(folder: Path, split: str | None) -> list[_Row]:
         raise UserError(f"no folder {folder}; give data=FOLDER with {FORMS}")
     if (folder / "labels.jsonl").exists():
         return _read_labels(folder, split)
+    if cifar := find_cifar(folder):
+        return [_Row(*row) for row in read_cifar(folder, cifar, split)]
+    if names := read_objectnet(folder):
+        found = _read_folders(folder / "images")
+        return [_Row(FramedPicture(row.picture), row.key, names[row.key]) for row in found if row.key in names]
     if split is not None:
         folder = folder / split
         if not folder.is_dir():
             raise UserError(f"no folder {folder}, and no labels.jsonl beside it that could name the split {split!r}")
+    return _read_folders(folder)
+
+
+def _read_folders(folder: Path) -> list[_Row]:
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     rows = [
         _Row(path, name, name)
@@ -115,6 +129,11 @@ def _read_labels(folder: Path, split: str | None) -> list[_Row]:
     return rows
 
 
+def pixels_of(picture: Picture, max_pixels: int) -> np.ndarray:
+    """(H, W, 3) uint8. Raises BadSample or OSError where there are none."""
+    return decode(picture.read_bytes(), max_pixels) if isinstance(picture, Path) else picture.pixels(max_pixels)
+
+
 class Pictures(Dataset):
     """Numbers -> the numbers that could be decoded, their resized (3, H, W) uint8 pixels, and complaints of the others."""
 
@@ -127,11 +146,11 @@ class Pictures(Dataset):
     def __getitems__(self, numbers: list[int]) -> tuple[list[int], list[Tensor], list[dict]]:
         good, pixels, bad = [], [], []
         for n in numbers:
-            path = self.pictures[n][0]
+            picture = self.pictures[n][0]
             try:
-                image = decode(path.read_bytes(), self.data.max_pixels)
+                image = pixels_of(picture, self.data.max_pixels)
                 pixels.append(self.data.resize(image, self.preprocess.size, self.preprocess.interpolation))
                 good.append(n)
             except (BadSample, OSError) as e:
-                bad.append({"number": n, "image": str(path), "reason": str(e)})
+                bad.append({"number": n, "image": str(picture), "reason": str(e)})
         return good, pixels, bad

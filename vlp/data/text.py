@@ -38,11 +38,14 @@ class Tokenizer:
     Args:
         backend: splits text into ids; its own truncation, padding and special tokens are replaced.
         sep: whether ``[SEP]`` ends a caption. BERT's convention; ALBEF's weights were trained without it.
+        clean: whether captions go through `clean_caption` first, its limit of words apart; kept in what ``save`` writes.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, sep: bool = True):
+    def __init__(self, backend: tokenizers.Tokenizer, sep: bool = True, clean: bool = False):
         self.sep = sep
         self._backend = backend
+        if clean:
+            backend.normalizer = normalizers.Sequence([*_cleaning(), *filter(None, [backend.normalizer])])
         found = {name: _first_known(backend, tokens) for name, tokens in SPECIAL.items()}
         missing = [SPECIAL[name][0] for name in ("pad", "cls", "sep") if found[name] is None]
         if missing:
@@ -188,18 +191,21 @@ def _first_known(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> int | 
     return next((backend.token_to_id(t) for t in tokens if backend.token_to_id(t) is not None), None)
 
 
-def load_tokenizer(path: str, sep: bool | None = None) -> Tokenizer | OpenClipTokenizer:
+def load_tokenizer(path: str, sep: bool | None = None, clean: bool = False) -> Tokenizer | OpenClipTokenizer:
     """A tokenizer from local files.
 
     Args:
         path: a folder with tokenizer.json or vocab.txt, as transformers and `Tokenizer.save` write it; one of these
             files; ``pip:PACKAGE/path`` for either inside an installed package; or ``open_clip:MODEL``.
         sep: whether ``[SEP]`` ends a caption; None = as the file says, and for a vocabulary, yes.
+        clean: see `Tokenizer`.
 
     Raises:
-        UserError: if nothing is there, or it is not a tokenizer.
+        UserError: if nothing is there, it is not a tokenizer, or one that cannot clean.
     """
     if path.startswith("open_clip:"):
+        if clean:
+            raise UserError(f"{path} reads captions as they are; set data.clean=false")
         return OpenClipTokenizer(path.removeprefix("open_clip:"))
     file = found = resolve(path)
     if found.is_dir():
@@ -216,7 +222,7 @@ def load_tokenizer(path: str, sep: bool | None = None) -> Tokenizer | OpenClipTo
     if sep is None:
         own = backend.encode("").ids  # what the file puts around an empty caption: [CLS] [SEP], [CLS] alone, or nothing
         sep = len(own) != 1
-    return Tokenizer(backend, sep)
+    return Tokenizer(backend, sep, clean)
 
 
 def _from_vocabulary(file: Path) -> tokenizers.Tokenizer:
@@ -267,11 +273,21 @@ def train_tokenizer(
     return Tokenizer(trained, sep)
 
 
+REMOVED = r"[,.'!?\"()*#:;~]"
+
+
+def _cleaning() -> list[normalizers.Normalizer]:
+    """`clean_caption`, without the limit of words, in the words of the tokenizers library."""
+    spaces = [normalizers.Replace(mark, " ") for mark in "-/"]
+    removed = normalizers.Replace(tokenizers.Regex(REMOVED), "")
+    return [normalizers.Lowercase(), removed, *spaces, normalizers.Replace("<person>", "person")]
+
+
 def clean_caption(text: str, max_words: int = 30) -> str:
     """ALBEF's normalisation: lower-case, without ``,.'!?"()*#:;~``, spaces for ``-`` and ``/``, ``max_words`` at most.
 
     Conceptual Captions' ``<person>`` becomes "person".
     """
-    text = re.sub(r"[,.'!?\"()*#:;~]", "", text.lower())
+    text = re.sub(REMOVED, "", text.lower())
     text = text.replace("-", " ").replace("/", " ").replace("<person>", "person")
     return " ".join(text.split()[:max_words])

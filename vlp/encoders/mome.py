@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vlp.encoders.image import Interpolation, Preprocess, Triple
 from vlp.encoders.mome_layer import Expert, MomeLayer, Rows, Wanted
+from vlp.encoders.recompute import Checkpointing, recomputed
 from vlp.encoders.relative_position import RelativePositions
 from vlp.encoders.text import layer_ids
 from vlp.errors import UserError
@@ -24,7 +24,7 @@ from vlp.errors import UserError
 
 @dataclass(frozen=True)
 class Mome:
-    """The transformer; the sizes are VLMo's base. See `BASE`, `BASE_PLUS`, `LARGE`, `SMALL`.
+    """The transformer; the sizes are VLMo's base. See `BASE`, `BASE_PLUS`, `LARGE`, `SMALL`, `TINY`.
 
     Args:
         width: D.
@@ -95,6 +95,7 @@ BASE = Mome()
 BASE_PLUS = Mome(544, 24, 16, vl_from=21, layer_scale=None, max_text_length=40, positions="absolute")
 LARGE = Mome(1024, 24, 16, vl_from=21)
 SMALL = Mome(256, 6, 4, vl_from=4, drop_path=0.0, text_dropout=0.0, image_size=128, max_text_length=64)
+TINY = replace(SMALL, width=192, heads=3, image_size=96)
 
 
 class ImageEmbedding(nn.Module):
@@ -203,7 +204,7 @@ class MomeEncoder(nn.Module):
             for number in range(spec.layers)
         )
         self.norm = nn.LayerNorm(spec.width, eps=1e-6)
-        self.checkpointing = False
+        self.checkpointing: Checkpointing = "none"
         self.apply(_initialise)
         for parameter in (
             p for n, p in self.named_parameters() if n in ("image.cls_token", "image.positions", "text.kind")
@@ -253,10 +254,7 @@ class MomeEncoder(nn.Module):
         for number in range(first, last):
             layer, bias = self.layers[number], biases and biases[number]
             given = (states, rows, bias, joint and number >= self.vl_from, wanted if number == last - 1 else None)
-            if self.checkpointing and torch.is_grad_enabled():
-                states = checkpoint(layer, *given, use_reentrant=False)
-            else:
-                states = layer(*given)
+            states = recomputed(layer, self.checkpointing, *given)
         return states
 
     def finish(self, states: Tensor) -> Tensor:
@@ -271,9 +269,9 @@ class MomeEncoder(nn.Module):
         named = ("image.kind", "image.positions", "text.token_types", "text.positions", "positions.")
         return {n for n, p in self.named_parameters() if p.ndim == 1 or n.startswith(named)}
 
-    def set_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward instead of keeping them."""
-        self.checkpointing = enabled
+    def set_checkpointing(self, how: Checkpointing) -> None:
+        """See `vlp.encoders.recompute`."""
+        self.checkpointing = how
 
 
 def _initialise(module: nn.Module) -> None:

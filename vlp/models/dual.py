@@ -5,6 +5,7 @@ B batch, L text tokens, D width of a tower, E embedding.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlp.encoders.image import Preprocess, TimmImage
+from vlp.encoders.image import ImageTower, Preprocess, TimmImage, _grids
 from vlp.encoders.open_clip import OpenClip
+from vlp.encoders.recompute import Checkpointing
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
+from vlp.models import pretrained
 from vlp.models.pretrained import LoadReport
 from vlp.models.scale import LearnedScale, check_temperatures
 from vlp.types import Encoded
@@ -35,6 +38,8 @@ class Dual:
         temperature_min: smallest value that takes effect; 0.01 is CLIP's largest scale, 100. None = unbounded.
         temperature_max: largest value that takes effect; None = unbounded.
         bias: initial value of a learned number that is added to all logits (SigLIP: -10); None = there is none.
+        weights: the folder of a run of a dual encoder of the same sizes, from which all of it starts, projections and
+            scalars too; positions are resized to ``image.image_size``.
     """
 
     image: TimmImage | None = None
@@ -47,6 +52,7 @@ class Dual:
     temperature_min: float | None = 0.01
     temperature_max: float | None = None
     bias: float | None = None
+    weights: str | None = None
 
     def resolved(self) -> Dual:
         """The same model with all sizes and normalisation filled in: `build(load_weights=False)` needs no weights then.
@@ -74,16 +80,20 @@ class Dual:
             raise UserError(f"open_clip's towers are projected already; set projection='none', not {self.projection!r}")
         check_temperatures(self.temperature, self.temperature_min, self.temperature_max)
         temperature, bias = self.temperature, self.bias
+        part_by_part = load_weights and not self.weights
         if self.towers:
-            image, text, scale, own_bias = self.towers.build(load_weights)
+            image, text, scale, own_bias = self.towers.build(part_by_part)
             if temperature is None and scale is not None:
                 temperature = 1 / scale
                 bias = own_bias if None not in (bias, own_bias) else bias
         else:
-            image, text = self.image.build(load_weights), self.text.build(load_weights)
-        if temperature is None and load_weights:
+            image, text = self.image.build(part_by_part), self.text.build(part_by_part)
+        if temperature is None and part_by_part:
             raise UserError("temperature None takes it from open_clip weights, and there are none; set a number")
-        return DualEncoder(replace(self, temperature=temperature or 1.0, bias=bias), image, text)
+        model = DualEncoder(replace(self, temperature=temperature or 1.0, bias=bias), image, text)
+        if load_weights and self.weights:
+            model.load(pretrained.read_run_model(self.weights))
+        return model
 
 
 class DualEncoder(LearnedScale):
@@ -115,6 +125,12 @@ class DualEncoder(LearnedScale):
                 nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         self.add_scale(spec.temperature, spec.temperature_min, spec.temperature_max, spec.temperature_form)
         self.logit_bias = None if spec.bias is None else nn.Parameter(torch.tensor([float(spec.bias)]))
+        self.report: LoadReport | None = None
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes everything from another dual encoder's ``state``; UserError if it is of other sizes."""
+        grids = _grids(self.image.model) if isinstance(self.image, ImageTower) else {}
+        self.report = pretrained.load(self, state, grids={f"image.model.{name}": grid for name, grid in grids.items()})
 
     @property
     def preprocess(self) -> Preprocess:
@@ -123,7 +139,9 @@ class DualEncoder(LearnedScale):
 
     @property
     def reports(self) -> dict[str, LoadReport | None]:
-        """What loading their weights did to the towers; None where none were loaded."""
+        """What loading their weights did to the parts; None where none were loaded."""
+        if self.report is not None:
+            return {"model": self.report}
         return {"image": self.image.report, "text": self.text.report}
 
     @property
@@ -157,10 +175,10 @@ class DualEncoder(LearnedScale):
         towers |= {f"text.{name}" for name in self.text.no_weight_decay()}
         return towers | {name for name in ("temperature", "logit_scale", "logit_bias") if name in self._parameters}
 
-    def set_checkpointing(self, enabled: bool) -> None:
+    def set_checkpointing(self, how: Checkpointing) -> None:
         """Recompute the towers' activations in the backward instead of keeping them; UserError where one cannot."""
-        self.image.set_checkpointing(enabled)
-        self.text.set_checkpointing(enabled)
+        self.image.set_checkpointing(how)
+        self.text.set_checkpointing(how)
 
 
 def tower_layer_ids(image: nn.Module, text: nn.Module) -> dict[str, int]:

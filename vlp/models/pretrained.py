@@ -53,6 +53,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         UserError: if the file is missing, damaged, would have to be unpickled, or holds anything but tensors.
     """
     path = resolve(str(path))
+    if path.is_dir():
+        raise UserError(f"{path} is a folder and no run: it has no experiment.json; train it first, or name a file")
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
@@ -94,15 +96,17 @@ def is_run(path: str | None) -> bool:
     return path is not None and (Path(path).expanduser() / "experiment.json").is_file()
 
 
-def run_spec(folder: str, tower: Literal["image", "text"]) -> Any:
-    """The spec of a run's image or text tower, with all its sizes.
+def run_spec(folder: str, tower: Literal["image", "text"] | None = None) -> Any:
+    """The spec of a run's image or text tower, or of its whole model, with all its sizes.
 
     Raises:
         UserError: if the run has no such tower.
     """
     from vlp.config import load_json  # which is built from what imports this module
 
-    spec = getattr(load_json(Path(folder).expanduser() / "experiment.json").model, tower, None)
+    spec = load_json(Path(folder).expanduser() / "experiment.json").model
+    if tower is not None:
+        spec = getattr(spec, tower, None)
     if spec is None:
         raise UserError(f"the run {folder} has no {tower} tower to start from; name a run that has one")
     return spec
@@ -142,14 +146,16 @@ class LoadReport:
 
     loaded: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()  # also counted in loaded
+    copied: tuple[str, ...] = ()  # likewise, from the weights of another part
     new: tuple[str, ...] = ()  # in the module only: start fresh, as declared
     unexpected: tuple[str, ...] = ()  # in the weights only: left out, as declared
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} loaded"]
-        for word in ("resized", "new", "unexpected"):
+        for word in ("resized", "copied", "new", "unexpected"):
             names = getattr(self, word)
-            parts.append(f"{len(names)} {word}" + (f" ({_first(names)})" if names else ""))
+            if names or word != "copied":
+                parts.append(f"{len(names)} {word}" + (f" ({_first(names)})" if names else ""))
         return ", ".join(parts)
 
 
@@ -222,7 +228,7 @@ def load(
             raise UserError(f"{key} is {shapes}; choose a model of the same size")
     module.load_state_dict(fitting, strict=False)
     loaded = tuple(key for key in own if key in fitting)
-    return LoadReport(loaded, tuple(resized), tuple(missing), tuple(unexpected))
+    return LoadReport(loaded, tuple(resized), new=tuple(missing), unexpected=tuple(unexpected))
 
 
 def _under(key: str, prefixes: Iterable[str]) -> bool:

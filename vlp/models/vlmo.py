@@ -15,12 +15,13 @@ from vlp.encoders.heads import PatchHead, VocabularyHead
 from vlp.encoders.image import Preprocess
 from vlp.encoders.mome import Mome, MomeEncoder
 from vlp.encoders.mome_layer import Rows, Wanted
+from vlp.encoders.recompute import Checkpointing
 from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.models.dual import unit
-from vlp.models.pretrained import LoadReport, is_run, run_spec
+from vlp.models.pretrained import LoadReport, is_run
 from vlp.models.scale import LearnedScale, check_temperatures
-from vlp.models.vlmo_start import start
+from vlp.models.vlmo_start import grid_of_run, start
 from vlp.models.vlmo_weights import load_vlmo
 from vlp.types import Encoded
 
@@ -117,7 +118,7 @@ class Vlmo:
             )
         model = VlmoModel(self.resolved(), load_weights)
         if load_weights and self.weights:
-            source = run_spec(self.weights, "image").grid if is_run(self.weights) else None
+            source = grid_of_run(self.weights) if is_run(self.weights) else None
             starts = {"text": self.text_start, "vl": self.vl_start}
             model.report = start(model, load_vlmo(self.weights).student, self.weights, starts, source)
         return model
@@ -350,6 +351,6 @@ class VlmoModel(nn.Module):
         named = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
         return named | {name for name, p in self.named_parameters() if p.ndim == 1}
 
-    def set_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward instead of keeping them."""
-        self.encoder.set_checkpointing(enabled)
+    def set_checkpointing(self, how: Checkpointing) -> None:
+        """See `vlp.encoders.recompute`."""
+        self.encoder.set_checkpointing(how)

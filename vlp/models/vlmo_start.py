@@ -8,18 +8,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from vlp.encoders.relative_position import TableGrid
 from vlp.errors import UserError
 from vlp.models import pretrained
-from vlp.models.pretrained import Grid, LoadReport
+from vlp.models.pretrained import Grid, LoadReport, run_spec
 
 # what weights may lack, since it is new for each purpose
 HEADS = ("itc", "vl", "itm", "pooler", "classifier", "mlm", "words", "mim")
 PARTS = (*HEADS, "encoder.image", "encoder.text", "encoder.positions")
 EXPERT = re.compile(r"(encoder\.layers\.\d+\.experts)\.(\w+)\.")
+
+# ``train.frozen`` of the stage of texts (Bao et al. 2022, sec. 3.3). The published code trains the texts' own parts and the last
+# norm, which images go through too, so that their branch drifts. It also names the images' token type and rows of the position
+# table trainable, which no text reaches.
+PAPER = (
+    "encoder.image",
+    "encoder.positions.image",
+    "encoder.layers.*.norm",
+    "encoder.layers.*.attention",
+    "encoder.layers.*.gamma",
+    "encoder.layers.*.experts.image",
+)
+# All that images go through stays as the stage of images left it, to the bit.
+RECOMMENDED = (*PAPER, "encoder.norm")
 
 
 def start(
@@ -35,7 +50,7 @@ def start(
     Raises:
         UserError: if the weights lack an expert, or anything else that is not declared new, or are of other sizes.
     """
-    own, state, new = model.state_dict(), dict(state), list(HEADS)
+    own, state, new, copied = model.state_dict(), dict(state), list(HEADS), []
     for expert, start in starts.items():
         if start == "weights":
             continue
@@ -46,6 +61,7 @@ def start(
                 new.append(prefix.removesuffix("."))
             elif (other := key.replace(f".experts.{expert}.", f".experts.{start}.")) in state:
                 state[key] = state[other]
+                copied.append(key)
     if starts["text"] != "weights":
         new += ["encoder.text", "encoder.positions.text"]
     if starts["vl"] != "weights":
@@ -67,7 +83,20 @@ def start(
     if model.image is not None:
         grid = model.encoder.grid
         grids = {"encoder.image.positions": Grid(grid, 1, source), "encoder.positions.image": TableGrid(grid, source)}
-    return pretrained.load(model, state, new=new, ignored=_absent(own, state), grids=grids)
+    report = pretrained.load(model, state, new=new, ignored=_absent(own, state), grids=grids)
+    return replace(report, copied=tuple(copied))
+
+
+def grid_of_run(folder: str) -> tuple[int, int]:
+    """(h, w) patches of the images of a run.
+
+    Raises:
+        UserError: if it is not a run of a VLMo.
+    """
+    encoder = getattr(run_spec(folder), "encoder", None)
+    if encoder is None:
+        raise UserError(f"the run {folder} is of another model than VLMo; name one of a VLMo as model.weights")
+    return encoder.grid
 
 
 CURES = {

@@ -43,6 +43,10 @@ class MinimalPairs:
         if len(reader) == 0 or "minimal_pair" not in reader.read(*reader.place(0)).meta:
             raise UserError(f"{self._source(data)} holds no scenes with a minimal pair; make some with vlp data world")
 
+    def evaluated(self, data: Data) -> str:
+        """The shards, see `vlp.leaks`."""
+        return self._source(data)
+
     def _source(self, data: Data) -> str:
         world = self.data or (data.val and Path(data.val).parent)
         if not world:

@@ -51,6 +51,10 @@ class _Classes:
         """Raises UserError where there are no two splits of the same classes."""
         self._read()
 
+    def evaluated(self, data: Data) -> list[Path]:
+        """Those of the test pictures that are files of their own, see `vlp.leaks`."""
+        return [picture for picture, _ in self._read()[1] if isinstance(picture, Path)]
+
     def _read(self) -> tuple[Labelled, Labelled, list[str]]:
         if not self.data:
             raise UserError(f"there are no pictures to classify: give data=FOLDER with {FORMS}")
@@ -76,7 +80,7 @@ class _Classes:
             data=self.data,
             n={"images": len(rank), "train images": len(known.labels), "classes": len(classes)},
             metrics=metrics,
-            details={"classes": classes} | details,
+            details={"classes": classes, "confused": confused(asked.labels, scores.argmax(1), classes)} | details,
             bad=known.bad + asked.bad,
             seconds=time.monotonic() - began,
         )
@@ -192,6 +196,22 @@ def encode_pictures(subject: Subject, pictures: Labelled, features: Features, ba
         path = pictures[left[int(finite.int().argmin())]][0]
         raise UserError(f"the features of {path} are not finite; evaluate an earlier checkpoint")
     return EncodedPictures(rows, labels, bad)
+
+
+def confused(labels: Tensor, guesses: Tensor, names: list[str], most: int = 20) -> list[dict]:
+    """The pairs of classes that are mixed up most often: true, guessed, how many of how many pictures.
+
+    Args:
+        labels: (n,) int64.
+        guesses: (n,) int64.
+    """
+    wrong = labels != guesses
+    pairs, counts = torch.stack([labels[wrong], guesses[wrong]]).unique(dim=1, return_counts=True)
+    of, order = labels.bincount(minlength=len(names)).tolist(), counts.argsort(descending=True, stable=True)[:most]
+    return [
+        {"true": names[true], "guessed": names[guess], "count": count, "of": of[true]}
+        for (true, guess), count in zip(pairs[:, order].T.tolist(), counts[order].tolist())
+    ]
 
 
 def chosen(encoded: Encoded, features: Features) -> Tensor:

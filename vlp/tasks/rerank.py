@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor
 from vlp.data.stream import InOrder, evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
-from vlp.evaluation import Result, Subject, evaluating, merge
+from vlp.evaluation import Result, Subject, evaluating, merge, need_both, protocol_name
 from vlp.metrics import ranks
+from vlp.tasks.examples import Found
 from vlp.tasks.retrieval import Retrieval, recalls
 from vlp.types import Encoded
 
@@ -46,6 +48,7 @@ class Rerank(Retrieval):
         began = time.monotonic()
         if getattr(subject.model, "itm", None) is None:
             raise UserError("rerank needs a model with a head for image-text matching (model.itm); use retrieval")
+        need_both(subject, "rerank")
         if self.k < 1 or self.text_batch < 1:
             raise UserError(f"rerank with k={self.k} and text_batch={self.text_batch}; give 1 or more")
         data, source = subject.data, self._source(subject.data)
@@ -60,14 +63,17 @@ class Rerank(Retrieval):
             text_of = torch.tensor([number[c] for c in captions])
             shortlist = Shortlist(pictures.embeds, texts.embeds[text_of], self.k)
             pairs = self._match(subject, dataset, pictures.rows, shortlist, texts, text_of)
+        metrics, found = self._metrics(pictures, shortlist, texts.embeds[text_of], subject.seed)
         return Result(
             task="rerank",
             protocol=f"{self.score}-of-itc-top-{self.k}: each query's {self.k} best by cosine similarity in the order of "
             f"{'the matching logit' if self.score == 'itm' else 'the matching logit + cosine'}, the others behind them; "
             "any caption of a picture counts, ties count against",
+            name=protocol_name(subject, source, self.setting),
             data=source,
             n={"images": len(pictures.rows), "captions": len(captions), "pairs": pairs},
-            metrics=self._metrics(pictures, shortlist, texts.embeds[text_of], subject.seed),
+            metrics=metrics,
+            details=found.examples(self.examples, subject.seed),
             bad=pictures.bad,
             seconds=time.monotonic() - began,
         )
@@ -101,20 +107,32 @@ class Rerank(Retrieval):
                 raise UserError("the model's matching scores are not finite; choose another checkpoint")
         return sum(gather_objects(pairs))
 
-    def _metrics(self, pictures: Pictures, shortlist: Shortlist, texts: Tensor, seed: int):
+    def _metrics(self, pictures: Pictures, shortlist: Shortlist, texts: Tensor, seed: int) -> tuple[dict, Found]:
         image_ids = torch.tensor(pictures.ids)
-        text_ids = image_ids.repeat_interleave(torch.tensor([len(own) for own in pictures.captions]))
+        picture_of = torch.arange(len(pictures.rows)).repeat_interleave(
+            torch.tensor([len(own) for own in pictures.captions])
+        )
+        text_ids = image_ids[picture_of]
         plus = 1.0 if self.score == "itm+itc" else 0.0
-        itc, found = {}, {}
+        itc, found, best_five = {}, {}, {}
         for way, queries, keys, query_ids, key_ids, itm, cosine, candidates in (
             ("i2t", pictures.embeds, texts, image_ids, text_ids, shortlist.i2t_itm, *shortlist.i2t),
             ("t2i", texts, pictures.embeds, text_ids, image_ids, shortlist.t2i_itm, *shortlist.t2i),
         ):
-            before = ranks(queries, keys, query_ids, key_ids)
+            before, scores = ranks(queries, keys, query_ids, key_ids), itm + plus * cosine
             positive = query_ids[:, None] == key_ids[candidates]
-            itc[way], found[way] = (before, query_ids), (rerank(itm + plus * cosine, positive, before), query_ids)
+            itc[way], found[way] = (before, query_ids), (rerank(scores, positive, before), query_ids)
+            best_five[way] = partial(_best_five, scores, candidates)
         without = recalls(itc, self.ks, seed, self.resamples)
-        return recalls(found, self.ks, seed, self.resamples) | {f"itc_{name}": i for name, i in without.items()}
+        metrics = recalls(found, self.ks, seed, self.resamples) | {f"itc_{name}": i for name, i in without.items()}
+        captions = [c for own in pictures.captions for c in own]
+        of_ways = (found["i2t"][0], found["t2i"][0], best_five["i2t"], best_five["t2i"])
+        return metrics, Found(pictures.rows, captions, picture_of, *of_ways)
+
+
+def _best_five(scores: Tensor, candidates: Tensor, queries: Tensor) -> Tensor:
+    """(q, 5) candidates of (q,) queries, the best first."""
+    return candidates[queries].gather(1, scores[queries].topk(min(5, scores.shape[1]), dim=1).indices)
 
 
 def rerank(scores: Tensor, positive: Tensor, before: Tensor) -> Tensor:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vlp.config import Data
 from vlp.data.shards import ShardReader
 from vlp.errors import UserError
-from vlp.evaluation import EncodedPairs, Result, Subject, encode_pairs
+from vlp.evaluation import Result, Subject, encode_pairs, need_both, protocol_name
 from vlp.metrics import Interval, bootstrap, ranks, top
+from vlp.tasks.examples import Found
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,15 @@ class Retrieval:
 
     Args:
         data: shards; None = ``data.val`` of the experiment.
+        setting: of the protocol's name, where the run does not tell: see `vlp.evaluation.protocol_name`.
         batch_size: pictures encoded at a time.
         ks: recalls are reported at these ranks.
         resamples: of the bootstrap, over pictures.
-        examples: queries each way whose five best answers are kept for the report.
+        examples: queries whose five best answers are kept for the report, of those drawn at random and of the hardest.
     """
 
     data: str | None = None
+    setting: Literal["zero-shot", "fine-tuned"] | None = None
     batch_size: int = 64
     ks: tuple[int, ...] = (1, 5, 10)
     resamples: int = 1000
@@ -45,9 +50,14 @@ class Retrieval:
             raise UserError("retrieval has no data: give data=SHARDS, or set data.val in the config")
         return source
 
+    def evaluated(self, data: Data) -> str:
+        """The shards, see `vlp.leaks`."""
+        return self._source(data)
+
     def __call__(self, subject: Subject) -> Result:
         """Metrics: ``i2t_r@k``, ``t2i_r@k`` and their mean ``mean_r@k`` for each k, and ``mean_recall`` over all of them."""
         began = time.monotonic()
+        need_both(subject, "retrieval")
         source = self._source(subject.data)
         pairs = encode_pairs(subject, source, self.batch_size)
         if len(pairs.texts) == 0:
@@ -56,33 +66,27 @@ class Retrieval:
             "i2t": (ranks(pairs.images, pairs.texts, pairs.image_ids, pairs.text_ids), pairs.image_ids),
             "t2i": (ranks(pairs.texts, pairs.images, pairs.text_ids, pairs.image_ids), pairs.text_ids),
         }
+        place = {int(i): n for n, i in enumerate(pairs.image_ids)}
+        details = Found(
+            pairs.rows.tolist(),
+            pairs.captions,
+            torch.tensor([place[i] for i in pairs.text_ids.tolist()]),
+            found["i2t"][0],
+            found["t2i"][0],
+            i2t_best=lambda queries: top(pairs.images[queries], pairs.texts, 5),
+            t2i_best=lambda queries: top(pairs.texts[queries], pairs.images, 5),
+        )
         return Result(
             task="retrieval",
             protocol="itc-any-positive: cosine similarity of embeddings over the whole source, ties count against",
+            name=protocol_name(subject, source, self.setting),
             data=source,
             n={"images": len(pairs.images), "captions": len(pairs.texts)},
             metrics=recalls(found, self.ks, subject.seed, self.resamples),
-            details=self._examples(pairs, found["t2i"][0], subject.seed),
+            details=details.examples(self.examples, subject.seed),
             bad=pairs.bad,
             seconds=time.monotonic() - began,
         )
-
-    def _examples(self, pairs: EncodedPairs, t2i_rank: Tensor, seed: int) -> dict:
-        """Captions drawn at random with the five pictures that they find."""
-        drawn = np.random.default_rng(seed).permutation(len(pairs.texts))[: self.examples]
-        best = top(pairs.texts[drawn], pairs.images, 5)
-        row_of = {int(i): int(row) for i, row in zip(pairs.image_ids, pairs.rows)}
-        return {
-            "text_to_image": [
-                {
-                    "query": pairs.captions[t],
-                    "answer": row_of[int(pairs.text_ids[t])],
-                    "found": pairs.rows[best[n]].tolist(),
-                    "rank": int(t2i_rank[t]) + 1,
-                }
-                for n, t in enumerate(drawn)
-            ]
-        }
 
 
 def recalls(

@@ -25,7 +25,10 @@ from vlp.tasks.probe import Features, chosen, gather_rows
 
 Pairs = list[tuple[float, str, str]]  # (score, sentence, sentence)
 
-NO_TEXT = "sentence similarity needs a text tower, and this run has none; evaluate pictures with knn or probe"
+NO_TEXT = (
+    "sentence similarity needs a text tower, and its tokenizer: give tokenizer=FOLDER for weights that bring none, or "
+    "evaluate pictures with knn or probe"
+)
 STANDARD = ("sts12", "sts13", "sts14", "sts15", "sts16", "stsb-test", "sick-test")
 
 

@@ -13,14 +13,18 @@ import torch
 from torch import Tensor
 
 from vlp.config import Data
+from vlp.data.benchmarks import CifarPicture
 from vlp.data.labelled import FORMS, Labelled, read_labelled
 from vlp.errors import UserError
-from vlp.evaluation import Result, Subject, encode_texts, evaluating
+from vlp.evaluation import Result, Subject, encode_texts, evaluating, need_both
 from vlp.metrics import bootstrap
-from vlp.tasks.probe import encode_pictures
+from vlp.tasks.probe import confused, encode_pictures
 
 WNID = re.compile(r"n\d{8}")
-NO_TEXT = "zero-shot needs a text tower to read the classes' names, and this run has none; use knn or probe"
+NO_TEXT = (
+    "zero-shot needs a text tower to read the classes' names, and its tokenizer: give tokenizer=FOLDER for weights that "
+    "bring none, or use knn or probe"
+)
 
 
 @dataclass(frozen=True)
@@ -28,18 +32,21 @@ class ZeroShot:
     """Top-1 and top-5 accuracy on a folder of pictures.
 
     Args:
-        data: a folder with one folder of pictures a class, or with a labels.jsonl (image, label, name, optional split).
-        split: of labels.jsonl, or the folder data/SPLIT; None = all.
-        prompts: "openai" = the 80 templates of CLIP's ImageNet protocol, or templates with ``{}`` for the name, separated by |.
-        names: JSON file of {folder or label name: class name}, or None: ImageNet's folders (n01440764) get open_clip's
-            names, others are called as they are, with _ for a space.
+        data: a folder with one folder of pictures a class, or with a labels.jsonl (image, label, name, optional split);
+            CIFAR's binary version; ObjectNet with its mappings, of which the 113 classes that ImageNet has too count.
+        split: of labels.jsonl, or the folder data/SPLIT; None = all. CIFAR's is test.
+        prompts: a set of `PROMPTS`, or templates with ``{}`` for the name, separated by |; None = "cifar" for CIFAR, else
+            "openai".
+        names: JSON file of {folder or label name: class name}, or None: ImageNet's folders get open_clip's names, whether
+            called n01440764 or, as ImageNet-V2's, 0 to 999; others are called as they are, with _ for a space. The model
+            chooses among the classes that the folder has: of ImageNet-R and -A 200.
         batch_size: pictures encoded at a time.
         resamples: of the bootstrap, over pictures.
     """
 
     data: str = ""
     split: str | None = None
-    prompts: str = "openai"
+    prompts: str | None = None
     names: str | None = None
     batch_size: int = 64
     resamples: int = 1000
@@ -50,19 +57,25 @@ class ZeroShot:
         if not data.tokenizer:
             raise UserError(NO_TEXT)
 
-    def _read(self) -> tuple[Labelled, list[str], list[str]]:
-        """Pictures with their class numbers, class names, templates."""
+    def evaluated(self, data: Data) -> list[Path]:
+        """Those of the pictures that are files of their own, see `vlp.leaks`."""
+        return [picture for picture, _ in self._read()[0] if isinstance(picture, Path)]
+
+    def _read(self) -> tuple[Labelled, list[str], str]:
+        """Pictures with their class numbers, class names, what the prompts are called."""
         if not self.data:
             raise UserError(f"zero-shot has no data: give data=FOLDER with {FORMS}")
         pictures, classes = read_labelled(Path(self.data), self.split)
-        return pictures, class_names(classes, self.names), templates_of(self.prompts)
+        prompts = self.prompts or ("cifar" if isinstance(pictures[0][0], CifarPicture) else "openai")
+        templates_of(prompts)
+        return pictures, class_names(classes, self.names), prompts
 
     def __call__(self, subject: Subject) -> Result:
         """Metrics: ``top1``, and ``top5`` where there are more than five classes."""
         began = time.monotonic()
-        pictures, names, templates = self._read()
-        if subject.tokenizer is None:
-            raise UserError(NO_TEXT)
+        pictures, names, prompts = self._read()
+        templates = templates_of(prompts)
+        need_both(subject, "zero-shot")
         with evaluating(subject.model):
             classifier = torch.stack([class_embedding(subject, name, templates) for name in names])
         encoded = encode_pictures(subject, pictures, "embed", self.batch_size)
@@ -75,16 +88,18 @@ class ZeroShot:
             for k in (1, 5)
             if k < len(names)
         }
-        confusion = torch.bincount(labels * len(names) + scores.argmax(1), minlength=len(names) ** 2)
+        guesses = scores.argmax(1)
+        confusion = torch.bincount(labels * len(names) + guesses, minlength=len(names) ** 2)
         return Result(
             task="zero-shot",
-            protocol=f"mean of {len(templates)} normalised prompt embeddings a class, cosine similarity; prompts: {self.prompts}"
+            protocol=f"mean of {len(templates)} normalised prompt embeddings a class, cosine similarity; prompts: {prompts}"
             + (f"; split {self.split}" if self.split else ""),
             data=self.data,
             n={"images": len(labels), "classes": len(names), "prompts": len(templates)},
             metrics=metrics,
             details={
                 "classes": names,
+                "confused": confused(labels, guesses, names),
                 "confusion": confusion.view(len(names), -1).tolist() if len(names) <= 50 else None,
             },
             bad=encoded.bad,
@@ -103,11 +118,12 @@ def class_names(classes: list[str], names: str | None) -> list[str]:
         if missing := [c for c in classes if c not in given]:
             raise UserError(f"{names} names no class for {', '.join(missing[:5])}; add them")
         return [given[c] for c in classes]
-    if all(WNID.fullmatch(c) for c in classes):
+    numeric = {str(n) for n in range(1000)}
+    if all(WNID.fullmatch(c) for c in classes) or set(classes) == numeric:
         from open_clip import IMAGENET_CLASSNAMES
         from timm.data import ImageNetInfo
 
-        number = {wnid: n for n, wnid in enumerate(ImageNetInfo().label_names())}
+        number = {wnid: n for n, wnid in enumerate(ImageNetInfo().label_names())} | {n: int(n) for n in numeric}
         if unknown := [c for c in classes if c not in number]:
             raise UserError(f"{', '.join(unknown[:5])} are not among ImageNet's 1000 classes; give names=FILE.json")
         return [IMAGENET_CLASSNAMES[number[c]] for c in classes]
@@ -115,14 +131,44 @@ def class_names(classes: list[str], names: str | None) -> list[str]:
 
 
 def templates_of(prompts: str) -> list[str]:
-    if prompts == "openai":
-        from open_clip import OPENAI_IMAGENET_TEMPLATES
-
-        return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
+    """With ``{}`` for the name of a class. Raises UserError for what is neither a set of `PROMPTS` nor templates."""
+    if prompts in PROMPTS:
+        return PROMPTS[prompts]()
     templates = prompts.split("|")
     if wrong := [t for t in templates if "{}" not in t]:
-        raise UserError(f"the prompt {wrong[0]!r} has no {{}} for the class name; the named set is 'openai'")
+        raise UserError(
+            f"the prompt {wrong[0]!r} has no {{}} for the class name; the named sets are {', '.join(PROMPTS)}"
+        )
     return templates
+
+
+def _openai() -> list[str]:
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+    return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
+
+
+def _simple() -> list[str]:
+    from open_clip import SIMPLE_IMAGENET_TEMPLATES
+
+    return [template("{}") for template in SIMPLE_IMAGENET_TEMPLATES]
+
+
+def _cifar() -> list[str]:
+    kinds = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
+    sizes = ("small ", "big ")
+    return [
+        template
+        for article in ("a", "the")
+        for template in (
+            *(f"a {kind}photo of {article} {{}}." for kind in kinds),
+            *(f"a photo of {article} {size}{{}}." for size in sizes),
+        )
+    ]
+
+
+# CLIP's 80 for ImageNet and the best 7 of them; its 18 for CIFAR-10 and -100; the plain one
+PROMPTS = {"openai": _openai, "simple": _simple, "cifar": _cifar, "photo": lambda: ["a photo of a {}."]}
 
 
 def class_embedding(subject: Subject, name: str, templates: list[str]) -> Tensor:

@@ -1,0 +1,99 @@
+"""What reports show of evaluations besides tables: recalls as bars, and queries with the pictures and captions that they found."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+from PIL import Image
+
+from vlp.data.image import decode
+from vlp.data.shards import ShardReader
+from vlp.errors import BadSample, UserError
+from vlp.tables import Table
+
+SIDE = 112  # pixels of a thumbnail
+STYLE = f"""
+ .row {{ display: flex; align-items: center; gap: .5rem; margin: .35rem 0 }}
+ .row .query {{ width: 15rem }} .row img {{ width: {SIDE * 3 // 4}px; height: {SIDE * 3 // 4}px; object-fit: contain; border: 3px solid #dde2e7; border-radius: 6px; background: #fff }}
+ .row img.right {{ border-color: #1a9850 }} .row .rank {{ width: 5rem; text-align: right; color: #5b6570 }}
+ .row ol {{ margin: 0; padding-left: 1.4rem; width: 24rem }} .row .own {{ width: 17rem; color: #1a9850 }}
+ .row li, .row .own {{ font-size: .8rem; line-height: 1.3 }}
+"""
+# jinja's macros, for the templates of both reports
+MACROS = """
+{% macro captions(queries) %}{% for q in queries %}
+<div class="row"><div class="query">{{ q.query }}</div>
+{% for f in q.found %}<img class="{{ "right" if f.right }}" alt="result {{ loop.index }}" src="data:image/png;base64,{{ f.png }}">{% endfor %}
+<div class="rank">{{ "found %d." | format(q.rank) }}</div></div>
+{% endfor %}{% endmacro %}
+{% macro pictures(queries) %}{% for q in queries %}
+<div class="row"><img alt="query" src="data:image/png;base64,{{ q.png }}">
+<ol>{% for text in q.found %}<li>{{ text }}</li>{% endfor %}</ol>
+<div class="own">{{ q.answers|join("; ") }}</div><div class="rank">{{ "found %d." | format(q.rank) }}</div></div>
+{% endfor %}{% endmacro %}
+"""
+
+
+def captions_with_pictures(result: dict, which: str) -> list[dict]:
+    """The kept examples of text-to-image retrieval with their pictures; none where the shards are no longer at hand."""
+    examples = result["details"].get(which, [])
+    try:
+        reader = ShardReader(result["data"]) if examples else None
+        return [
+            {
+                "query": example["query"],
+                "rank": example["rank"],
+                "found": [{"right": n == example["answer"], "png": thumbnail(reader, n)} for n in example["found"]],
+            }
+            for example in examples
+        ]
+    except (UserError, BadSample):
+        return []
+
+
+def pictures_with_captions(result: dict, which: str) -> list[dict]:
+    """As `captions_with_pictures`, of image-to-text retrieval."""
+    examples = result["details"].get(which, [])
+    try:
+        reader = ShardReader(result["data"]) if examples else None
+        return [example | {"png": thumbnail(reader, example["query"])} for example in examples]
+    except (UserError, BadSample):
+        return []
+
+
+def thumbnail(reader: ShardReader, number: int) -> str:
+    """Base64 PNG of a sample's picture."""
+    image = Image.fromarray(decode(reader.read(*reader.place(number)).image))
+    image.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def recall_bars(tables: list[Table]):
+    """A figure with a plot a table: recalls of every run side by side, with their intervals. None where none has recalls."""
+    from matplotlib.figure import Figure
+
+    shown = [(table, [m for m in table.metrics if m.startswith(("i2t_r@", "t2i_r@"))]) for table in tables]
+    shown = [(table, metrics) for table, metrics in shown if metrics]
+    if not shown:
+        return None
+    figure = Figure(figsize=(11, 3.4 * len(shown)), layout="constrained")
+    for axis, (table, metrics) in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown):
+        places, width = np.arange(len(metrics)), 0.8 / len(table.results)
+        for n, (name, result) in enumerate(table.results.items()):
+            found = [result["metrics"].get(metric) for metric in metrics]
+            at = [place + (n - (len(table.results) - 1) / 2) * width for place, i in zip(places, found) if i]
+            found = [i for i in found if i]
+            values = np.array([i.value for i in found])
+            spread = [values - [i.low for i in found], np.array([i.high for i in found]) - values]
+            axis.bar(at, 100 * values, width * 0.9, yerr=100 * np.abs(spread), capsize=2, label=name)
+        axis.set_xticks(places, metrics)
+        axis.set_ylim(0, 100)
+        axis.set_ylabel("%")
+        axis.set_title(f"{table.task}: {table.data}", fontsize=10)
+        axis.grid(axis="y", alpha=0.3)
+        axis.legend(fontsize=8)
+    return figure

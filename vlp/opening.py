@@ -1,0 +1,188 @@
+"""The door of `vlp eval`: a run's folder, or somebody's weights -> a model ready to be evaluated.
+
+| what | is |
+|---|---|
+| a folder with experiment.json | a run |
+| a folder with config.json | transformers' CLIPModel, AlignModel or SiglipModel |
+| a file of weights | a published checkpoint of ALBEF, which its names tell |
+| open_clip:NAME, open_clip:NAME/TAG, open_clip:NAME/FILE | a model of open_clip's |
+
+What the weights bring (tokenizer, length, pixels) is taken from them; `Opening` says otherwise, and what they do not bring.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import open_clip
+import torch
+from accelerate import PartialState
+
+from vlp import checkpoint
+from vlp.config import Data
+from vlp.data.augment import Resize
+from vlp.data.text import load_tokenizer
+from vlp.encoders.open_clip import OpenClip
+from vlp.errors import UserError
+from vlp.evaluation import Subject
+from vlp.models import pretrained
+from vlp.models.albef_file import build_albef
+from vlp.models.albef_weights import load_albef
+from vlp.models.dual import Dual
+from vlp.models.pretrained import LoadReport
+from vlp.models.transformers_dual import PROJECTIONS, load_folder, model_type
+from vlp.restore import open_run
+
+CAN_BE = "it can be a run's folder, a transformers folder of CLIP, ALIGN or SigLIP, a file of ALBEF's weights, or open_clip:NAME/TAG"
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What is to be otherwise than the weights, or the run, say.
+
+    Args:
+        tokenizer: see `vlp.data.text.load_tokenizer`. ALBEF's files bring none: that of bert-base-uncased.
+        max_length: tokens of a text; longer ones are cut.
+        resize: "center" crops, "squash" ignores the picture's shape; see `vlp.data.augment.Resize`.
+        image_size: pixels at which an ALBEF file sees pictures; its positions are resized.
+        head_width: of an ALBEF file's attention heads, which no shape tells.
+        workers: loading processes; None = 1, or the run's own.
+        allow_leak: evaluate a run on pictures that it was trained on too, see `vlp.leaks`.
+    """
+
+    tokenizer: str | None = None
+    max_length: int | None = None
+    resize: Literal["center", "squash"] | None = None
+    image_size: int | None = None
+    head_width: int | None = None
+    workers: int | None = None
+    allow_leak: bool = False
+
+
+@dataclass
+class Opened:
+    """A model under evaluation, and where its results belong.
+
+    Args:
+        folder: results go to its eval/.
+        step: of the run; None for weights without one.
+        reports: what became of the weights, by part; {} for a run, whose checkpoint fits or is refused.
+    """
+
+    subject: Subject
+    folder: Path
+    step: int | None = None
+    reports: dict[str, LoadReport | None] = field(default_factory=dict)
+
+
+def open_subject(what: str, which: str | None = None, opening: Opening = Opening()) -> Opened:
+    """Opens ``what`` points to.
+
+    Args:
+        which: checkpoint of a run, see `vlp.restore.choose`.
+
+    Raises:
+        UserError: if it is nothing of the above, is damaged, or would run code on loading.
+    """
+    if which is not None and not pretrained.is_run(what):
+        raise UserError(f"--checkpoint is for runs, and {what} is none; name the file of weights itself")
+    if pretrained.is_run(what):
+        return _run(what, which, opening)
+    if what.startswith("open_clip:"):
+        return _open_clip(what, opening)
+    path = pretrained.resolve(what)
+    if path.is_dir() and model_type(path) in PROJECTIONS:
+        return _transformers(path, opening)
+    if path.is_dir():
+        kind = model_type(path)
+        raise UserError(f"{what} is a folder{f' of a {kind} model' if kind else ''} that cannot be evaluated; {CAN_BE}")
+    return _file(path, opening)
+
+
+def _run(what: str, which: str | None, opening: Opening) -> Opened:
+    if given := [name for name in ("tokenizer", "image_size", "head_width") if getattr(opening, name) is not None]:
+        raise UserError(f"{given[0]} of a run is what it was trained with; leave it out")
+    subject, step = open_run(Path(what).expanduser(), which)
+    subject.data = _changed(subject.data, opening)
+    return Opened(subject, Path(what).expanduser(), step)
+
+
+def _changed(data: Data, opening: Opening) -> Data:
+    """The settings with what ``opening`` gives."""
+    given = {name: getattr(opening, name) for name in ("tokenizer", "max_length", "workers")}
+    if opening.resize:
+        given["resize"] = Resize(opening.resize)
+    return replace(data, **{name: value for name, value in given.items() if value is not None})
+
+
+def _open_clip(what: str, opening: Opening) -> Opened:
+    _refuse(opening, "open_clip's models", "image_size", "head_width")
+    name, _, weights = what.removeprefix("open_clip:").partition("/")
+    towers = OpenClip(name, weights=weights or None).resolved()
+    model = Dual(towers=towers, projection="none", temperature=None if weights else 1.0).build()
+    tag = open_clip.get_pretrained_cfg(name, weights) if weights else {}
+    squash = (tag or {}).get("resize_mode") == "squash"
+    given = Data((), None, f"open_clip:{name}", max_length=towers.context_length, resize=Resize(_mode(squash)))
+    data = _changed(given, opening)
+    files = [pretrained.resolve(weights)] if weights and not tag else []
+    return _opened(what, model, load_tokenizer(data.tokenizer), data, files)
+
+
+def _mode(squash: bool) -> Literal["center", "squash"]:
+    return "squash" if squash else "center"
+
+
+def _transformers(path: Path, opening: Opening) -> Opened:
+    _refuse(opening, f"{path}'s own", "tokenizer", "image_size", "head_width")
+    model, tokenizer, resize, files = load_folder(path)
+    data = _changed(Data((), None, str(path), max_length=model.text.max_length, resize=resize), opening)
+    return _opened(path.resolve().name, model, tokenizer, data, files)
+
+
+def _file(path: Path, opening: Opening) -> Opened:
+    state = pretrained.read_weights(path)
+    if any(key.startswith("visual_encoder.") for key in state):
+        return _albef(path, state, opening)
+    raise UserError(f"{path} holds {', '.join(list(state)[:3])}, ..., which is no model known here; {CAN_BE}")
+
+
+def _albef(path: Path, state: dict[str, torch.Tensor], opening: Opening) -> Opened:
+    sizes = {"head_width": opening.head_width} if opening.head_width else {}
+    model = build_albef(load_albef(state), opening.image_size, **sizes)
+    # as the published code evaluates retrieval: squashed pictures, no [SEP], no punctuation
+    data = Data((), None, "", sep=False, clean=True, max_length=30, resize=Resize("squash"))
+    data = _changed(data, opening)
+    tokenizer = load_tokenizer(data.tokenizer, data.sep, data.clean) if data.tokenizer else None
+    return _opened(path.stem, model, tokenizer, data, [path])
+
+
+def _refuse(opening: Opening, whose: str, *names: str) -> None:
+    if given := [name for name in names if getattr(opening, name) is not None]:
+        raise UserError(f"{given[0]}= cannot be given: it is {whose}; leave it out")
+
+
+def _opened(name: str, model: torch.nn.Module, tokenizer, data: Data, files: list[Path]) -> Opened:
+    """With the hash of the weights' files; several are hashed together."""
+    if tokenizer is not None and tokenizer.vocab_size > model.text.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the text tower only {model.text.vocab_size}; give the "
+            "tokenizer of these weights"
+        )
+    hashes = [checkpoint.file_hash(file) for file in files]
+    digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    process = PartialState(cpu=not torch.cuda.is_available())
+    name = re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    subject = Subject(
+        model.to(process.device).eval(),
+        tokenizer,
+        data,
+        process.device,
+        checkpoint=digest if files else name,
+        rank=process.process_index,
+        name=name,
+    )
+    return Opened(subject, Path("runs/eval") / name, None, model.reports)
