@@ -103,7 +103,9 @@ def test_print_survives_another_size_and_encoding_and_not_a_mirror():
 
 
 def test_command_says_what_it_found_and_writes_every_pair(shards, tmp_path, capsys):
-    assert main(["data", "dedup", str(shards), "--output", str(tmp_path / "out" / "twins.jsonl"), "--workers", "1"]) == 1
+    assert (
+        main(["data", "dedup", str(shards), "--output", str(tmp_path / "out" / "twins.jsonl"), "--workers", "1"]) == 1
+    )
     out = capsys.readouterr().out
     assert "12 pictures" in out and "1 stood before by their bytes, 1 more by their pixels" in out
     lines = [json.loads(line) for line in (tmp_path / "out" / "twins.jsonl").read_text().splitlines()]

@@ -30,7 +30,9 @@ class Cifar:
 
 
 CIFARS = (
-    Cifar(1, "batches.meta.txt", {"train": tuple(f"data_batch_{n}.bin" for n in range(1, 6)), "test": ("test_batch.bin",)}),
+    Cifar(
+        1, "batches.meta.txt", {"train": tuple(f"data_batch_{n}.bin" for n in range(1, 6)), "test": ("test_batch.bin",)}
+    ),
     Cifar(2, "fine_label_names.txt", {"train": ("train.bin",), "test": ("test.bin",)}),
 )
 

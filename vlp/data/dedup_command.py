@@ -15,7 +15,9 @@ def add_dedup_command(actions) -> None:
     dedup = actions.add_parser("dedup", help="pictures that stand twice, or that evaluation data shares with training")
     dedup.add_argument("shards", help="shards, or a folder of pictures")
     dedup.add_argument(
-        "--against", metavar="SHARDS_OR_FOLDER", help="look for pictures of SHARDS that are in these too, e.g. a test set"
+        "--against",
+        metavar="SHARDS_OR_FOLDER",
+        help="look for pictures of SHARDS that are in these too, e.g. a test set",
     )
     dedup.add_argument("--output", type=Path, metavar="FILE.jsonl", help="also write every pair found, a line each")
     dedup.add_argument("--workers", type=int, default=os.cpu_count() or 1)
@@ -34,7 +36,9 @@ def run_dedup(options: argparse.Namespace) -> int:
         twins, bad = find_twins(a, b, max(1, options.workers), progress)
     count = {by: sum(twin.by == by for twin in twins) for by in ("bytes", "pixels")}
     where = f"are in {options.against} too" if b else "stood before"
-    print(f"{len(a):,} pictures of {options.shards}: {count['bytes']:,} {where} by their bytes, {count['pixels']:,} more by their pixels")
+    print(
+        f"{len(a):,} pictures of {options.shards}: {count['bytes']:,} {where} by their bytes, {count['pixels']:,} more by their pixels"
+    )
     if bad:
         print(f"{bad:,} could not be decoded and were compared by their bytes alone")
     for twin in twins[:SHOWN]:
