@@ -37,7 +37,7 @@ def plain(model: AlbefModel) -> AlbefModel:
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """(n, heads, W, d) and (n, heads, P, d)."""
     scores = query @ key.mT / query.shape[-1] ** 0.5
-    return (scores if mask is None else scores.masked_fill(~mask, -10_000.0)).softmax(-1) @ value
+    return (scores if mask is None else scores.masked_fill(~mask.to(scores.device), -10_000.0)).softmax(-1) @ value
 
 
 def reference_step(

@@ -56,7 +56,11 @@ def test_an_override_reaches_every_variant_and_the_ablations_own_keys_do_not(con
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("def config(): return 3", "must return"), ("config = ", "line 1"), ("import nothing_such", "nothing_such")],
+    [
+        ("def config(): return 3", "returns a int, not a vlp.ablation.Ablation"),
+        ("config = ", "line 1"),
+        ("import nothing_such", "nothing_such"),
+    ],
 )
 def test_what_is_no_ablation_is_refused_in_one_line(tmp_path, capsys, text, complaint):
     path = tmp_path / "a.py"
@@ -64,6 +68,47 @@ def test_what_is_no_ablation_is_refused_in_one_line(tmp_path, capsys, text, comp
     assert main(["ablate", str(path)]) == 2
     error = capsys.readouterr().err
     assert complaint in error and error.count("\n") == 1
+
+
+STAGED = """
+from dataclasses import replace
+from tests.fixtures.toy_stages import config as stages
+from vlp.ablation import Ablation
+
+def config():
+    staged = stages()
+    return Ablation("toy-staged", {"staged": staged, "last": staged.stages["2-words"]}, ("retrieval/mean_recall",), seeds=(0,))
+"""
+
+
+def test_stages_as_a_variant_are_judged_by_the_last_one(config, tmp_path):
+    config.write_text(STAGED)
+    ablation = load_ablation(str(config), [f"output={tmp_path}", "train.steps=7", "seeds=0,5"])
+    (_, chain), ((last,), _) = ablation.chains()["staged"], ablation.chains()["last"]
+    assert [e.seed for e in chain] == [5, 5] and {e.train.steps for e in (*chain, last)} == {7}
+    folder = tmp_path / "toy-staged" / "staged-seed5"
+    assert [e.folder for e in chain] == [folder / "1-pairs", folder / "2-words"]
+    assert chain[1].model.weights == str(folder / "1-pairs") and last.model.weights is None
+    assert ablation.runs()["staged"][1] == chain[1]
+
+
+@pytest.mark.slow
+def test_stages_are_trained_and_tabulated_like_any_variant(world, config, tmp_path):
+    config.write_text(STAGED)
+    overrides = [*map(str, toy_overrides(world, tmp_path)), "train.steps=2", "save.every=2"]
+    ablation = load_ablation(str(config), overrides)
+    said = []
+    assert ablate(ablation, said.append)
+    folder = tmp_path / "toy-staged"
+    assert said == [str(folder / name) for name in ("staged-seed0/1-pairs", "staged-seed0/2-words", "last-seed0")]
+    own = json.loads((folder / "staged-seed0" / "2-words" / "eval.jsonl").read_text())["retrieval/mean_recall"]
+    assert results(ablation)["staged"] == {"retrieval/mean_recall": [own]}
+    seconds = [
+        json.loads(line)["seconds"]
+        for name in ("1-pairs", "2-words")
+        for line in (folder / "staged-seed0" / name / "log.jsonl").read_text().splitlines()
+    ]
+    assert f"| staged | 1 | {sum(seconds) / 60:.1f} | {own:.1%} |" in (folder / "table.md").read_text()
 
 
 @pytest.mark.slow

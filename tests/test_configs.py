@@ -12,7 +12,9 @@ from tests.conftest import ROOT
 from vlp.ablation import load_ablation
 from vlp.config import Experiment, dump, from_plain, load_config
 from vlp.forward import Surroundings
-from vlp.optim import parameter_groups, set_lr
+from vlp.objectives.needs import has_pictures
+from vlp.optim import parameter_groups, set_lr, starts_with
+from vlp.stages import Stages
 from vlp.state import Average
 from vlp.train import Pretrainer
 from vlp.types import Batch, Vocabulary
@@ -20,12 +22,24 @@ from vlp.validation import validate
 
 FILES = sorted((ROOT / "configs").rglob("*.py"))
 ABLATIONS = [path for path in FILES if "vlp.ablation" in path.read_text()]
-CONFIGS = [path for path in FILES if path not in ABLATIONS]
-EXPERIMENTS = {str(path.relative_to(ROOT / "configs")): path for path in CONFIGS} | {
-    f"{path.relative_to(ROOT / 'configs')}: {variant}": experiment
-    for path in ABLATIONS
-    for variant, experiment in load_ablation(str(path), []).variants.items()
-}
+STAGES = [path for path in FILES if "vlp.stages" in path.read_text() and path not in ABLATIONS]
+CONFIGS = [path for path in FILES if path not in ABLATIONS + STAGES]
+
+
+def parts(path: Path, name: str, what: Experiment | Stages) -> dict[str, Experiment]:
+    """Every experiment in a variant of an ablation, or in a file of stages."""
+    name = f"{path.relative_to(ROOT / 'configs')}: {name}"
+    if isinstance(what, Experiment):
+        return {name: what}
+    return {f"{name} {run.name}": run for run in what.runs()}
+
+
+EXPERIMENTS = {str(path.relative_to(ROOT / "configs")): path for path in CONFIGS}
+for path in ABLATIONS:
+    for variant, what in load_ablation(str(path), []).variants.items():
+        EXPERIMENTS |= parts(path, variant, what)
+for path in STAGES:
+    EXPERIMENTS |= parts(path, "stage", load_config(str(path), Stages))
 TINY = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 
 
@@ -45,7 +59,7 @@ def packages_of(experiment: Experiment) -> set[str]:
 def at_hand(experiment: Experiment) -> Experiment:
     """The same, with BERT's architecture where the text tower starts from a folder that is not here, such as a run's."""
     text = getattr(experiment.model, "text", None)
-    if text is None or text.weights is None or text.weights.startswith("pip:") or Path(text.weights).exists():
+    if getattr(text, "weights", None) is None or text.weights.startswith("pip:") or Path(text.weights).exists():
         return experiment
     text = replace(text, weights=None, config={"model_type": "bert", **(text.config or {})})
     return replace(experiment, model=replace(experiment.model, text=text))
@@ -89,6 +103,10 @@ SIBLINGS = {
 def small(experiment: Experiment) -> Experiment:
     """The same with a small sibling of the image tower, small pictures, and a text tower of a few neurons."""
     model = experiment.model
+    if encoder := getattr(model, "encoder", None):
+        encoder = replace(encoder, width=32, heads=2, hidden_size=None, layers=4, vl_from=2, image_size=64)
+        encoder = replace(encoder, patch_size=8, vocab_size=128)
+        return replace(experiment, model=replace(model, encoder=encoder, embed_size=None))
     if model.text is not None:
         model = replace(model, text=replace(model.text, config={**model.text.config, **TINY}))
     if hasattr(model, "fusion"):
@@ -106,7 +124,7 @@ def batch_of(experiment: Experiment, model, rows: int) -> Batch:
     """Random pictures and texts, with as many further views as the experiment has."""
     data = experiment.data
     pictures = texts = 0
-    if model.preprocess:
+    if model.preprocess and has_pictures(data):
         pictures = 1 + len(data.views)
     if model.text is not None:
         columns = min(max(1, len(getattr(s, "columns", ()))) if not getattr(s, "join", None) else 1 for s in data.train)
@@ -143,7 +161,10 @@ def test_it_builds_without_its_weights_and_takes_a_step(experiment):
     model = small(experiment).model.build(load_weights=False)
     assert model.text is None or experiment.data.max_length <= model.text.max_length
     for prefix in experiment.train.frozen:
-        assert any(name.startswith(prefix) for name, _ in model.named_parameters()), prefix
+        frozen = [p for name, p in model.named_parameters() if starts_with(name, prefix)]
+        assert frozen, prefix
+        for parameter in frozen:
+            parameter.requires_grad_(False)
     groups = parameter_groups(
         model, experiment.optim.weight_decay, experiment.train.layer_decay, experiment.train.lr_scales
     )

@@ -5,19 +5,16 @@ them is compared here, of large gradients every n-th value; where the originals 
 """
 
 import json
-import lzma
 import re
 
-import numpy as np
 import pytest
-import safetensors
-import safetensors.torch
 import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from tests.conftest import ROOT
+from tests.parity import read_fixture, thin
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import ImageTower, Preprocess, TimmImage
 from vlp.encoders.text import BertText
@@ -35,7 +32,6 @@ from vlp.train import Pretrainer
 from vlp.types import Batch
 
 SHARED = ROOT.parent / "shared" / "parity" / "albef_pretrain"
-FIXTURE = ROOT / "tests" / "fixtures" / "albef_pretrain.xz"
 PUBLISHED = {
     "itc": MomentumContrast(queue_size=64, random_start=True, keys="process", same_picture="negative"),
     "itm": ImageTextMatching(same_picture="negative"),
@@ -45,27 +41,9 @@ PUBLISHED = {
 }
 
 
-def thin(gradient: Tensor) -> Tensor:
-    """At most some 400 of its values."""
-    return gradient.flatten()[:: -(-gradient.numel() // 400)]
-
-
 def fixture() -> tuple[dict[str, dict[str, Tensor]], dict]:
-    """weights, inputs, outputs and grads; the settings. Bytes of the same significance stand together, to compress."""
-    planes = np.frombuffer(lzma.decompress(FIXTURE.read_bytes()), np.uint8).reshape(4, -1)
-    plain = planes.T.tobytes()
-    size = int.from_bytes(plain[:8], "little")
-    meta = json.loads(json.loads(plain[8 : 8 + size])["__metadata__"]["meta"])
-    end = (
-        8
-        + size
-        + max(span["data_offsets"][1] for name, span in json.loads(plain[8 : 8 + size]).items() if name[0] != "_")
-    )
-    files: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in safetensors.torch.load(plain[:end]).items():
-        file, _, key = name.partition("/")
-        files.setdefault(file, {})[key] = tensor
-    return files, meta
+    """weights, inputs, outputs and grads; the settings."""
+    return read_fixture("albef_pretrain.xz")
 
 
 def originals() -> tuple[dict[str, dict[str, Tensor]], dict]:

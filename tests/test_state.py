@@ -106,8 +106,15 @@ def test_average_is_the_recurrence_of_parameters_and_a_copy_of_buffers():
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_average_runs_in_the_mode_that_was_asked_for(mode):
-    average = Average(network().train(mode == "eval"), 0.9, mode)
+    average = Average(network(), 0.9, mode)
     assert {module.training for module in average.network.modules()} == {mode == "train"}
+
+
+def test_average_in_training_mode_leaves_what_is_frozen_in_evaluation_mode():
+    model = network()
+    model[1].eval()  # as the trainer puts a frozen BatchNorm
+    average = Average(model, 0.9, "train")
+    assert [module.training for module in average.network] == [True, False, True]
 
 
 def states() -> TrainState:

@@ -94,7 +94,7 @@ def test_frozen_part_stays_and_the_rest_moves(world, output):
 
 
 def test_recomputed_activations_change_nothing(world, output, plain):
-    train(*toy_overrides(world, output), "train.activation_checkpointing=true", "name=recomputed")
+    train(*toy_overrides(world, output), "train.activation_checkpointing=full", "name=recomputed")
     assert losses(output / "recomputed") == pytest.approx(losses(plain), abs=1e-6)
 
 

@@ -1,6 +1,6 @@
 """Several experiments over several seeds, and what each change is worth: ``vlp ablate CONFIG [key=value ...]``.
 
-FOLDER/VARIANT-seed0/ ...   the runs, each an ordinary run folder
+FOLDER/VARIANT-seed0/ ...   the runs, each an ordinary run folder, or one of stages
 FOLDER/table.md, table.json, plot.png
 """
 
@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
-from vlp import checkpoint
-from vlp.config import Experiment, changed_keys, dump, load_json, override
+from vlp.config import Experiment, load_config, override
 from vlp.data.shards import write_atomically
 from vlp.errors import UserError
 from vlp.logging import read_log
 from vlp.report import png
+from vlp.series import Series, check_same, finished
+from vlp.stages import Stages
 from vlp.validation import validate
 
 # two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom
@@ -32,14 +30,15 @@ class Ablation:
     """What to compare.
 
     Args:
-        variants: name -> experiment, in the order of the table; usually each adds one thing to the one before.
+        variants: name -> experiment, in the order of the table; usually each adds one thing to the one before. Stages are
+            judged by their last one.
         metrics: ``task/metric`` as eval.jsonl has them; the first one is drawn.
         seeds: of each variant; three or more give an interval worth the name.
         output: folder that the ablation's folder is made in.
     """
 
     name: str
-    variants: dict[str, Experiment]
+    variants: dict[str, Experiment | Stages]
     metrics: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     output: str = "runs"
@@ -48,15 +47,23 @@ class Ablation:
     def folder(self) -> Path:
         return Path(self.output) / self.name
 
-    def runs(self) -> dict[str, list[Experiment]]:
-        """Variant -> its experiment for every seed."""
+    def chains(self) -> dict[str, list[list[Experiment]]]:
+        """Variant -> for every seed what is trained, one after the other."""
         return {
-            variant: [
-                replace(experiment, seed=seed, name=f"{variant}-seed{seed}", output=str(self.folder))
-                for seed in self.seeds
-            ]
-            for variant, experiment in self.variants.items()
+            variant: [_seeded(what, f"{variant}-seed{seed}", str(self.folder), seed) for seed in self.seeds]
+            for variant, what in self.variants.items()
         }
+
+    def runs(self) -> dict[str, list[Experiment]]:
+        """Variant -> for every seed the run whose evaluation counts."""
+        return {variant: [chain[-1] for chain in chains] for variant, chains in self.chains().items()}
+
+
+def _seeded(what: Experiment | Stages, name: str, output: str, seed: int) -> list[Experiment]:
+    if isinstance(what, Experiment):
+        return [replace(what, seed=seed, name=name, output=output)]
+    stages = {stage: replace(experiment, seed=seed) for stage, experiment in what.stages.items()}
+    return Stages(name, stages, output).runs()
 
 
 def load_ablation(path: str, overrides: list[str]) -> Ablation:
@@ -68,88 +75,55 @@ def load_ablation(path: str, overrides: list[str]) -> Ablation:
     Raises:
         UserError: if there is no such file, or it holds no ablation.
     """
-    if not Path(path).is_file():
-        raise UserError(f"no config file {path}; configs/albef/table1.py is an ablation")
-    try:
-        config = runpy.run_path(path).get("config")
-    except (SyntaxError, ImportError) as e:
-        raise UserError(f"{path}: {e}") from None
-    ablation = config() if callable(config) else None
-    if not isinstance(ablation, Ablation):
-        raise UserError(f"config() of {path} must return a vlp.ablation.Ablation; to train one run use vlp train")
+    ablation = load_config(path, Ablation)
     own = [o for o in overrides if o.partition("=")[0] in ("seeds", "name", "output")]
     rest = [o for o in overrides if o not in own]
     ablation = override(ablation, own)
-    return replace(ablation, variants={name: override(e, rest) for name, e in ablation.variants.items()})
+    variants = {
+        name: what.overridden(rest) if isinstance(what, Stages) else override(what, rest)
+        for name, what in ablation.variants.items()
+    }
+    return replace(ablation, variants=variants)
 
 
-def ablate(ablation: Ablation, say=print) -> None:
+def ablate(ablation: Ablation, say=print) -> bool:
     """Trains what is not trained yet, each run in a process of its own, and writes table and plot after every one.
 
     Called again it goes on where it was stopped, within a run too.
+
+    Returns:
+        False if it was asked to stop before its end.
 
     Raises:
         UserError: if an experiment is not valid, a folder holds another one, or a run fails.
     """
     if not ablation.seeds or not ablation.metrics:
         raise UserError("an ablation needs at least one seed and one metric")
-    runs = ablation.runs()
-    for experiment in (e for each in runs.values() for e in each):
+    chains = [chain for each in ablation.chains().values() for chain in each]
+    for experiment in (e for chain in chains for e in chain):
         validate(experiment)
-        _check_same(experiment)
+        check_same(experiment)
     ablation.folder.mkdir(parents=True, exist_ok=True)
-    for experiment in (e for each in runs.values() for e in each):
-        if not (experiment.folder / "eval.jsonl").exists() or not _finished(experiment):
-            say(f"{experiment.folder}")
-            _train(experiment)
-            write(ablation)
+    with Series() as series:
+        for experiment in (e for chain in chains for e in chain):
+            if not finished(experiment):
+                say(f"{experiment.folder}")
+                if not series.train(experiment):
+                    return False
+                write(ablation)
     write(ablation)
-
-
-def _check_same(experiment: Experiment) -> None:
-    saved = experiment.folder / "experiment.json"
-    if saved.exists() and (changed := changed_keys(load_json(saved), experiment.resolved())):
-        raise UserError(
-            f"{experiment.folder} was started with other values of {', '.join(changed[:5])}; give another name=..., or "
-            f"remove the folder"
-        )
-
-
-def _finished(experiment: Experiment) -> bool:
-    """Whether the newest evaluation is that of the last step."""
-    steps = [line["step"] for line in read_log(experiment.folder / "eval.jsonl")]
-    logged = [line["step"] for line in read_log(experiment.folder / "log.jsonl")]
-    total = experiment.train.steps
-    return bool(steps) and steps[-1] == (total if total is not None else max(logged, default=-1))
-
-
-def _train(experiment: Experiment) -> None:
-    """In a process of its own: an engine is set up once in a process."""
-    begun = (experiment.folder / "experiment.json").exists() and checkpoint.all_steps(experiment.folder / "checkpoints")
-    if begun:
-        arguments = ["--resume", str(experiment.folder)]
-    else:
-        written = experiment.folder.with_suffix(".json")
-        write_atomically(written, dump(experiment).encode())
-        arguments = [str(written)]
-        # one that died before its first checkpoint has nothing to lose
-        (experiment.folder / "experiment.json").unlink(missing_ok=True)
-    done = subprocess.run([sys.executable, "-m", "vlp.train", *arguments])
-    if done.returncode:
-        raise UserError(f"{experiment.folder} ended with exit code {done.returncode}; run the command again to go on")
-    if not _finished(experiment):
-        raise UserError(f"{experiment.folder} was interrupted; run the command again to go on")
+    return True
 
 
 def results(ablation: Ablation) -> dict[str, dict[str, list[float]]]:
     """Variant -> metric -> its value at the last step, one for each seed that is done."""
     found: dict[str, dict[str, list[float]]] = {}
     for variant, experiments in ablation.runs().items():
-        lines = [read_log(e.folder / "eval.jsonl")[-1] for e in experiments if _finished(e)]
+        lines = [(read_log(e.folder / "eval.jsonl") or [{}])[-1] for e in experiments if finished(e)]
         for metric in ablation.metrics:
             if lines and metric not in lines[0]:
                 known = ", ".join(k for k in lines[0] if k != "step")
-                raise UserError(f"{variant} has no metric {metric!r}; its evaluations have {known}")
+                raise UserError(f"{variant} has no metric {metric!r}; its evaluations have {known or 'none'}")
         found[variant] = {metric: [line[metric] for line in lines] for metric in ablation.metrics}
     return found
 
@@ -165,15 +139,25 @@ def interval(values: list[float]) -> tuple[float, float]:
 def write(ablation: Ablation) -> None:
     """table.md, table.json and plot.png of what is done so far."""
     found = results(ablation)
-    rows = [["variant", "seeds", *ablation.metrics], ["---"] * (2 + len(ablation.metrics))]
-    for variant, by_metric in found.items():
+    rows = [["variant", "seeds", "minutes", *ablation.metrics], ["---"] * (3 + len(ablation.metrics))]
+    for (variant, by_metric), chains in zip(found.items(), ablation.chains().values()):
         cells = [_cell(*interval(by_metric[metric])) for metric in ablation.metrics]
-        rows.append([variant, str(len(by_metric[ablation.metrics[0]])), *cells])
+        rows.append([variant, str(len(by_metric[ablation.metrics[0]])), _minutes(chains), *cells])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    note = "Mean over seeds, with the half-width of its 95 % interval (Student's t)."
+    note = (
+        "Mean over seeds, with the half-width of its 95 % interval (Student's t); minutes: of a seed's training steps, "
+        "waiting for data included, evaluation not."
+    )
     write_atomically(ablation.folder / "table.md", f"{table}\n\n{note}\n".encode())
     write_atomically(ablation.folder / "table.json", json.dumps(found, indent=1).encode())
     write_atomically(ablation.folder / "plot.png", _plot(found, ablation.metrics[0]))
+
+
+def _minutes(chains: list[list[Experiment]]) -> str:
+    """Of training, on average over the seeds that are done."""
+    done = [chain for chain in chains if all(map(finished, chain))]
+    seconds = [line["seconds"] for chain in done for e in chain for line in read_log(e.folder / "log.jsonl")]
+    return f"{sum(seconds) / 60 / len(done):.1f}" if done else ""
 
 
 def _cell(mean: float, half: float) -> str:

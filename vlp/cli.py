@@ -7,12 +7,14 @@ import errno
 import importlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
+from vlp.data.annotation_commands import add_annotation_commands
 from vlp.data.dedup_command import add_dedup_command
 from vlp.data.text_commands import add_text_commands
 from vlp.data.world.command import add_world_command
@@ -30,6 +32,10 @@ TASKS = {
     "knn": ("vlp.tasks.probe", "Knn"),
     "probe": ("vlp.tasks.probe", "LinearProbe"),
     "sts": ("vlp.tasks.sentence_similarity", "SentenceSimilarity"),
+    "classification": ("vlp.tasks.annotated_classes", "Classes"),
+    "vqa": ("vlp.tasks.vqa", "Vqa"),
+    "captioning": ("vlp.tasks.captioning", "CaptionQuality"),
+    "grounding": ("vlp.tasks.grounding", "Grounding"),
     "masked": ("vlp.tasks.masked", "MaskedPrediction"),
 }
 
@@ -164,13 +170,15 @@ def add_data_commands(actions) -> None:
     )
     demo.set_defaults(run=run_demo_data)
 
+    add_annotation_commands(actions)
     add_dedup_command(actions)
     add_text_commands(actions)
     add_world_command(actions)
 
 
 def run_train(options: argparse.Namespace) -> int:
-    from vlp.config import changed_keys, load_config, load_json, override
+    from vlp.config import Experiment, changed_keys, load_config, load_json, override
+    from vlp.stages import Stages, train_stages
     from vlp.train import train
 
     # with --resume the config may be left out, and then the first override stands in its place
@@ -180,7 +188,10 @@ def run_train(options: argparse.Namespace) -> int:
     if options.resume is None:
         if config is None:
             raise UserError("give a config to train, e.g. vlp train configs/align/demo.py, or --resume RUN")
-        return train(override(load_config(config), overrides))
+        wanted = load_config(config, Experiment, Stages)
+        if isinstance(wanted, Experiment):
+            return train(override(wanted, overrides))
+        return train_stages(wanted.overridden(overrides), shlex.join(["vlp", "train", config, *overrides]))
     folder = Path(options.resume)
     saved = load_json(folder / "experiment.json")
     saved = replace(saved, name=folder.name, output=str(folder.parent))
@@ -198,7 +209,9 @@ def run_ablate(options: argparse.Namespace) -> int:
     from vlp.ablation import ablate, load_ablation
 
     ablation = load_ablation(options.config, options.overrides)
-    ablate(ablation)
+    if not ablate(ablation):
+        print(f"stopped; continue with: {shlex.join(['vlp', 'ablate', options.config, *options.overrides])}")
+        return 0
     print((ablation.folder / "table.md").read_text() + f"\n{ablation.folder}/table.md and plot.png")
     return 0
 

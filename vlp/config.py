@@ -23,6 +23,7 @@ from vlp.data.annotated import Annotated
 from vlp.data.augment import RandomResizedCrop, Resize
 from vlp.data.sentences import Sentences
 from vlp.data.shards import Source
+from vlp.encoders.recompute import Checkpointing
 from vlp.errors import UserError
 from vlp.optim import AdamW, Schedule
 from vlp.state import Momentum
@@ -79,9 +80,10 @@ class Training:
         clip_norm: the gradient's norm is scaled down to this; None = not.
         layer_decay: learning rate of a layer relative to the one after it (1 = the same).
         lr_scales: parameter-name prefix -> factor on the learning rate.
-        frozen: parameter-name prefixes that are not trained.
+        frozen: parameter-name prefixes that are not trained; a ``*`` stands for anything up to the next dot.
         ema_decay: of the averaged weights that are evaluated and saved beside the trained ones; None = no average.
-        activation_checkpointing: recompute the towers' blocks in the backward pass to save memory.
+        activation_checkpointing: what the backward pass makes again to save memory, see `vlp.encoders.recompute`: "cheap" =
+            what lies between matrix products, "full" = whole blocks.
         compile: run the model through torch.compile.
         nonfinite: what to do at a loss or gradient that is not finite: stop, naming the samples, or skip the step.
         processes: stop at start-up unless the launcher started this many; None = any number.
@@ -99,7 +101,7 @@ class Training:
     lr_scales: dict[str, float] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
     ema_decay: float | None = None
-    activation_checkpointing: bool = False
+    activation_checkpointing: Checkpointing = "none"
     compile: bool = False
     nonfinite: Literal["stop", "skip"] = "stop"
     processes: int | None = None
@@ -181,12 +183,14 @@ class Experiment:
 FREE_ON_RESUME = ("name", "output", "data.workers", "train.processes", "train.engine", "train.threads", "save", "log")
 
 
-def load_config(path: str) -> Experiment:
-    """The experiment of a Python file with ``def config() -> Experiment``, or of a JSON file that `dump` wrote.
+def load_config(path: str, *kinds: type) -> Any:
+    """What ``config()`` of a Python file returns, an `Experiment` or, where given, one of ``kinds``; or the experiment of a JSON
+    file that `dump` wrote.
 
     Raises:
         UserError: where there is no such file, it has no ``config``, or it names a field that does not exist.
     """
+    kinds = kinds or (Experiment,)
     if not Path(path).is_file():
         raise UserError(f"no config file {path}; the ones that come with vlp are in configs/")
     if path.endswith(".json"):
@@ -194,15 +198,22 @@ def load_config(path: str) -> Experiment:
     try:
         namespace = runpy.run_path(path)
         if not callable(namespace.get("config")):
-            raise UserError(f"{path} does not define config(); it must return a vlp.config.Experiment")
-        experiment = namespace["config"]()
+            raise UserError(f"{path} does not define config(); it must return a {_names(kinds)}")
+        made = namespace["config"]()
     except (SyntaxError, ImportError) as e:
         raise UserError(f"{path}: {e}") from None
     except TypeError as e:
         raise UserError(f"{path}: {_explain_type_error(e)}") from e
-    if not isinstance(experiment, Experiment):
-        raise UserError(f"config() of {path} returns a {type(experiment).__name__}, not a vlp.config.Experiment")
-    return experiment
+    if not isinstance(made, kinds):
+        raise UserError(
+            f"config() of {path} returns a {type(made).__name__}, not a {_names(kinds)}; an Experiment or Stages are for "
+            f"vlp train, an Ablation for vlp ablate"
+        )
+    return made
+
+
+def _names(kinds: tuple[type, ...]) -> str:
+    return " or ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
 
 
 def _explain_type_error(e: TypeError) -> str:

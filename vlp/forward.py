@@ -20,6 +20,7 @@ from vlp.state import Memory
 from vlp.types import Batch, Encoded, Vocabulary
 
 Among = Literal["all", "process"]
+Head = Literal["first", "vl"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ class Forward:
     def beside(self, batch: Batch, momentum: Forward | None) -> Forward:
         """A bundle of the same model in the same step."""
         return Forward(self.model, batch, momentum, self.around)
+
+    def through(self, head: Head) -> Forward:
+        """This bundle as contrastive losses see it by the model's "first" head, or by its second, "vl"."""
+        return self if head == "first" else SecondHead(self)
 
     def encode(self, encode: Callable[..., Encoded], *given: Tensor) -> Encoded:
         """Every pass of a tower goes through here."""
@@ -175,6 +180,27 @@ class Forward:
             taught = [e for teacher in (self.momentum, *self.momentum.others) for e in teacher.ran().values()]
             found |= dict(zip(["key"], taught))
         return found
+
+
+class SecondHead(Forward):
+    """The same encodings by a model's second contrastive head: `Encoded.vl`, and ``model.vl`` with its own scale."""
+
+    def __init__(self, first: Forward):
+        momentum = SecondHead(first.momentum) if first.momentum else None
+        super().__init__(first.model.vl, first.batch, momentum, first.around)
+        self.first = first
+
+    @property
+    def image(self) -> Encoded:
+        return self.first.image.vl
+
+    @property
+    def text(self) -> Encoded:
+        return self.first.text.vl
+
+    @property
+    def peers(self) -> tuple[Forward, ...]:
+        return tuple(self if peer is self.first else SecondHead(peer) for peer in self.first.peers)
 
 
 def _split(encoded: Encoded, views: int) -> tuple[Encoded, ...]:

@@ -61,9 +61,10 @@ class CachedForward(Forward):
         seed = int(torch.randint(2**62, ()))
         with torch.no_grad(), seeded(seed, given[0].device):
             made = encode(*given)
-        out = Encoded(made.tokens.requires_grad_(), made.mask, made.embed.requires_grad_())
-        self.encodings.append(Encoding(encode, given, seed, out))
-        return out
+        for leaf in _differentiable(made).values():
+            leaf.requires_grad_()
+        self.encodings.append(Encoding(encode, given, seed, made))
+        return made
 
     def beside(self, batch: Batch, momentum: Forward | None) -> CachedForward:
         other = CachedForward(self.model, batch, momentum, self.around)
@@ -76,15 +77,22 @@ class CachedForward(Forward):
             pairs = []
             with seeded(encoding.seed, encoding.given[0].device):
                 made = encoding.encode(*encoding.given)
-            for name in ("tokens", "embed"):
-                gradient = getattr(encoding.out, name).grad
-                if gradient is not None:
-                    pairs.append((getattr(made, name), gradient))
+            again = _differentiable(made)
+            for name, leaf in _differentiable(encoding.out).items():
+                if leaf.grad is not None:
+                    pairs.append((again[name], leaf.grad))
             if pairs:
                 torch.autograd.backward(*zip(*pairs))
         self.encodings.clear()
         for bundle in filter(None, (self, self.momentum)):
             bundle.peers = ()  # bundles that refer to each other would outlive the step
+
+
+def _differentiable(encoded: Encoded, prefix: str = "") -> dict[str, Tensor]:
+    found = {f"{prefix}{name}": getattr(encoded, name) for name in ("tokens", "embed", "inputs")}
+    if encoded.vl is not None:
+        found |= _differentiable(encoded.vl, f"{prefix}vl.")
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 @contextmanager

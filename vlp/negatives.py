@@ -44,26 +44,28 @@ def draw_negatives(
 def take(f: Forward, encoded: Callable[[Forward], Encoded], rows: Tensor, among: Among) -> Encoded:
     """Encodings of rows that may be another micro-batch's or process's, with the gradient back to where they were made.
 
-    Over several processes texts are padded to the longest of all, for which a GPU's host waits once.
+    Of the tokens what is fused alone, `Encoded.fusible`. Over several processes texts are padded to the longest of all, for which a GPU's host waits once.
 
     Args:
         encoded: what is wanted of a bundle: ``lambda f: f.text``.
         rows: (n,) int64 as `Forward.gathered` numbers them.
         among: what can be drawn, as `Forward.gathered` takes it.
     """
-    longest = torch.tensor([max(encoded(peer).tokens.shape[1] for peer in f.peers)], device=rows.device)
+    longest = torch.tensor([max(encoded(peer).fusible.shape[1] for peer in f.peers)], device=rows.device)
     longest = int((gather(longest) if among == "all" else longest).max())
 
     def tokens(peer: Forward) -> Tensor:
-        x = encoded(peer).tokens
+        x = encoded(peer).fusible
         return F.pad(x, (0, 0, 0, longest - x.shape[1]))
 
     def mask(peer: Forward) -> Tensor:  # as bytes: not every backend sends bools
         x = encoded(peer).mask.byte()
         return F.pad(x, (0, longest - x.shape[1]))
 
+    fusible = f.gathered(tokens, among)[rows]
     return Encoded(
-        f.gathered(tokens, among)[rows],
+        fusible,
         f.gathered(mask, among)[rows].bool(),
         f.gathered(lambda peer: encoded(peer).embed, among)[rows],
+        None if encoded(f).inputs is None else fusible,
     )

@@ -7,6 +7,7 @@ step, because a prepared scheduler object steps once per process.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -211,6 +212,11 @@ def parameter_groups(
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+def starts_with(name: str, prefix: str) -> bool:
+    """Whether a dotted name does; a ``*`` in the prefix stands for anything up to the next dot."""
+    return re.match(re.escape(prefix).replace(r"\*", r"[^.]*"), name) is not None
 
 
 def describe_groups(groups: list[dict], num_names: int = 3) -> str:

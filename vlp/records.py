@@ -66,7 +66,7 @@ class Records:
                 write_atomically(self.folder / "experiment.json", dump(self.experiment).encode())
                 for name in ("log.jsonl", "eval.jsonl", *(p.name for p in self.folder.glob("samples.*.jsonl"))):
                     truncate_log(self.folder / name, self.state.step)
-                self._write_start()
+                self._write_start(total_steps)
             except OSError as e:
                 raise UserError(
                     f"cannot write {self.folder}: {e.strerror or e}; set output=FOLDER to one that can be written"
@@ -77,11 +77,12 @@ class Records:
             path = self.folder / f"samples.{self.accelerator.process_index}.jsonl"
             self.samples = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close()
 
-    def _write_start(self) -> None:
+    def _write_start(self, total_steps: int) -> None:
         """How the run was started or continued, for the report and for whoever wonders later."""
         command = ["vlp", *sys.argv[1:]] if os.path.basename(sys.argv[0]) == "vlp" else ["python", *sys.argv]
         start = {
             "step": self.state.step,
+            "total_steps": total_steps,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": command,
             "processes": self.accelerator.num_processes,

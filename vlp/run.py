@@ -19,7 +19,8 @@ from vlp.distributed import engine, start, take_from_main
 from vlp.errors import UserError
 from vlp.evaluation import Result, Subject
 from vlp.logging import peak_memory_mib, read_log
-from vlp.optim import Lamb, Lars, describe_groups, parameter_groups
+from vlp.objectives.needs import has_pictures
+from vlp.optim import Lamb, Lars, describe_groups, parameter_groups, starts_with
 from vlp.records import Records
 from vlp.state import Average, TrainState
 from vlp.validation import validate
@@ -57,7 +58,7 @@ class Run:
         self.dataset = Shuffled(
             data.train,
             (data.augment, *data.views),
-            self.model.preprocess,
+            self.model.preprocess if has_pictures(data) else None,
             self.tokenizer,
             data.max_length,
             data.max_pixels,
@@ -159,15 +160,15 @@ class Run:
     def _prepare_model(self) -> None:
         train, model = self.experiment.train, self.model
         for prefix in train.frozen:
-            frozen = [p for n, p in model.named_parameters() if n.startswith(prefix)]
+            frozen = [p for n, p in model.named_parameters() if starts_with(n, prefix)]
             if not frozen:
                 raise UserError(
                     f"train.frozen: no parameter starts with {prefix!r}; they start with {', '.join(dict(model.named_children()))}"
                 )
             for p in frozen:
                 p.requires_grad_(False)
-        if train.activation_checkpointing:
-            model.set_checkpointing(True)
+        if train.activation_checkpointing != "none":
+            model.set_checkpointing(train.activation_checkpointing)
         model.to(self.accelerator.device)
         if engine(self.accelerator) != "deepspeed":  # which sends weights as plain bytes
             # convolutions run faster so, transformers do not mind
@@ -178,7 +179,7 @@ class Run:
         model.train()
         # what is frozen is so altogether: no dropout, and a BatchNorm keeps its statistics
         for name, module in model.named_modules():
-            if train.frozen and f"{name}.".startswith(tuple(f"{prefix}." for prefix in train.frozen)):
+            if any(starts_with(f"{name}.", f"{prefix}.") for prefix in train.frozen):
                 module.eval()
 
     def _restore(self, whole: Path) -> None:

@@ -20,7 +20,8 @@ class Momentum:
 
     Args:
         decay: share of the old weights that stays at each step (MoCo 0.999, ALBEF and ESimCSE 0.995).
-        mode: "train" = with dropout and batch statistics, as MoCo and ALBEF run theirs; "eval" = without (ESimCSE).
+        mode: "train" = with dropout and batch statistics, as MoCo and ALBEF run theirs, but where the model is frozen;
+            "eval" = without (ESimCSE).
     """
 
     decay: float = 0.999
@@ -36,7 +37,9 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float, mode: Literal["train", "eval"] = "eval"):
         self.decay = decay
-        self.network = copy.deepcopy(model).float().requires_grad_(False).train(mode == "train")
+        self.network = copy.deepcopy(model).float().requires_grad_(False)
+        if mode == "eval":  # else as the model: what is frozen there stays in evaluation mode here too
+            self.network.eval()
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

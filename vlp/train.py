@@ -65,23 +65,26 @@ class Agreement:
 
 
 class Interrupted:
-    """Ctrl-C and SIGTERM: finish the step, save, exit 0. A second one ends the process at once.
+    """Ctrl-C and SIGTERM: finish the step, save, exit 0. A second one ends the process at once, unless it comes within a second:
+    a launcher passes on what a terminal or a scheduler has sent to its processes too.
 
     Processes are asked at different moments, so they act on ``agreed`` alone, which changes for all in the same step.
     """
 
     def __init__(self):
         self.asked = self.agreed = False
+        self.since = 0.0  # seconds
 
     def __enter__(self) -> Interrupted:
         self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _handle(self, number: int, frame) -> None:
-        if self.asked:
+        if not self.asked:
+            self.asked, self.since = True, time.monotonic()
+        elif time.monotonic() - self.since > 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.asked = True
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():

@@ -101,14 +101,24 @@ class Encoded:
     """One modality after its tower.
 
     Args:
-        tokens: (B, N, D) last hidden states, the pooled token first.
-        mask: (B, N) bool, True where there is a token.
+        tokens: (B, N, D) last hidden states, the pooled token first; that one alone where there are ``inputs``.
+        mask: (B, N) bool, True where there is a token, of ``inputs`` where there are any.
         embed: (B, E) unit-norm projection.
+        inputs: (B, N, D) tokens before the first layer, which early-fusion models fuse; None elsewhere.
+        vl: the same by a second head; None where there is none.
     """
 
     tokens: Tensor
     mask: Tensor
     embed: Tensor
+    inputs: Tensor | None = None
+    vl: Encoded | None = None
+
+    @property
+    def fusible(self) -> Tensor:
+        """(B, N, D) what is fused with the other modality."""
+        return self.tokens if self.inputs is None else self.inputs
 
     def __getitem__(self, rows: Tensor | slice) -> Encoded:
-        return Encoded(self.tokens[rows], self.mask[rows], self.embed[rows])
+        inputs = None if self.inputs is None else self.inputs[rows]
+        return Encoded(self.tokens[rows], self.mask[rows], self.embed[rows], inputs, self.vl and self.vl[rows])

@@ -52,7 +52,7 @@ def config() -> Experiment:
         ),
         optim=Lamb(lr=1e-3, weight_decay=1e-5),
         schedule=Schedule(warmup_steps=10_000, kind="linear"),
-        train=Training(steps=1_200_000, precision="bf16", activation_checkpointing=True),
+        train=Training(steps=1_200_000, precision="bf16", activation_checkpointing="full"),
         evaluate={"retrieval": Retrieval()},
         evaluate_every=10_000,
         save=Saving(every=1000, keep=3, best="retrieval/mean_recall"),

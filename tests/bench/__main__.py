@@ -20,6 +20,7 @@ MEASURES = (
     "retrieval_memory",
     "rerank",
     "data_wait",
+    "albef_step",
 )
 
 

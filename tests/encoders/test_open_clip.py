@@ -167,16 +167,18 @@ def test_checkpointing_leaves_gradients_as_they_are():
     towers.image.visual.transformer.resblocks[0].register_forward_pre_hook(lambda *_: calls.append("image"))
     towers.text.text.transformer.resblocks[0].register_forward_pre_hook(lambda *_: calls.append("text"))
     image, (ids, mask) = torch.randn(2, 3, 32, 32), captions(lengths=(6, 6))
-    for enabled in (False, True):
+    for how in ("none", "full"):
         for tower in towers[:2]:
             tower.zero_grad()
-            tower.set_checkpointing(enabled)
+            tower.set_checkpointing(how)
         (towers.image(image) * towers.text(ids, mask)).sum().backward()
         gradients.append([p.grad.clone() for tower in towers[:2] for p in tower.parameters()])
     assert sorted(calls) == ["image"] * 3 + ["text"] * 3
     torch.testing.assert_close(gradients[0], gradients[1])
+    with pytest.raises(UserError, match="all or nothing"):
+        towers.text.set_checkpointing("cheap")
     with pytest.raises(UserError, match="ResNet"):
-        OpenClip("toy-resnet").build().image.set_checkpointing(True)
+        OpenClip("toy-resnet").build().image.set_checkpointing("full")
 
 
 def test_building_leaves_the_programs_logging_alone():

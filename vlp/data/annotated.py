@@ -80,7 +80,7 @@ def to_evaluate(train: Sequence[Any], path: str | None, images: str | None, spli
     Args:
         train: the run's sources.
         path: of the .jsonl; None = the one that it was trained on, of which another split is to be evaluated.
-        images: None = as in training, with ``path`` the folder of that.
+        images: None = as in training.
         split: None = all of ``path``.
 
     Raises:
@@ -89,9 +89,8 @@ def to_evaluate(train: Sequence[Any], path: str | None, images: str | None, spli
     trained = next((source for source in train if isinstance(source, Annotated)), None)
     if path is None and (trained is None or split is None):
         raise UserError("there is nothing to evaluate: give data=ANNOTATIONS.jsonl, or split=SPLIT of the run's own")
-    if path is None:
-        return replace(trained, split=split, images=images or trained.images)
-    return replace(trained or Annotated(path), path=path, images=images, split=split)
+    base = trained or Annotated(path)
+    return replace(base, path=path or base.path, images=images or base.images, split=split)
 
 
 def read_list(path: str) -> tuple[str, ...]:
@@ -173,13 +172,12 @@ class AnnotatedReader:
         record, source = self.lines.record(row), self.source
         names, captions, label = self.names(row), (), None
         if source.text:
-            captions = (_word(record.get(source.text)),)
+            captions = (word(record.get(source.text)),)
             if not captions[0]:
                 raise BadSample(f"no text in {source.text!r}")
-        if source.label:
-            if (label := self._place.get(_word(record.get(source.label)))) is None:
-                some = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
-                raise BadSample(f"label {_word(record.get(source.label))!r} is not among {some}")
+        if source.label and (label := self._place.get(word(record.get(source.label)))) is None:
+            some = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
+            raise BadSample(f"label {word(record.get(source.label))!r} is not among {some}")
         answers, targets = (), None
         if source.answers:
             answers, counts = read_answers(record.get(source.answers))
@@ -232,7 +230,7 @@ class AnnotatedReader:
         return {name: value for name, value in vars(self).items() if name != "_place"}
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
     """A text as it stands; a number, or true, as JSON writes it."""
     return "" if value is None else value.strip() if isinstance(value, str) else json.dumps(value)
 
@@ -247,13 +245,13 @@ def read_answers(given: Any) -> tuple[tuple[tuple[str, float], ...], tuple[int, 
         BadSample: where a weight is no number from 0 on.
     """
     if isinstance(given, dict):
-        weights = {_word(answer): weight for answer, weight in given.items() if _word(answer)}
+        weights = {word(answer): weight for answer, weight in given.items() if word(answer)}
         if wrong := [
             w for w in weights.values() if isinstance(w, bool) or not isinstance(w, (int, float)) or not w >= 0
         ]:
             raise BadSample(f"the weight of an answer is {wrong[0]!r}; it should be a number from 0 on")
         return tuple((answer, float(weight)) for answer, weight in weights.items()), (0,) * len(weights)
-    said = [word for value in (given if isinstance(given, list) else [given]) if (word := _word(value))]
+    said = [text for value in (given if isinstance(given, list) else [given]) if (text := word(value))]
     counts = Counter(said)
     annotators = counts.values() if len(said) > 1 else [0] * len(counts)
     return tuple((answer, count / len(said)) for answer, count in counts.items()), tuple(annotators)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
-from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 from vlp.errors import UserError
@@ -51,6 +51,8 @@ class Tokenizer:
         if missing:
             raise UserError(f"the tokenizer has no token {' or '.join(missing)}; use a BERT-like one, or train one")
         self.pad_id, self.cls_id, self.sep_id, self.mask_id = found.values()
+        if isinstance(backend.model, models.WordPiece) and backend.decoder is None:
+            backend.decoder = decoders.WordPiece()
         cls, last = backend.id_to_token(self.cls_id), backend.id_to_token(self.sep_id)
         backend.no_truncation()
         backend.no_padding()
@@ -92,6 +94,10 @@ class Tokenizer:
         """As `pad`, and every row ends in ``[SEP]``, for what is to be generated, whatever captions end in."""
         closed = rows if self.sep else [[*row, self.sep_id] for row in rows]
         return pad(closed, max_length, self.pad_id, keep_last=True)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What ids say, special tokens left out."""
+        return self._backend.decode(list(ids)).strip()
 
     def vocabulary(self) -> Vocabulary:
         """A piece continues a word by WordPiece's ``##``; where pieces mark the begin instead (RoBERTa), by its lack."""
@@ -150,6 +156,10 @@ class OpenClipTokenizer:
         return pad(rows, min(max_length, self.context), self.pad_id, keep_last=True)
 
     pad_closed = pad  # they end in the end token already
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What ids say, special tokens left out."""
+        return self._bpe.decode([i for i in ids if i not in (self.cls_id, self.sep_id)]).strip()
 
     def vocabulary(self) -> Vocabulary:
         """A piece that does not end its word is continued by the next, so words are not told apart: none continues."""

@@ -37,7 +37,7 @@ class DallE:
 
     def build(self, tower: ImageTower, load_weights: bool = True) -> DallETokenizer:
         """Raises UserError where there are no weights: random codes say less than `RandomCodes`."""
-        tokenizer = DallETokenizer(self, tower.model.patch_embed.grid_size, tower.preprocess)
+        tokenizer = DallETokenizer(self, tower.grid, tower.preprocess)
         if load_weights:
             if not self.weights:
                 raise UserError("DALL-E's tokenizer needs its weights; set model.mim.weights, or mim=RandomCodes()")

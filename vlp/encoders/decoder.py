@@ -16,12 +16,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from vlp.encoders.fusion import CROSS, Fusion, Projected
 from vlp.encoders.fusion_layer import FusionLayer, merge_heads
 from vlp.encoders.heads import VocabularyHead
 from vlp.encoders.packing import Layout
+from vlp.encoders.recompute import Checkpointing, recomputed
 from vlp.encoders.text import TextTower
 from vlp.models import pretrained
 from vlp.models.pretrained import LoadReport
@@ -146,7 +146,8 @@ class AnswerDecoder(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         self.head = VocabularyHead(text.width, self.embeddings.word_embeddings, config)
-        self.source, self.pack, self.checkpointing = spec.source, spec.pack, False
+        self.source, self.pack = spec.source, spec.pack
+        self.checkpointing: Checkpointing = "none"
         self.max_length: int = config.max_position_embeddings
         self.report: LoadReport | None = None
 
@@ -210,9 +211,7 @@ class AnswerDecoder(nn.Module):
         return Predicted(self.words(written.states[kept]), labels[kept], text[kept])
 
     def _step(self, part, *given):
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(part, *given, use_reentrant=False)
-        return part(*given)
+        return recomputed(part, self.checkpointing, *given)
 
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to layer, from 1, embeddings 0; the head comes after the last."""
@@ -224,9 +223,9 @@ class AnswerDecoder(nn.Module):
         """Names of parameters that are no weights: embeddings of positions and of token types."""
         return {f"embeddings.{name}.weight" for name in ("position_embeddings", "token_type_embeddings")}
 
-    def set_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward instead of keeping them."""
-        self.checkpointing = enabled
+    def set_checkpointing(self, how: Checkpointing) -> None:
+        """See `vlp.encoders.recompute`."""
+        self.checkpointing = how
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from vlp.encoders.fusion_layer import Attend, FusionLayer
 from vlp.encoders.packing import Layout
+from vlp.encoders.recompute import Checkpointing, recomputed
 from vlp.encoders.text import BertText, _read_encoder
 from vlp.errors import UserError
 from vlp.models import pretrained
@@ -202,7 +202,7 @@ class FusionEncoder(nn.Module):
         twins = [image_width] + [None] * (spec.images - 1)
         self.layers = nn.ModuleList(FusionLayer(width, source, *sizes) for _ in range(spec.layers) for source in twins)
         self.pack, self.images = spec.pack, spec.images
-        self.checkpointing = False
+        self.checkpointing: Checkpointing = "none"
         self.report: LoadReport | None = None
         for module in self.modules():
             if isinstance(module, nn.Linear):  # as BERT
@@ -312,14 +312,12 @@ class FusionEncoder(nn.Module):
         return states, out
 
     def _step(self, part: Callable[..., Tensor], *given) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(part, *given, use_reentrant=False)
-        return part(*given)
+        return recomputed(part, self.checkpointing, *given)
 
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to layer, from 1; twins are one."""
         return {name: int(name.split(".")[1]) // self.images + 1 for name, _ in self.named_parameters()}
 
-    def set_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward instead of keeping them; keys and values of images are kept."""
-        self.checkpointing = enabled
+    def set_checkpointing(self, how: Checkpointing) -> None:
+        """See `vlp.encoders.recompute`; keys and values of images are kept."""
+        self.checkpointing = how

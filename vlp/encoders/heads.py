@@ -78,7 +78,7 @@ class PatchHead(nn.Module):
 
     def __init__(self, tower: ImageTower, targets: nn.Module):
         super().__init__()
-        self.grid: tuple[int, int] = tuple(tower.model.patch_embed.grid_size)
+        self.grid: tuple[int, int] = tower.grid
         self.mask_token = nn.Parameter(torch.empty(tower.width))
         self.predict = nn.Linear(tower.width, targets.width)
         self.targets = targets

@@ -16,6 +16,7 @@ from timm.layers import to_2tuple
 from timm.models import group_parameters
 from torch import Tensor, nn
 
+from vlp.encoders.recompute import Checkpointing, set_recomputed
 from vlp.errors import UserError
 from vlp.models import pretrained
 from vlp.models.pretrained import Grid, LoadReport
@@ -248,6 +249,9 @@ class ImageTower(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """(h, w) of the tokens behind the pooled one, for pictures of the size that `preprocess` makes."""
+        patches = getattr(self.model, "patch_embed", None)
+        if patches is not None:
+            return tuple(patches.grid_size)
         stride = self.model.feature_info[-1]["reduction"]
         return tuple(-(-side // stride) for side in self.preprocess.size)
 
@@ -259,15 +263,19 @@ class ImageTower(nn.Module):
         """Names of parameters that are no weights: class tokens, position embeddings, relative position tables."""
         return {f"model.{name}" for name in timm_undecayed(self.model)}
 
-    def set_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward (non-reentrant) instead of keeping them.
+    def set_checkpointing(self, how: Checkpointing) -> None:
+        """See `vlp.encoders.recompute`; "cheap" is for models with patches and blocks.
 
         Gradients stay as they are, but a BatchNorm counts each batch twice in its running statistics.
 
         Raises:
-            UserError: if timm cannot do so for this model.
+            UserError: if this model cannot.
         """
+        if hasattr(self.model, "patch_embed") and hasattr(self.model, "blocks"):
+            return set_recomputed(self.model.blocks, how)
+        if how == "cheap":
+            raise UserError(f"{type(self.model).__name__} has no blocks of matrix products; set it to full, or none")
         try:
-            self.model.set_grad_checkpointing(enabled)
+            return self.model.set_grad_checkpointing(how == "full")
         except (AssertionError, AttributeError) as error:
             raise UserError(f"{type(self.model).__name__} cannot checkpoint activations; turn that off") from error

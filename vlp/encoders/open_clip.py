@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlp.encoders.image import Interpolation, Preprocess, Triple, timm_layer_ids, timm_undecayed
+from vlp.encoders.recompute import Checkpointing
 from vlp.encoders.text import layer_ids, run_by_length
 from vlp.errors import UserError
 from vlp.models import pretrained
@@ -172,17 +173,18 @@ class ClipImage(nn.Module):
             return {f"visual.trunk.{name}" for name in timm_undecayed(self.visual.trunk)}
         return {n for n, _ in self.named_parameters() if n.endswith(("positional_embedding", "class_embedding"))}
 
-    def set_checkpointing(self, enabled: bool) -> None:
+    def set_checkpointing(self, how: Checkpointing) -> None:
         """Recompute activations in the backward (non-reentrant) instead of keeping them.
 
         Raises:
             UserError: if the tower cannot.
         """
         model = getattr(self.visual, "trunk", self.visual)
-        if enabled and isinstance(model, ModifiedResNet):  # which would accept the call and do nothing
+        if how != "none" and isinstance(model, ModifiedResNet):  # which would accept the call and do nothing
             raise UserError("open_clip's ResNets cannot checkpoint activations; turn that off")
+        _not_cheap(how)
         try:
-            model.set_grad_checkpointing(enabled)
+            model.set_grad_checkpointing(how == "full")
         except (AssertionError, AttributeError) as error:
             raise UserError(f"{type(model).__name__} cannot checkpoint activations; turn that off") from error
 
@@ -244,6 +246,14 @@ class ClipText(nn.Module):
         """Names of parameters that are no weights: embeddings of positions."""
         return {name for name, _ in self.named_parameters() if name.endswith("positional_embedding")}
 
-    def set_checkpointing(self, enabled: bool) -> None:
+    def set_checkpointing(self, how: Checkpointing) -> None:
         """Recompute activations in the backward (non-reentrant) instead of keeping them."""
-        self.text.set_grad_checkpointing(enabled)
+        _not_cheap(how)
+        self.text.set_grad_checkpointing(how == "full")
+
+
+def _not_cheap(how: Checkpointing) -> None:
+    if how == "cheap":
+        raise UserError(
+            "open_clip's towers recompute all or nothing; set train.activation_checkpointing to full, or none"
+        )

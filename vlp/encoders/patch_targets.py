@@ -54,7 +54,7 @@ class Pixels:
 class PixelTargets(Frozen):
     def __init__(self, spec: Pixels, tower: ImageTower):
         super().__init__()
-        self.normalise, self.grid = spec.normalise, tuple(tower.model.patch_embed.grid_size)
+        self.normalise, self.grid = spec.normalise, tower.grid
         height, width = tower.preprocess.size
         self.width = 3 * (height // self.grid[0]) * (width // self.grid[1])
 

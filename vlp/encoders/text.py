@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlp.encoders.recompute import Checkpointing, set_recomputed
 from vlp.errors import UserError
 from vlp.models import pretrained
 from vlp.models.pretrained import LoadReport
@@ -310,19 +311,11 @@ class TextTower(nn.Module):
         endings = ("position_embeddings.weight", "token_type_embeddings.weight", "relative_attention_bias.weight")
         return {name for name, _ in self.named_parameters() if name.endswith(endings)}
 
-    def set_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward (non-reentrant) instead of keeping them.
-
-        Raises:
-            UserError: if transformers cannot do so for this model.
-        """
-        # transformers 5 renamed all of this from gradient to activation
-        kind = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
-        options = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}} if enabled else {}
-        try:
-            getattr(self.model, f"{kind}_checkpointing_{'enable' if enabled else 'disable'}")(**options)
-        except ValueError as error:
-            raise UserError(f"{type(self.model).__name__} cannot checkpoint activations; turn that off") from error
+    def set_checkpointing(self, how: Checkpointing) -> None:
+        """See `vlp.encoders.recompute`."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in ("layer", "layers"):
+                set_recomputed(module, how)
 
 
 def _max_length(model: nn.Module) -> int:

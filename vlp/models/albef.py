@@ -16,6 +16,7 @@ from vlp.encoders.decoder import Decoder, Predicted
 from vlp.encoders.fusion import Fusion, InTurn, Projected, Unprojected, Wanted
 from vlp.encoders.heads import VocabularyHead
 from vlp.encoders.image import Preprocess, TimmImage, _grids
+from vlp.encoders.recompute import Checkpointing
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
 from vlp.forward import Forward
@@ -103,7 +104,7 @@ class Albef:
         model = AlbefModel(self, self.image.build(part_by_part), self.text.build(part_by_part), part_by_part)
         if load_weights and self.weights:
             is_run = pretrained.is_run(self.weights)
-            model.load(pretrained.read_run_model(self.weights) if is_run else load_albef(self.weights).student)
+            model.load(pretrained.run_state(self.weights) if is_run else load_albef(self.weights).student)
         return model
 
 
@@ -317,11 +318,11 @@ class AlbefModel(LearnedScale):
         decoder = {f"decoder.{name}" for name in self.decoder.no_weight_decay()} if self.decoder is not None else set()
         return towers | decoder | ({"temperature"} if self.itc else set())
 
-    def set_checkpointing(self, enabled: bool) -> None:
+    def set_checkpointing(self, how: Checkpointing) -> None:
         """Recompute activations in the backward instead of keeping them; UserError where a tower cannot."""
         for part in (self.image, self.text, self.fusion, self.decoder):
             if part is not None:
-                part.set_checkpointing(enabled)
+                part.set_checkpointing(how)
 
 
 def _seen(f: Forward) -> Projected | Unprojected:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from vlp.encoders.image import ImageTower, Preprocess, TimmImage, _grids
 from vlp.encoders.open_clip import OpenClip
+from vlp.encoders.recompute import Checkpointing
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
 from vlp.models import pretrained
@@ -174,10 +175,10 @@ class DualEncoder(LearnedScale):
         towers |= {f"text.{name}" for name in self.text.no_weight_decay()}
         return towers | {name for name in ("temperature", "logit_scale", "logit_bias") if name in self._parameters}
 
-    def set_checkpointing(self, enabled: bool) -> None:
+    def set_checkpointing(self, how: Checkpointing) -> None:
         """Recompute the towers' activations in the backward instead of keeping them; UserError where one cannot."""
-        self.image.set_checkpointing(enabled)
-        self.text.set_checkpointing(enabled)
+        self.image.set_checkpointing(how)
+        self.text.set_checkpointing(how)
 
 
 def tower_layer_ids(image: nn.Module, text: nn.Module) -> dict[str, int]:

@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         UserError: if the file is missing, damaged, would have to be unpickled, or holds anything but tensors.
     """
     path = resolve(str(path))
+    if path.is_dir():
+        raise UserError(f"{path} is a folder and no run: it has no experiment.json; train it first, or name a file")
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
@@ -94,32 +96,34 @@ def is_run(path: str | None) -> bool:
     return path is not None and (Path(path).expanduser() / "experiment.json").is_file()
 
 
-def run_spec(folder: str, tower: Literal["image", "text"]) -> Any:
-    """The spec of a run's image or text tower, with all its sizes.
+def run_spec(folder: str, tower: Literal["image", "text"] | None = None) -> Any:
+    """The spec of a run's image or text tower, or of its whole model, with all its sizes.
 
     Raises:
         UserError: if the run has no such tower.
     """
     from vlp.config import load_json  # which is built from what imports this module
 
-    spec = getattr(load_json(Path(folder).expanduser() / "experiment.json").model, tower, None)
+    spec = load_json(Path(folder).expanduser() / "experiment.json").model
+    if tower is not None:
+        spec = getattr(spec, tower, None)
     if spec is None:
         raise UserError(f"the run {folder} has no {tower} tower to start from; name a run that has one")
     return spec
 
 
 def read_run(folder: str, tower: Literal["image", "text"]) -> dict[str, Tensor]:
-    """The tensors of a run's tower, without its heads: of the newest whole checkpoint, averaged if it kept an average.
+    """The tensors of a run's tower, without its heads: see `run_state`.
 
     Raises:
         UserError: if the run has no such tower, or no checkpoint.
     """
     run_spec(folder, tower)
     prefix = f"{tower}.model."
-    return {key.removeprefix(prefix): value for key, value in read_run_model(folder).items() if key.startswith(prefix)}
+    return {key.removeprefix(prefix): value for key, value in run_state(folder).items() if key.startswith(prefix)}
 
 
-def read_run_model(folder: str) -> dict[str, Tensor]:
+def run_state(folder: str) -> dict[str, Tensor]:
     """All tensors of a run's model: of the newest whole checkpoint, averaged if it kept an average.
 
     Raises:
@@ -142,14 +146,16 @@ class LoadReport:
 
     loaded: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()  # also counted in loaded
+    copied: tuple[str, ...] = ()  # likewise, from the weights of another part
     new: tuple[str, ...] = ()  # in the module only: start fresh, as declared
     unexpected: tuple[str, ...] = ()  # in the weights only: left out, as declared
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} loaded"]
-        for word in ("resized", "new", "unexpected"):
+        for word in ("resized", "copied", "new", "unexpected"):
             names = getattr(self, word)
-            parts.append(f"{len(names)} {word}" + (f" ({_first(names)})" if names else ""))
+            if names or word != "copied":
+                parts.append(f"{len(names)} {word}" + (f" ({_first(names)})" if names else ""))
         return ", ".join(parts)
 
 
@@ -166,6 +172,25 @@ class Grid(NamedTuple):
     prefix: int
     source: tuple[int, int] | None = None
 
+    def resize(self, embedding: Tensor) -> Tensor:
+        """(N, D) or (1, N, D) resampled to ``size``; returned as it is where its positions are no such grid."""
+        from timm.layers import resample_abs_pos_embed
+
+        positions = embedding.shape[-2] - self.prefix
+        side = math.isqrt(max(positions, 0))
+        source = self.source or (side, side)
+        if source[0] * source[1] != positions:
+            return embedding
+        batched = embedding.reshape(1, *embedding.shape[-2:])
+        resized = resample_abs_pos_embed(batched, list(self.size), list(source), num_prefix_tokens=self.prefix)
+        return resized.reshape(*embedding.shape[:-2], *resized.shape[-2:])
+
+
+class Resizable(Protocol):
+    """What positions a tensor of the module holds, and so how those of the weights become as many."""
+
+    def resize(self, positions: Tensor) -> Tensor: ...
+
 
 def load(
     module: nn.Module,
@@ -173,14 +198,14 @@ def load(
     *,
     new: Collection[str] = (),
     ignored: Collection[str] = (),
-    grids: Mapping[str, Grid] | None = None,
+    grids: Mapping[str, Resizable] | None = None,
 ) -> LoadReport:
     """Copy ``state`` into ``module`` in place; every key on either side is loaded or declared, or this raises.
 
     Args:
         new: dotted prefixes that the weights need not have: parameters that start fresh on purpose.
         ignored: dotted prefixes in the weights that the module need not have: heads, buffers of other versions.
-        grids: position embeddings (N, D) or (1, N, D) by name, resized (bicubic, antialiased) where N differs.
+        grids: positions by name, resized where their number differs: `Grid` does so with embeddings.
 
     Raises:
         UserError: naming the first keys that nothing explains, or a key with both its shapes; ``module`` is untouched.
@@ -196,14 +221,14 @@ def load(
     for key in own.keys() & state.keys():
         fitting[key] = state[key]
         if key in grids and state[key].shape != own[key].shape:
-            fitting[key] = _resize(state[key], grids[key])
+            fitting[key] = grids[key].resize(state[key])
             resized.append(key)
         if fitting[key].shape != own[key].shape:
             shapes = f"{tuple(state[key].shape)} in the weights, {tuple(own[key].shape)} in the model"
             raise UserError(f"{key} is {shapes}; choose a model of the same size")
     module.load_state_dict(fitting, strict=False)
     loaded = tuple(key for key in own if key in fitting)
-    return LoadReport(loaded, tuple(resized), tuple(missing), tuple(unexpected))
+    return LoadReport(loaded, tuple(resized), new=tuple(missing), unexpected=tuple(unexpected))
 
 
 def _under(key: str, prefixes: Iterable[str]) -> bool:
@@ -212,20 +237,6 @@ def _under(key: str, prefixes: Iterable[str]) -> bool:
 
 def _first(names: Collection[str], count: int = 4) -> str:
     return ", ".join(list(names)[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def _resize(embedding: Tensor, grid: Grid) -> Tensor:
-    """(N, D) or (1, N, D) resampled to ``grid.size``; returned as it is where its positions are no such grid."""
-    from timm.layers import resample_abs_pos_embed
-
-    positions = embedding.shape[-2] - grid.prefix
-    side = math.isqrt(max(positions, 0))
-    source = grid.source or (side, side)
-    if source[0] * source[1] != positions:
-        return embedding
-    batched = embedding.reshape(1, *embedding.shape[-2:])
-    resized = resample_abs_pos_embed(batched, list(grid.size), list(source), num_prefix_tokens=grid.prefix)
-    return resized.reshape(*embedding.shape[:-2], *resized.shape[-2:])
 
 
 def from_efficientnet_pytorch(state: Mapping[str, Tensor], stages: Iterable[int]) -> dict[str, Tensor]:

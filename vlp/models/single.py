@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from vlp.encoders.heads import PatchHead, VocabularyHead, check_vit, encode_masked
 from vlp.encoders.image import Preprocess, TimmImage
+from vlp.encoders.recompute import Checkpointing
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
 from vlp.forward import Forward
@@ -201,6 +202,6 @@ class SingleTower(nn.Module):
         name = "image" if self.text is None else "text"
         return {f"{name}.{parameter}" for parameter in self.tower.no_weight_decay()}
 
-    def set_checkpointing(self, enabled: bool) -> None:
+    def set_checkpointing(self, how: Checkpointing) -> None:
         """Recompute the tower's activations in the backward instead of keeping them; UserError where it cannot."""
-        self.tower.set_checkpointing(enabled)
+        self.tower.set_checkpointing(how)

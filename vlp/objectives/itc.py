@@ -17,12 +17,12 @@ from torch import Tensor
 from vlp.config import Experiment
 from vlp.distributed import gather
 from vlp.errors import UserError
-from vlp.forward import Among, Forward
+from vlp.forward import Among, Forward, Head
 from vlp.losses.info_nce import info_nce, soft_info_nce
 from vlp.losses.inputs import in_float32
 from vlp.losses.sigmoid import sigmoid_loss
 from vlp.losses.tiled import tiled_info_nce, tiled_sigmoid_loss
-from vlp.objectives.needs import need_image, need_momentum, need_text
+from vlp.objectives.needs import need_head, need_image, need_momentum, need_text
 from vlp.state import Queue
 
 
@@ -34,6 +34,7 @@ class ImageTextContrast:
         label_smoothing: share of the target spread evenly over all keys (ALIGN 0.1, CLIP 0).
         reduction: "sum" of both directions (ALIGN's paper) or their "mean" (CLIP, transformers' AlignModel).
         tile_rows: rows of the similarity matrix held at a time, for large batches; None = all.
+        head: of the model, by which embeddings and temperature are meant; VLMo has a second, "vl".
     """
 
     sees_peers: ClassVar[bool] = True  # see vlp.grad_cache
@@ -41,8 +42,15 @@ class ImageTextContrast:
     label_smoothing: float = 0.0
     reduction: Literal["sum", "mean"] = "mean"
     tile_rows: int | None = None
+    head: Head = "first"
+
+    def check(self, experiment: Experiment) -> None:
+        """Raises UserError where the model has no such head."""
+        need_head(experiment, "ImageTextContrast", self.head)
 
     def __call__(self, f: Forward) -> Tensor:
+        f = f.through(self.head)
+
         def loss(queries: Tensor, keys: Tensor) -> Tensor:
             rest = (f.model.scale, f.batch.index, f.keys.index, self.label_smoothing)
             if self.tile_rows is None:
@@ -89,6 +97,7 @@ class MomentumContrast:
             the published pre-training, "negative" but for the row's own pair.
         distill: a; 0 = the momentum encoder does not teach.
         ramp_epochs: over which a grows linearly from 0; ALBEF's is 1, LAVIS's 2.
+        head: of the model, by which embeddings and temperature are meant; VLMo has a second, "vl".
     """
 
     sees_peers: ClassVar[bool] = True  # see vlp.grad_cache
@@ -99,6 +108,7 @@ class MomentumContrast:
     same_picture: Literal["positive", "negative"] = "positive"
     distill: float = 0.4
     ramp_epochs: float = 1.0
+    head: Head = "first"
 
     def check(self, experiment: Experiment) -> None:
         """Raises UserError for what is missing."""
@@ -107,6 +117,7 @@ class MomentumContrast:
         need_momentum(experiment, "MomentumContrast")
         if not getattr(experiment.model, "itc", True):
             raise UserError("MomentumContrast needs projections and a temperature; set model.itc=true")
+        need_head(experiment, "MomentumContrast", self.head)
         if self.queue_size < 1:
             raise UserError(f"MomentumContrast has queue_size={self.queue_size}; give at least 1 row")
         if not 0 <= self.distill <= 1:
@@ -117,6 +128,7 @@ class MomentumContrast:
         return Queue(self.queue_size, columns, device, generator if self.random_start else None)
 
     def __call__(self, f: Forward) -> Tensor:
+        f = f.through(self.head)
         distill = self.distill * f.around.ramp(self.ramp_epochs)
         logits = self.similarity(f)
         with torch.no_grad():
@@ -147,6 +159,7 @@ class MomentumContrast:
         return positive.to(f.image.embed.dtype) / positive.sum(1, keepdim=True)
 
     def remember(self, f: Forward) -> dict[str, Tensor]:
+        f = f.through(self.head)
         columns = {"index": f.batch.index, "image": f.momentum.image.embed, "text": f.momentum.text.embed}
         return {name: gather(rows) for name, rows in columns.items()}
 

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from vlp.config import Experiment
+from vlp.config import Data, Experiment
+from vlp.data.sentences import Sentences
 from vlp.errors import UserError
+from vlp.forward import Head
+
+
+def need_head(experiment: Experiment, who: str, head: Head) -> None:
+    """Raises UserError where the model has no second contrastive head, and that one is meant."""
+    if head == "vl" and not getattr(experiment.model, "itc_vl", False):
+        raise UserError(f"{who} with head='vl' needs a model with a second head; set head=first, or model.itc_vl=true")
+
+
+def has_pictures(data: Data) -> bool:
+    """Whether any source does; texts alone may train a model that could take pictures, too."""
+    return not all(isinstance(source, Sentences) for source in data.train)
 
 
 def need_image(experiment: Experiment, who: str) -> None:
-    """Raises UserError where the model has no image tower."""
+    """Raises UserError where the model has no image tower, or the data no pictures."""
     model = experiment.model
     if getattr(model, "image", None) is None and getattr(model, "towers", None) is None:
         raise UserError(f"{who} needs an image tower; set model.image")
+    if not has_pictures(experiment.data):
+        raise UserError(f"{who} needs pictures, and data.train names files of texts alone; add shards")
 
 
 def need_image_views(experiment: Experiment, who: str, count: int | None = 1) -> None:

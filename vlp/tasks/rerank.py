@@ -222,7 +222,7 @@ class Texts:
     """Encoded texts without their padding, on the CPU.
 
     Args:
-        tokens: (T, D) of all texts.
+        tokens: (T, D) of all texts, `Encoded.fusible`.
         lengths: (A,) tokens of each.
         embeds: (A, E).
     """
@@ -243,7 +243,8 @@ class Texts:
     def take(self, texts: Tensor, device: torch.device) -> Encoded:
         """(c,) texts, padded."""
         rows, mask = self.positions(texts)
-        return Encoded(self.tokens[rows].to(device), mask.to(device), self.embeds[texts].to(device))
+        tokens = self.tokens[rows].to(device)
+        return Encoded(tokens, mask.to(device), self.embeds[texts].to(device), inputs=tokens)
 
 
 def encode_distinct(subject: Subject, texts: list[str], batch_size: int) -> Texts:
@@ -254,7 +255,7 @@ def encode_distinct(subject: Subject, texts: list[str], batch_size: int) -> Text
         width = int(lengths[batch].max())
         given = input_ids[batch, :width].to(subject.device), mask[batch, :width].to(subject.device)
         encoded = subject.model.encode_text(*given)
-        tokens, embeds = encoded.tokens[given[1]].float().cpu(), encoded.embed.float().cpu()
+        tokens, embeds = encoded.fusible[given[1]].float().cpu(), encoded.embed.float().cpu()
         own.append((batch, tokens, embeds))
         widths = (tokens.shape[1], embeds.shape[1])
     widths = max(gather_objects(widths))

@@ -14,7 +14,7 @@ from itertools import combinations, product
 import numpy as np
 
 from vlp.data.world.scenes import Scene
-from vlp.data.world.sentences import INVERSE, between
+from vlp.data.world.sentences import between
 
 Keyed = tuple[str, Scene]
 # what is compared -> how it is said to be the same, and to differ

@@ -1,0 +1,186 @@
+"""Official files of annotations become lines that `Annotated` reads by default."""
+
+import json
+
+import pytest
+
+from vlp.cli import main
+from vlp.data.annotated import Annotated
+from vlp.data.annotation_formats import convert
+from vlp.errors import UserError
+
+VQA = {
+    "data_subtype": "val2014",
+    "questions": [{"image_id": 42, "question": "What?", "question_id": 42000}, {"image_id": 42, "question": "Is it?", "question_id": 42001}],
+}  # fmt: skip
+SAID = {
+    "annotations": [
+        {"question_id": 42001, "answers": [{"answer": a} for a in ("yes", "yes", "no")], "answer_type": "yes/no",
+         "question_type": "is it", "multiple_choice_answer": "yes"},
+        {"question_id": 42000, "answers": [{"answer": "cat"}] * 3, "answer_type": "other",
+         "question_type": "what", "multiple_choice_answer": "cat"},
+    ]
+}  # fmt: skip
+ALBEF = [
+    {"image": "a.jpg", "question": "q?", "question_id": 1, "answer": ["x", "y", "x"], "dataset": "vqa"},
+    {"image": "b.jpg", "question": "r?", "question_id": 2, "answer": "z", "dataset": "vg"},
+    {"image": "c.jpg", "question": "s?", "question_id": 3},
+]
+GENOME = [{"id": 7, "qas": [{"qa_id": 1, "question": "Where?", "answer": "On the two tables."}]}]
+IMAGES = [{"image_id": 7, "url": "https://there/rak248/VG_100K_2/7.jpg"}]
+NLVR2 = [
+    {"sentence": "Two dogs.", "label": "True", "identifier": "train-10171-3-0", "directory": 49},
+    {"sentence": "One dog.", "label": "False", "identifier": "dev-850-0-1"},
+]
+CASES = {
+    "vqa2": (
+        (VQA, SAID),
+        [
+            {
+                "image": "val2014/COCO_val2014_000000000042.jpg",
+                "text": "What?",
+                "question_id": 42000,
+                "answers": ["cat"] * 3,
+                "multiple_choice_answer": "cat",
+                "question_type": "what",
+                "answer_type": "other",
+            },
+            {
+                "image": "val2014/COCO_val2014_000000000042.jpg",
+                "text": "Is it?",
+                "question_id": 42001,
+                "answers": ["yes", "yes", "no"],
+                "multiple_choice_answer": "yes",
+                "question_type": "is it",
+                "answer_type": "yes/no",
+            },
+        ],
+    ),
+    "vqa2 test": (
+        (VQA | {"data_subtype": "test-dev2015"},),
+        [
+            {"image": "test2015/COCO_test2015_000000000042.jpg", "text": "What?", "question_id": 42000},
+            {"image": "test2015/COCO_test2015_000000000042.jpg", "text": "Is it?", "question_id": 42001},
+        ],
+    ),
+    "albef-vqa": (
+        (ALBEF,),
+        [
+            {"image": "a.jpg", "text": "q?", "question_id": 1, "dataset": "vqa", "answers": ["x", "y", "x"]},
+            {"image": "b.jpg", "text": "r?", "question_id": 2, "dataset": "vg", "answers": {"z": 0.5}},
+            {"image": "c.jpg", "text": "s?", "question_id": 3},
+        ],
+    ),
+    "visual-genome": (
+        (GENOME, IMAGES),
+        [{"image": "VG_100K_2/7.jpg", "text": "Where?", "question_id": 1, "answers": {"on 2 tables": 0.5}}],
+    ),
+    "nlvr2": (
+        (NLVR2,),
+        [
+            {
+                "image0": "images/train/49/train-10171-3-img0.png",
+                "image1": "images/train/49/train-10171-3-img1.png",
+                "text": "Two dogs.",
+                "label": "True",
+                "identifier": "train-10171-3-0",
+            },
+            {
+                "image0": "dev/dev-850-0-img0.png",
+                "image1": "dev/dev-850-0-img1.png",
+                "text": "One dog.",
+                "label": "False",
+                "identifier": "dev-850-0-1",
+            },
+        ],
+    ),
+    "nlvr2 albef": (
+        ([{"sentence": "s", "label": True, "images": ["a.png", "b.png"]}],),
+        [{"image0": "a.png", "image1": "b.png", "text": "s", "label": "True"}],
+    ),
+    "snli-ve": (
+        ([{"Flickr30K_ID": "36", "sentence2": "A man.", "gold_label": "neutral", "sentence1": "x"}],),
+        [{"image": "36.jpg", "text": "A man.", "label": "neutral"}],
+    ),
+    "snli-ve albef": (
+        ([{"image": "a.jpg", "sentence": "A man.", "label": "neutral"}],),
+        [{"image": "a.jpg", "text": "A man.", "label": "neutral"}],
+    ),
+    "refcoco": (
+        ([{"image": "a.jpg", "text": "left one", "ref_id": 5, "bbox": [1, 2, 3, 4]}],),
+        [{"image": "a.jpg", "text": "left one", "ref_id": 5, "bbox": [1, 2, 3, 4]}],
+    ),
+}
+
+
+def written(tmp_path, name: str, contents: tuple) -> list[str]:
+    paths = []
+    for n, content in enumerate(contents):
+        paths.append(tmp_path / f"{n}.json")
+        lines = name.split()[0] in ("nlvr2", "snli-ve") and "albef" not in name
+        paths[-1].write_text("".join(json.dumps(x) + "\n" for x in content) if lines else json.dumps(content))
+    return list(map(str, paths))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_official_file_becomes_lines(name, tmp_path, capsys):
+    contents, expected = CASES[name]
+    files, out = written(tmp_path, name, contents), tmp_path / "out.jsonl"
+    assert list(convert(name.split()[0], files)) == expected
+    assert main(["data", "annotations", name.split()[0], *files, str(out), "--split", "val"]) == 0
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [line | {"split": "val"} for line in expected]
+    assert f"{len(expected)} annotations" in capsys.readouterr().out
+
+
+def test_what_was_written_is_read_by_default(tmp_path):
+    out = tmp_path / "out.jsonl"
+    main(["data", "annotations", "vqa2", *written(tmp_path, "vqa2", (VQA, SAID)), str(out)])
+    sample = Annotated(str(out), answers="answers", classes=("yes", "no")).open().annotation(1)
+    assert sample.captions == ("Is it?",) and sample.answers == (("yes", 2 / 3), ("no", 1 / 3))
+    assert sample.targets.tolist() == pytest.approx([0.6, 0.3])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["vqa3", "{0}", "out"], "there is no format 'vqa3'; there are vqa2, "),
+        (["vqa2", "{0}", "{1}", "out"], "there is no 'data_subtype'"),
+        (["vqa2", "{2}", "{3}", "out"], "1 questions are in one of"),
+        (["albef-vqa", "{2}", "out"], "expected ALBEF's list"),
+        (["nlvr2", "{0}", "out"], "there is no 'identifier'"),
+        (["snli-ve", "{4}", "out"], "holds no annotation"),
+        (["visual-genome", "{0}", "out"], "expected Visual Genome's question_answers.json and image_data.json"),
+        (["refcoco", "gone.json", "out"], "gone.json"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
+    contents = ({"questions": []}, {"annotations": []}, VQA, {"annotations": SAID["annotations"][:1]}, [])
+    files = written(tmp_path, "vqa2", contents)
+    assert main(["data", "annotations", *(a.format(*files) for a in arguments[:-1]), str(tmp_path / "out")]) == 2
+    found = capsys.readouterr().err
+    assert message in found and found.count("\n") == 1
+
+
+def test_list_of_answers_is_in_the_order_of_their_frequency(tmp_path, capsys):
+    path, out = tmp_path / "x.jsonl", tmp_path / "answers.txt"
+    given = [["Two"] * 3 + ["2"], "red", {"red": 0.5}, ["a dog"], "2.", "rare"]
+    lines = [{"answers": answer, "split": "train"} for answer in given] + [{"answers": "red", "split": "val"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["data", "answers", str(path), str(out), "--split", "train"]) == 0
+    assert out.read_text().splitlines() == ["Two", "red", "2", "2.", "a dog", "rare"]
+    assert main(["data", "answers", str(path), str(out), "--normalise", "--min-count", "2"]) == 0
+    assert out.read_text().splitlines() == ["2", "red"]
+    assert "2 answers in" in capsys.readouterr().out
+    assert main(["data", "answers", str(path), str(out), "--field", "nothing"]) == 2
+    assert "no answer of" in capsys.readouterr().err
+
+
+def test_easy_vqa_is_read_from_its_package(tmp_path):
+    pytest.importorskip("easy_vqa", reason="pip install easy-vqa (extra dev)")
+    lines = list(convert("easy-vqa", ["pip:easy_vqa/data"]))
+    assert (len(lines), sum(line["split"] == "test" for line in lines)) == (48_248, 9_673)
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(lines[0]) + "\n")
+    assert Annotated(str(path), images="pip:easy_vqa/data", answers="answers").open().read(0, 0).image
+    with pytest.raises(UserError, match="cannot be read"):
+        list(convert("easy-vqa", [str(path)]))

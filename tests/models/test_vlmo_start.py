@@ -1,0 +1,194 @@
+"""What VLMo's stages hand on: experts that start as copies, and an image branch that texts leave as it is."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vlp.encoders.mome import SMALL
+from vlp.encoders.mome_layer import Rows
+from vlp.encoders.patch_targets import Pixels
+from vlp.errors import UserError
+from vlp.forward import Surroundings
+from vlp.models.pretrained import LoadReport
+from vlp.models.vlmo import Vlmo, VlmoModel
+from vlp.models.vlmo_start import PAPER, RECOMMENDED, start
+from vlp.objectives.mlm import MaskedText
+from vlp.optim import AdamW, Lamb, Sgd, parameter_groups, starts_with
+from vlp.train import Pretrainer
+from vlp.types import Batch, Vocabulary
+
+SIZES = replace(SMALL, width=32, layers=3, heads=2, vl_from=2, vocab_size=60, image_size=32, max_text_length=12)
+BARE = Vlmo(itc=False, itc_vl=False, itm=False, mlm=False)
+IMAGES = replace(BARE, encoder=replace(SIZES, experts=("image",)), mim=Pixels())
+TEXTS = replace(BARE, encoder=replace(SIZES, experts=("image", "text")), mlm=True)
+PAIRS = Vlmo(encoder=SIZES)
+
+
+def randomised(spec: Vlmo) -> VlmoModel:
+    """With no two tensors alike, biases of attention and norms included."""
+    torch.manual_seed(0)
+    model = spec.build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def started(spec: Vlmo, before: VlmoModel, **starts: str) -> VlmoModel:
+    torch.manual_seed(1)
+    model = spec.build()
+    take(model, before, **starts)
+    return model
+
+
+def take(model: VlmoModel, before: VlmoModel, **starts: str) -> LoadReport:
+    return start(model, before.state_dict(), "the weights", {"text": "weights", "vl": "weights"} | starts, None)
+
+
+def expert(model: VlmoModel, name: str, layer: int) -> dict:
+    return model.encoder.layers[layer].experts[name].state_dict()
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def image_states(model: VlmoModel) -> torch.Tensor:
+    """(4 * P, D) of four pictures through the image experts of all layers."""
+    encoder = model.eval().encoder
+    picture = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        inputs = encoder.image(picture)
+        return encoder(Rows((0,) * 4, inputs.shape[1], inputs.device), image=inputs)
+
+
+# --- where experts start ----------------------------------------------------------------------------------------------
+
+
+def test_text_experts_are_copies_of_the_images_and_all_else_is_handed_on():
+    first = randomised(IMAGES)
+    second = started(TEXTS, first, text="image")
+    for layer in range(3):
+        assert same(expert(second, "text", layer), expert(first, "image", layer))
+    own, before = second.state_dict(), first.state_dict()
+    assert all(torch.equal(own[name], x) for name, x in before.items() if not name.startswith("mim."))
+    assert torch.equal(image_states(second), image_states(first))
+    report = take(second, first, text="image")
+    assert sorted(report.copied) == [n for n in sorted(own) if ".experts.text." in n]
+    assert "18 copied" in str(report)
+
+
+@pytest.mark.parametrize("source", ["random", "image", "text"])
+def test_the_vision_language_expert_starts_as_the_field_says(source):
+    second = randomised(TEXTS)
+    third = started(PAIRS, second, vl=source)
+    torch.manual_seed(1)
+    fresh = PAIRS.build()
+    expected = expert(fresh, "vl", 2) if source == "random" else expert(second, source, 2)
+    assert same(expert(third, "vl", 2), expected)
+    for name in ("image", "text"):
+        assert all(same(expert(third, name, n), expert(second, name, n)) for n in range(3))
+    assert torch.equal(image_states(third), image_states(second))
+    assert torch.equal(third.encoder.positions.text, second.encoder.positions.text)
+
+
+def test_pairs_may_follow_pictures_at_once():
+    first = randomised(IMAGES)
+    third = started(PAIRS, first, text="image", vl="text")
+    assert same(expert(third, "vl", 2), expert(first, "image", 2))
+
+
+def test_a_model_of_fewer_objectives_leaves_out_what_it_has_not():
+    third = randomised(PAIRS)
+    report = take(replace(PAIRS, itc=False, itc_vl=False, mlm=False).build(), third)
+    assert "encoder.layers.2.experts.image.expand.weight" in report.unexpected and not report.new
+    alone = started(IMAGES, third)
+    assert torch.equal(image_states(alone), image_states(third))
+
+
+REFUSED = {
+    "no text expert": (IMAGES, TEXTS, {}, "the weights lacks the text expert of encoder.layers.0; .* set model.text_start=image"),
+    "no image expert": (replace(TEXTS, encoder=replace(SIZES, experts=("text",))), PAIRS, {"vl": "text"}, "lacks the image expert of encoder.layers.0"),
+    "nothing to copy": (replace(TEXTS, encoder=replace(SIZES, experts=("text",))), TEXTS, {"text": "image"}, "lacks the image expert of encoder.layers.0"),
+    "no vl expert": (TEXTS, PAIRS, {}, "lacks the vl expert of encoder.layers.2; .* set model.vl_start"),
+    "other width": (replace(IMAGES, encoder=replace(IMAGES.encoder, width=48)), TEXTS, {"text": "image"}, "choose a model of the same size"),
+    "more layers": (replace(IMAGES, encoder=replace(IMAGES.encoder, layers=4)), TEXTS, {"text": "image"}, "which the model has not"),
+    "fewer layers": (replace(IMAGES, encoder=replace(IMAGES.encoder, layers=2)), TEXTS, {"text": "image"}, "lacks the image expert of encoder.layers.2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_start_that_cannot_be_leaves_the_model_as_it_was(case):
+    before, spec, starts, message = REFUSED[case]
+    torch.manual_seed(1)
+    model = spec.build()
+    own = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(UserError, match=message):
+        take(model, before.build(), **starts)
+    assert same(own, model.state_dict())
+
+
+# --- what the text stage leaves alone ---------------------------------------------------------------------------------
+
+
+DECAYING = AdamW(lr=1e-2, weight_decay=0.5)
+
+
+def text_stage(first: VlmoModel, plan: tuple[str, ...], optim=DECAYING) -> VlmoModel:
+    """Three steps of masked words, frozen as a run does it."""
+    model = started(TEXTS, first, text="image").train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(starts_with(name, prefix) for prefix in plan))
+    optimizer = optim.build(parameter_groups(model, optim.weight_decay))
+    special = torch.arange(60) < 5
+    around = Surroundings({}, Vocabulary(60, 4, special, torch.zeros_like(special)))
+    step = Pretrainer(model, {"mlm": MaskedText()})
+    for _ in range(3):
+        ids = torch.randint(5, 60, (8, 10))
+        _, total, _ = step(Batch(torch.arange(8), None, ids, torch.ones_like(ids).bool()), None, around)
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("optim", [DECAYING, Lamb(lr=1e-2), Sgd(lr=1e-2)], ids=["AdamW", "Lamb", "Sgd"])  # fmt: skip
+def test_the_recommended_plan_leaves_the_image_branch_equal_to_the_bit(optim):
+    first = randomised(IMAGES)
+    second = text_stage(first, RECOMMENDED, optim)
+    own, before = second.state_dict(), first.state_dict()
+    kept = [name for name in before if not name.startswith("mim.")]
+    assert "encoder.positions.image" in kept and "encoder.norm.weight" in kept
+    assert all(torch.equal(own[name], before[name]) for name in kept)
+    assert torch.equal(image_states(second), image_states(first))
+    # and what is left to train has moved, all of it
+    moved = started(TEXTS, first, text="image").state_dict()
+    assert [n for n, p in second.named_parameters() if p.requires_grad and torch.equal(own[n], moved[n])] == []
+
+
+def test_the_published_plan_lets_the_image_branch_drift():
+    first = randomised(IMAGES)
+    second = text_stage(first, PAPER)
+    own, before = second.state_dict(), first.state_dict()
+    drifted = {name for name in before if not name.startswith("mim.") and not torch.equal(own[name], before[name])}
+    assert drifted == {"encoder.norm.weight", "encoder.norm.bias"}
+    assert (image_states(second) - image_states(first)).abs().max() > 1e-3
+
+
+def test_plans_name_parameters_that_there_are_with_either_kind_of_positions():
+    for encoder in (SIZES, replace(SIZES, positions="absolute", layer_scale=None)):
+        names = [
+            n for n, _ in replace(TEXTS, encoder=replace(encoder, experts=("image", "text"))).build().named_parameters()
+        ]
+        trained = {n for n in names if not any(starts_with(n, prefix) for prefix in RECOMMENDED)}
+        assert all(
+            ".experts.text." in n or n.startswith(("encoder.text.", "encoder.positions.text", "mlm.", "words."))
+            for n in trained
+        )
+
+
+def test_a_star_of_a_prefix_stands_for_one_part_of_the_name():
+    assert starts_with("layers.3.norm.weight", "layers.*.norm")
+    assert not starts_with("layers.3.experts.text.norm.weight", "layers.*.norm")
+    assert starts_with("encoder.norm", "encoder") and not starts_with("encoder.norm", "norm")

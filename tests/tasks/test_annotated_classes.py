@@ -1,0 +1,147 @@
+"""Classes of lines about one or two pictures: against one line at a time, on a world where the text alone earns 50 %."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.objectives.fusing import tiny
+from vlp.config import Data
+from vlp.data.annotated import Annotated
+from vlp.data.augment import Resize
+from vlp.data.image import decode
+from vlp.data.shards import ShardReader
+from vlp.data.text import train_tokenizer
+from vlp.data.world import World, make
+from vlp.encoders.fusion import Fusion, InTurn
+from vlp.encoders.image import TimmImage
+from vlp.errors import UserError
+from vlp.evaluation import Subject
+from vlp.models.single import Single
+from vlp.tasks.annotated_classes import Classes
+
+FALSE_TRUE = ("false", "true")
+ONE = tiny(itc=False, itm=False, mlm=False, classes=2)
+TWO = replace(ONE, fusion=Fusion(layers=2, images=2))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("made") / "world", World(), train=80, val=60)
+
+
+def lines(world, name, split="val"):
+    read = map(json.loads, (world / f"{name}.jsonl").read_text().splitlines())
+    return [line for line in read if line["split"] == split]
+
+
+def source(world, name, split="train"):
+    image = ("left", "right") if name == "pairs" else ("key",)
+    path, images = str(world / f"{name}.jsonl"), str(world / split)
+    return Annotated(path, images, image, label="answer", classes=FALSE_TRUE, split=split)
+
+
+def subject(world, name, spec):
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([line["text"] for line in lines(world, name)], 99, min_frequency=1)
+    model = spec.build()
+    for parameter in (*model.fusion.parameters(), *model.classifier.parameters()):
+        torch.nn.init.normal_(parameter, std=0.6)  # the small random start says the same of everything
+    data = Data(train=(source(world, name),), max_length=32, workers=0, resize=Resize(mode="squash"))
+    return Subject(model, tokenizer, data, torch.device("cpu"))
+
+
+def task(world, **fields):
+    return Classes(**({"split": "val", "images": str(world / "val"), "batch_size": 7, "resamples": 20} | fields))
+
+
+def one_by_one(subject, world, given, fields):
+    """(n,) how much rather the second class, of each line encoded by itself."""
+    reader = ShardReader(str(world / "val"))
+    pictures = {s.key: s.image for s in (reader.read(*reader.place(n)) for n in range(len(reader)))}
+    model, said = subject.model.eval(), []
+    with torch.no_grad():
+        for line in given:
+            seen = []
+            for field in fields:
+                pixels = Resize(mode="squash")(decode(pictures[line[field]]), (32, 32), "bicubic")
+                seen.append(model.project(model.encode_image(subject.preprocess.normalise(pixels[None]))))
+            ids, mask, _ = subject.tokenizer([line["text"]], 32)
+            image = InTurn(tuple(seen)) if len(seen) > 1 else seen[0]
+            no, yes = model.classifier(model.fuse(image, model.encode_text(ids, mask))[0, 0]).tolist()
+            said.append(yes - no)
+    model.train()
+    return np.array(said)
+
+
+@pytest.mark.parametrize(("name", "spec", "fields"), [("statements", ONE, ("key",)), ("pairs", TWO, ("left", "right"))])
+def test_every_line_is_scored_once_as_if_alone_whatever_the_batches(world, name, spec, fields):
+    under, given = subject(world, name, spec), lines(world, name)
+    rather = one_by_one(under, world, given, fields)
+    middle = np.sort(rather)[len(rather) // 2 - 1 :][:2].mean()
+    under.model.classifier[2].bias.data[0] += middle  # a random model says the same of nearly everything
+    said, labels = (rather > middle).astype(int), np.array([line["answer"] for line in given]).astype(int)
+    assert 0.3 < said.mean() < 0.7
+    one, other = (task(world, batch_size=size)(under) for size in (7, 1000))
+    assert one.metrics == other.metrics and one.details == other.details and not one.bad
+    assert one.metrics["accuracy"].value == pytest.approx((said == labels).mean())
+    for label, class_name in enumerate(FALSE_TRUE):
+        assert one.metrics[f"accuracy_{class_name}"].value == pytest.approx((said == labels)[labels == label].mean())
+    confusion = [[int(((labels == a) & (said == b)).sum()) for b in (0, 1)] for a in (0, 1)]
+    assert one.details["confusion"] == confusion
+    first_wrong = int((said != labels).nonzero()[0][0])
+    assert one.details["wrong"][0]["text"] == given[first_wrong]["text"]
+    assert one.n == {"lines": len(given), "pictures": len({line[fields[0]] for line in given}), "classes": 2}
+
+
+@pytest.mark.parametrize(("name", "spec"), [("statements", ONE), ("pairs", TWO)])
+def test_the_text_alone_of_a_balanced_world_earns_exactly_half(world, name, spec):
+    metrics = task(world)(subject(world, name, spec)).metrics
+    assert metrics["text_only"].value == 0.5 and metrics["majority"].value == 0.5
+    assert metrics["gain"].value == pytest.approx(metrics["accuracy"].value - 0.5)
+
+
+def test_accuracy_by_a_field_of_the_lines(world):
+    under, given = subject(world, "pairs", TWO), lines(world, "pairs")
+    metrics = task(world, by="kind", baseline=False)(under).metrics
+    assert "text_only" not in metrics
+    kinds = [line["kind"] for line in given]
+    parts = [metrics[f"kind_{kind}"].value * kinds.count(kind) for kind in sorted(set(kinds))]
+    assert sum(parts) / len(given) == pytest.approx(metrics["accuracy"].value)
+
+
+def test_pictures_without_a_text_have_classes_too(world, tmp_path):
+    path = tmp_path / "colours.jsonl"
+    path.write_text(
+        "\n".join(json.dumps({"key": line["key"], "answer": n % 3}) for n, line in enumerate(lines(world, "grounding")))
+    )
+    given = Annotated(str(path), str(world / "val"), ("key",), text=None, label="answer", classes=("0", "1", "2"))
+    torch.manual_seed(0)
+    model = Single(image=TimmImage("test_vit", image_size=32), classes=3).build()
+    under = Subject(model, None, Data(train=(given,), workers=0), torch.device("cpu"))
+    result = Classes(data=str(path), images=str(world / "val"), resamples=10)(under)
+    assert "text_only" not in result.metrics and 0 < result.metrics["accuracy"].value < 1
+
+
+def test_what_cannot_be_evaluated_says_so(world, tmp_path):
+    under = subject(world, "statements", ONE)
+    with pytest.raises(UserError, match="give data=ANNOTATIONS"):
+        Classes().check(Data(train=()))
+    unlabelled = replace(under.data, train=(replace(under.data.train[0], label=None, classes=()),))
+    with pytest.raises(UserError, match="have no classes"):
+        task(world).check(unlabelled)
+    with pytest.raises(UserError, match="train one with model.classes=C"):
+        task(world)(replace(under, model=tiny().build()))
+    three = (replace(under.data.train[0], classes=("false", "true", "maybe")),)
+    with pytest.raises(UserError, match="the model has 2 classes and the data 3"):
+        task(world)(replace(under, data=replace(under.data, train=three)))
+    path = tmp_path / "wrong.jsonl"
+    given = lines(world, "statements")[:3]
+    path.write_text("\n".join(json.dumps(line | {"answer": "perhaps"}) for line in given))
+    with pytest.raises(UserError, match="3 were left out"):
+        task(world, data=str(path), split=None)(under)
+    path.write_text("\n".join([json.dumps(given[0] | {"answer": "perhaps"}), json.dumps(given[1])]))
+    result = task(world, data=str(path), split=None)(under)
+    assert result.n["lines"] == 1 and [bad["key"] for bad in result.bad] == ["1"]

@@ -1,0 +1,209 @@
+"""Every question is answered once, as it is alone, and scored by its rules."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import COLOURS
+from tests.models.test_albef import SPEC
+from tests.tasks.fakes import subject
+from vlp.data.annotated import Annotated
+from vlp.data.augment import Resize
+from vlp.data.by_picture import ByPicture
+from vlp.data.text import load_tokenizer
+from vlp.encoders.decoder import Decoder
+from vlp.encoders.generate import rank
+from vlp.errors import UserError
+from vlp.tasks.question_prior import QuestionPrior
+from vlp.tasks.vqa import Vqa
+from vlp.tasks.vqa_answers import accuracy
+
+ANSWERS = (*COLOURS, "left", "right", "top", "bottom")
+
+
+def write(path, lines) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def asked(world, tmp_path_factory) -> Annotated:
+    """Two questions about each of 20 pictures of coloured squares, not side by side, and the first half once more to train."""
+    lines = []
+    for question in ("what colour is it?", "where is the thing?"):
+        for n in range(20):
+            answer = list(COLOURS)[n % 5] if "colour" in question else ("left", "right", "top", "bottom")[n // 5 % 4]
+            line = {"image": f"{n:04d}.png", "question": question, "answer": answer, "question_id": len(lines)}
+            lines.append(line | {"answer_type": question.split()[0], "split": "test"})
+    lines += [line | {"split": "train"} for line in lines[:10]]
+    path = write(tmp_path_factory.mktemp("vqa") / "questions.jsonl", lines)
+    return Annotated(path, str(world / "pictures"), text="question", answers="answer", split="train")
+
+
+@pytest.fixture
+def given(world, asked):
+    """A small ALBEF with random weights, a decoder and a classifier."""
+    torch.manual_seed(0)
+    text = replace(SPEC.text, config=SPEC.text.config | {"vocab_size": 200})
+    model = replace(SPEC, text=text, decoder=Decoder(layers=2), classes=len(ANSWERS)).build().eval()
+    for part in (*model.image.modules(), *model.fusion.modules(), *model.decoder.modules()):
+        if isinstance(part, torch.nn.Linear):
+            torch.nn.init.normal_(part.weight, std=0.4)  # so that answers differ
+    found = subject(model)
+    data = replace(found.data, train=(replace(asked, classes=ANSWERS),), max_length=16, resize=Resize(mode="squash"))
+    return replace(found, tokenizer=load_tokenizer(str(world / "tokenizer")), data=data)
+
+
+def one_by_one(given, asked, double_first=False) -> list[str]:
+    """Each question alone, with its own copy of the picture."""
+    tokenizer, model, said = given.tokenizer, given.model, {}
+    ids, mask, _ = tokenizer.pad_closed(tokenizer.rows(ANSWERS), 16)
+    dataset = ByPicture(replace(asked, split="test").open(), given.data.resize, given.preprocess, 10_000)
+    with torch.no_grad():
+        for pictured in dataset.__getitems__(range(len(dataset)))[0]:
+            for line in pictured.lines:
+                image = model.encode_image(given.preprocess.normalise(pictured.images[0][None]))
+                text = model.encode_text(*tokenizer([line.captions[0]], 16)[:2])
+                found = rank(model.decoder, model.ask(model.project(image), text), ids, mask, 99, double_first)
+                said[line.number] = ANSWERS[found.answers[0, 0]]
+    return [said[number] for number in sorted(said)]
+
+
+@pytest.mark.parametrize("batches", [(3, 4), (32, 64), (1, 1)])
+def test_answers_are_those_of_each_question_alone_and_are_submitted(given, asked, tmp_path, batches):
+    path = tmp_path / "out" / "results.json"
+    task = Vqa(split="test", batch_size=batches[0], questions=batches[1], submission=str(path), resamples=20)
+    result = task(given)
+    said = one_by_one(given, asked)
+    assert json.loads(path.read_text()) == [{"question_id": n, "answer": a} for n, a in enumerate(said)]
+    true = [json.loads(line)["answer"] for line in Path(asked.path).read_text().splitlines()][:40]
+    assert result.metrics["accuracy"].value == pytest.approx(sum(a == b for a, b in zip(said, true)) / 40)
+    assert result.metrics["accuracy_what"].value == pytest.approx(
+        sum(a == b for a, b in zip(said[:20], true[:20])) / 20
+    )
+    assert result.metrics["answerable"].value == 1 and result.n == {"questions": 40, "images": 20}
+    assert len(set(said)) > 1
+    # "what ..." was red, green, ... twice each: the first of them; "where" was never asked, so the same of all beginnings
+    assert result.metrics["prior"].value == pytest.approx(4 / 40)
+
+
+def two_of(rank: int, given, expected) -> bool:
+    result = Vqa(split="test", batch_size=3, questions=4, resamples=20)(replace(given, rank=rank))
+    return result.metrics == expected and result.n["questions"] == 40
+
+
+def test_result_is_the_same_for_one_process_and_two(given, two_processes):
+    result = Vqa(split="test", batch_size=3, questions=4, resamples=20)(given)
+    assert two_processes(two_of, given, result.metrics) == [True, True]
+
+
+def test_classifier_answers_with_its_highest_class(given, asked):
+    with torch.no_grad():
+        given.model.classifier[-1].weight.zero_()
+        given.model.classifier[-1].bias.copy_(torch.arange(float(len(ANSWERS))))
+    result = Vqa(split="test", how="classify", resamples=20)(given)
+    assert result.metrics["accuracy"].value == 5 / 40 and "highest of 9 classes" in result.protocol  # "bottom"
+    as_class = replace(
+        given, data=replace(given.data, train=(replace(asked, answers=None, label="answer", classes=ANSWERS),))
+    )
+    assert Vqa(split="test", how="classify", resamples=20)(as_class).metrics == result.metrics
+
+
+def test_written_answers_are_compared_as_they_are_written(given, asked, tmp_path, monkeypatch):
+    lines = [
+        {"image": "0000.png", "question": "?", "answer": "Top-Left"},
+        {"image": "0001.png", "question": "?", "answer": "red"},
+    ]
+    task = Vqa(data=write(tmp_path / "x.jsonl", lines), how="write", resamples=20)
+    said = iter([["top - left", "green"]])
+    monkeypatch.setattr(
+        "vlp.tasks.answering.beam_search", lambda *_: [given.tokenizer.rows([a])[0] for a in next(said)]
+    )
+    result = task(given)
+    assert result.metrics["accuracy"].value == 0.5 and "written with 3 beams" in result.protocol
+    assert [(e["answer"], e["true"]) for e in result.details["examples"]] == [("green", "red")]
+
+
+def test_several_annotators_are_scored_by_the_official_rules(given, asked, tmp_path):
+    said = [["Red"] * 2 + ["the red"] * 2 + ["blue"] * 6, ["left"] * 10]
+    lines = [{"image": "0000.png", "question": "?", "answer": each} for each in said]
+    result = Vqa(data=write(tmp_path / "x.jsonl", lines), resamples=20)(given)
+    answer = one_by_one(given, replace(asked, path=write(tmp_path / "y.jsonl", [x | {"split": "test"} for x in lines])))
+    assert result.metrics["accuracy"].value == pytest.approx(sum(map(accuracy, answer, said)) / 2)
+    assert "official" in result.protocol
+
+
+def test_test_set_without_answers_is_only_submitted(given, tmp_path):
+    lines = [{"image": "0000.png", "question": "?", "question_id": 7}]
+    task = Vqa(data=write(tmp_path / "x.jsonl", lines), submission=str(tmp_path / "r.json"))
+    result = task(given)
+    assert result.metrics == {} and [each["question_id"] for each in json.loads((tmp_path / "r.json").read_text())] == [
+        7
+    ]
+
+
+def test_answers_that_are_not_in_the_list_count_as_wrong_and_are_named(given, tmp_path):
+    lines = [{"image": "0000.png", "question": "?", "answer": a} for a in ("purple", "red", "red", "red")]
+    result = Vqa(data=write(tmp_path / "x.jsonl", lines), resamples=20)(given)
+    assert result.details["not_in_list"] == {"questions": 1, "answers": ["purple"]}
+    assert result.metrics["answerable"].value == 0.75 and result.n["questions"] == 4
+
+
+def test_questions_that_cannot_be_asked_are_named_and_never_submitted(given, tmp_path):
+    good = {"image": "0000.png", "question": "?", "answer": "red", "question_id": 1}
+    data = write(tmp_path / "x.jsonl", [good, good | {"image": "gone.png", "question_id": 2}])
+    result = Vqa(data=data, resamples=20)(given)
+    assert result.n["questions"] == 1 and "gone.png" in result.bad[0]["reason"]
+    with pytest.raises(UserError, match="1 questions could not be answered"):
+        Vqa(data=data, submission=str(tmp_path / "r.json"))(given)
+    for lines in ([good, good], [{k: v for k, v in good.items() if k != "question_id"}]):
+        with pytest.raises(UserError, match="question_id in every line"):
+            Vqa(data=write(tmp_path / "x.jsonl", lines), submission=str(tmp_path / "r.json"))(given)
+    with pytest.raises(UserError, match="choose another submission"):
+        Vqa(data=write(tmp_path / "x.jsonl", [good]), submission="/proc/r.json")(given)
+
+
+def test_what_cannot_be_evaluated_is_one_line(given, asked, world, tmp_path):
+    with pytest.raises(UserError, match="nothing to evaluate"):
+        Vqa().check(given.data)
+    with pytest.raises(UserError, match="no line of split 'dev'"):
+        Vqa(split="dev").check(given.data)
+    blind = replace(given, model=SPEC.build())
+    with pytest.raises(UserError, match="cannot answer: it needs a decoder"):
+        Vqa(split="test")(blind)
+    with pytest.raises(UserError, match="cannot classify: it needs a classifier"):
+        Vqa(split="test", how="classify")(blind)
+    few = tmp_path / "few.txt"
+    few.write_text("red\nblue\n")
+    with pytest.raises(UserError, match="2 answers for a classifier of 9"):
+        Vqa(split="test", how="classify", answers=str(few))(given)
+    assert "a list of 2;" in Vqa(split="test", answers=str(few), resamples=2)(given).protocol
+    untold = replace(given, data=replace(given.data, train=()))
+    with pytest.raises(UserError, match="made by vlp data answers"):
+        Vqa(data=write(tmp_path / "x.jsonl", [{"image": "0000.png", "text": "?"}]), images=str(world / "pictures"))(
+            untold
+        )
+
+
+def test_prior_is_the_most_frequent_answer_of_the_longest_known_beginning(tmp_path):
+    lines = [
+        {"text": "what is red?", "answers": "car"},
+        {"text": "what is red?", "answers": "bus"},
+        {"text": "what is red?", "answers": "bus"},
+        {"text": "what is it?", "answers": {"car": 2.5}},
+        {"text": "how many?", "answers": "3"},
+        {"text": "how many?", "answers": ["3", "4", "3"]},
+        {"bad": 1},
+    ]
+    prior = QuestionPrior([Annotated(write(tmp_path / "x.jsonl", lines), answers="answers")])
+    assert prior.answers[0] == "car" and set(prior.answers) == {"car", "bus", "3", "4"}
+    for question, answer in {
+        "What is red?": "bus",
+        "what is blue?": "car",
+        "how many dogs?": "3",
+        "why?": "car",
+    }.items():
+        assert prior(question) == answer

@@ -1,0 +1,148 @@
+"""VLMo's pre-training step is the published one: losses, similarities, logits, gradients.
+
+The numbers were printed by the published code (../shared/parity/vlmo). tests/fixtures/vlmo_*.xz hold what of them is compared here,
+of large gradients every n-th value; where the originals are, all of them are compared.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.conftest import ROOT
+from tests.parity import read_fixture, thin
+from vlp.encoders.mome import Mome
+from vlp.encoders.relative_position import image_index, text_index
+from vlp.models.dual import unit
+from vlp.models.vlmo import Vlmo
+from vlp.models.vlmo_start import start
+from vlp.models.vlmo_weights import VlmoCheckpoint, export_vlmo, load_vlmo
+from vlp.objectives import itm
+from vlp.objectives.itc import ImageTextContrast
+from vlp.objectives.itm import ImageTextMatching
+from vlp.objectives.mlm import MaskedText
+from vlp.sampling import MaskedIds, TextMasking
+from vlp.train import Pretrainer, Surroundings
+from vlp.types import Batch
+
+SHARED = ROOT.parent / "shared" / "parity" / "vlmo"
+# the weights of the published code: half of each of ITC's heads, a quarter of MLM, which it logs already multiplied. Its mean
+# over processes is another for ITC (1/W of the gradient); this is of one process. It takes captions of one picture for negatives,
+# and masks specials but [CLS] too, as the recorded draws do
+PUBLISHED = {
+    "itc": ImageTextContrast(weight=0.5),
+    "itc_vl": ImageTextContrast(weight=0.5, head="vl"),
+    "itm": ImageTextMatching(keys="student", same_picture="negative"),
+    "mlm": MaskedText(weight=0.25, mean_over="process"),
+}
+
+
+def fixture() -> tuple[dict[str, dict[str, Tensor]], dict]:
+    return read_fixture("vlmo_*.xz")
+
+
+def originals() -> tuple[dict[str, dict[str, Tensor]], dict]:
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not there: the published numbers are not part of the repository, but the fixture is")
+    files = {name: load_file(SHARED / f"{name}.safetensors") for name in ("weights", "inputs", "outputs", "grads")}
+    outputs = files["outputs"]
+    outputs["mlm_logits"] = outputs["mlm_logits"].flatten(0, 1)[outputs["mlm_labels"].flatten() != -100]
+    return files, json.loads((SHARED / "meta.json").read_text())["inputs"]
+
+
+class Published:
+    """One step of ours with the published weights and draws, and what the published code printed."""
+
+    def __init__(self, read, monkeypatch: pytest.MonkeyPatch):
+        files, meta = read()
+        self.given, self.expected, self.gradients = files["inputs"], files["outputs"], files["grads"]
+        self.checkpoint = load_vlmo(files["weights"])
+        dims = meta["dims"]
+        encoder = Mome(
+            *(dims[name] for name in ("embed_dim", "depth", "num_heads")),
+            vl_from=dims["vlffn_start_layer_index"],
+            image_size=dims["res"],
+            vocab_size=dims["vocab"],
+            drop_path=0.0,
+            text_dropout=0.0,
+        )
+        self.model = Vlmo(encoder, temperature_min=None).build()
+        report = start(self.model, self.checkpoint.student, "the weights", {"text": "weights", "vl": "weights"}, None)
+        assert not (report.new or report.unexpected or report.resized)
+        expected = self.expected
+        self.positions = (expected["mlm_labels"].flatten() != -100).nonzero()[:, 0]
+        masked = MaskedIds(expected["mlm_ids"], self.positions, expected["mlm_labels"].flatten()[self.positions])
+        negatives = torch.cat([expected["neg_text_for_image"], expected["neg_image_for_text"]])
+        monkeypatch.setattr(TextMasking, "__call__", lambda *_: masked)
+        monkeypatch.setattr(itm, "draw_negatives", lambda *_: negatives)
+        given = self.given
+        batch = Batch(
+            torch.arange(8), given["batch/image/0"], given["batch/text_ids"], given["batch/text_masks"].bool()
+        )
+        self.losses, self.total, self.f = Pretrainer(self.model, PUBLISHED)(batch, None, Surroundings())
+
+
+@pytest.fixture(params=[fixture, originals])
+def published(request, monkeypatch):
+    return Published(request.param, monkeypatch)
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def test_losses_are_the_published_ones(published):
+    losses, expected = published.losses, published.expected
+    itc = (losses["itc"] + losses["itc_vl"]) / 2
+    close(itc, expected["itc_loss"])
+    close(losses["itm"], expected["itm_loss"])
+    close(losses["mlm"] / 4, expected["mlm_loss"])
+    close(published.total, expected["itc_loss"] + expected["itm_loss"] + expected["mlm_loss"])
+
+
+def test_embeddings_similarities_and_logits_are_the_published_ones(published):
+    f, expected = published.f, published.expected
+    for prefix, bundle in (("", f), ("vl_", f.through("vl"))):
+        close(bundle.image.embed, unit(expected[f"itc_{prefix}image_proj_out"]))
+        close(bundle.text.embed, unit(expected[f"itc_{prefix}text_proj_out"]))
+        i2t = bundle.model.scale * bundle.image.embed @ bundle.text.embed.T
+        close(i2t, expected["vl_i2t_logits" if prefix else "itc_i2t_logits"])
+        close(i2t.T, expected["vl_t2i_logits" if prefix else "itc_t2i_logits"])
+    pairs, other_texts, other_images = (
+        PUBLISHED["itm"].logits(f, expected["neg_text_for_image"], expected["neg_image_for_text"]).chunk(3)
+    )
+    close(torch.cat([pairs, other_images, other_texts]), expected["itm_logits"])  # their order
+    close(f.model.masked_text(f, expected["mlm_ids"], published.positions), expected["mlm_logits"])
+
+
+def test_every_gradient_is_the_published_one(published):
+    published.total.backward()
+    found = export_vlmo(VlmoCheckpoint({name: p.grad for name, p in published.model.named_parameters()}))
+    assert found.keys() == published.gradients.keys()
+    for name, gradient in published.gradients.items():
+        ours = found[name] if gradient.shape == found[name].shape else thin(found[name])
+        assert gradient.norm() > 1e-6
+        assert (ours - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+def test_relative_positions_are_numbered_as_published(published):
+    recorded = {key.split("/")[1]: index.long() for key, index in published.given.items() if "relative_position" in key}
+    image, text = (
+        image_index((4, 4)),
+        54 + text_index(20, 196),
+    )  # theirs stand in one table, behind images and both ways
+    assert torch.equal(image, recorded["relative_position_index"])
+    assert torch.equal(text, recorded["text_relative_position_index"])
+    both = recorded["text_imag_relative_position_index"]
+    assert torch.equal(both[:20, :20], text) and torch.equal(both[20:, 20:], image)
+    assert (both[:20, 20:] == 52).all() and (both[20:, :20] == 53).all()
+
+
+def test_export_gives_the_published_file_back(published):
+    files, _ = originals() if SHARED.is_dir() else fixture()
+    official = export_vlmo(published.checkpoint)
+    assert official.keys() == files["weights"].keys()
+    for name, tensor in files["weights"].items():
+        assert official[name].shape == tensor.shape and torch.equal(official[name], tensor), name

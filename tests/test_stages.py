@@ -1,0 +1,164 @@
+"""Stages are ordinary runs, each from the weights of the one before; stopped in whatever way, the command goes on with them."""
+
+import json
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, TOY, toy_overrides
+from tests.fixtures.toy_stages import config as toy_stages
+from tests.processes import losses, run, start, tensors, wait_for_step
+from tests.test_bad_input import contents, refused
+from vlp.config import load_json, override
+from vlp.errors import UserError
+from vlp.stages import Stages
+
+STAGES = ROOT / "tests" / "fixtures" / "toy_stages.py"
+FIRST, SECOND = "toy-stages/1-pairs", "toy-stages/2-words"
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(world, output) -> Path:
+    """Both stages in one go, in processes of their own."""
+    done = run("train", STAGES, *toy_overrides(world, output), "name=whole", "stages.2.optim.lr=2e-3")
+    assert done.codes == [0], done.errors
+    return output / "whole"
+
+
+# --- what is to be run ------------------------------------------------------------------------------------------------
+
+
+def test_every_later_stage_starts_from_the_folder_of_the_one_before():
+    first, second = replace(toy_stages(), output="somewhere").runs()
+    assert (str(first.folder), first.model.weights) == (f"somewhere/{FIRST}", None)
+    assert (str(second.folder), second.model.weights) == (f"somewhere/{SECOND}", str(first.folder))
+
+
+def test_overrides_reach_one_stage_by_name_or_number_or_all():
+    stages = toy_stages().overridden(
+        ["stages.2-words.train.steps=9", "stages.1.optim.lr=0.5", "data.batch_size=4", "name=x", "output=y"]
+    )
+    first, second = stages.runs()
+    assert (first.train.steps, second.train.steps) == (6, 9)
+    assert (first.optim.lr, second.optim.lr) == (0.5, 1e-3)
+    assert first.data.batch_size == second.data.batch_size == 4
+    assert first.folder == Path("y/x/1-pairs")
+
+
+OVERRIDES = {
+    "stages.3.train.steps=9": "stages are 1 to 2",
+    "stages.0.train.steps=9": "stages are 1 to 2",
+    "stages.1-pears.train.steps=9": "did you mean '1-pairs'?",
+    "stages=2": "stages",
+    "trian.steps=3": "did you mean 'train'?",
+    "stages.1.objectives.mlm.weight=2": "there is no 'mlm' here",
+}
+
+
+@pytest.mark.parametrize("assignment", OVERRIDES)
+def test_override_that_cannot_be(capfd, tmp_path, assignment):
+    assert OVERRIDES[assignment] in refused(capfd, "train", STAGES, assignment, f"output={tmp_path}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_stages_that_cannot_be(world, capfd, tmp_path):
+    from tests.fixtures.toy import config as toy
+
+    with pytest.raises(UserError, match="has no stage"):
+        Stages("x", {}).runs()
+    with pytest.raises(UserError, match="stage b: a Dual has no field weights"):
+        Stages("x", {"a": toy(), "b": toy()}).runs()
+    # found out before the first one is begun
+    overrides = [*toy_overrides(world, tmp_path), "stages.2.data.batch_size=0"]
+    assert "data.batch_size is 0" in refused(capfd, "train", STAGES, *overrides)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_by_itself_says_what_it_lacks(world, capfd, tmp_path):
+    """It is an ordinary experiment, whose weights are the folder of a run."""
+    _, second = toy_stages().overridden(toy_overrides(world, tmp_path)).runs()
+    path = tmp_path / "second.json"
+
+    def said(weights: str) -> str:
+        from vlp.config import dump
+
+        path.write_text(dump(replace(second, model=replace(second.model, weights=weights))))
+        return refused(capfd, "train", path)
+
+    assert f"no such file or folder: {tmp_path / FIRST}" in said(str(tmp_path / FIRST))
+    done = run("train", TOY, *toy_overrides(world, tmp_path), "train.steps=1", "name=dual")
+    assert done.codes == [0]
+    assert "of another model" in said(str(tmp_path / "dual"))
+    shutil.rmtree(tmp_path / "dual" / "checkpoints")
+    assert "has no checkpoint to start from; train it first" in said(str(tmp_path / "dual"))
+    assert not second.folder.exists()
+
+
+# --- running them -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_second_stage_goes_on_from_the_weights_of_the_first(whole, world):
+    first, second = whole / "1-pairs", whole / "2-words"
+    assert len(losses(first)) == len(losses(second)) == 6
+    assert "loaded" in (second / "parameters.txt").read_text()
+    before, resumed = tensors(first, "model"), load_json(second / "experiment.json")
+    torch.manual_seed(0)
+    started = resumed.model.build()
+    assert all(torch.equal(started.state_dict()[name], value) for name, value in before.items())
+    assert (second / "eval.jsonl").exists() and not (first / "eval.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_finished_stages_are_left_alone_and_others_refused(whole, world, capfd):
+    overrides = [*toy_overrides(world, whole.parent), "name=whole", "stages.2.optim.lr=2e-3"]
+    before = contents(whole)
+    done = run("train", STAGES, *overrides)
+    assert done.codes == [0] and contents(whole) == before
+    assert "other values of train.steps" in refused(capfd, "train", STAGES, *overrides, "stages.1.train.steps=5")
+    assert contents(whole) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_in_a_stage_exits_0_and_is_continued_to_the_bit(whole, world, output, number):
+    arguments = ("train", STAGES, *toy_overrides(world, output), f"name={number.name}", "stages.2.optim.lr=2e-3")
+    running = start(*arguments)
+    folder = output / number.name / "2-words"
+    wait_for_step(running, folder, 2)
+    running.signal(number)
+    done = running.wait()
+    out = (running.folder / "0.out").read_text()
+    assert done.codes == [0], done.errors
+    assert f"stopped in stage 2-words; continue with: vlp train {STAGES}" in out and f"name={number.name}" in out
+    assert 2 <= len(losses(folder)) < 6
+    first = contents(folder.with_name("1-pairs"))
+    assert run(*arguments).codes == [0]
+    assert contents(folder.with_name("1-pairs")) == first
+    assert losses(folder) == losses(whole / "2-words")
+    expected = tensors(whole / "2-words", "model")
+    assert all(torch.equal(value, expected[name]) for name, value in tensors(folder, "model").items())
+
+
+def test_connected_processes_train_one_stage_a_command(world, output):
+    arguments = ("train", STAGES, *toy_overrides(world, output), "name=connected")
+    for said, ends in (("1-pairs is done; continue with 2-words: vlp train", 1), ("done: ", 2), ("all 2", 2)):
+        running = start(*arguments, world=2)
+        done = running.wait()
+        assert done.codes == [0, 0], done.errors
+        assert said in (running.folder / "0.out").read_text()
+        assert (running.folder / "1.out").read_text() == ""
+        folders = sorted(path.name for path in (output / "connected").iterdir())
+        assert folders == ["1-pairs", "2-words"][:ends]
+    state = override(load_json(output / "connected" / "2-words" / "experiment.json"), []).model
+    assert state.weights == str(output / "connected" / "1-pairs")
+    assert json.loads((output / "connected/2-words/starts.jsonl").read_text())["processes"] == 2

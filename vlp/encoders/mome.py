@@ -1,0 +1,281 @@
+"""A transformer with modality experts: one encoder of images, of texts, and of both together (VLMo, Bao et al. 2022).
+
+B images, A texts, n pairs, h x w patches, P = 1 + h w tokens of an image, L and W of a text, D width, V vocabulary, M wanted
+tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+from vlp.encoders.image import Interpolation, Preprocess, Triple
+from vlp.encoders.mome_layer import Expert, MomeLayer, Rows, Wanted
+from vlp.encoders.recompute import Checkpointing, recomputed
+from vlp.encoders.relative_position import RelativePositions
+from vlp.encoders.text import layer_ids
+from vlp.errors import UserError
+
+
+@dataclass(frozen=True)
+class Mome:
+    """The transformer; the sizes are VLMo's base. See `BASE`, `BASE_PLUS`, `LARGE`, `SMALL`, `TINY`.
+
+    Args:
+        width: D.
+        hidden_size: of the feed-forward parts; None = 4 D.
+        vl_from: the first layer whose vision-language expert serves both modalities where they are together; below it
+            each has its own expert.
+        experts: the ones that there are; "vl" needs the other two.
+        layer_scale: initial factor of the residual branches; None = there is none.
+        drop_path: largest rate at which a sample skips a branch, growing linearly with depth.
+        text_dropout: of the embeddings of texts; in the published code the same number as ``drop_path``.
+        image_size: pixels, one number or (H, W).
+        image_kinds: how many embeddings there are to tell images by: NLVR2 has a second for its second picture.
+        max_text_length: tokens that there are positions for.
+        positions: "relative" = biases of attention by distance, for each head of each layer; "absolute" = embeddings.
+        mean: of the pixels, for each channel.
+    """
+
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    hidden_size: int | None = None
+    vl_from: int = 10
+    experts: tuple[Expert, ...] = ("image", "text", "vl")
+    layer_scale: float | None = 0.1
+    drop_path: float = 0.1
+    text_dropout: float = 0.1
+    image_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    image_kinds: int = 1
+    vocab_size: int = 30_522
+    max_text_length: int = 196
+    positions: Literal["relative", "absolute"] = "relative"
+    mean: Triple = (0.5, 0.5, 0.5)
+    std: Triple = (0.5, 0.5, 0.5)
+    interpolation: Interpolation = "bicubic"
+
+    def resolved(self) -> Mome:
+        """The same with both sides of the images and the hidden size filled in."""
+        return replace(
+            self, image_size=tuple(to_2tuple(self.image_size)), hidden_size=self.hidden_size or 4 * self.width
+        )
+
+    def check(self) -> None:
+        """Raises UserError for sizes that do not go together."""
+        size = to_2tuple(self.image_size)
+        if "image" in self.experts and any(side % self.patch_size or side < self.patch_size for side in size):
+            raise UserError(
+                f"image_size {size[0]} x {size[1]} is no multiple of patch_size {self.patch_size}; set it to one"
+            )
+        if self.width % self.heads:
+            raise UserError(f"{self.heads} heads do not divide the width {self.width}; set heads to a divisor of it")
+        if not self.experts or set(self.experts) - {"image", "text", "vl"}:
+            raise UserError(f"experts are image, text and vl, not {self.experts}")
+        if "vl" in self.experts:
+            if len(set(self.experts)) < 3:
+                raise UserError(f"the vl expert needs image and text beside it; experts are {self.experts}")
+            if not 0 <= self.vl_from < self.layers:
+                raise UserError(f"vl_from is {self.vl_from}; with {self.layers} layers it is 0 to {self.layers - 1}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) patches."""
+        height, width = to_2tuple(self.image_size)
+        return height // self.patch_size, width // self.patch_size
+
+
+BASE = Mome()
+BASE_PLUS = Mome(544, 24, 16, vl_from=21, layer_scale=None, max_text_length=40, positions="absolute")
+LARGE = Mome(1024, 24, 16, vl_from=21)
+SMALL = Mome(256, 6, 4, vl_from=4, drop_path=0.0, text_dropout=0.0, image_size=128, max_text_length=64)
+TINY = replace(SMALL, width=192, heads=3, image_size=96)
+
+
+class ImageEmbedding(nn.Module):
+    """Patches, with a class token in front.
+
+    Args:
+        spec: resolved.
+    """
+
+    def __init__(self, spec: Mome):
+        super().__init__()
+        self.size: tuple[int, int] = spec.image_size
+        self.patches = nn.Conv2d(3, spec.width, spec.patch_size, spec.patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(spec.width))
+        self.kind = nn.Embedding(spec.image_kinds, spec.width)
+        absolute = spec.positions == "absolute"
+        self.positions = nn.Parameter(torch.zeros(1 + spec.grid[0] * spec.grid[1], spec.width)) if absolute else None
+
+    def forward(
+        self, image: Tensor, kind: int = 0, masked: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> Tensor:
+        """(B, 3, H, W) normalised to (B, P, D).
+
+        Args:
+            kind: which of the images of a sample.
+            masked: (B, h w) bool patches that ``mask_token`` (D,) stands in for.
+
+        Raises:
+            ValueError: if the image has another size.
+        """
+        if tuple(image.shape[-2:]) != tuple(self.size):
+            raise ValueError(f"images of {tuple(image.shape[-2:])} pixels; this encoder takes {tuple(self.size)}")
+        patches = self.patches(image).flatten(2).mT
+        if masked is not None:
+            patches = torch.where(masked[:, :, None], mask_token.to(patches.dtype), patches)
+        tokens = torch.cat([self.cls_token.to(patches.dtype).expand(len(image), 1, -1), patches], 1)
+        if self.positions is not None:
+            tokens = tokens + self.positions
+        return tokens + self.kind.weight[kind]
+
+
+class TextEmbedding(nn.Module):
+    """BERT's: words, the type of the sentence, and positions where they are absolute, a norm, and dropout."""
+
+    def __init__(self, spec: Mome):
+        super().__init__()
+        self.max_length, absolute = spec.max_text_length, spec.positions == "absolute"
+        self.words = nn.Embedding(spec.vocab_size, spec.width)
+        self.token_types = nn.Embedding(2, spec.width)  # of which the first is used, as in BERT for one sentence
+        self.positions = nn.Embedding(spec.max_text_length, spec.width) if absolute else None
+        self.norm = nn.LayerNorm(spec.width, eps=1e-12)
+        self.dropout = nn.Dropout(spec.text_dropout)
+        self.kind = nn.Parameter(torch.zeros(spec.width))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(A, L) int64 to (A, L, D).
+
+        Raises:
+            ValueError: if L is above ``max_length``.
+        """
+        length = input_ids.shape[1]
+        if length > self.max_length:
+            raise ValueError(f"texts of {length} tokens; this encoder has positions for {self.max_length}")
+        tokens = self.words(input_ids) + self.token_types.weight[0]
+        if self.positions is not None:
+            tokens = tokens + self.positions.weight[:length]
+        return self.dropout(self.norm(tokens)) + self.kind
+
+
+class MomeEncoder(nn.Module):
+    """Embeddings, layers, and a last norm.
+
+    Args:
+        spec: of the sizes.
+        alone: modalities that go through all layers by themselves, and so have their expert in all of them.
+
+    Raises:
+        UserError: if the sizes do not go together.
+    """
+
+    def __init__(self, spec: Mome, alone: Sequence[Expert]):
+        super().__init__()
+        spec.check()
+        spec = spec.resolved()
+        self.width, self.grid, self.vl_from = spec.width, spec.grid, spec.vl_from
+        self.alone, self.joint = tuple(alone), "vl" in spec.experts
+        self.vocab_size, self.max_length = spec.vocab_size, spec.max_text_length
+        self.preprocess = Preprocess(spec.image_size, spec.mean, spec.std, spec.interpolation)
+        self.image = ImageEmbedding(spec) if "image" in spec.experts else None
+        self.text = TextEmbedding(spec) if "text" in spec.experts else None
+        self.positions = None
+        if spec.positions == "relative":
+            grid = spec.grid if self.image is not None else None
+            length = spec.max_text_length if self.text is not None else None
+            self.positions = RelativePositions(spec.layers, spec.heads, grid, length, self.joint)
+        self.layers = nn.ModuleList(
+            MomeLayer(
+                spec.width,
+                spec.heads,
+                spec.hidden_size,
+                1e-6,
+                self._experts(spec, number),
+                spec.layer_scale,
+                spec.drop_path * number / max(1, spec.layers - 1),
+            )
+            for number in range(spec.layers)
+        )
+        self.norm = nn.LayerNorm(spec.width, eps=1e-6)
+        self.checkpointing: Checkpointing = "none"
+        self.apply(_initialise)
+        for parameter in (
+            p for n, p in self.named_parameters() if n in ("image.cls_token", "image.positions", "text.kind")
+        ):
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def _experts(self, spec: Mome, layer: int) -> list[Expert]:
+        if not self.joint:
+            return [name for name in ("image", "text") if name in spec.experts]
+        if layer < spec.vl_from:
+            return ["image", "text"]
+        return [*self.alone, "vl"]
+
+    def forward(
+        self,
+        rows: Rows,
+        text: Tensor | None = None,
+        image: Tensor | None = None,
+        joint: bool = False,
+        wanted: Wanted | None = None,
+    ) -> Tensor:
+        """Embedded texts, images, or pairs through all layers.
+
+        Args:
+            rows: of n texts, images or pairs.
+            text: (n, L, D).
+            image: (n, P, D).
+            joint: whether the top layers take the vision-language expert.
+            wanted: the outputs to compute; None = all.
+
+        Returns:
+            (S, D) or (M, D), after the last norm.
+        """
+        states = self.start(rows, text, image)
+        return self.finish(self.layered(states, rows, 0, len(self.layers), joint, wanted))
+
+    def start(self, rows: Rows, text: Tensor | None = None, image: Tensor | None = None) -> Tensor:
+        """(n, L, D) and (n, P, D), to (S, D) side by side."""
+        parts = [] if text is None else [text[:, : rows.width]]
+        return rows.pack(torch.cat([*parts, *([] if image is None else [image])], 1))
+
+    def layered(
+        self, states: Tensor, rows: Rows, first: int, last: int, joint: bool, wanted: Wanted | None = None
+    ) -> Tensor:
+        """(S, D) through the layers from ``first`` up to ``last``, which is not among them."""
+        biases = self.positions and self.positions(rows.width, rows.patches > 0)
+        for number in range(first, last):
+            layer, bias = self.layers[number], biases and biases[number]
+            given = (states, rows, bias, joint and number >= self.vl_from, wanted if number == last - 1 else None)
+            states = recomputed(layer, self.checkpointing, *given)
+        return states
+
+    def finish(self, states: Tensor) -> Tensor:
+        return self.norm(states)
+
+    def layer_ids(self) -> dict[str, int]:
+        """Parameter name to depth: embeddings and positions 0, layers 1 to L, the last norm L + 1."""
+        return layer_ids(self, r"layers\.(\d+)\.", behind=["norm."])
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are no weights: positions, kinds and types, the class token; norms and biases too."""
+        named = ("image.kind", "image.positions", "text.token_types", "text.positions", "positions.")
+        return {n for n, p in self.named_parameters() if p.ndim == 1 or n.startswith(named)}
+
+    def set_checkpointing(self, how: Checkpointing) -> None:
+        """See `vlp.encoders.recompute`."""
+        self.checkpointing = how
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,87 @@
+"""Runs one after the other, each in a process of its own, since an engine is set up once in a process.
+
+Asked for again they go on where they stopped: a run that is finished is left alone, one that was begun is resumed.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+from vlp import checkpoint
+from vlp.config import Experiment, changed_keys, dump, load_json
+from vlp.data.shards import write_atomically
+from vlp.errors import UserError
+from vlp.logging import read_log
+
+
+def begun(experiment: Experiment) -> bool:
+    return (experiment.folder / "experiment.json").exists()
+
+
+def check_same(experiment: Experiment) -> None:
+    """Raises UserError where the run's folder holds another experiment."""
+    if not begun(experiment):
+        return
+    saved = load_json(experiment.folder / "experiment.json")
+    if changed := changed_keys(saved, experiment.resolved()):
+        raise UserError(
+            f"{experiment.folder} was started with other values of {', '.join(changed[:5])}; give another name=..., or "
+            f"remove the folder"
+        )
+
+
+def finished(experiment: Experiment) -> bool:
+    """Whether the run's last step is saved, and evaluated where the experiment evaluates."""
+    starts = read_log(experiment.folder / "starts.jsonl")
+    total = starts[-1].get("total_steps", experiment.train.steps) if starts else None
+    saved = checkpoint.all_steps(experiment.folder / "checkpoints")
+    if total is None or not saved or saved[0].name != f"step-{total:08d}":
+        return False
+    return not experiment.evaluate or any(e["step"] == total for e in read_log(experiment.folder / "eval.jsonl"))
+
+
+class Series:
+    """Trains one run at a time; as a context it passes Ctrl-C and SIGTERM on to the run under way, which saves and ends."""
+
+    def __init__(self):
+        self.process: subprocess.Popen | None = None
+        self.asked: int | None = None  # the signal
+
+    def __enter__(self) -> Series:
+        self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, number: int, frame) -> None:
+        self.asked = number
+        if self.process is not None:
+            self.process.send_signal(number)
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def train(self, experiment: Experiment) -> bool:
+        """Begins the run, or goes on with it; True if it got to its end, False if it was asked to stop.
+
+        Raises:
+            UserError: if it fails; it has said why.
+        """
+        if self.asked:
+            return False
+        folder = experiment.folder
+        arguments = ["--resume", str(folder)]
+        if not begun(experiment):
+            written = folder.parent / f"{folder.name}.json"
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(written, dump(experiment).encode())
+            arguments = [str(written)]
+        self.process = subprocess.Popen([sys.executable, "-m", "vlp.train", *arguments])
+        if self.asked:  # while it was being started
+            self.process.send_signal(self.asked)
+        code = self.process.wait()
+        self.process = None
+        if code and not self.asked:
+            raise UserError(f"{folder} ended with exit code {code}; run the command again to go on")
+        return finished(experiment)

@@ -1,0 +1,208 @@
+"""Classes of texts about pictures, one or two at a time: visual entailment, NLVR2, statements of a synthetic world.
+
+n lines, P pictures (or pairs of them) at a time, Q lines about these, C classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlp.config import Data
+from vlp.data.annotated import Annotated, to_evaluate
+from vlp.data.by_picture import ByPicture, Pictured
+from vlp.data.shards import RawSample
+from vlp.data.stream import evaluation_batches
+from vlp.distributed import gather_objects, world_size
+from vlp.errors import BadSample, UserError
+from vlp.evaluation import Result, Subject, evaluating
+from vlp.forward import Forward
+from vlp.metrics import Interval, bootstrap
+from vlp.tasks.text_only import TextOnly
+from vlp.types import Batch
+
+EXAMPLES = 100  # wrong answers that are kept for the report
+
+
+@dataclass(frozen=True)
+class Classes:
+    """How often is the class that the model's classifier scores highest the true one? Each line once.
+
+    Args:
+        data: annotations; None = those of the training, of which ``split`` is to be evaluated. Fields are named as there.
+        images: folder of pictures, or shards, if not as in training.
+        split: lines of ``data``; None = all.
+        by: field of the lines; the accuracy of each of its values is given, too.
+        baseline: also what can be told from the text alone, by `vlp.tasks.text_only.TextOnly` on the training's annotations.
+        batch_size: pictures, or pairs of them, at a time.
+        resamples: of the bootstrap, over (first) pictures.
+    """
+
+    data: str | None = None
+    images: str | None = None
+    split: str | None = None
+    by: str | None = None
+    baseline: bool = True
+    batch_size: int = 32
+    resamples: int = 1000
+
+    def check(self, data: Data) -> None:
+        """Raises UserError where there are no lines with classes."""
+        if self.batch_size < 1:
+            raise UserError(f"classification with batch_size={self.batch_size}; give 1 or more")
+        source = self._source(data)
+        if not source.label:
+            raise UserError(
+                f"the lines of {source.path} have no classes: the training has no Annotated(label=..., classes=...)"
+            )
+        if not len(source.open()):
+            raise UserError(f"{source.path} holds no line; give other data")
+
+    def _source(self, data: Data) -> Annotated:
+        return to_evaluate(data.train, self.data, self.images, self.split)
+
+    def __call__(self, subject: Subject) -> Result:
+        """Metrics: ``accuracy``; ``accuracy_CLASS`` of the lines of a class; ``FIELD_VALUE`` with ``by``; and of the lines'
+        texts alone ``text_only``, with the difference to it as ``gain``, and ``majority`` = always the training's most
+        frequent class."""
+        began, data = time.monotonic(), subject.data
+        if getattr(subject.model, "classifier", None) is None:
+            raise UserError("classification needs a model with a classifier; train one with model.classes=C")
+        source = self._source(data)
+        reader, names = source.open(), source.class_list()
+        dataset = ByPicture(reader, data.resize, subject.preprocess, data.max_pixels)
+        own, bad = [], []
+        with evaluating(subject.model):
+            for pictures, unusable in evaluation_batches(
+                dataset, self.batch_size, data.workers, subject.rank, world_size()
+            ):
+                bad += unusable
+                lines = [line for picture in pictures for line in picture.lines]
+                if lines:
+                    said = best_class(subject, pictures, len(names))
+                    own += [(line.number, line.index, line.label, best) for line, best in zip(lines, said)]
+        found = sorted(row for part in gather_objects(own) for row in part)
+        if not found:
+            raise UserError(
+                f"no line of {source.path} has a picture and a class, {len(bad)} were left out; give other data"
+            )
+        told = Told([reader.annotation(row) for row, *_ in found], *np.array(found)[:, 1:].T, names)
+        return Result(
+            task="classification",
+            protocol=f"the classifier's highest score, of {len(names)} classes; text_only: logistic regression on the words "
+            "of the training's texts",
+            data=source.path,
+            n={"lines": len(found), "pictures": len(set(told.groups.tolist())), "classes": len(names)},
+            metrics=self._metrics(told, read_training(data, names) if self.baseline else None, subject.seed),
+            details={"classes": names, "confusion": told.confusion(), "wrong": told.wrong()},
+            bad=[b for part in gather_objects(bad) for b in part],
+            seconds=time.monotonic() - began,
+        )
+
+    def _metrics(self, told: Told, trained: tuple[list[str], list[int]] | None, seed: int) -> dict[str, Interval]:
+        right, labels = told.said == told.labels, told.labels
+
+        def over_pictures(values: np.ndarray, of: np.ndarray | slice = slice(None)) -> Interval:
+            return bootstrap(values[of].astype(float), told.groups[of], seed, self.resamples)
+
+        metrics = {"accuracy": over_pictures(right)}
+        metrics |= {
+            f"accuracy_{told.names[c]}": over_pictures(right, labels == c) for c in sorted(set(labels.tolist()))
+        }
+        if self.by:
+            values = np.array([str(line.meta.get(self.by)) for line in told.lines])
+            metrics |= {f"{self.by}_{v}": over_pictures(right, values == v) for v in sorted(set(values.tolist()))}
+        if trained:
+            alone = np.array(TextOnly(*trained, len(told.names))(told.texts)) == labels
+            metrics |= {"text_only": over_pictures(alone), "gain": over_pictures(right.astype(float) - alone)}
+            metrics["majority"] = over_pictures(labels == np.bincount(trained[1]).argmax())
+        return metrics
+
+
+@dataclass(frozen=True)
+class Told:
+    """Lines in the order of their file, their pictures (as numbers), true classes and those that the model said: n each."""
+
+    lines: list[RawSample]
+    groups: np.ndarray
+    labels: np.ndarray
+    said: np.ndarray
+    names: Sequence[str]
+
+    @property
+    def texts(self) -> list[str]:
+        return [" ".join(line.captions) for line in self.lines]
+
+    def confusion(self) -> list[list[int]]:
+        """(C, C) lines by true class and by what was said."""
+        counts = np.zeros((len(self.names), len(self.names)), int)
+        np.add.at(counts, (self.labels, self.said), 1)
+        return counts.tolist()
+
+    def wrong(self) -> list[dict]:
+        """The first lines where the model is wrong."""
+        rows = (self.said != self.labels).nonzero()[0][:EXAMPLES]
+        return [
+            {
+                "line": self.lines[n].key,
+                "text": self.texts[n],
+                "label": self.names[self.labels[n]],
+                "said": self.names[self.said[n]],
+            }
+            for n in rows.tolist()
+        ]
+
+
+def best_class(subject: Subject, pictures: Sequence[Pictured], classes: int) -> list[int]:
+    """For all lines about P pictures; one is encoded once, of a pair both for each line.
+
+    Raises:
+        UserError: if the model has another number of classes, or its scores are not finite.
+    """
+    model, device = subject.model, subject.device
+    captions = [line.captions for picture in pictures for line in picture.lines]
+    of = torch.tensor([n for n, picture in enumerate(pictures) for _ in picture.lines], device=device)
+    ids = mask = None
+    if captions[0]:
+        ids, mask, _ = subject.tokenizer([caption for caption, *_ in captions], subject.data.max_length)
+        ids, mask = ids.to(device), mask.to(device)
+    views = [subject.preprocess.normalise(torch.stack(view).to(device)) for view in zip(*(p.images for p in pictures))]
+    first, *others = views if len(views) == 1 else [view[of] for view in views]
+    batch = Batch(of, first, ids, mask, others=tuple(Batch(of, other) for other in others))
+    f = Forward(model, batch)
+    if not others:
+        f.image = model.encode_image(first)[of]
+    logits: Tensor = model.classify(f)
+    if logits.shape[1] != classes:
+        raise UserError(
+            f"the model has {logits.shape[1]} classes and the data {classes}; evaluate it on those of its training"
+        )
+    if not logits.isfinite().all():
+        raise UserError("the model's scores are not finite; choose another checkpoint")
+    return logits.argmax(1).tolist()
+
+
+def read_training(data: Data, names: Sequence[str]) -> tuple[list[str], list[int]] | None:
+    """Texts and classes of what a run was trained on; None where that had no such classes."""
+    texts, labels = [], []
+    for source in data.train:
+        if (
+            not isinstance(source, Annotated)
+            or not (source.label and source.text)
+            or source.class_list() != tuple(names)
+        ):
+            continue
+        reader = source.open()
+        for row in range(len(reader)):
+            try:
+                line = reader.annotation(row)
+            except BadSample:
+                continue
+            texts.append(" ".join(line.captions))
+            labels.append(line.label)
+    return (texts, labels) if texts else None

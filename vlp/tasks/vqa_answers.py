@@ -1,0 +1,62 @@
+"""VQA's official rules: when two answers are the same, and how right an answer is that some of the annotators gave.
+
+Antol et al. 2015, sec. 3, and the evaluation code that goes with the data set, mistakes included: they are part of the number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+COMMA_IN_NUMBER = re.compile(r"\d,\d")
+PERIOD = re.compile(r"\.(?!\d)")
+MOST_PERIODS = 32  # the official code hands re.UNICODE, which is 32, to where the number of replacements goes
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {word: str(number) for number, word in enumerate(DIGITS)} | {"none": "0"}
+ARTICLES = ("a", "an", "the")
+# each is also meant where one of its apostrophes is missing
+CONTRACTIONS = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
+    how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
+    oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+    someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
+    they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd
+    where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
+    y'all'd've you'd you'd've you'll you're you've
+"""
+APOSTROPHES = {
+    whole[:at] + whole[at + 1 :]: whole
+    for whole in CONTRACTIONS.split()
+    for at, letter in enumerate(whole)
+    if letter == "'"
+} | {"somebody'd": "somebodyd"}  # the official table has this one the wrong way round
+
+
+def without_punctuation(answer: str) -> str:
+    """Signs become spaces, or vanish where one stands beside a space, or any number in the answer has a comma."""
+    number = COMMA_IN_NUMBER.search(answer) is not None
+    signs = {s: "" if number or f"{s} " in answer or f" {s}" in answer else " " for s in PUNCTUATION}
+    return PERIOD.sub("", answer.translate(str.maketrans(signs)), count=MOST_PERIODS)
+
+
+def normalised(answer: str) -> str:
+    """Lower case, numbers as digits, without articles and punctuation, contractions with their apostrophes."""
+    words = without_punctuation(answer.replace("\n", " ").replace("\t", " ").strip()).lower().split()
+    words = [number for word in words if (number := NUMBERS.get(word, word)) not in ARTICLES]
+    return " ".join(APOSTROPHES.get(word, word) for word in words)
+
+
+def accuracy(answer: str, said: Sequence[str]) -> float:
+    """Mean over the annotators of min(1, matches among the others / 3).
+
+    Args:
+        answer: of the model, as it wrote it.
+        said: what each of two or more annotators said; 10 in VQA v2.
+    """
+    answer = normalised(answer)
+    if len(set(said)) > 1:  # only then does the official code do anything to them, and only this
+        said = [without_punctuation(each) for each in said]
+    matches = sum(each == answer for each in said)
+    others = [matches - (each == answer) for each in said]
+    return sum(min(1.0, n / 3) for n in others) / len(others)
