@@ -326,6 +326,9 @@ class AlbefModel(LearnedScale):
 
 
 def _seen(f: Forward) -> Projected | Unprojected:
-    """What fusion reads of the images of ``f``: nothing else looks at a teacher's, unless somebody did before."""
-    only_pass = not f.image.tokens.requires_grad and "projected" not in vars(f)
-    return Unprojected(f.image.tokens) if only_pass else f.projected
+    """What fusion reads of the images of ``f``: nothing else looks at a teacher's, unless somebody did before.
+
+    A student's are projected whatever comes, as all of its parameters are to have a gradient.
+    """
+    teaches = not f.model.fusion.layers[0].cross_attention.key.bias.requires_grad
+    return Unprojected(f.image.tokens) if teaches and "projected" not in vars(f) else f.projected
