@@ -25,7 +25,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.albef_reference import plain, reference_step
 from vlp.data.text import load_tokenizer
-from vlp.distributed import keep_freed_memory
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage
 from vlp.encoders.recompute import Checkpointing
@@ -146,7 +145,6 @@ def operations(name: str, count: int, tokens: int) -> dict:
 
 def prepared(name: str, how: Checkpointing = "none") -> tuple:
     torch.set_num_threads(THREADS)
-    keep_freed_memory()
     torch.manual_seed(0)
     ids, mask, vocabulary = captions(8, 100)
     model = spec(8).build()
