@@ -21,6 +21,7 @@ MEASURES = (
     "rerank",
     "data_wait",
     "albef_step",
+    "vlmo_step",
 )
 
 
