@@ -53,12 +53,14 @@ def layer(block: MomeLayer, x: Tensor, mask: Tensor, bias: Tensor, length: int, 
     scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
     attended = (scores.softmax(-1).type_as(x) @ value).transpose(1, 2).reshape(batch, count, width)
     x = x + block.gamma_1 * attention.out(attended)
-    experts = block.experts
+
+    def served(x: Tensor, name: str) -> Tensor:
+        part = block.experts[name]
+        return x + block.gamma_2 * part.contract(F.gelu(part.expand(part.norm(x))))
+
     if expert == "split":
-        text, image = x[:, :length], x[:, length:]
-        text = text + block.gamma_2 * experts["text"](text)
-        return torch.cat([text, image + block.gamma_2 * experts["image"](image)], 1)
-    return x + block.gamma_2 * experts[expert](x)
+        return torch.cat([served(x[:, :length], "text"), served(x[:, length:], "image")], 1)
+    return served(x, expert)
 
 
 def reference_step(

@@ -22,6 +22,7 @@ MEASURES = (
     "rerank",
     "data_wait",
     "albef_step",
+    "vlmo_step",
 )
 
 

@@ -1,11 +1,12 @@
 """VLMo's pre-training step at base size, 224 px, texts padded to 40: operations, time and memory against tests/vlmo_reference.py.
 
-``python -m tests.bench.vlmo_step``. The model is random, the captions Flickr8k's, 4 of them with 51 tokens; the operations are counted by torch
-(multiply-add = 2). Peak memory also where cheap activations are made again, `vlp.encoders.recompute`.
+``python -m tests.bench.vlmo_step``. The model is random, the captions Flickr8k's, 4 of them with 51 tokens; the operations are
+counted by torch (multiply-add = 2). Peak memory also where cheap activations are made again, `vlp.encoders.recompute`.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.bench.albef_step import captions, masked_of, resident
+from tests.bench.albef_step import captions, in_fresh_process, masked_of, resident
 from tests.vlmo_reference import reference_step
 from vlp.encoders.mome import BASE
 from vlp.encoders.recompute import Checkpointing

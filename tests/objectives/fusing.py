@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -64,12 +65,12 @@ def around_of(objectives: dict, filled: int = 5, progress: float = 0.5) -> Surro
     return Surroundings(memory, progress=progress)
 
 
-def networks(**how) -> tuple[nn.Module, nn.Module]:
-    """A model and a momentum encoder with other weights, without dropout unless asked for."""
+def networks(spec: Any = None, **how) -> tuple[nn.Module, nn.Module]:
+    """A model, of ``spec`` or a tiny ALBEF, and a momentum encoder with other weights, without dropout unless asked for."""
     built = []
     for seed in (0, 9):
         torch.manual_seed(seed)
-        built.append(tiny(**how).build().double())
+        built.append((spec or tiny(**how)).build().double())
     return built[0], Average(built[1], 0.9, "train").network.double()
 
 
@@ -100,11 +101,11 @@ def shortened(batch: Batch) -> Batch:
     return replace(batch, input_ids=batch.input_ids[:, :longest], attention_mask=batch.attention_mask[:, :longest])
 
 
-def step(rank: int, world: int, objectives: dict) -> tuple[dict, dict, dict]:
+def step(rank: int, world: int, objectives: dict, spec: Any = None) -> tuple[dict, dict, dict]:
     """Means of the losses over processes, the gradients that DDP leaves, and what the memories get."""
     part = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
     batch = shortened(part_of(pairs(), part))
-    model, momentum = networks()
+    model, momentum = networks(spec)
     pretrainer = Pretrainer(model, objectives)
     called = DistributedDataParallel(pretrainer, find_unused_parameters=True) if world > 1 else pretrainer
     with drawn_by_row():
@@ -117,21 +118,23 @@ def step(rank: int, world: int, objectives: dict) -> tuple[dict, dict, dict]:
     return {name: mean / world for name, mean in zip(losses, means)}, gradients, kept
 
 
-def cached_step(rank: int, world: int, objectives: dict, parts: int, **how) -> tuple[dict, dict, dict]:
+def cached_step(
+    rank: int, world: int, objectives: dict, parts: int, spec: Any = None, **how
+) -> tuple[dict, dict, dict]:
     """As `step`, over so many accumulated micro-batches, by gradient caching."""
     size = ROWS // parts
     batches = []
     for n in range(parts):
         first = n * size + rank * size // world
         batches.append(shortened(part_of(pairs(), slice(first, first + size // world))))
-    model, momentum = networks(**how)
+    model, momentum = networks(spec, **how)
     found = bundles(model, batches, momentum, around_of(objectives))
     sums, kept = dict.fromkeys(objectives, 0.0), {}
     with drawn_by_row():
         for f in found:
             losses = {name: objective(f) for name, objective in objectives.items()}
             f.forget()
-            (sum(losses.values()) / parts).backward()
+            (sum(objectives[name].weight * loss for name, loss in losses.items()) / parts).backward()
             sums = {name: total + losses[name].item() / parts for name, total in sums.items()}
         for f in found:
             f.replay()

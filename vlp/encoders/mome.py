@@ -171,12 +171,13 @@ class MomeEncoder(nn.Module):
     Args:
         spec: of the sizes.
         alone: modalities that go through all layers by themselves, and so have their expert in all of them.
+        together: whether texts and images ever stand in one sequence.
 
     Raises:
         UserError: if the sizes do not go together.
     """
 
-    def __init__(self, spec: Mome, alone: Sequence[Expert]):
+    def __init__(self, spec: Mome, alone: Sequence[Expert], together: bool):
         super().__init__()
         spec.check()
         spec = spec.resolved()
@@ -190,7 +191,7 @@ class MomeEncoder(nn.Module):
         if spec.positions == "relative":
             grid = spec.grid if self.image is not None else None
             length = spec.max_text_length if self.text is not None else None
-            self.positions = RelativePositions(spec.layers, spec.heads, grid, length, self.joint)
+            self.positions = RelativePositions(spec.layers, spec.heads, grid, length, together)
         self.layers = nn.ModuleList(
             MomeLayer(
                 spec.width,

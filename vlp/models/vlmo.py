@@ -163,7 +163,8 @@ class VlmoModel(nn.Module):
         super().__init__()
         width, joint = spec.encoder.width, "vl" in spec.encoder.experts
         alone = [name for name, reads in (("image", spec.itc or spec.mim), ("text", spec.itc)) if reads or not joint]
-        self.encoder = MomeEncoder(spec.encoder, alone)
+        together = joint and (spec.itm or spec.mlm or spec.classes is not None)
+        self.encoder = MomeEncoder(spec.encoder, alone, together)
         self.embed_size, self.images, self.num_classes = (
             spec.embed_size if spec.itc else width,
             spec.images,

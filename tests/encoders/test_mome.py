@@ -1,0 +1,183 @@
+"""The transformer with modality experts: which expert serves which token, and where tokens stand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vlp.encoders.mome import BASE, BASE_PLUS, LARGE, SMALL, MomeEncoder
+from vlp.encoders.mome_layer import Rows, Wanted
+from vlp.encoders.relative_position import RelativePositions, text_index
+
+CPU = torch.device("cpu")
+SIZES = replace(SMALL, width=16, layers=4, heads=2, vl_from=2, vocab_size=30, image_size=32, max_text_length=10)
+LENGTHS, P, L = (3, 6, 1), 5, 7
+
+
+def encoder(seed=0, **changes):
+    torch.manual_seed(seed)
+    model = MomeEncoder(replace(SIZES, **changes), ("image", "text"), True).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def given():
+    torch.manual_seed(1)
+    text, image = torch.randn(3, L, 16, dtype=torch.float64), torch.randn(3, P, 16, dtype=torch.float64)
+    return Rows(LENGTHS, P, CPU), text, image
+
+
+# --- where tokens stand ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lengths", "patches"), [(LENGTHS, P), (LENGTHS, 0), ((4, 4), P), ((4, 4), 0), ((0, 0), P)])
+def test_packing_undoes_padding_and_starts_and_owners_are_those_of_the_tokens(lengths, patches):
+    rows = Rows(lengths, patches, CPU)
+    text = [(row, "text", n) for row, length in enumerate(lengths) for n in range(length)]
+    tokens = text + [(row, "image", n) for row in range(len(lengths)) for n in range(patches)]
+    states = torch.arange(1.0, 1 + len(tokens))[:, None]
+    padded = rows.pad(states)
+    assert padded.shape == (len(lengths), max(lengths) + patches, 1)
+    assert torch.equal(rows.pack(padded), states)
+    for place, (row, kind, n) in enumerate(tokens):
+        assert padded[row, n + (max(lengths) if kind == "image" else 0), 0] == place + 1
+        assert rows.owner[place] == row
+    assert (padded != 0).sum() == len(tokens)
+    mask = rows.mask
+    assert mask is None if len(set(lengths)) == 1 else torch.equal(mask[:, 0, 0], padded[..., 0] != 0)
+    assert torch.equal(padded[torch.arange(len(lengths)), 0], states[rows.starts])
+
+
+def test_lengths_come_from_the_mask_and_an_empty_text_has_one_token():
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]]).bool()
+    assert Rows.of_texts(mask).lengths == (2, 1, 3)
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+
+def used(run):
+    """Which experts ran in each layer, and how many tokens they saw."""
+    model = encoder()
+    calls = []
+    for number, layer in enumerate(model.layers):
+        for name, expert in layer.experts.items():
+            expert.register_forward_pre_hook(
+                lambda m, inputs, number=number, name=name: calls.append((number, name, len(inputs[0])))
+            )
+    run(model)
+    return calls
+
+
+def test_each_token_is_served_by_its_modality_below_and_by_the_vision_language_expert_above():
+    rows, text, image = given()
+    words, patches = sum(LENGTHS), 3 * P
+    assert used(lambda m: m(rows, text, image, joint=True)) == [
+        *[(n, name, count) for n in (0, 1) for name, count in (("text", words), ("image", patches))],
+        *[(n, "vl", words + patches) for n in (2, 3)],
+    ]
+    alone = Rows(LENGTHS, 0, CPU)
+    assert used(lambda m: m(alone, text)) == [(n, "text", words) for n in range(4)]
+    pictures = Rows((0, 0, 0), P, CPU)
+    assert used(lambda m: m(pictures, image=image)) == [(n, "image", patches) for n in range(4)]
+    assert used(lambda m: m(pictures, image=image, joint=True))[-1] == (3, "vl", patches)
+
+
+def slow(model, row, text, image, joint):
+    """One row, token by token and head by head."""
+    x = torch.cat([*([text] if text is not None else []), *([image] if image is not None else [])])
+    words = 0 if text is None else len(text)
+    positions = model.positions
+    for number, layer in enumerate(model.layers):
+
+        def bias(i, j, head, number=number):
+            column = number * 2 + head
+            kinds = (i < words, j < words)
+            if kinds == (True, True):
+                return positions.text[text_index(words, 10)[i, j], column]
+            if kinds == (False, False):
+                from vlp.encoders.relative_position import image_index
+
+                return positions.image[image_index((2, 2))[i - words, j - words], column]
+            return positions.cross[0 if kinds[0] else 1, column]
+
+        attention, normed = layer.attention, layer.norm(x)
+        own = torch.cat([attention.q_bias, torch.zeros(16), attention.v_bias])
+        q, k, v = (normed @ attention.qkv.weight.T + own).unflatten(1, (3, 2, 8)).unbind(1)
+        attended = torch.zeros(len(x), 2, 8, dtype=torch.float64)
+        for head in range(2):
+            for i in range(len(x)):
+                scores = torch.stack([q[i, head] @ k[j, head] / 8**0.5 + bias(i, j, head) for j in range(len(x))])
+                attended[i, head] = scores.softmax(0) @ v[:, head]
+        x = x + layer.gamma_1 * attention.out(attended.flatten(1))
+        new = []
+        for i, state in enumerate(x):
+            name = "vl" if joint and number >= 2 else "text" if i < words else "image"
+            new.append(state + layer.gamma_2 * layer.experts[name](state[None], None)[0])
+        x = torch.stack(new)
+    return model.norm(x)
+
+
+@pytest.mark.parametrize("which", ["both", "text", "image"])
+@torch.no_grad()
+def test_outputs_are_those_of_a_row_token_by_token(which):
+    model, (rows, text, image) = encoder(), given()
+    text, image = (None if which == "image" else text), (None if which == "text" else image)
+    rows = Rows(LENGTHS if text is not None else (0, 0, 0), P if image is not None else 0, CPU)
+    found = rows.pad(model(rows, text, image, joint=which == "both"))
+    for row in range(3):
+        words = None if text is None else text[row, : LENGTHS[row]]
+        expected = slow(model, row, words, None if image is None else image[row], which == "both")
+        own = found[row] if rows.mask is None else found[row][rows.mask[row, 0, 0]]
+        torch.testing.assert_close(own, expected)
+
+
+@torch.no_grad()
+def test_wanted_tokens_are_those_of_the_whole():
+    model, (rows, text, image) = encoder(), given()
+    whole = model(rows, text, image, joint=True)
+    first = model(rows, text, image, joint=True, wanted=Wanted.first(rows))
+    torch.testing.assert_close(first, whole[rows.starts])
+    row, column = torch.tensor([1, 0, 1]), torch.tensor([5, 2, 0])
+    some = model(rows, text, image, joint=True, wanted=Wanted.at(rows, row, column))
+    torch.testing.assert_close(some, rows.pad(whole)[row, column])
+    pictures = Rows((0, 0, 0), P, CPU)
+    whole = model(pictures, image=image)
+    some = model(pictures, image=image, wanted=Wanted.at(pictures, row, (column - 1).clamp(min=0)))
+    torch.testing.assert_close(some, pictures.pad(whole)[row, (column - 1).clamp(min=0)])
+
+
+def test_biases_are_those_of_one_layer_and_grow_with_it_alone():
+    positions = RelativePositions(2, 3, (2, 2), 6, True)
+    with torch.no_grad():
+        positions.text.copy_(torch.arange(12.0)[:, None] * 100 + torch.arange(6.0))
+    first, second = positions(4, False)
+    assert first.shape == (3, 4, 4) and torch.equal(second - first, torch.full((3, 4, 4), 3.0))
+    assert torch.equal(first[1] - first[0], torch.ones(4, 4))
+
+
+def test_any_text_length_up_to_the_table_has_its_own_rows():
+    for length in (1, 2, 9, 10):
+        index = text_index(length, 10)
+        assert index.shape == (length, length) and index.min() >= 0 and index.max() == 19
+        assert len(index.unique()) == (2 * (length - 1) - 1 + 2 if length > 1 else 0) + 1
+    assert torch.equal(text_index(10, 10)[:6, :6], text_index(6, 10))
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [BASE, BASE_PLUS, LARGE])
+def test_published_sizes_have_their_experts(spec):
+    with torch.device("meta"):
+        model = MomeEncoder(spec, ("image", "text"), True)
+    width, deep = spec.width, spec.layers
+    assert [("vl" in layer.experts) for layer in model.layers] == [n >= spec.vl_from for n in range(deep)]
+    experts = 2 * deep + deep - spec.vl_from
+    matrices = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
+    assert matrices == deep * 4 * width**2 + experts * 8 * width**2
+    assert (model.positions is None) == (spec is BASE_PLUS)
+    if model.positions is not None:  # the published table: 27 x 27 distances, 3 of the class token, both ways, texts
+        assert len(model.positions.image) + 2 + len(model.positions.text) == 27**2 + 3 + 2 + 392
