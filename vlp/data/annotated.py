@@ -247,7 +247,9 @@ def read_answers(given: Any) -> tuple[tuple[tuple[str, float], ...], tuple[int, 
     """
     if isinstance(given, dict):
         weights = {word(answer): weight for answer, weight in given.items() if word(answer)}
-        if wrong := [w for w in weights.values() if isinstance(w, bool) or not isinstance(w, (int, float)) or not w >= 0]:
+        if wrong := [
+            w for w in weights.values() if isinstance(w, bool) or not isinstance(w, (int, float)) or not w >= 0
+        ]:
             raise BadSample(f"the weight of an answer is {wrong[0]!r}; it should be a number from 0 on")
         return tuple((answer, float(weight)) for answer, weight in weights.items()), (0,) * len(weights)
     said = [text for value in (given if isinstance(given, list) else [given]) if (text := word(value))]

@@ -43,7 +43,9 @@ def vqa2(questions: Path, annotations: Path | None = None) -> Iterator[dict]:
     asked = read_json(questions)
     told = {a["question_id"]: a for a in read_json(annotations)["annotations"]} if annotations else {}
     if annotations and (missing := {q["question_id"] for q in asked["questions"]} ^ told.keys()):
-        raise UserError(f"{len(missing)} questions are in one of {questions} and {annotations} alone; give two of one split")
+        raise UserError(
+            f"{len(missing)} questions are in one of {questions} and {annotations} alone; give two of one split"
+        )
     folder = asked["data_subtype"].replace("-dev", "")  # test-dev2015 is part of test2015
     for question in asked["questions"]:
         image = f"{folder}/COCO_{folder}_{question['image_id']:012d}.jpg"
@@ -92,7 +94,9 @@ def nlvr2(file: Path) -> Iterator[dict]:
         yield line | {name: record[name] for name in ("identifier",) if name in record}
 
 
-@expecting("SNLI-VE's lines with Flickr30K_ID, sentence2 and gold_label, or ALBEF's list with image, sentence and label")
+@expecting(
+    "SNLI-VE's lines with Flickr30K_ID, sentence2 and gold_label, or ALBEF's list with image, sentence and label"
+)
 def snli_ve(file: Path) -> Iterator[dict]:
     """``snli_ve_train.jsonl``; label is entailment, neutral or contradiction."""
     for record in _list(file):

@@ -14,13 +14,16 @@ from itertools import combinations, product
 import numpy as np
 
 from vlp.data.world.scenes import Scene
-from vlp.data.world.sentences import INVERSE, between
+from vlp.data.world.sentences import between
 
 Keyed = tuple[str, Scene]
 # what is compared -> how it is said to be the same, and to differ
 SAID = {
     "colour": ("the {} has the same colour in both pictures", "the {} has another colour in the other picture"),
-    "shape": ("the {} thing has the same shape in both pictures", "the {} thing has another shape in the other picture"),
+    "shape": (
+        "the {} thing has the same shape in both pictures",
+        "the {} thing has another shape in the other picture",
+    ),
     "place": ("the {} and the {} are placed alike in both pictures", "the {} and the {} have changed places"),
     "number": ("both pictures have the same number of things", "one picture has more things than the other"),
 }
