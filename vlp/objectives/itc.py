@@ -22,7 +22,7 @@ from vlp.losses.info_nce import info_nce, soft_info_nce
 from vlp.losses.inputs import in_float32
 from vlp.losses.sigmoid import sigmoid_loss
 from vlp.losses.tiled import tiled_info_nce, tiled_sigmoid_loss
-from vlp.objectives.needs import need_head, need_image, need_momentum, need_text
+from vlp.objectives.needs import need_contrast, need_momentum
 from vlp.state import Queue
 
 
@@ -45,8 +45,8 @@ class ImageTextContrast:
     head: Head = "first"
 
     def check(self, experiment: Experiment) -> None:
-        """Raises UserError where the model has no such head."""
-        need_head(experiment, "ImageTextContrast", self.head)
+        """Raises UserError for what is missing."""
+        need_contrast(experiment, "ImageTextContrast", self.head)
 
     def __call__(self, f: Forward) -> Tensor:
         f = f.through(self.head)
@@ -72,6 +72,13 @@ class SigmoidContrast:
     sees_peers: ClassVar[bool] = True  # see vlp.grad_cache
     weight: float = 1.0
     tile_rows: int | None = None
+
+    def check(self, experiment: Experiment) -> None:
+        """Raises UserError for what is missing."""
+        need_contrast(experiment, "SigmoidContrast")
+        bias = getattr(experiment.model, "bias", None)
+        if bias is None and getattr(experiment.model, "towers", None) is None:
+            raise UserError("SigmoidContrast needs a model with a learned bias; set model.bias=-10 of a Dual")
 
     def __call__(self, f: Forward) -> Tensor:
         given = (f.image.embed, f.keys.text, f.model.scale, f.model.bias, f.batch.index, f.keys.index)
@@ -112,12 +119,8 @@ class MomentumContrast:
 
     def check(self, experiment: Experiment) -> None:
         """Raises UserError for what is missing."""
-        need_image(experiment, "MomentumContrast")
-        need_text(experiment, "MomentumContrast")
+        need_contrast(experiment, "MomentumContrast", self.head)
         need_momentum(experiment, "MomentumContrast")
-        if not getattr(experiment.model, "itc", True):
-            raise UserError("MomentumContrast needs projections and a temperature; set model.itc=true")
-        need_head(experiment, "MomentumContrast", self.head)
         if self.queue_size < 1:
             raise UserError(f"MomentumContrast has queue_size={self.queue_size}; give at least 1 row")
         if not 0 <= self.distill <= 1:

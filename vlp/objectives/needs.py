@@ -8,12 +8,6 @@ from vlp.errors import UserError
 from vlp.forward import Head
 
 
-def need_head(experiment: Experiment, who: str, head: Head) -> None:
-    """Raises UserError where the model has no second contrastive head, and that one is meant."""
-    if head == "vl" and not getattr(experiment.model, "itc_vl", False):
-        raise UserError(f"{who} with head='vl' needs a model with a second head; set head=first, or model.itc_vl=true")
-
-
 def has_pictures(data: Data) -> bool:
     """Whether any source does; texts alone may train a model that could take pictures, too."""
     return not all(isinstance(source, Sentences) for source in data.train)
@@ -35,6 +29,16 @@ def need_image_views(experiment: Experiment, who: str, count: int | None = 1) ->
     if views < 1 or count not in (None, views):
         wanted = "at least one further view" if count is None else f"{count} further view{'s' * (count > 1)}"
         raise UserError(f"{who} needs {wanted} of each picture, not {views}; set data.views=(TRANSFORM,)")
+
+
+def need_contrast(experiment: Experiment, who: str, head: Head = "first") -> None:
+    """Raises UserError unless the model has both modalities, and that contrastive head."""
+    need_image(experiment, who)
+    need_text(experiment, who)
+    if not getattr(experiment.model, "itc", True):
+        raise UserError(f"{who} needs projections and a temperature; set model.itc=true")
+    if head == "vl" and not getattr(experiment.model, "itc_vl", False):
+        raise UserError(f"{who} with head='vl' needs a model with a second head; set head=first, or model.itc_vl=true")
 
 
 def need_momentum(experiment: Experiment, who: str) -> None:
