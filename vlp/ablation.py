@@ -116,16 +116,18 @@ def ablate(ablation: Ablation, say=print) -> bool:
 
 
 def results(ablation: Ablation) -> dict[str, dict[str, list[float]]]:
-    """Variant -> metric -> its value at the last step, one for each seed that is done."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for variant, experiments in ablation.runs().items():
-        lines = [(read_log(e.folder / "eval.jsonl") or [{}])[-1] for e in experiments if finished(e)]
-        for metric in ablation.metrics:
-            if lines and metric not in lines[0]:
-                known = ", ".join(k for k in lines[0] if k != "step")
-                raise UserError(f"{variant} has no metric {metric!r}; its evaluations have {known or 'none'}")
-        found[variant] = {metric: [line[metric] for line in lines] for metric in ablation.metrics}
-    return found
+    """Variant -> metric -> its value at the last step, one for each seed that is done; none where a variant has no such metric."""
+    lines = {
+        variant: [(read_log(e.folder / "eval.jsonl") or [{}])[-1] for e in experiments if finished(e)]
+        for variant, experiments in ablation.runs().items()
+    }
+    known = {name for each in lines.values() for line in each for name in line if name != "step"}
+    if unknown := [metric for metric in ablation.metrics if known and metric not in known]:
+        raise UserError(f"no variant has a metric {unknown[0]!r}; the evaluations have {', '.join(sorted(known))}")
+    return {
+        variant: {metric: [line[metric] for line in each if metric in line] for metric in ablation.metrics}
+        for variant, each in lines.items()
+    }
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -142,7 +144,7 @@ def write(ablation: Ablation) -> None:
     rows = [["variant", "seeds", "minutes", *ablation.metrics], ["---"] * (3 + len(ablation.metrics))]
     for (variant, by_metric), chains in zip(found.items(), ablation.chains().values()):
         cells = [_cell(*interval(by_metric[metric])) for metric in ablation.metrics]
-        rows.append([variant, str(len(by_metric[ablation.metrics[0]])), _minutes(chains), *cells])
+        rows.append([variant, str(max(map(len, by_metric.values()))), _minutes(chains), *cells])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     note = (
         "Mean over seeds, with the half-width of its 95 % interval (Student's t); minutes: of a seed's training steps, "

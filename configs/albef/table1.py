@@ -9,9 +9,9 @@ Commands: vlp data world data/world-noisy --train 10000 --val 1000 --noise 0.2
           vlp ablate configs/albef/table1.py
 Hardware: 2 CPU cores.
 Measured: nothing yet.
-Differs from the paper: retrieval is on the world's own val, not zero-shot; the first row has no embeddings that were trained to
-          retrieve by, so its retrieval is chance and its matching head is judged by the minimal pairs alone. Hard negatives are
-          drawn by the momentum encoder's similarity. Nothing is flipped or cropped, as captions say where things are.
+Differs from the paper: retrieval is on the world's own val, not zero-shot; the first row has no embeddings to choose candidates
+          by, so its matching head is judged by the minimal pairs alone. Hard negatives are drawn by the momentum encoder's
+          similarity. Nothing is flipped or cropped, as captions say where things are.
 """
 
 from dataclasses import replace
@@ -79,7 +79,13 @@ def config() -> Ablation:
     )
     hard = replace(ITM, negatives="hard")
     taught_itc, taught_mlm = replace(ITC, distill=0.4), replace(MLM, distill=0.4)
-    none = replace(full, model=replace(full.model, itc=False), objectives={"itm": ITM, "mlm": MLM}, momentum=None)
+    none = replace(
+        full,
+        model=replace(full.model, itc=False),
+        objectives={"itm": ITM, "mlm": MLM},
+        momentum=None,
+        evaluate={"minimal-pairs": MinimalPairs()},
+    )
     return Ablation(
         name="albef-table1",
         variants={

@@ -58,6 +58,13 @@ def test_classes_are_told_from_the_fused_first_token_with_every_parameter_used()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+def test_every_parameter_that_learns_is_used_where_the_image_tower_does_not():
+    model, batch = build(), labelled()
+    model.image.requires_grad_(False)
+    Classification()(bundle(batch, model)).backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 @pytest.mark.parametrize(("ramp", "progress", "share"), [(0.0, 0.0, 0.4), (1.0, 0.0, 0.0), (1.0, 0.5, 0.2)])
 def test_the_momentum_encoder_s_answer_is_mixed_in_with_and_without_a_ramp(ramp, progress, share):
     f = bundle(labelled(), progress=progress)

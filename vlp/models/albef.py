@@ -256,13 +256,13 @@ class AlbefModel(LearnedScale):
             (M, V).
         """
         tokens = self._text_tokens(input_ids, f.batch.attention_mask)
-        states = self.fusion(tokens, f.batch.attention_mask, _seen(f), at=positions)
+        states = self.fusion(tokens, f.batch.attention_mask, self._seen(f), at=positions)
         return self.mlm(states, self.text.word_embeddings)
 
     def classify(self, f: Forward) -> Tensor:
         """(B, C) logits of the classes of texts with their image, or with all of their images, from fusion's first token."""
         if self.fusion.images == 1:
-            image = _seen(f)
+            image = self._seen(f)
         else:
             if len(f.images) != self.fusion.images:
                 raise ValueError(f"each text looks at {self.fusion.images} images, and the batch has {len(f.images)}")
@@ -291,12 +291,20 @@ class AlbefModel(LearnedScale):
 
     def answer(self, f: Forward, answers: Answers) -> Predicted:
         """The tokens of answers to the texts of ``f``, as the decoder would write them."""
-        source = self.ask(_seen(f), f.text)
+        source = self.ask(self._seen(f), f.text)
         return self.decoder.predict(answers.input_ids, answers.attention_mask, source, answers.row)
 
     def caption(self, f: Forward) -> Predicted:
         """The tokens of the texts of ``f``, as the decoder would write them about its images."""
         return self.decoder.predict(f.batch.input_ids, f.batch.attention_mask, self.describe(f.image))
+
+    def _seen(self, f: Forward) -> Projected | Unprojected:
+        """What fusion reads of the images of ``f``: a teacher, or an evaluation, projects none that nobody else asked for.
+
+        Unprojected, the biases of keys would have no gradient, which DDP refuses, whereas here it is 0.
+        """
+        learns = torch.is_grad_enabled() and self.fusion.layers[0].cross_attention.key.bias.requires_grad
+        return f.projected if learns or "projected" in vars(f) else Unprojected(f.image.tokens)
 
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to depth, for layer-wise learning rates: towers, fusion, and heads and scalars as the top."""
@@ -323,12 +331,3 @@ class AlbefModel(LearnedScale):
         for part in (self.image, self.text, self.fusion, self.decoder):
             if part is not None:
                 part.set_checkpointing(how)
-
-
-def _seen(f: Forward) -> Projected | Unprojected:
-    """What fusion reads of the images of ``f``: nothing else looks at a teacher's, unless somebody did before.
-
-    A student's are projected whatever comes, as all of its parameters are to have a gradient.
-    """
-    teaches = not f.model.fusion.layers[0].cross_attention.key.bias.requires_grad
-    return Unprojected(f.image.tokens) if teaches and "projected" not in vars(f) else f.projected

@@ -48,6 +48,10 @@ class Rerank(Retrieval):
         began = time.monotonic()
         if getattr(subject.model, "itm", None) is None:
             raise UserError("rerank needs a model with a head for image-text matching (model.itm); use retrieval")
+        if not getattr(subject.model, "itc", True):
+            raise UserError(
+                "rerank needs embeddings to choose candidates by, and this model has none (model.itc=false)"
+            )
         need_both(subject, "rerank")
         if self.k < 1 or self.text_batch < 1:
             raise UserError(f"rerank with k={self.k} and text_batch={self.text_batch}; give 1 or more")
