@@ -238,6 +238,10 @@ class AlbefModel(LearnedScale):
         """(n, L, D) texts that have looked at images; see `vlp.encoders.fusion.FusionEncoder.forward`."""
         return self.fusion(text.tokens, text.mask, image, texts, images, at)
 
+    def fuse_all(self, f: Forward) -> Tensor:
+        """(B, L, D) the texts of ``f`` fused with its images; see `vlp.forward.Forward.fused`."""
+        return self.fuse(_seen(f), f.text)
+
     def match(
         self, image: Projected | Unprojected, text: Encoded, texts: Tensor | None = None, images: Tensor | None = None
     ) -> Tensor:
@@ -261,6 +265,8 @@ class AlbefModel(LearnedScale):
 
     def classify(self, f: Forward) -> Tensor:
         """(B, C) logits of the classes of texts with their image, or with all of their images, from fusion's first token."""
+        if "fused" in vars(f):
+            return self.classifier(f.fused[:, 0])
         if self.fusion.images == 1:
             image = _seen(f)
         else:
@@ -291,7 +297,7 @@ class AlbefModel(LearnedScale):
 
     def answer(self, f: Forward, answers: Answers) -> Predicted:
         """The tokens of answers to the texts of ``f``, as the decoder would write them."""
-        source = self.ask(_seen(f), f.text)
+        source = self.decoder.project(f.fused, f.text.mask)
         return self.decoder.predict(answers.input_ids, answers.attention_mask, source, answers.row)
 
     def caption(self, f: Forward) -> Predicted:
@@ -326,6 +332,7 @@ class AlbefModel(LearnedScale):
 
 
 def _seen(f: Forward) -> Projected | Unprojected:
-    """What fusion reads of the images of ``f``: nothing else looks at a teacher's, unless somebody did before."""
-    only_pass = not f.image.tokens.requires_grad and "projected" not in vars(f)
-    return Unprojected(f.image.tokens) if only_pass else f.projected
+    """What fusion reads of the images of ``f``: nothing else looks at a teacher's, unless somebody did before. One that learns
+    always projects, even from a frozen tower: the bias of the keys would get no gradient, which DDP refuses."""
+    learns = torch.is_grad_enabled() and next(f.model.fusion.parameters()).requires_grad
+    return f.projected if learns or "projected" in vars(f) else Unprojected(f.image.tokens)
