@@ -92,7 +92,7 @@ class Dual:
             raise UserError("temperature None takes it from open_clip weights, and there are none; set a number")
         model = DualEncoder(replace(self, temperature=temperature or 1.0, bias=bias), image, text)
         if load_weights and self.weights:
-            model.load(pretrained.read_run_model(self.weights))
+            model.load(pretrained.run_state(self.weights))
         return model
 
 
