@@ -187,7 +187,11 @@ def test_page_shows_recalls_what_is_mixed_up_and_what_is_hardest(world, tmp_path
     assert "<td>toy-zero-shot@blind</td>".replace("<td>", ">") in html and "mean_recall" in html
     assert "<td>tench</td><td>church</td><td>3 of 50</td>" in html
     assert 'alt="recalls with intervals"' in html and "plane.png" not in html
-    assert html.count('alt="result ') == 2 * 5 and html.count('alt="query"') == 2 and html.count("<li>") == 2 * 5
+    assert (
+        html.count('alt="result ') == 2 * 5
+        and html.count('alt="query"') == html.count('alt="own"') == 2
+        and html.count("<li>") == 2 * 5
+    )
     hardest = retrieved.details["hardest_text_to_image"][0]
     assert hardest["query"] in html and f"found {hardest['rank']}." in html
 

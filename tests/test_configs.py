@@ -135,7 +135,7 @@ def batch_of(experiment: Experiment, model, rows: int) -> Batch:
     data = experiment.data
     pictures = texts = 0
     if model.preprocess and has_pictures(data):
-        pictures = 1 + len(data.views)
+        pictures = max(len(getattr(s, "image", [None])) for s in data.train) + len(data.views)
     if model.text is not None:
         columns = min(max(1, len(getattr(s, "columns", ()))) if not getattr(s, "join", None) else 1 for s in data.train)
         texts = columns + len(data.text_views)

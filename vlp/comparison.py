@@ -25,11 +25,11 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 <title>{{ names|join(", ") }}</title>
 <style>{{ style|safe }}
 {{ gallery|safe }}
- .wide { overflow-x: auto } .wide td { white-space: nowrap } small { color: #5b6570; display: block } td.best { font-weight: 600 }
+ .wide { overflow-x: auto } .wide td { white-space: nowrap } .all { font-size: .85rem } .all td { white-space: normal } small { color: #5b6570; display: block } td.best { font-weight: 600 }
 </style></head><body>
 <h1>{{ names|length }} runs</h1><p class="quiet">The newest evaluations of {{ names|join(", ") }}. Small: 95 % bootstrap interval; bold: best of the column.</p>
 <h2>All evaluations</h2>
-<div class="wide"><table><tr><th>run</th><th>evaluation</th><th>measure</th><th>value</th><th>95 % interval</th><th>n</th><th>step</th><th>weights</th></tr>
+<div class="wide"><table class="all"><tr><th>run</th><th>evaluation</th><th>measure</th><th>value</th><th>95 % interval</th><th>n</th><th>step</th><th>weights</th></tr>
 {% for line in lines %}{% with value, low, high = line.interval.texts() %}
 <tr><td>{{ line.name }}</td><td title="{{ line.protocol }}">{{ line.what }}</td><td>{{ line.metric }}</td><td>{{ value }}</td><td>{{ low }} to {{ high }}</td><td>{{ line.n }}</td><td>{{ line.step if line.step is not none }}</td><td>{{ line.weights }}</td></tr>
 {% endwith %}{% endfor %}</table></div>
@@ -62,7 +62,7 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 {% endfor %}
 {% for hard in hardest %}
 <h2>Hardest: {{ hard.name }}, {{ hard.what }}</h2>
-<p class="quiet">Captions whose own picture came last, and the five pictures that they found.</p>
+<p class="quiet">Captions whose own picture (green) came last, behind the five that they found first.</p>
 {{ captions(hard.captions) }}
 <p class="quiet">Pictures whose own captions (green) came last, and the five captions that they found.</p>
 {{ pictures(hard.pictures) }}

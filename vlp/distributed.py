@@ -5,10 +5,8 @@ Every collective is the identity in a single process.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -97,10 +95,8 @@ def start(train: Training, micro_batch: int) -> Accelerator:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if deepspeed:
         _need_deepspeed()
-    if not cuda:
-        keep_freed_memory()
-        if train.threads:
-            torch.set_num_threads(train.threads)
+    if train.threads and not cuda:
+        torch.set_num_threads(train.threads)
     accelerator = Accelerator(
         cpu=not cuda and not deepspeed,
         mixed_precision={"fp32": "no", "bf16": "bf16"}[train.precision],
@@ -123,18 +119,6 @@ def start(train: Training, micro_batch: int) -> Accelerator:
         # a torch optimizer of ours, not DeepSpeed's own
         settings["zero_allow_untested_optimizer"] = True
     return accelerator
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep what tensors on the CPU no longer need for the next ones.
-
-    It would give each large block back to the system, which then clears its pages anew for every new tensor: a fourth
-    of a step's CPU time. Elsewhere than on glibc it does nothing.
-    """
-    with suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
 
 
 def engine(accelerator: Accelerator) -> str:

@@ -17,7 +17,7 @@ SIDE = 112  # pixels of a thumbnail
 STYLE = f"""
  .row {{ display: flex; align-items: center; gap: .5rem; margin: .35rem 0 }}
  .row .query {{ width: 15rem }} .row img {{ width: {SIDE * 3 // 4}px; height: {SIDE * 3 // 4}px; object-fit: contain; border: 3px solid #dde2e7; border-radius: 6px; background: #fff }}
- .row img.right {{ border-color: #1a9850 }} .row .rank {{ width: 5rem; text-align: right; color: #5b6570 }}
+ .row img.apart {{ margin-left: 1rem }} .row img.right {{ border-color: #1a9850 }} .row .rank {{ width: 5rem; text-align: right; color: #5b6570 }}
  .row ol {{ margin: 0; padding-left: 1.4rem; width: 24rem }} .row .own {{ width: 17rem; color: #1a9850 }}
  .row li, .row .own {{ font-size: .8rem; line-height: 1.3 }}
 """
@@ -26,6 +26,7 @@ MACROS = """
 {% macro captions(queries) %}{% for q in queries %}
 <div class="row"><div class="query">{{ q.query }}</div>
 {% for f in q.found %}<img class="{{ "right" if f.right }}" alt="result {{ loop.index }}" src="data:image/png;base64,{{ f.png }}">{% endfor %}
+{% if q.own %}<img class="right apart" alt="own" src="data:image/png;base64,{{ q.own }}">{% endif %}
 <div class="rank">{{ "found %d." | format(q.rank) }}</div></div>
 {% endfor %}{% endmacro %}
 {% macro pictures(queries) %}{% for q in queries %}
@@ -37,7 +38,10 @@ MACROS = """
 
 
 def captions_with_pictures(result: dict, which: str) -> list[dict]:
-    """The kept examples of text-to-image retrieval with their pictures; none where the shards are no longer at hand."""
+    """The kept examples of text-to-image retrieval with their pictures; none where the shards are no longer at hand.
+
+    Of the hardest, whose own picture is hardly among those found, that is there too.
+    """
     examples = result["details"].get(which, [])
     try:
         reader = ShardReader(result["data"]) if examples else None
@@ -45,6 +49,7 @@ def captions_with_pictures(result: dict, which: str) -> list[dict]:
             {
                 "query": example["query"],
                 "rank": example["rank"],
+                "own": thumbnail(reader, example["answer"]) if which.startswith("hardest") else None,
                 "found": [{"right": n == example["answer"], "png": thumbnail(reader, n)} for n in example["found"]],
             }
             for example in examples

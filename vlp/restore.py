@@ -10,7 +10,6 @@ from accelerate import PartialState
 from vlp import checkpoint
 from vlp.config import load_json
 from vlp.data.text import load_tokenizer
-from vlp.distributed import keep_freed_memory
 from vlp.errors import UserError
 from vlp.evaluation import Subject
 
@@ -54,8 +53,6 @@ def open_run(folder: Path, which: str | None = None) -> tuple[Subject, int]:
     model = experiment.model.build(load_weights=False)
     checkpoint.load_model(model, checkpoint.read(path, weights.stem), path)
     process = PartialState(cpu=not torch.cuda.is_available())
-    if process.device.type == "cpu":
-        keep_freed_memory()
     subject = Subject(
         model.to(process.device).eval(),
         load_tokenizer(str(folder / "tokenizer")) if model.text is not None else None,

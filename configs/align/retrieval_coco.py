@@ -54,7 +54,7 @@ def config() -> Experiment:
         ),
         optim=Lamb(lr=1e-5, weight_decay=1e-5),
         schedule=Schedule(warmup_steps=0, kind="linear"),
-        train=Training(steps=6_000, precision="bf16", activation_checkpointing=True),
+        train=Training(steps=6_000, precision="bf16", activation_checkpointing="full"),
         evaluate={"retrieval": Retrieval()},
         evaluate_every=1_000,
         save=Saving(every=1_000, keep=2, best="retrieval/mean_recall"),

@@ -56,7 +56,7 @@ def config() -> Experiment:
         ),
         optim=Lamb(lr=1e-5, weight_decay=1e-5),
         schedule=Schedule(warmup_steps=0, kind="linear"),
-        train=Training(steps=3_000, precision="bf16", activation_checkpointing=True),
+        train=Training(steps=3_000, precision="bf16", activation_checkpointing="full"),
         evaluate={"retrieval": Retrieval()},
         evaluate_every=500,
         save=Saving(every=500, keep=2, best="retrieval/mean_recall"),

@@ -442,21 +442,21 @@ def test_statements_about_two_pictures_are_true_of_the_pixels(larger):
     assert {line["kind"] for line in found} == {"colour", "shape", "place", "number"}
     seen = {}
     for line in found:
-        for key in (line["left"], line["right"]):
+        for key in (line["image0"], line["image1"]):
             if key not in seen:
                 seen[key] = see(np.array(Image.open(pictures / line["split"] / f"{key}.png")))
-        same = same_in_both(line["text"], seen[line["left"]], seen[line["right"]])
+        same = same_in_both(line["text"], seen[line["image0"]], seen[line["image1"]])
         assert line["answer"] is (same == ("same" in line["text"] or "alike" in line["text"])), line
 
 
 def test_neither_a_text_nor_a_text_with_one_picture_decides_about_two(larger):
     found = lines(larger, "pairs")
-    assert len({line["answer"] for line in found}) == 2 and all(line["left"] != line["right"] for line in found)
+    assert len({line["answer"] for line in found}) == 2 and all(line["image0"] != line["image1"] for line in found)
     for split in ("train", "val"):
         for kind in ("colour", "shape", "place", "number"):
             some = [line for line in found if line["split"] == split and line["kind"] == kind]
             assert some and len(some) % 4 == 0
-            for known in (("text",), ("text", "left"), ("text", "right")):
+            for known in (("text",), ("text", "image0"), ("text", "image1")):
                 answers = {}
                 for line in some:
                     answers.setdefault(tuple(line[name] for name in known), []).append(line["answer"])
@@ -470,7 +470,7 @@ def test_pictures_compared_by_colour_shape_or_place_have_histograms_that_do_not_
     numbers = {s.key: s.meta["number"] for split in ("train", "val") for s in read_all(larger, split)}
     found = [line for line in lines(larger, "pairs") if line["kind"] != "number"]
     for four in zip(*[iter(found)] * 4):
-        sides = [{numbers[line[side]] // 2 for line in four} for side in ("left", "right")]
+        sides = [{numbers[line[side]] // 2 for line in four} for side in ("image0", "image1")]
         assert [len(side) for side in sides] == [1, 1] and sides[0] != sides[1]
 
 

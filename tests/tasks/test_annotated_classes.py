@@ -38,7 +38,7 @@ def lines(world, name, split="val"):
 
 
 def source(world, name, split="train"):
-    image = ("left", "right") if name == "pairs" else ("key",)
+    image = ("image0", "image1") if name == "pairs" else ("key",)
     path, images = str(world / f"{name}.jsonl"), str(world / split)
     return Annotated(path, images, image, label="answer", classes=FALSE_TRUE, split=split)
 
@@ -76,7 +76,9 @@ def one_by_one(subject, world, given, fields):
     return np.array(said)
 
 
-@pytest.mark.parametrize(("name", "spec", "fields"), [("statements", ONE, ("key",)), ("pairs", TWO, ("left", "right"))])
+@pytest.mark.parametrize(
+    ("name", "spec", "fields"), [("statements", ONE, ("key",)), ("pairs", TWO, ("image0", "image1"))]
+)
 def test_every_line_is_scored_once_as_if_alone_whatever_the_batches(world, name, spec, fields):
     under, given = subject(world, name, spec), lines(world, name)
     rather = one_by_one(under, world, given, fields)

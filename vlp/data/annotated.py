@@ -44,7 +44,7 @@ class Annotated:
             With ``answers`` a sample gets a soft target for each.
         scores: the soft target of an answer that 1, 2, ... annotators gave, the last for as many or more; VQA's. What has a
             weight, or is the only answer, has that weight, or 1.
-        split: lines whose field ``split`` is this one, or one of several joined by "+"; None = all.
+        split: lines whose field ``split_field`` is this one, or one of several joined by "+"; None = all.
         weight: share of the stream relative to the other sources' weights; None = number of lines.
     """
 
@@ -57,6 +57,7 @@ class Annotated:
     classes: str | tuple[str, ...] = ()
     scores: tuple[float, ...] = (0.3, 0.6, 0.9, 1.0)
     split: str | None = None
+    split_field: str = "split"
     weight: float | None = None
 
     def open(self) -> AnnotatedReader:
@@ -140,7 +141,7 @@ class AnnotatedReader:
 
     def _split(self, number: int) -> Any:
         try:
-            return self.lines.record(number).get("split")
+            return self.lines.record(number).get(self.source.split_field)
         except BadSample:
             return UNREADABLE
 

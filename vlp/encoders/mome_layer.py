@@ -144,16 +144,24 @@ class SharedAttention(nn.Module):
         self.out = nn.Linear(width, width)
         self.heads = heads
 
-    def forward(self, states: Tensor, rows: Rows, bias: Tensor | None, wanted: Wanted | None = None) -> Tensor:
+    def forward(
+        self,
+        states: Tensor,
+        rows: Rows,
+        bias: Tensor | None,
+        gamma: Tensor | None = None,
+        wanted: Wanted | None = None,
+    ) -> Tensor:
         """(S, D) to (S, D), or to (M, D) of what is wanted.
 
         Args:
             bias: (h, N, N) added to the scores, which are float32 inside whatever the precision of the rest.
+            gamma: (D,) that the output is multiplied by.
         """
         if wanted is None:
             own = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
             query, key, value = self._heads(rows.pad(F.linear(states, self.qkv.weight, own)), 3)
-            return self.out(rows.pack(self._attend(query, key, value, rows, bias)))
+            return scaled(self.out, rows.pack(self._attend(query, key, value, rows, bias)), gamma)
         q_weight, kv_weight = self.qkv.weight.tensor_split([len(self.q_bias)])
         own = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
         key, value = self._heads(rows.pad(F.linear(states, kv_weight, own)), 2)
@@ -163,7 +171,7 @@ class SharedAttention(nn.Module):
             flat = flat.new_zeros(n * wanted.width, flat.shape[1]).index_copy(0, wanted.slot, flat)
         (query,) = self._heads(flat.unflatten(0, (n, wanted.width)), 1)
         bias = None if bias is None else bias[:, : wanted.width]
-        return self.out(self._attend(query, key, value, rows, bias).flatten(0, 1)[wanted.slot])
+        return scaled(self.out, self._attend(query, key, value, rows, bias).flatten(0, 1)[wanted.slot], gamma)
 
     def _heads(self, x: Tensor, count: int) -> Sequence[Tensor]:
         """(n, N, count * D) to ``count`` times (n, h, N, D / h)."""
@@ -185,8 +193,15 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(width, eps=eps)
         self.expand, self.contract = nn.Linear(width, hidden_size), nn.Linear(hidden_size, width)
 
-    def forward(self, states: Tensor) -> Tensor:
-        return self.contract(F.gelu(self.expand(self.norm(states))))
+    def forward(self, states: Tensor, gamma: Tensor | None) -> Tensor:
+        return scaled(self.contract, F.gelu(self.expand(self.norm(states))), gamma)
+
+
+def scaled(linear: nn.Linear, x: Tensor, gamma: Tensor | None) -> Tensor:
+    """``gamma * linear(x)``, by way of the weights: then nobody needs what the layer gave out."""
+    if gamma is None:
+        return linear(x)
+    return F.linear(x, gamma[:, None] * linear.weight, gamma * linear.bias)
 
 
 class MomeLayer(nn.Module):
@@ -224,22 +239,20 @@ class MomeLayer(nn.Module):
         Args:
             joint: all tokens go to the vision-language expert; else each to its own modality's.
         """
-        attended = self.attention(self.norm(states), rows, bias, wanted)
+        attended = self.attention(self.norm(states), rows, bias, self.gamma_1, wanted)
         states = states if wanted is None else states[wanted.place]
-        states = self._add(states, attended, self.gamma_1, rows, wanted)
-        return self._add(states, self._experts(states, rows, joint), self.gamma_2, rows, wanted)
+        states = self._add(states, attended, rows, wanted)
+        return self._add(states, self._experts(states, rows, joint), rows, wanted)
 
     def _experts(self, states: Tensor, rows: Rows, joint: bool) -> Tensor:
         if joint:
-            return self.experts["vl"](states)
+            return self.experts["vl"](states, self.gamma_2)
         if not (rows.width and rows.patches):
-            return self.experts["text" if rows.width else "image"](states)
+            return self.experts["text" if rows.width else "image"](states, self.gamma_2)
         text, image = states.tensor_split([rows.text_tokens])
-        return torch.cat([self.experts["text"](text), self.experts["image"](image)])
+        return torch.cat([self.experts["text"](text, self.gamma_2), self.experts["image"](image, self.gamma_2)])
 
-    def _add(self, states: Tensor, branch: Tensor, gamma: Tensor | None, rows: Rows, wanted: Wanted | None) -> Tensor:
-        if gamma is not None:
-            branch = gamma * branch
+    def _add(self, states: Tensor, branch: Tensor, rows: Rows, wanted: Wanted | None) -> Tensor:
         if self.training and self.drop_path:
             keep = torch.empty(len(rows.lengths), 1, device=states.device).bernoulli_(1 - self.drop_path)
             keep = keep / (1 - self.drop_path)

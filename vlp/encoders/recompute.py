@@ -17,8 +17,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 Checkpointing = Literal["none", "cheap", "full"]
 
+# batched products are not among them: they are those of attention where torch has no fused one (with biases that take a gradient,
+# on a CPU), whose scores take more room than they take operations
 # names, since not every build of torch has every one
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention_for_cpu")
+PRODUCTS = ("mm", "addmm", "convolution", "_scaled_dot_product_flash_attention_for_cpu")
 PRODUCTS += tuple(f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn"))
 KEPT = {getattr(torch.ops.aten, name).default for name in PRODUCTS if hasattr(torch.ops.aten, name)}
 

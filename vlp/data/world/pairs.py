@@ -30,7 +30,7 @@ SAID = {
 
 
 def paired(scenes: Iterable[Keyed], seed: int) -> Iterator[dict]:
-    """Lines with ``left`` and ``right`` (keys of samples), ``text``, ``answer`` (whether it is true) and ``kind``, of `SAID`.
+    """Lines with ``image0`` and ``image1`` (keys of samples), ``text``, ``answer`` (whether it is true) and ``kind``, of `SAID`.
 
     Colours, shapes and places are compared between two minimal pairs, so that the histograms of the pictures say nothing.
     A scene is in at most one group of four of each kind. Those of fewer scenes are the first of more.
@@ -83,4 +83,4 @@ def _four(
     said_same = bool(rng.integers(2))
     text = SAID[kind][not said_same].format(*names)
     for (n, (left_key, _)), (m, (right_key, _)) in product(enumerate(left), enumerate(right)):
-        yield {"left": left_key, "right": right_key, "text": text, "answer": (n == m) == said_same, "kind": kind}
+        yield {"image0": left_key, "image1": right_key, "text": text, "answer": (n == m) == said_same, "kind": kind}
