@@ -2,7 +2,7 @@
 
 Paper:    Li et al. 2021, arXiv:2107.07651, section 4.3; the data are of a tutorial (easy-vqa on PyPI, Zhou 2019).
 Data:     the package easy-vqa: 4,000 pictures of 64 px with 38,575 questions to train, 1,000 with 9,673 to test.
-Start:    runs/albef-flickr8k; only its text tower stays as it is.
+Start:    runs/albef-flickr8k; of its image tower the last two stages are trained on, its text tower stays as it is.
 Commands: pip install easy-vqa
           vlp data annotations easy-vqa pip:easy_vqa/data data/easy-vqa.jsonl
           vlp train configs/albef/easy_vqa.py
@@ -55,11 +55,17 @@ def config() -> Experiment:
         optim=AdamW(lr=3e-4, weight_decay=0.05),
         schedule=Schedule(warmup_steps=30, kind="cosine"),
         train=Training(
-            steps=400,
+            steps=450,
             lr_scales={"image.model": 0.3, "fusion": 0.5},
             precision="bf16",
             threads=1,
-            frozen=("text.model", "decoder.embeddings"),
+            frozen=(
+                "image.model.conv_stem",
+                "image.model.bn1",
+                *(f"image.model.blocks.{n}" for n in range(5)),
+                "text.model",
+                "decoder.embeddings",
+            ),
         ),
         evaluate={"rank": Vqa(split="test")},
         save=Saving(every=160, keep=1),

@@ -2,7 +2,7 @@
 
 Paper:    Li et al. 2021, arXiv:2107.07651, section 4.3.
 Data:     vlp data world: scenes of coloured shapes, questions about shapes, colours, sizes, places and numbers.
-Start:    runs/albef-flickr8k; only its text tower stays as it is.
+Start:    runs/albef-flickr8k; of its image tower the last two stages are trained on, its text tower stays as it is.
 Commands: vlp data world data/world
           vlp train configs/albef/world_vqa.py
           vlp eval runs/albef-world-vqa vqa split=val images=data/world/val
@@ -62,11 +62,17 @@ def config() -> Experiment:
         optim=AdamW(lr=3e-4, weight_decay=0.05),
         schedule=Schedule(warmup_steps=30, kind="cosine"),
         train=Training(
-            steps=260,
+            steps=300,
             lr_scales={"image.model": 0.3, "fusion": 0.5},
             precision="bf16",
             threads=1,
-            frozen=("text.model", "decoder.embeddings"),
+            frozen=(
+                "image.model.conv_stem",
+                "image.model.bn1",
+                *(f"image.model.blocks.{n}" for n in range(5)),
+                "text.model",
+                "decoder.embeddings",
+            ),
         ),
         evaluate={"rank": Vqa(split="val", images="data/world/val")},
         save=Saving(every=160, keep=1),
