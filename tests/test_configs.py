@@ -17,7 +17,7 @@ from vlp.optim import parameter_groups, set_lr, starts_with
 from vlp.stages import Stages
 from vlp.state import Average
 from vlp.train import Pretrainer
-from vlp.types import Batch, Vocabulary
+from vlp.types import Answers, Batch, Vocabulary
 from vlp.validation import validate
 
 FILES = sorted((ROOT / "configs").rglob("*.py"))
@@ -57,7 +57,15 @@ def packages_of(experiment: Experiment) -> set[str]:
 
 
 def at_hand(experiment: Experiment) -> Experiment:
-    """The same, with BERT's architecture where the text tower starts from a folder that is not here, such as a run's."""
+    """The same, with BERT's architecture where the text tower starts from a folder that is not here, such as a run's, and
+    names for classes whose file is not."""
+    train = tuple(
+        replace(s, classes=tuple(map(str, range(experiment.model.classes))))
+        if isinstance(getattr(s, "classes", ()), str) and s.classes and not Path(s.classes).exists()
+        else s
+        for s in experiment.data.train
+    )
+    experiment = replace(experiment, data=replace(experiment.data, train=train))
     text = getattr(experiment.model, "text", None)
     if getattr(text, "weights", None) is None or text.weights.startswith("pip:") or Path(text.weights).exists():
         return experiment
@@ -111,6 +119,8 @@ def small(experiment: Experiment) -> Experiment:
         model = replace(model, text=replace(model.text, config={**model.text.config, **TINY}))
     if hasattr(model, "fusion"):
         model = replace(model, fusion=replace(model.fusion, heads=2, hidden_size=64))
+    if getattr(model, "decoder", None):
+        model = replace(model, decoder=replace(model.decoder, heads=2, hidden_size=64))
     if model.image is not None:
         size, name = 64, SIBLINGS.get(model.image.name, model.image.name)
         if mim := getattr(model, "mim", None):
@@ -143,7 +153,11 @@ def batch_of(experiment: Experiment, model, rows: int) -> Batch:
     first, *others = map(view, range(max(pictures, texts)))
     classes = getattr(experiment.model, "classes", None)
     labels = None if classes is None else torch.arange(rows) % classes
-    return replace(first, row=torch.arange(rows), labels=labels, others=tuple(others))
+    answers = None
+    if any(getattr(source, "answers", None) for source in data.train):
+        ids = torch.randint(5, 90, (rows, 4))
+        answers = Answers(ids, torch.ones_like(ids).bool(), torch.ones(rows), torch.arange(rows))
+    return replace(first, row=torch.arange(rows), labels=labels, answers=answers, others=tuple(others))
 
 
 def vocabulary_of(model) -> Vocabulary | None:

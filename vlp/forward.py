@@ -103,6 +103,11 @@ class Forward:
         return self.model.project(self.image)
 
     @cached_property
+    def fused(self) -> Tensor:
+        """(B, L, D) the texts when they have looked at their pictures, once for all that read every state: `model.fuse_all`."""
+        return self.model.fuse_all(self)
+
+    @cached_property
     def images(self) -> tuple[Encoded, ...]:
         """All views of the pictures in one pass, so that a BatchNorm sees them together (as SimCLR's does)."""
         views = [self.batch.image, *(b.image for b in self.batch.others)]
@@ -168,7 +173,8 @@ class Forward:
     def forget(self) -> None:
         """Drops what only losses read. From then on their graph alone holds it, and lets go of it in the backward."""
         for bundle in filter(None, (self, self.momentum)):
-            vars(bundle).pop("projected", None)
+            for name in ("projected", "fused"):
+                vars(bundle).pop(name, None)
 
     def ran(self) -> dict[str, Tensor]:
         """(B, E) embeddings that were made on the way, by name, for measures; none is computed for this."""

@@ -65,6 +65,7 @@ class Run:
             experiment.seed,
             data.text_views,
         )
+        self._check_classes()
         self._check_same_data()
         self.epoch_samples = len(self.dataset)
         if data.batch_size > self.epoch_samples:
@@ -121,6 +122,14 @@ class Run:
             raise UserError(
                 f"data.max_length={data.max_length} but the text tower takes {tower.max_length} tokens; lower it"
             )
+
+    def _check_classes(self) -> None:
+        count = getattr(self.experiment.model, "classes", None)
+        for reader in self.dataset.readers:
+            if count is not None and len(found := getattr(reader, "classes", ())) not in (0, count):
+                raise UserError(
+                    f"{reader.location} has {len(found)} classes and the model {count}; set model.classes to {len(found)}"
+                )
 
     def _check_same_data(self) -> None:
         """The order is a function of the shards' sizes: with a shard more, a resumed run would repeat and miss samples."""

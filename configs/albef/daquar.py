@@ -4,11 +4,10 @@ Paper:    Li et al. 2021, arXiv:2107.07651, section 4.3 (answers ranked by a dec
           soft targets of a classifier). Both heads read the same fusion.
 Data:     DAQUAR (Malinowski and Fritz 2014), 1,449 indoor photos, 6,795 questions to train and 5,673 to test, of other photos;
           questions.jsonl and images/ in data/daquar; for research only.
-Start:    runs/albef-flickr8k; its image tower, embeddings and first three text layers stay as they are, the decoder starts as
-          its fusion and head for masked words.
+Start:    runs/albef-flickr8k; its towers stay as they are, the decoder starts as its fusion and head for masked words.
 Commands: vlp data answers data/daquar/questions.jsonl data/daquar-answers.txt --field answer --split train
           vlp train configs/albef/daquar.py
-          vlp eval runs/albef-daquar vqa split=test
+          vlp eval runs/albef-daquar vqa split=test k=16
           vlp eval runs/albef-daquar vqa split=test how=classify
           vlp eval runs/albef-daquar vqa split=test how=write
 Hardware: 1 CPU core.
@@ -40,7 +39,7 @@ def config() -> Experiment:
             image=TimmImage(
                 "tf_efficientnet_lite0", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), image_size=192, head_conv=True
             ),
-            text=BertText(weights=MINILM),
+            text=BertText(weights=MINILM, length_groups=3),
             fusion=Fusion(layers=3, weights=MINILM, first_layer=3),
             decoder=Decoder(layers=3, weights=MINILM, first_layer=3),
             classes=968,
@@ -61,7 +60,7 @@ def config() -> Experiment:
                 ),
             ),
             tokenizer=MINILM,
-            batch_size=64,
+            batch_size=32,
             max_length=40,
             augment=RandomResizedCrop(scale=(0.7, 1.0), flip=0.5),
             resize=Resize(mode="squash"),
@@ -70,17 +69,12 @@ def config() -> Experiment:
         optim=AdamW(lr=3e-4, weight_decay=0.05),
         schedule=Schedule(warmup_steps=30, kind="cosine"),
         train=Training(
-            steps=400,
-            lr_scales={"text.model": 0.3, "fusion": 0.5},
+            steps=640,
+            lr_scales={"fusion": 0.5},
             precision="bf16",
             threads=1,
-            frozen=(
-                "image.model",
-                "text.model.embeddings",
-                *(f"text.model.encoder.layer.{n}" for n in range(3)),
-                "decoder.embeddings",
-            ),
+            frozen=("image.model", "text.model", "decoder.embeddings"),
         ),
-        evaluate={"rank": Vqa(split="test"), "classify": Vqa(split="test", how="classify")},
-        save=Saving(every=100, keep=1),
+        evaluate={"rank": Vqa(split="test", k=16), "classify": Vqa(split="test", how="classify")},
+        save=Saving(every=160, keep=1),
     )

@@ -10,9 +10,12 @@ from tests.encoders.test_text import BERT, captions
 from vlp import checkpoint
 from vlp.config import Data, Experiment, dump
 from vlp.data.shards import Source
+from vlp.encoders.decoder import Decoder
+from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
+from vlp.models.albef import Albef
 from vlp.models.dual import Dual
 from vlp.models.single import Single
 
@@ -124,4 +127,30 @@ def test_a_whole_dual_encoder_starts_from_a_run_heads_and_scalars_too(tmp_path):
         replace(spec, embed_size=9, weights=run).build()
     assert not torch.equal(
         replace(spec, weights=run).build(load_weights=False).text_projection.weight, model.text_projection.weight
+    )
+
+
+def test_an_albef_starts_from_a_run_with_new_heads_and_a_decoder_that_begins_as_its_fusion(tmp_path):
+    sizes = BERT | {"num_hidden_layers": 1}
+    parts = {"image": IMAGE, "text": BertText(config=sizes), "fusion": Fusion(layers=2), "embed_size": 8}
+    (old,) = run_of(tmp_path / "run", Albef(**parts))
+    spec = Albef(**parts, weights=str(tmp_path / "run"), decoder=Decoder(layers=2), classes=3, mlm=False, itm=False)
+    model = spec.build()
+    own, state = model.state_dict(), old.state_dict()
+    assert all(torch.equal(own[name], state[name]) for name in state if name in own)
+    same = 0
+    for name, value in own.items():
+        for to, of in (("layers", "fusion.layers"), ("embeddings", "text.model.embeddings"), ("head", "mlm")):
+            begun = state.get(name.replace(f"decoder.{to}", of, 1))
+            if name.startswith(f"decoder.{to}.") and begun.shape == value.shape:
+                assert torch.equal(value, begun), name
+                same += 1
+    new = {name for name in own if name.startswith(("decoder", "classifier"))} - set(model.report.loaded)
+    # fusion reads pictures, the decoder texts, which are of another width: those keys and values start fresh
+    assert same > 50 and {name.split(".")[0] for name in new} == {"decoder", "classifier"}
+    assert all(".cross_attention.key" in n or ".cross_attention.value" in n for n in new if n.startswith("decoder"))
+    captions = replace(spec, decoder=Decoder(layers=2, source="image"), classes=None).build()
+    assert not captions.report.new and captions.fusion is None
+    assert torch.equal(
+        captions.decoder.layers[1].cross_attention.key.weight, state["fusion.layers.1.cross_attention.key.weight"]
     )

@@ -15,6 +15,7 @@ from vlp.errors import UserError
 from vlp.forward import Forward, Surroundings
 from vlp.losses.masked import masked_cross_entropy
 from vlp.objectives.answer import AnswerGeneration, Captioning
+from vlp.objectives.classification import Classification
 from vlp.state import Average, Momentum
 from vlp.types import Answers
 
@@ -33,12 +34,12 @@ def asked(rows=4):
     return replace(pairs(rows), answers=answers)
 
 
-def networks(source="fusion"):
+def networks(source="fusion", **parts):
     made = []
     for seed in (0, 9):
         torch.manual_seed(seed)
         heads = {"itc": False, "itm": False, "mlm": False}
-        made.append(tiny(decoder=Decoder(layers=2, source=source), **heads).build().double())
+        made.append(tiny(decoder=Decoder(layers=2, source=source), **heads, **parts).build().double())
     return made[0], Average(made[1], 0.9).network.double()
 
 
@@ -73,6 +74,20 @@ def test_answers_are_weighted_and_summed_as_each_alone(distill, progress):
         *(torch.autograd.grad(x, list(model.parameters()), retain_graph=True) for x in (loss, slow))
     ):
         assert (found - expected).norm() <= 1e-4 * expected.norm() + 1e-7
+
+
+def test_a_classifier_beside_it_reads_the_same_pass_of_fusion():
+    model, _ = networks(classes=5)
+    batch = replace(asked(), labels=torch.tensor([0, 1, 2, 3]))
+    alone = Classification()(Forward(model, batch))
+    f, passes = Forward(model, batch), []
+    with model.fusion.register_forward_hook(lambda *_: passes.append(1)):
+        answer, beside = AnswerGeneration()(f), Classification()(f)
+    assert len(passes) == 1
+    torch.testing.assert_close(beside, alone)
+    torch.testing.assert_close(answer, AnswerGeneration()(Forward(model, batch)))
+    f.forget()
+    assert "fused" not in vars(f)
 
 
 def test_micro_batches_add_up_to_the_batch():

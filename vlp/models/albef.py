@@ -238,6 +238,10 @@ class AlbefModel(LearnedScale):
         """(n, L, D) texts that have looked at images; see `vlp.encoders.fusion.FusionEncoder.forward`."""
         return self.fusion(text.tokens, text.mask, image, texts, images, at)
 
+    def fuse_all(self, f: Forward) -> Tensor:
+        """(B, L, D) the texts of ``f`` fused with its images; see `vlp.forward.Forward.fused`."""
+        return self.fuse(self._seen(f), f.text)
+
     def match(
         self, image: Projected | Unprojected, text: Encoded, texts: Tensor | None = None, images: Tensor | None = None
     ) -> Tensor:
@@ -261,6 +265,8 @@ class AlbefModel(LearnedScale):
 
     def classify(self, f: Forward) -> Tensor:
         """(B, C) logits of the classes of texts with their image, or with all of their images, from fusion's first token."""
+        if "fused" in vars(f):
+            return self.classifier(f.fused[:, 0])
         if self.fusion.images == 1:
             image = self._seen(f)
         else:
@@ -291,7 +297,7 @@ class AlbefModel(LearnedScale):
 
     def answer(self, f: Forward, answers: Answers) -> Predicted:
         """The tokens of answers to the texts of ``f``, as the decoder would write them."""
-        source = self.ask(self._seen(f), f.text)
+        source = self.decoder.project(f.fused, f.text.mask)
         return self.decoder.predict(answers.input_ids, answers.attention_mask, source, answers.row)
 
     def caption(self, f: Forward) -> Predicted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ import numpy as np
 import torch
 
 from vlp.config import Data
-from vlp.data.locations import write_atomically
 from vlp.data.stream import InOrder, evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.encoders.generate import beam_search
 from vlp.errors import UserError
 from vlp.evaluation import Result, Subject, evaluating
 from vlp.metrics import Interval, bootstrap
+from vlp.tasks.vqa import write_submission
 
 EXAMPLES = 100
 
@@ -85,7 +84,7 @@ class CaptionQuality:
             raise UserError(f"{source} holds no usable picture; run `vlp data check` on it")
         if self.submission and subject.rank == 0:
             answers = [{"image_id": image, "caption": said} for _, _, image, _, said in found]
-            write_atomically(Path(self.submission), json.dumps(answers).encode())
+            write_submission(Path(self.submission), answers)
         told = [(index, captions, said) for _, index, _, captions, said in found if captions]
         scores = cider([said for _, _, said in told], [captions for _, captions, _ in told])
         mean = bootstrap(scores, np.array([index for index, _, _ in told]), subject.seed, self.resamples)

@@ -270,7 +270,11 @@ def submit(path: Path, found: list[tuple[RawSample, str]], bad: list[dict]) -> N
         raise UserError(
             "a submission needs a question_id in every line, each once; make them with vlp data annotations"
         )
-    answers = [{"question_id": number, "answer": answer} for number, (_, answer) in zip(ids, found)]
+    write_submission(path, [{"question_id": number, "answer": answer} for number, (_, answer) in zip(ids, found)])
+
+
+def write_submission(path: Path, answers: list[dict]) -> None:
+    """A json list for a server. Raises UserError where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(answers).encode())

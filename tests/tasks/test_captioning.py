@@ -1,0 +1,71 @@
+"""Captions are scored by the package; what a model writes is what it is asked for."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.models.test_albef import SPEC
+from tests.tasks.fakes import subject
+from vlp.data.text import load_tokenizer
+from vlp.encoders.decoder import Decoder
+from vlp.encoders.generate import beam_search
+from vlp.errors import UserError
+from vlp.tasks.captioning import CaptionQuality, cider, words
+
+pytest.importorskip("pycocoevalcap", reason="pip install pycocoevalcap (extra captioning)")
+
+
+@pytest.fixture
+def given(world):
+    torch.manual_seed(0)
+    text = replace(SPEC.text, config=SPEC.text.config | {"vocab_size": 200})
+    spec = replace(SPEC, text=text, itc=False, itm=False, mlm=False, decoder=Decoder(layers=2, source="image"))
+    found = subject(spec.build().eval(), str(world / "shards"))
+    return replace(found, tokenizer=load_tokenizer(str(world / "tokenizer")), data=replace(found.data, max_length=16))
+
+
+def test_its_own_caption_scores_higher_than_anothers_and_nothing_scores_nothing():
+    true = [("a red square", "red thing"), ("a blue square", "blue thing"), ("two green dogs", "dogs")]
+    own, other = cider(["a red square", "a blue square", "two green dogs"], true), cider(["a blue square"] * 3, true)
+    assert (own[[0, 2]] > other[[0, 2]]).all() and own[1] == other[1]
+    assert cider(["nothing alike"] * 3, true).max() == 0
+    assert words("A dog's ball, (red)!") == "a dog's ball red"
+
+
+def test_every_picture_is_captioned_and_submitted(given, tmp_path):
+    path = tmp_path / "captions.json"
+    task = CaptionQuality(beams=2, max_length=6, min_length=2, batch_size=16, submission=str(path), resamples=10)
+    task.check(given.data)
+    result = task(given)
+    submitted = json.loads(path.read_text())
+    assert result.n == {"images": 50} and [each["image_id"] for each in submitted] == [f"{n:04d}" for n in range(50)]
+    truth = [example["true"] for example in result.details["examples"]]
+    scores = cider([each["caption"] for each in submitted], truth)
+    assert result.metrics["cider"].value == pytest.approx(scores.mean()) and not result.metrics["cider"].percent
+
+
+def test_captions_are_those_of_each_picture_alone(given):
+    torch.manual_seed(1)
+    images = [torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8) for _ in range(3)]
+    task, model = CaptionQuality(beams=2, max_length=6, min_length=2), given.model
+    with torch.no_grad():
+        together = task._captions(given, images)
+        for image, caption in zip(images, together):
+            described = model.describe(model.encode_image(given.preprocess.normalise(image[None])))
+            tokenizer = given.tokenizer
+            (ids,) = beam_search(model.decoder, described, tokenizer.cls_id, tokenizer.sep_id, 6, 2, 2, 1.0)
+            assert tokenizer.text(ids) == caption
+
+
+def test_what_cannot_be_is_one_line(given, monkeypatch):
+    with pytest.raises(UserError, match="source='image'"):
+        CaptionQuality()(replace(given, model=SPEC.build()))
+    with pytest.raises(UserError, match="min_length at most max_length"):
+        CaptionQuality(min_length=30).check(given.data)
+    with pytest.raises(UserError, match="captioning has no data"):
+        CaptionQuality().check(replace(given.data, val=None))
+    monkeypatch.setitem(__import__("sys").modules, "pycocoevalcap.cider.cider", None)
+    with pytest.raises(UserError, match=r"vlp\[captioning\]"):
+        CaptionQuality().check(given.data)
