@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "what",
         metavar="RUN_OR_WEIGHTS",
-        help="a run; a file of ALBEF's weights; a transformers folder (CLIP, ALIGN, SigLIP); open_clip:NAME/TAG_OR_FILE",
+        help="a run; a file of ALBEF's or VLMo's weights; a transformers folder (CLIP, ALIGN, SigLIP); open_clip:NAME/TAG_OR_FILE",
     )
     evaluate.add_argument("task", choices=TASKS)
     evaluate.add_argument(
