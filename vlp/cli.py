@@ -31,6 +31,7 @@ TASKS = {
     "zero-shot": ("vlp.tasks.zero_shot", "ZeroShot"),
     "knn": ("vlp.tasks.probe", "Knn"),
     "probe": ("vlp.tasks.probe", "LinearProbe"),
+    "image-accuracy": ("vlp.tasks.image_accuracy", "ImageAccuracy"),
     "sts": ("vlp.tasks.sentence_similarity", "SentenceSimilarity"),
     "classification": ("vlp.tasks.annotated_classes", "Classes"),
     "vqa": ("vlp.tasks.vqa", "Vqa"),
