@@ -16,8 +16,11 @@ from tests.conftest import COLOURS
 from tests.models.test_albef import SPEC, published
 from vlp.cli import main
 from vlp.encoders.decoder import Decoder
+from vlp.encoders.mome import Mome
 from vlp.errors import UserError
 from vlp.models.albef_weights import AlbefCheckpoint, export_albef
+from vlp.models.vlmo import Vlmo
+from vlp.models.vlmo_weights import VlmoCheckpoint, export_vlmo
 from vlp.opening import Opening, open_subject
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "the", "##s", *COLOURS]
@@ -235,6 +238,35 @@ def test_albef_is_seen_at_other_pixels_where_asked(albef_file):
     assert (
         opened.subject.data.clean and opened.subject.data.sep is False and opened.subject.data.resize.mode == "squash"
     )
+
+
+# --- VLMo's files ------------------------------------------------------------------------------------------------------
+
+MOME = Mome(48, 3, 4, 96, vl_from=2, drop_path=0.0, text_dropout=0.0, image_size=32, vocab_size=30, max_text_length=196)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Vlmo(MOME, embed_size=48),
+        Vlmo(MOME, itc=False, itc_vl=False, itm=False, mlm=False, classes=7),  # VQA
+        Vlmo(replace(MOME, image_kinds=2), itc=False, itc_vl=False, itm=False, mlm=False, classes=2, images=2),  # NLVR2
+        Vlmo(replace(MOME, positions="absolute", layer_scale=None, max_text_length=20), itm=False, mlm=False),
+    ],
+)
+def test_sizes_experts_and_heads_of_a_vlmo_file_are_those_of_its_tensors(tmp_path, spec):
+    torch.manual_seed(0)
+    own = spec.build().eval()
+    exported = export_vlmo(VlmoCheckpoint(own.state_dict()))
+    save_file({k: v.contiguous().clone() for k, v in exported.items()}, tmp_path / "vlmo.safetensors")
+    opened = open_subject(str(tmp_path / "vlmo.safetensors"), opening=Opening(head_width=12))
+    model, pixels = opened.subject.model, torch.randn(2, 3, 32, 32)
+    assert model.state_dict().keys() == own.state_dict().keys()
+    with torch.no_grad():
+        ids, mask = torch.randint(3, 30, (2, 9)), torch.ones(2, 9, dtype=torch.bool)
+        torch.testing.assert_close(model.encode_image(pixels).embed, own.encode_image(pixels).embed)
+        torch.testing.assert_close(model.encode_text(ids, mask).embed, own.encode_text(ids, mask).embed)
+    assert opened.reports["model"].new == () and opened.subject.data.max_length == 40
 
 
 # --- open_clip, and what is none of all this -----------------------------------------------------------------------------

@@ -31,6 +31,7 @@ TASKS = {
     "zero-shot": ("vlp.tasks.zero_shot", "ZeroShot"),
     "knn": ("vlp.tasks.probe", "Knn"),
     "probe": ("vlp.tasks.probe", "LinearProbe"),
+    "image-accuracy": ("vlp.tasks.image_accuracy", "ImageAccuracy"),
     "sts": ("vlp.tasks.sentence_similarity", "SentenceSimilarity"),
     "classification": ("vlp.tasks.annotated_classes", "Classes"),
     "vqa": ("vlp.tasks.vqa", "Vqa"),
@@ -76,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "what",
         metavar="RUN_OR_WEIGHTS",
-        help="a run; a file of ALBEF's weights; a transformers folder (CLIP, ALIGN, SigLIP); open_clip:NAME/TAG_OR_FILE",
+        help="a run; a file of ALBEF's or VLMo's weights; a transformers folder (CLIP, ALIGN, SigLIP); open_clip:NAME/TAG_OR_FILE",
     )
     evaluate.add_argument("task", choices=TASKS)
     evaluate.add_argument(

@@ -25,6 +25,7 @@ from vlp.data.sentences import Sentences
 from vlp.data.shards import Source
 from vlp.encoders.recompute import Checkpointing
 from vlp.errors import UserError
+from vlp.mixing import Mix
 from vlp.optim import AdamW, Schedule
 from vlp.state import Momentum
 
@@ -82,6 +83,7 @@ class Training:
         lr_scales: parameter-name prefix -> factor on the learning rate.
         frozen: parameter-name prefixes that are not trained; a ``*`` stands for anything up to the next dot.
         ema_decay: of the averaged weights that are evaluated and saved beside the trained ones; None = no average.
+        mix: mixup and CutMix of the pictures and their classes, see `vlp.mixing`; None = neither.
         activation_checkpointing: what the backward pass makes again to save memory, see `vlp.encoders.recompute`: "cheap" =
             what lies between matrix products, "full" = whole blocks.
         compile: run the model through torch.compile.
@@ -101,6 +103,7 @@ class Training:
     lr_scales: dict[str, float] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
     ema_decay: float | None = None
+    mix: Mix | None = None
     activation_checkpointing: Checkpointing = "none"
     compile: bool = False
     nonfinite: Literal["stop", "skip"] = "stop"
@@ -284,7 +287,8 @@ def _parse(key: str, text: str, hint: Any, old: Any) -> Any:
     if hint == tuple[Source | Annotated | Sentences, ...]:
         # files keep the columns of the one that they take the place of
         file = old[0] if old and isinstance(old[0], (Annotated, Sentences)) else None
-        return tuple(replace(file, path=path) if file else Source(path) for path in text.split(","))
+        label = old[0].label if old and isinstance(old[0], Source) else None
+        return tuple(replace(file, path=p) if file else Source(p, label=label) for p in text.split(","))
     if hint is Any or is_dataclass(hint):
         names = [f.name for f in dataclasses.fields(old)] if is_dataclass(old) else []
         raise UserError(

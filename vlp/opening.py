@@ -4,7 +4,7 @@
 |---|---|
 | a folder with experiment.json | a run |
 | a folder with config.json | transformers' CLIPModel, AlignModel or SiglipModel |
-| a file of weights | a published checkpoint of ALBEF, which its names tell |
+| a file of weights | a published checkpoint of ALBEF or of VLMo, which its names tell |
 | open_clip:NAME, open_clip:NAME/TAG, open_clip:NAME/FILE | a model of open_clip's |
 
 What the weights bring (tokenizer, length, pixels) is taken from them; `Opening` says otherwise, and what they do not bring.
@@ -35,9 +35,11 @@ from vlp.models.albef_weights import load_albef
 from vlp.models.dual import Dual
 from vlp.models.pretrained import LoadReport
 from vlp.models.transformers_dual import PROJECTIONS, load_folder, model_type
+from vlp.models.vlmo_file import build_vlmo
+from vlp.models.vlmo_weights import load_vlmo
 from vlp.restore import open_run
 
-CAN_BE = "it can be a run's folder, a transformers folder of CLIP, ALIGN or SigLIP, a file of ALBEF's weights, or open_clip:NAME/TAG"
+CAN_BE = "it can be a run's folder, a transformers folder of CLIP, ALIGN or SigLIP, a file of ALBEF's or VLMo's weights, or open_clip:NAME/TAG"
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,11 @@ class Opening:
     """What is to be otherwise than the weights, or the run, say.
 
     Args:
-        tokenizer: see `vlp.data.text.load_tokenizer`. ALBEF's files bring none: that of bert-base-uncased.
+        tokenizer: see `vlp.data.text.load_tokenizer`. Files of ALBEF and VLMo bring none: that of bert-base-uncased.
         max_length: tokens of a text; longer ones are cut.
         resize: "center" crops, "squash" ignores the picture's shape; see `vlp.data.augment.Resize`.
-        image_size: pixels at which an ALBEF file sees pictures; its positions are resized.
-        head_width: of an ALBEF file's attention heads, which no shape tells.
+        image_size: pixels at which a file of ALBEF or VLMo sees pictures; its positions are resized.
+        head_width: of such a file's attention heads, which no shape tells.
         workers: loading processes; None = 1, or the run's own.
         allow_leak: evaluate a run on pictures that it was trained on too, see `vlp.leaks`.
     """
@@ -147,6 +149,8 @@ def _file(path: Path, opening: Opening) -> Opened:
     state = pretrained.read_weights(path)
     if any(key.startswith("visual_encoder.") for key in state):
         return _albef(path, state, opening)
+    if any(key.startswith("transformer.blocks.") for key in state):
+        return _vlmo(path, state, opening)
     raise UserError(f"{path} holds {', '.join(list(state)[:3])}, ..., which is no model known here; {CAN_BE}")
 
 
@@ -158,6 +162,12 @@ def _albef(path: Path, state: dict[str, torch.Tensor], opening: Opening) -> Open
     data = _changed(data, opening)
     tokenizer = load_tokenizer(data.tokenizer, data.sep, data.clean) if data.tokenizer else None
     return _opened(path.stem, model, tokenizer, data, [path])
+
+
+def _vlmo(path: Path, state: dict[str, torch.Tensor], opening: Opening) -> Opened:
+    model = build_vlmo(load_vlmo(state), opening.image_size, opening.head_width)
+    data = _changed(Data((), None, "", max_length=40, resize=Resize("squash")), opening)  # as published
+    return _opened(path.stem, model, load_tokenizer(data.tokenizer) if data.tokenizer else None, data, [path])
 
 
 def _refuse(opening: Opening, whose: str, *names: str) -> None:

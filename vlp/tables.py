@@ -14,6 +14,7 @@ HEADLINES = {
     "zero-shot": "top1",
     "knn": "top1",
     "probe": "top1",
+    "image-accuracy": "top1",
     "sts": "mean",
 }
 LOWER_IS_BETTER = ("alignment", "uniformity")

@@ -190,8 +190,13 @@ class Trainer:
         grad_cache.average_gradients(list(self.run.model.parameters()))
 
     def prepare(self, batch: Batch) -> Batch:
-        batch = batch.to(self.accelerator.device)
-        return self._normalise(batch)
+        first, experiment = int(batch.row[0]), self.run.experiment
+        batch = self._normalise(batch.to(self.accelerator.device))
+        if experiment.train.mix is None:
+            return batch
+        # by the step, and by the samples, which differ between processes and micro-batches
+        key = (experiment.seed, self.run.state.step, first)
+        return experiment.train.mix(batch, experiment.model.classes, key)
 
     def _normalise(self, batch: Batch) -> Batch:
         others = tuple(map(self._normalise, batch.others))

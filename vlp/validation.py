@@ -63,6 +63,8 @@ def validate(experiment: Experiment) -> None:
             objective.check(experiment)
     if train.grad_cache:
         grad_cache.check(experiment)
+    if train.mix:
+        train.mix.check(experiment)
     for name, task in experiment.evaluate.items():
         if not callable(task):
             raise UserError(f"evaluate.{name} is not a task; the tasks are in vlp.tasks")

@@ -241,13 +241,15 @@ class Source:
     Args:
         shards: what `list_shards` takes.
         weight: share of the stream relative to the other sources' weights; None = number of samples.
+        label: what of a sample's json is the number of its class; None = samples have no class.
     """
 
     shards: str
     weight: float | None = None
+    label: str | None = None
 
     def open(self) -> ShardReader:
-        return ShardReader(self.shards)
+        return ShardReader(self.shards, self.label)
 
 
 class ShardReader:
@@ -256,8 +258,8 @@ class ShardReader:
     Raises UserError where there is no shard, or one is missing, truncated, altered or no tar.
     """
 
-    def __init__(self, location: str):
-        self.location = location
+    def __init__(self, location: str, label: str | None = None):
+        self.location, self.label = location, label
         self.shards = list_shards(location)
         folders = {os.path.dirname(shard) for shard in self.shards}
         self.one_folder = len(folders) == 1
@@ -342,9 +344,13 @@ class ShardReader:
         if not captions and "txt" in members:
             captions = _captions(self._read(shard, members["txt"]).decode("utf-8-sig", errors="replace"))
         number = self._offsets[shard] + row
-        return RawSample(
-            self.index(shard).keys[row], shard, row, number, image, captions, self._picture(meta, number), meta
-        )
+        label = None
+        if self.label is not None:
+            label = meta.get(self.label)
+            if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+                raise BadSample(f"{self.label} is {label!r}, which is no number of a class")
+        key, index = self.index(shard).keys[row], self._picture(meta, number)
+        return RawSample(key, shard, row, number, image, captions, index, meta, label=label)
 
     def _picture(self, meta: dict, number: int) -> int:
         """Our json's index, which is unique in its folder; others may number anything by that name."""
@@ -360,7 +366,7 @@ class ShardReader:
         return {"shards": len(self.shards), "samples": len(self), "sha256": digest}
 
     def __getstate__(self):
-        return {k: getattr(self, k) for k in ("location", "shards", "one_folder", "listed", "sizes")}
+        return {k: getattr(self, k) for k in ("location", "label", "shards", "one_folder", "listed", "sizes")}
 
     def __setstate__(self, state):
         self.__dict__.update(state)

@@ -6,6 +6,7 @@ n train pictures, m test pictures, D width of the features, C classes.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -167,8 +168,13 @@ class EncodedPictures:
     bad: list[dict]
 
 
-def encode_pictures(subject: Subject, pictures: Labelled, features: Features, batch_size: int) -> EncodedPictures:
+def encode_pictures(
+    subject: Subject, pictures: Labelled, features: Features | Callable[[Tensor], Tensor], batch_size: int
+) -> EncodedPictures:
     """The same for any number of processes, which share the batches out.
+
+    Args:
+        features: of the image tower, or (B, 3, H, W) normalised to (B, D) float32 on the CPU.
 
     Raises:
         UserError: if there is no image tower, no picture can be decoded, or the model's answer to one is not finite.
@@ -178,6 +184,11 @@ def encode_pictures(subject: Subject, pictures: Labelled, features: Features, ba
         raise UserError("pictures cannot be classified: this run has no image tower; evaluate it with sts")
     dataset = Pictures(pictures, subject.data, preprocess)
     own, bad = [], []
+
+    def of_tower(image: Tensor) -> Tensor:
+        return chosen(subject.model.encode_image(image), features)
+
+    encode = features if callable(features) else of_tower
     with evaluating(subject.model):
         for numbers, pixels, unusable in evaluation_batches(
             dataset, batch_size, subject.data.workers, subject.rank, world_size()
@@ -185,7 +196,7 @@ def encode_pictures(subject: Subject, pictures: Labelled, features: Features, ba
             bad += unusable
             if numbers:
                 image = preprocess.normalise(torch.stack(pixels).to(subject.device))
-                own.append((numbers, chosen(subject.model.encode_image(image), features)))
+                own.append((numbers, encode(image)))
     bad = [b for part in gather_objects(bad) for b in part]
     rows = gather_rows(len(pictures), own)
     left = sorted(set(range(len(pictures))) - {b["number"] for b in bad})

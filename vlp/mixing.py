@@ -1,0 +1,70 @@
+"""Mixup and CutMix: every picture of a batch is mixed with another, and so are their classes. For fine-tuning on classes.
+
+B pictures, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlp.errors import UserError
+from vlp.types import Batch
+
+if TYPE_CHECKING:
+    from vlp.config import Experiment
+
+
+@dataclass(frozen=True)
+class Mix:
+    """timm's: ``x = l x_i + (1 - l) x_j``, l from Beta(a, a) (Zhang et al. 2018), or a box of x_j in x_i (Yun et al. 2019).
+
+    l, the box and which of the two it is are drawn once a micro-batch of a process; j goes through it backwards.
+
+    Args:
+        mixup: a of mixup; 0 = none.
+        cutmix: a of CutMix; 0 = none.
+        probability: that a batch is mixed at all.
+        switch: share of CutMix where there are both.
+    """
+
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    probability: float = 1.0
+    switch: float = 0.5
+
+    def check(self, experiment: Experiment) -> None:
+        """Raises UserError for what is missing, or out of range."""
+        if getattr(experiment.model, "classes", None) is None:
+            raise UserError("train.mix mixes classes, and the model has none; set model.classes, or train.mix to none")
+        if min(self.mixup, self.cutmix) < 0 or max(self.mixup, self.cutmix) == 0:
+            raise UserError(
+                f"train.mix has mixup={self.mixup:g}, cutmix={self.cutmix:g}; one must be above 0, none below"
+            )
+        if experiment.data.batch_size // experiment.train.accumulation % 2:
+            raise UserError("train.mix mixes pairs; make data.batch_size / train.accumulation even")
+
+    def __call__(self, batch: Batch, classes: int, key: tuple[int, ...]) -> Batch:
+        """The batch with mixed pictures, in place, and (B, C) ``targets``; the same for the same ``key``.
+
+        Args:
+            batch: on its device, with normalised pictures and labels.
+            key: non-negative integers that all draws depend on.
+
+        Raises:
+            ValueError: if B is odd, or there are no labels.
+        """
+        from timm.data import Mixup
+
+        if batch.labels is None or len(batch) % 2:
+            raise ValueError("pictures are mixed in pairs, of an even number with labels")
+        mixup = Mixup(self.mixup, self.cutmix, None, self.probability, self.switch, "batch", 0.0, classes)
+        before = np.random.get_state()  # timm draws from numpy's global generator
+        np.random.seed(np.random.SeedSequence(key).generate_state(4))
+        try:
+            image, targets = mixup(batch.image, batch.labels)
+        finally:
+            np.random.set_state(before)
+        return replace(batch, image=image, targets=targets)
