@@ -59,7 +59,7 @@ def config() -> Ablation:
             temperature=0.07,
         ),
         objectives={"itc": ITC, "itm": ITM, "mlm": MLM},
-        momentum=Momentum(decay=0.995, mode="train"),
+        momentum=Momentum(decay=0.99, mode="train"),
         data=Data(
             train=(Source(f"{WORLD}/train"),),
             val=f"{WORLD}/val",
@@ -72,9 +72,9 @@ def config() -> Ablation:
         ),
         optim=AdamW(lr=1e-3, weight_decay=0.02),
         schedule=Schedule(warmup_steps=50, kind="cosine"),
-        train=Training(steps=600),
+        train=Training(steps=320, threads=1),
         evaluate={"minimal-pairs": MinimalPairs(), "rerank": Rerank(k=16)},
-        save=Saving(every=300, keep=1),
+        save=Saving(every=160, keep=1),
         log=Logging(geometry_every=0),
     )
     hard = replace(ITM, negatives="hard")
