@@ -6,6 +6,8 @@ Data:     as there; the published file saw 4 M images first, then more.
 Weights:  weights/: the official file of stage 2 of this size, or the run folder of a stage 2 of your own; bert-base-uncased.
 Command:  accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/vlmo/base_plus.py
 Hardware: as base: 1024 texts a step, 200,000 steps. Not run here.
+Goal:     VQA 78.5, NLVR2 85.1, COCO 76.3 / 58.6 and Flickr30k 93.2 / 81.8 (text / image R@1) after fine-tuning
+          (the published code's README).
 """
 
 from dataclasses import replace

@@ -7,6 +7,8 @@ Weights:  weights/: the official file of stage 2 of this size, or the run folder
           config of this name in the published code builds another model, a ViT of timm's.
 Command:  accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/vlmo/large.py
 Hardware: the paper: 128 V100 for about three days, 1024 texts a step, 200,000 steps. Not run here.
+Goal:     VQA 79.9, NLVR2 86.9, COCO 78.2 / 60.6 and Flickr30k 95.3 / 84.5 (text / image R@1) after fine-tuning
+          (the published code's README).
 """
 
 from dataclasses import replace
