@@ -149,6 +149,36 @@ def test_wanted_tokens_are_those_of_the_whole():
     torch.testing.assert_close(some, pictures.pad(whole)[row, (column - 1).clamp(min=0)])
 
 
+# --- dropped paths -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [(True, False, True), (False, False, True), (True, True, True)])
+def test_rows_that_skip_a_branch_stay_and_the_others_make_up_for_them(kept, monkeypatch):
+    model, (rows, text, image) = encoder(drop_path=0.5).train(), given()
+    layer, states = model.layers[1], model.start(rows, text, image)
+    bias = model.positions(rows.width, True)[1]
+    kept = torch.tensor(kept)
+    monkeypatch.setattr(layer, "_draw", lambda rows: (kept, 2.0))
+    factor = 2.0 * kept.double()[rows.owner, None]
+    expected = states + factor * layer.attention(layer.norm(states), rows, bias, layer.gamma_1)
+    expected = expected + factor * layer._experts(expected, rows, False)
+    torch.testing.assert_close(layer(states, rows, bias, False), expected)
+    top, first = model.layers[3], Wanted.first(rows)
+    monkeypatch.setattr(top, "_draw", lambda rows: (kept, 2.0))
+    torch.testing.assert_close(top(states, rows, bias, True, first), top(states, rows, bias, True)[rows.starts])
+
+
+def test_draws_have_the_rate_of_the_layer_and_always_leave_one_row_to_compute():
+    layers = encoder(drop_path=0.6).train().layers
+    assert [layer.drop_path for layer in layers] == pytest.approx([0, 0.2, 0.4, 0.6])
+    kept, share = layers[2]._draw(Rows((0,) * 5000, P, CPU))
+    assert kept.double().mean() == pytest.approx(0.6, abs=0.03) and share == pytest.approx(1 / 0.6)
+    draws = [layers[3]._draw(Rows((0,), P, CPU)) for _ in range(200)]
+    assert all(kept.any() for kept, _ in draws)
+    assert {share for _, share in draws} == {0.0, 1 / (1 - layers[3].drop_path)}
+    assert layers[3].eval()._draw(Rows((0,) * 5, P, CPU))[0].all()
+
+
 def test_biases_are_those_of_one_layer_and_grow_with_it_alone():
     positions = RelativePositions(2, 3, (2, 2), 6, True)
     with torch.no_grad():

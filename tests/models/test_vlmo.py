@@ -18,7 +18,6 @@ from tests.objectives.fusing import (
 )
 from tests.vlmo_reference import reference_step
 from vlp.encoders.mome import SMALL
-from vlp.encoders.mome_layer import Rows
 from vlp.encoders.patch_targets import Pixels
 from vlp.errors import UserError
 from vlp.forward import Forward, Surroundings
@@ -120,18 +119,6 @@ def test_images_of_the_pairs_in_order_and_others_are_the_ones_that_are_named():
     torch.testing.assert_close(found[ROWS:], model.match(projected[images], text[torch.tensor([5, 2])]))
     with pytest.raises(ValueError, match="whole rounds"):
         model.match(projected, text, torch.arange(3))
-
-
-def test_a_dropped_path_is_of_a_whole_row_and_the_others_make_up_for_it():
-    model = randomised(replace(SPEC, encoder=replace(ENCODER, drop_path=0.5))).train()
-    layer, rows = model.encoder.layers[2], Rows((0,) * 4000, 5, torch.device("cpu"))
-    assert [each.drop_path for each in model.encoder.layers] == [0, 0.25, 0.5]
-    states = torch.randn(1, 5, 32, dtype=torch.float64).expand(4000, -1, -1).flatten(0, 1)
-    branch = layer.experts["image"](states, None)
-    dropped = (layer._add(states, branch, rows, None) - states).unflatten(0, (4000, 5))
-    kept = dropped.abs().amax((1, 2)) > 0
-    assert 0.45 < kept.double().mean() < 0.55
-    torch.testing.assert_close(dropped[kept], 2 * branch.unflatten(0, (4000, 5))[kept])
 
 
 # --- the gradient over micro-batches ------------------------------------------------------

@@ -8,7 +8,7 @@ n rows, W tokens of the longest text, P of an image, N = W + P, T tokens of all 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -27,11 +27,13 @@ class Rows:
     Args:
         lengths: n numbers of text tokens; 0 = there are no texts.
         patches: P, class token included; 0 = there are no images.
+        least_width: W is at least this.
     """
 
     lengths: tuple[int, ...]
     patches: int
     device: torch.device
+    least_width: int = 0
 
     @classmethod
     def of_texts(cls, mask: Tensor, patches: int = 0) -> Rows:
@@ -41,7 +43,7 @@ class Rows:
 
     @cached_property
     def width(self) -> int:
-        return max(self.lengths)
+        return max(*self.lengths, self.least_width)
 
     @cached_property
     def text_tokens(self) -> int:
@@ -75,10 +77,17 @@ class Rows:
 
     @cached_property
     def owner(self) -> Tensor:
-        """(S,) int64 the row of each token."""
-        count = len(self.lengths)
-        text, image = (torch.repeat_interleave(torch.tensor(each)) for each in (self.lengths, [self.patches] * count))
-        return torch.cat([text, image]).to(self.device)
+        """(S,) int64 the row of each token, on the host."""
+        text, image = (
+            torch.repeat_interleave(torch.tensor(e)) for e in (self.lengths, [self.patches] * len(self.lengths))
+        )
+        return torch.cat([text, image])
+
+    def take(self, kept: Tensor) -> tuple[Rows, Tensor]:
+        """Some rows, by (n,) bool on the host, as wide as all are; and (S',) int64 where their tokens are among the S."""
+        lengths = tuple(length for length, keep in zip(self.lengths, kept.tolist()) if keep)
+        place = kept[self.owner].nonzero()[:, 0].to(self.device)
+        return Rows(lengths, self.patches, self.device, self.width), place
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -239,10 +248,12 @@ class MomeLayer(nn.Module):
         Args:
             joint: all tokens go to the vision-language expert; else each to its own modality's.
         """
+        if wanted is None:
+            states = self._add(states, rows, lambda x, some: self.attention(self.norm(x), some, bias, self.gamma_1))
+            return self._add(states, rows, lambda x, some: self._experts(x, some, joint))
         attended = self.attention(self.norm(states), rows, bias, self.gamma_1, wanted)
-        states = states if wanted is None else states[wanted.place]
-        states = self._add(states, attended, rows, wanted)
-        return self._add(states, self._experts(states, rows, joint), rows, wanted)
+        states = states[wanted.place] + self._share(rows, wanted, attended)
+        return states + self._share(rows, wanted, self._experts(states, rows, joint))
 
     def _experts(self, states: Tensor, rows: Rows, joint: bool) -> Tensor:
         if joint:
@@ -252,9 +263,30 @@ class MomeLayer(nn.Module):
         text, image = states.tensor_split([rows.text_tokens])
         return torch.cat([self.experts["text"](text, self.gamma_2), self.experts["image"](image, self.gamma_2)])
 
-    def _add(self, states: Tensor, branch: Tensor, rows: Rows, wanted: Wanted | None) -> Tensor:
-        if self.training and self.drop_path:
-            keep = torch.empty(len(rows.lengths), 1, device=states.device).bernoulli_(1 - self.drop_path)
-            keep = keep / (1 - self.drop_path)
-            branch = branch * keep[rows.owner if wanted is None else wanted.row]
-        return states + branch
+    def _add(self, states: Tensor, rows: Rows, branch: Callable[[Tensor, Rows], Tensor]) -> Tensor:
+        """``states + branch``, computed for the rows alone that do not skip it."""
+        kept, share = self._draw(rows)
+        if kept.all():
+            return states + share * branch(states, rows) if share != 1 else states + branch(states, rows)
+        some, place = rows.take(kept)
+        return states.index_add(0, place, branch(states[place], some).to(states.dtype), alpha=share)
+
+    def _share(self, rows: Rows, wanted: Wanted, branch: Tensor) -> Tensor:
+        """(M, D) of a branch, 0 where the row skips it."""
+        kept, share = self._draw(rows)
+        if kept.all() and share == 1:
+            return branch
+        return (share * kept.to(branch.dtype)).to(branch.device)[wanted.row, None] * branch
+
+    def _draw(self, rows: Rows) -> tuple[Tensor, float]:
+        """(n,) bool on the host, which rows take a branch, and what makes up for the others.
+
+        One row is computed in any case, if only for nothing: every process has a gradient for every parameter.
+        """
+        rate = self.drop_path if self.training else 0.0
+        if not rate:
+            return torch.ones(len(rows.lengths), dtype=torch.bool), 1.0
+        kept = torch.rand(len(rows.lengths)) >= rate
+        if not kept.any():
+            return torch.arange(len(kept)) == 0, 0.0
+        return kept, 1 / (1 - rate)
