@@ -175,7 +175,10 @@ def test_batch_has_answers_with_their_questions_and_they_end_in_sep(asked, world
     batch = Shuffled((source,), (Resize(),), PREPROCESS, tokenizer, 16, 10_000, 0).__getitems__(range(5)).batch
     order = [int(key.split("/")[1]) for key in batch.keys]
     expected = [(n, *answer) for n, row in enumerate(order) for answer in source.open().read(0, row).answers]
-    ids = [[tokenizer.cls_id, *row[1 : -1 if sep else None], tokenizer.sep_id] for row in tokenizer.rows(a for _, a, _ in expected)]
+    ids = [
+        [tokenizer.cls_id, *row[1 : -1 if sep else None], tokenizer.sep_id]
+        for row in tokenizer.rows(a for _, a, _ in expected)
+    ]
     assert batch.answers.row.tolist() == [n for n, _, _ in expected]
     assert batch.answers.weight.tolist() == pytest.approx([w for _, _, w in expected])
     assert [row[mask].tolist() for row, mask in zip(batch.answers.input_ids, batch.answers.attention_mask)] == ids
@@ -185,7 +188,10 @@ def test_batch_has_answers_with_their_questions_and_they_end_in_sep(asked, world
 
 
 def test_second_picture_is_the_next_view(folder, world, tmp_path):
-    lines = [{"one": "a/1.png", "two": "a/2.png", "text": "t", "label": "yes"}, {"one": "b.png", "two": "a/1.png", "text": "t", "label": "no"}]
+    lines = [
+        {"one": "a/1.png", "two": "a/2.png", "text": "t", "label": "yes"},
+        {"one": "b.png", "two": "a/1.png", "text": "t", "label": "no"},
+    ]
     source = Annotated(
         write(tmp_path / "x.jsonl", lines), str(folder), image=("one", "two"), label="label", classes=("no", "yes")
     )
