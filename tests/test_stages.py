@@ -11,9 +11,12 @@ import torch
 
 from tests.conftest import ROOT, TOY, toy_overrides
 from tests.fixtures.toy_stages import config as toy_stages
+from tests.fixtures.toy_vlmo_stages import config as toy_vlmo
 from tests.processes import losses, run, start, tensors, wait_for_step
 from tests.test_bad_input import contents, refused
-from vlp.config import load_json, override
+from vlp.cli import main
+from vlp.config import dump, load_json, override
+from vlp.data.sentences import Sentences
 from vlp.errors import UserError
 from vlp.stages import Stages
 
@@ -89,8 +92,6 @@ def test_a_stage_by_itself_says_what_it_lacks(world, capfd, tmp_path):
     path = tmp_path / "second.json"
 
     def said(weights: str) -> str:
-        from vlp.config import dump
-
         path.write_text(dump(replace(second, model=replace(second.model, weights=weights))))
         return refused(capfd, "train", path)
 
@@ -162,3 +163,42 @@ def test_connected_processes_train_one_stage_a_command(world, output):
     state = override(load_json(output / "connected" / "2-words" / "experiment.json"), []).model
     assert state.weights == str(output / "connected" / "1-pairs")
     assert json.loads((output / "connected/2-words/starts.jsonl").read_text())["processes"] == 2
+
+
+# --- VLMo's -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_vlmo_from_pictures_to_texts_to_pairs(world, output, tmp_path, capfd):
+    """The stages one by one, each in this process; texts come from a file, and leave what images go through as it was."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"a {colour} square number {n}\n" for n in range(20) for colour in ("red", "blue")))
+    stages = toy_vlmo().overridden([*toy_overrides(world, output), "data.workers=0"])
+    text = stages.stages["2-text"]
+    text = replace(text, data=replace(text.data, train=(Sentences(str(texts)),)))
+    runs = replace(stages, stages=stages.stages | {"2-text": text}).runs()
+    for stage in runs:
+        path = tmp_path / f"{stage.name}.json"
+        path.write_text(dump(stage))
+        assert main(["train", str(path)]) == 0, capfd.readouterr().err
+    images, text, pairs = (stage.folder for stage in runs)
+    before, after = tensors(images, "model"), tensors(text, "model")
+    kept = [name for name in before if not name.startswith("mim.")]
+    assert kept and all(torch.equal(before[name], after[name]) for name in kept)
+    moved = {name for name in after if ".experts.text." in name}
+    assert any(not torch.equal(after[name], before[name.replace(".text.", ".image.")]) for name in moved)
+    assert "copied (encoder.layers.0.experts.text" in (text / "parameters.txt").read_text()
+    assert "new (" in (pairs / "parameters.txt").read_text() and any(
+        ".experts.vl." in name for name in tensors(pairs, "model")
+    )
+
+    # pairs after pictures alone: there is no text expert to start from
+    wrong = replace(runs[2], name="wrong", model=replace(runs[2].model, weights=str(images)))
+    path.write_text(dump(wrong))
+    capfd.readouterr()
+    assert "lacks the text expert of encoder.layers.0" in refused(capfd, "train", path)
+    assert not wrong.folder.exists()
+    # pairs cannot be trained from texts alone
+    alone = replace(runs[2], name="alone", data=runs[1].data)
+    path.write_text(dump(alone))
+    assert "needs pictures, and data.train names files of texts alone" in refused(capfd, "train", path)
