@@ -293,11 +293,12 @@ class Trainer:
 
 @torch.no_grad()
 def geometry(f: Forward) -> dict[str, float]:
-    """Where the embeddings of a step lie: uniformity of each kind, alignment and gap of the first two."""
+    """Where the embeddings of a step lie: uniformity of each kind, alignment and gap of the first two, if they are of one space:
+    a model without contrast has first tokens of different widths."""
     embeds = {name: embed.detach() for name, embed in f.ran().items()}
     record = {f"geometry/uniformity_{name}": float(uniformity(embed)) for name, embed in embeds.items()}
-    if len(embeds) > 1:
-        x, y, *_ = embeds.values()
+    x, y, *_ = [*embeds.values(), None, None]
+    if y is not None and x.shape == y.shape:
         record |= {"geometry/alignment": float(alignment(x, y)), "geometry/modality_gap": float(modality_gap(x, y))}
     return record
 

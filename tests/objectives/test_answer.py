@@ -17,6 +17,7 @@ from vlp.losses.masked import masked_cross_entropy
 from vlp.objectives.answer import AnswerGeneration, Captioning
 from vlp.objectives.classification import Classification
 from vlp.state import Average, Momentum
+from vlp.train import geometry
 from vlp.types import Answers
 
 CLS, SEP = 1, 2
@@ -88,6 +89,14 @@ def test_a_classifier_beside_it_reads_the_same_pass_of_fusion():
     torch.testing.assert_close(answer, AnswerGeneration()(Forward(model, batch)))
     f.forget()
     assert "fused" not in vars(f)
+
+
+def test_geometry_is_measured_though_the_two_are_of_different_widths():
+    model, _ = networks()
+    f = Forward(model, asked())
+    AnswerGeneration()(f)
+    assert f.image.embed.shape != f.text.embed.shape
+    assert set(geometry(f)) == {"geometry/uniformity_image", "geometry/uniformity_text"}
 
 
 def test_micro_batches_add_up_to_the_batch():

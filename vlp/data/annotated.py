@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlp.data.formats import make_key
 from vlp.data.lines import Lines
-from vlp.data.shards import INDEX_BITS, RawSample, ShardReader
+from vlp.data.named_pictures import find_pictures
+from vlp.data.shards import INDEX_BITS, RawSample
 from vlp.errors import BadSample, UserError
 from vlp.models.pretrained import resolve
 
@@ -126,7 +124,7 @@ class AnnotatedReader:
         self.classes = source.class_list()
         if source.label and not self.classes:
             raise UserError(f"name what the field {source.label!r} of {source.path} may hold: set classes")
-        self.pictures = _pictures(source.images or str(self.lines.path.parent))
+        self.pictures = find_pictures(source.images or str(self.lines.path.parent))
 
     def _of_split(self) -> np.ndarray:
         """The lines of the split, none of them blank; one that cannot be read stays, to be counted as bad."""
@@ -256,60 +254,3 @@ def read_answers(given: Any) -> tuple[tuple[tuple[str, float], ...], tuple[int, 
     counts = Counter(said)
     annotators = counts.values() if len(said) > 1 else [0] * len(counts)
     return tuple((answer, count / len(said)) for answer, count in counts.items()), tuple(annotators)
-
-
-class Pictures(Protocol):
-    """Where pictures are read by name."""
-
-    def read(self, name: str) -> bytes:
-        """The encoded picture. Raises BadSample where there is none of this name."""
-
-
-def _pictures(location: str) -> Pictures:
-    """Shards where there are some, else a folder of files, which may be inside a package."""
-    if location.startswith("pip:"):
-        location = str(resolve(location))
-    if os.path.isdir(location):
-        entries = os.listdir(location)
-        shards = "manifest.json" in entries or any(name.endswith(".tar") for name in entries)
-        return Packed(location) if shards else Files(Path(location))
-    if ".tar" in location or "://" in location:
-        return Packed(location)
-    raise UserError(f"no folder {location}; set images to the folder that the pictures' paths start from, or to shards")
-
-
-@dataclass(frozen=True)
-class Files:
-    """A folder; names are paths in it."""
-
-    folder: Path
-
-    def read(self, name: str) -> bytes:
-        try:
-            return (self.folder / name).read_bytes()
-        except (OSError, ValueError) as e:
-            raise BadSample(f"no picture {name!r} in {self.folder} ({getattr(e, 'strerror', None) or e})") from None
-
-
-class Packed:
-    """Shards; names are keys of their samples, or the paths that `vlp data pack` made the keys from."""
-
-    def __init__(self, location: str):
-        self.reader = ShardReader(location)
-
-    @cached_property
-    def _places(self) -> dict[str, tuple[int, int]]:
-        shards = range(len(self.reader.shards))
-        return {key: (shard, row) for shard in shards for row, key in enumerate(self.reader.index(shard).keys)}
-
-    def read(self, name: str) -> bytes:
-        place = self._places.get(name)
-        if place is None:  # of x.jpg and x.png the second has a key with more to it, which is asked for first
-            packed = make_key(name, set())
-            place = self._places.get(make_key(name, {packed}), self._places.get(packed))
-        if place is None:
-            raise BadSample(f"no picture {name!r} in {self.reader.location}")
-        return self.reader.read(*place).image
-
-    def __getstate__(self):
-        return {"reader": self.reader}
