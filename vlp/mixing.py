@@ -60,7 +60,14 @@ class Mix:
 
         if batch.labels is None or len(batch) % 2:
             raise ValueError("pictures are mixed in pairs, of an even number with labels")
-        mixup = Mixup(self.mixup, self.cutmix, None, self.probability, self.switch, "batch", 0.0, classes)
+        mixup = Mixup(
+            mixup_alpha=self.mixup,
+            cutmix_alpha=self.cutmix,
+            prob=self.probability,
+            switch_prob=self.switch,
+            label_smoothing=0.0,  # the objective's
+            num_classes=classes,
+        )
         before = np.random.get_state()  # timm draws from numpy's global generator
         np.random.seed(np.random.SeedSequence(key).generate_state(4))
         try:

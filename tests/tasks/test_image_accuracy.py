@@ -59,8 +59,8 @@ def test_labels_of_shards_are_what_the_source_names(folder):
     reader = Source(str(folder / "shards"), label="label").open()
     assert [reader.read(*reader.place(n)).label for n in range(20)] == [n % 5 for n in range(20)]
     assert Source(str(folder / "shards")).open().read(0, 0).label is None
-    with pytest.raises(BadSample, match="name is 'red', which is no number of a class"):
-        Source(str(folder / "shards"), label="name").open().read(0, 0)
+    with pytest.raises(BadSample, match="source is 'labels.jsonl:1', which is no number"):
+        Source(str(folder / "shards"), label="source").open().read(0, 0)
 
 
 def test_fine_tuning_with_mixed_pictures_learns_the_classes(folder, tmp_path):
