@@ -122,7 +122,7 @@ def results(ablation: Ablation) -> dict[str, dict[str, list[float]]]:
         for variant, experiments in ablation.runs().items()
     }
     known = {name for each in lines.values() for line in each for name in line if name != "step"}
-    if unknown := [metric for metric in ablation.metrics if known and metric not in known]:
+    if all(lines.values()) and (unknown := [metric for metric in ablation.metrics if metric not in known]):
         raise UserError(f"no variant has a metric {unknown[0]!r}; the evaluations have {', '.join(sorted(known))}")
     return {
         variant: {metric: [line[metric] for line in each if metric in line] for metric in ablation.metrics}
