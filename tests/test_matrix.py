@@ -88,7 +88,7 @@ ROWS_OF_TABLE = {
     "MLM beside the picture": Row({"mlm": MaskedText(masking=MASKING)}, model={"mlm": True}, fuses=True),
     "MLM beside the picture, distilled": Row({"mlm": MaskedText(masking=MASKING, distill=0.4)}, model={"mlm": True}, fuses=True, momentum=True),
     "MLM, text alone": Row({"mlm": MaskedText(masking=MASKING)}, reads="text", model={"mlm": True}),
-    "MIM (MAE's pixels, BEiT's codes)": Row({"mim": MaskedImage(min_patches=2)}, reads="image", model={"mim": Pixels()}),
+    "MIM, normalised pixels (MAE)": Row({"mim": MaskedImage(min_patches=2)}, reads="image", model={"mim": Pixels()}),
     "ITC + ITM + MLM (ALBEF, VLMo)": Row({"itc": ITC, "itm": ITM, "mlm": MaskedText(masking=MASKING)}, model={"itc": True, "itm": True, "mlm": True}, fuses=True),
     "classes, of pairs where both are there": Row({"classes": Classification()}, model={"classes": 3}, fuses=True),
     "SimCLR": Row({"simclr": SimClr()}, reads="image", views=True),

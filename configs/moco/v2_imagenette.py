@@ -9,9 +9,9 @@ Differs from the paper: 64 px and RegNetX-200MF instead of 224 px and ResNet-50;
 Commands: vlp data pack --split train ../shared/data/imagenette/labels.jsonl data/imagenette/train
           vlp train configs/moco/v2_imagenette.py
           vlp eval runs/moco-v2-imagenette knn data=../shared/data/imagenette
-Hardware: 2 CPU cores, 6 minutes.
+Hardware: 1 CPU core, 7.6 minutes.
 Goal:     kNN top-1 (k = 200) on the 1,000 held-out photos at least 10 points above that of the untrained tower.
-Measured: kNN 31.9 %; untrained 22.7 %: a point short of the goal; more steps are the first thing to try.
+Measured: kNN 33.8 %; untrained 22.7 %; after 500 steps 31.9 %.
 """
 
 from vlp.config import Data, Experiment, Saving, Training
@@ -37,7 +37,7 @@ def config() -> Experiment:
         data=Data(train=(Source("data/imagenette/train"),), batch_size=128, augment=VIEW, views=(VIEW,), workers=1),
         optim=AdamW(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.05),
         schedule=Schedule(warmup_steps=50, kind="cosine"),
-        train=Training(steps=500),
+        train=Training(steps=800),
         momentum=Momentum(decay=0.99),
         evaluate={"knn": Knn(data="../shared/data/imagenette")},
         save=Saving(every=400, keep=1),
