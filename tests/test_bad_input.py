@@ -223,7 +223,7 @@ def test_damaged_checkpoints(copied, capfd, command):
 
 
 EVALUATIONS = {
-    "no run": (["nowhere", "retrieval"], "nowhere is not a run"),
+    "no run": (["nowhere", "retrieval"], "no such file or folder: nowhere"),
     "missing data": (["RUN", "retrieval", "data=nowhere"], "nowhere"),
     "misspelt key": (["RUN", "retrieval", "batchsize=3"], "did you mean 'batch_size'?"),
     "wrong type": (["RUN", "retrieval", "ks=1,x"], "'x'"),

@@ -18,6 +18,7 @@ from vlp.cli import main
 from vlp.config import dump, load_json, override
 from vlp.data.sentences import Sentences
 from vlp.errors import UserError
+from vlp.models.single import Single
 from vlp.stages import Stages
 
 STAGES = ROOT / "tests" / "fixtures" / "toy_stages.py"
@@ -78,8 +79,8 @@ def test_stages_that_cannot_be(world, capfd, tmp_path):
 
     with pytest.raises(UserError, match="has no stage"):
         Stages("x", {}).runs()
-    with pytest.raises(UserError, match="stage b: a Dual has no field weights"):
-        Stages("x", {"a": toy(), "b": toy()}).runs()
+    with pytest.raises(UserError, match="stage b: a Single has no field weights"):
+        Stages("x", {"a": toy(), "b": replace(toy(), model=Single())}).runs()
     # found out before the first one is begun
     overrides = [*toy_overrides(world, tmp_path), "stages.2.data.batch_size=0"]
     assert "data.batch_size is 0" in refused(capfd, "train", STAGES, *overrides)

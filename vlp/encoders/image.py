@@ -249,9 +249,6 @@ class ImageTower(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """(h, w) of the tokens behind the pooled one, for pictures of the size that `preprocess` makes."""
-        patches = getattr(self.model, "patch_embed", None)
-        if patches is not None:
-            return tuple(patches.grid_size)
         stride = self.model.feature_info[-1]["reduction"]
         return tuple(-(-side // stride) for side in self.preprocess.size)
 

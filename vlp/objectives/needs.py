@@ -10,7 +10,7 @@ from vlp.forward import Head
 
 def has_pictures(data: Data) -> bool:
     """Whether any source does; texts alone may train a model that could take pictures, too."""
-    return not all(isinstance(source, Sentences) for source in data.train)
+    return not data.train or any(not isinstance(source, Sentences) for source in data.train)
 
 
 def need_image(experiment: Experiment, who: str) -> None:
