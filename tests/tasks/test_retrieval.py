@@ -123,7 +123,15 @@ def test_result_is_the_same_file_for_one_process_and_two(world, tmp_path):
     for n, picture in enumerate(sorted((world / "pictures").glob("*.png"))[:20]):
         (classes / f"class_{n % 4}").mkdir(parents=True, exist_ok=True)
         (classes / f"class_{n % 4}" / picture.name).write_bytes(picture.read_bytes())
-    arguments = ("eval", folder, "zero-shot", f"data={classes}", "batch_size=3", "prompts=a {}|the {}", "allow_leak=true")
+    arguments = (
+        "eval",
+        folder,
+        "zero-shot",
+        f"data={classes}",
+        "batch_size=3",
+        "prompts=a {}|the {}",
+        "allow_leak=true",
+    )
     results = []
     for world_size in (1, 2):
         done = run(*arguments, world=world_size)
