@@ -10,6 +10,7 @@ import pickle
 import tarfile
 import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -179,6 +180,23 @@ def test_index_of_others_does_not_make_different_pictures_the_same(tmp_path):
     both = ShardReader(str(tmp_path / "{x,y}/*.tar"))
     assert both.sizes == [3, 2]  # each folder by its own manifest, though the shards have the same name
     assert [both.read(*both.place(n)).index for n in range(5)] == [0, 1, 2, 3, 4]
+
+
+def test_threads_that_open_a_shard_at_once_all_read_it(tmp_path, monkeypatch):
+    """The cache keeps one of their handles; the others must last as long as they are read."""
+    small_shard(tmp_path / "a.tar")
+    both, opened = threading.Barrier(2), ShardReader._open
+
+    def open_together(reader: ShardReader, shard: int):
+        both.wait(10)
+        return opened(reader, shard)
+
+    monkeypatch.setattr(ShardReader, "_open", open_together)
+    reader = ShardReader(str(tmp_path))
+    reader.index(0)
+    with ThreadPoolExecutor(2) as pool:
+        keys = [raw.key for raw in pool.map(lambda row: reader.read(0, row), (0, 1))]
+    assert keys == [raw.key for raw in (reader.read(0, row) for row in (0, 1))]
 
 
 def test_place_passes_over_empty_shards(tmp_path):

@@ -315,8 +315,9 @@ class ShardReader:
 
     def _read(self, shard: int, member: Sequence[int]) -> bytes:
         offset, size, crc = member
+        handle = self._handle(shard)  # held while it is read: of two threads that open it at once the cache keeps one's
         try:
-            data = os.pread(self._handle(shard).fileno(), size, offset)
+            data = os.pread(handle.fileno(), size, offset)
         except OSError as e:
             raise UserError(f"the shard {self.shards[shard]} cannot be read ({e.strerror})") from None
         if zlib.crc32(data) != crc:
