@@ -8,7 +8,8 @@ Commands: vlp data world data/world-noisy --train 10000 --val 1000 --noise 0.2
           vlp data tokenizer data/world-noisy/train data/world-noisy/tokenizer --vocab-size 200
           vlp ablate configs/albef/table1.py
 Hardware: 2 CPU cores.
-Measured: nothing yet.
+Measured: 3 seeds, about 5 minutes a run on one core; mean R@1 by ITC 2.4 (+ ITC), 2.5 (+ hard negatives), 9.5 (+ distillation in
+          ITC), 9.8 % (+ in MLM); minimal pairs 50 % throughout. table1.png is its plot.
 Differs from the paper: retrieval is on the world's own val, not zero-shot; the first row has no embeddings to choose candidates
           by, so its matching head is judged by the minimal pairs alone. Hard negatives are drawn by the momentum encoder's
           similarity. Nothing is flipped or cropped, as captions say where things are.
@@ -95,6 +96,6 @@ def config() -> Ablation:
             "+ distillation in ITC": replace(full, objectives={"itc": taught_itc, "itm": hard, "mlm": MLM}),
             "+ distillation in MLM": replace(full, objectives={"itc": taught_itc, "itm": hard, "mlm": taught_mlm}),
         },
-        metrics=("minimal-pairs/accuracy", "rerank/mean_r@1", "rerank/itc_mean_r@1"),
+        metrics=("rerank/itc_mean_r@1", "rerank/mean_r@1", "minimal-pairs/accuracy"),
         seeds=(0, 1, 2),
     )
