@@ -2,7 +2,7 @@
 
 Paper:    Li et al. 2021, arXiv:2107.07651, section 4.1: the published recipe is configs/albef/retrieval_flickr30k.py.
 Data:     Flickr8k (Hodosh et al. 2013), 6,000 photos to train, 1,000 to evaluate; for research and education only.
-Start:    runs/albef-flickr8k, all of it: of configs/albef/flickr8k.py, on the same photos. Pictures grow from 128 to 160 px.
+Start:    runs/albef-flickr8k, all of it: of configs/albef/flickr8k.py, on the same photos. Pictures grow from 192 to 224 px.
 Commands: vlp train configs/albef/flickr8k.py
           vlp train configs/albef/retrieval_flickr8k.py
           vlp eval runs/albef-retrieval-flickr8k rerank data=data/flickr8k/val k=64
@@ -34,10 +34,10 @@ def config() -> Experiment:
                 "tf_efficientnet_lite0",
                 mean=(0.5, 0.5, 0.5),
                 std=(0.5, 0.5, 0.5),
-                image_size=160,
+                image_size=224,
                 head_conv=True,
             ),
-            text=BertText(weights=MINILM, config={"num_hidden_layers": 3}),
+            text=BertText(weights=MINILM),
             fusion=Fusion(layers=3, weights=MINILM, first_layer=3),
             mlm=False,
             embed_size=256,
