@@ -50,6 +50,16 @@ def draw_pairs(folder: Path, count: int) -> list[Pair]:
 
 
 @pytest.fixture(scope="session")
+def pair():
+    """Two connected processes."""
+    from tests.processes import Pair  # which imports from here
+
+    pair = Pair()
+    yield pair
+    pair.close()
+
+
+@pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
     """A folder with ``shards`` (50 samples in 5 shards) and ``tokenizer`` (up to 200 tokens)."""
     folder = tmp_path_factory.mktemp("world")

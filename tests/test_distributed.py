@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.processes import Pair
 from vlp.distributed import gather, gather_objects, gather_with_gradient, sum_over_processes, take_from_main
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
@@ -24,13 +23,6 @@ OBJECTIVES = {
     "sigmoid": SigmoidContrast(),
     "sigmoid-tiled": SigmoidContrast(tile_rows=3),
 }
-
-
-@pytest.fixture(scope="module")
-def pair():
-    pair = Pair()
-    yield pair
-    pair.close()
 
 
 class Linear(nn.Module):

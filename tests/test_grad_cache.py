@@ -19,7 +19,7 @@ from tests.objectives.fusing import (
     step,
 )
 from tests.objectives.toys import part_of
-from tests.processes import Pair, losses, tensors, train
+from tests.processes import losses, tensors, train
 from vlp import grad_cache
 from vlp.config import Data, Experiment
 from vlp.errors import UserError
@@ -43,13 +43,6 @@ SETS = {
     },
     "contrast": {"itc": ImageTextContrast()},
 }
-
-
-@pytest.fixture(scope="module")
-def pair():
-    pair = Pair()
-    yield pair
-    pair.close()
 
 
 @pytest.mark.parametrize("parts", [2, 4])

@@ -84,6 +84,7 @@ class Training:
         frozen: parameter-name prefixes that are not trained; a ``*`` stands for anything up to the next dot.
         ema_decay: of the averaged weights that are evaluated and saved beside the trained ones; None = no average.
         mix: mixup and CutMix of the pictures and their classes, see `vlp.mixing`; None = neither.
+        backward: of all losses "once", or "per_loss", before the next one's forward, for less memory: see `vlp.per_loss`.
         activation_checkpointing: what the backward pass makes again to save memory, see `vlp.encoders.recompute`: "cheap" =
             what lies between matrix products, "full" = whole blocks.
         compile: run the model through torch.compile.
@@ -104,6 +105,7 @@ class Training:
     frozen: tuple[str, ...] = ()
     ema_decay: float | None = None
     mix: Mix | None = None
+    backward: Literal["once", "per_loss"] = "once"
     activation_checkpointing: Checkpointing = "none"
     compile: bool = False
     nonfinite: Literal["stop", "skip"] = "stop"

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vlp import grad_cache
+from vlp import grad_cache, per_loss
 from vlp.config import Experiment
 from vlp.data.order import stream
 from vlp.data.stream import Loaded
@@ -25,6 +25,7 @@ from vlp.grad_cache import CachedForward
 from vlp.losses.geometry import alignment, modality_gap, uniformity
 from vlp.losses.inputs import NonFiniteLoss
 from vlp.optim import set_lr
+from vlp.per_loss import CutForward
 from vlp.run import Run
 from vlp.types import Batch
 
@@ -32,18 +33,20 @@ from vlp.types import Batch
 class Pretrainer(nn.Module):
     """Model and objectives as the one module that DDP or DeepSpeed wraps and that a step calls once a micro-batch."""
 
-    def __init__(self, model: nn.Module, objectives: dict):
+    def __init__(self, model: nn.Module, objectives: dict, bundle: type[Forward] = Forward):
         super().__init__()
-        self.model, self.objectives = model, objectives
+        self.model, self.objectives, self.bundle = model, objectives, bundle
 
     def forward(
         self, batch: Batch, momentum: nn.Module | None, around: Surroundings
     ) -> tuple[dict[str, Tensor], Tensor, Forward]:
         """The losses by name, sum(weight * loss), and the bundle that they were computed from."""
-        f = Forward(self.model, batch, Forward(momentum, batch, around=around) if momentum else None, around)
+        f = self.bundle(self.model, batch, Forward(momentum, batch, around=around) if momentum else None, around)
         return *self.losses(f), f
 
     def losses(self, f: Forward) -> tuple[dict[str, Tensor], Tensor]:
+        if isinstance(f, CutForward):
+            return per_loss.losses(f, self.objectives)
         losses = {name: objective(f) for name, objective in self.objectives.items()}
         f.forget()
         return losses, sum(o.weight * losses[name] for name, o in self.objectives.items())
@@ -98,8 +101,9 @@ class Trainer:
         self.run, self.accelerator, self.experiment = run, run.accelerator, run.experiment
         accelerator = run.accelerator
         self.zero = engine(accelerator) == "deepspeed"
+        bundle = CutForward if self.experiment.train.backward == "per_loss" else Forward
         self.pretrainer, self.optimizer = accelerator.prepare(
-            Pretrainer(run.model, self.experiment.objectives), run.optimizer
+            Pretrainer(run.model, self.experiment.objectives, bundle), run.optimizer
         )
         run.restore_optimizer(self.optimizer.optimizer, self.zero)
         if self.zero and self.experiment.train.grad_cache:

@@ -9,7 +9,7 @@ import typing
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 
-from vlp import grad_cache
+from vlp import grad_cache, per_loss
 from vlp.config import Experiment, describe_type, dump, from_plain
 from vlp.errors import UserError
 from vlp.logging import require
@@ -61,6 +61,8 @@ def validate(experiment: Experiment) -> None:
     for objective in objectives:
         if hasattr(objective, "check"):
             objective.check(experiment)
+    if train.backward == "per_loss":
+        per_loss.check(experiment)
     if train.grad_cache:
         grad_cache.check(experiment)
     if train.mix:

@@ -14,6 +14,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
@@ -37,8 +38,10 @@ from vlp.objectives.itc import MomentumContrast
 from vlp.objectives.itm import ImageTextMatching
 from vlp.objectives.mlm import MaskedText
 from vlp.optim import AdamW
+from vlp.per_loss import CutForward
 from vlp.sampling import MaskedIds, TextMasking
 from vlp.state import Average, Queue
+from vlp.train import Pretrainer
 from vlp.types import Batch, Vocabulary
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -90,14 +93,23 @@ def reference_losses(model: AlbefModel, momentum: AlbefModel, batch: Batch, mask
     return sum(reference_step(model, momentum, batch, masked.input_ids, labels, queue).values())
 
 
-def product_losses(model: AlbefModel, momentum: AlbefModel, batch: Batch, masked: MaskedIds, queue: Queue) -> Tensor:
-    around = Surroundings({OBJECTIVES["itc"]: queue})
+def product_losses(
+    model: AlbefModel,
+    momentum: AlbefModel,
+    batch: Batch,
+    masked: MaskedIds,
+    queue: Queue,
+    bundle: type[Forward] = Forward,
+) -> Tensor:
     with patch.object(TextMasking, "__call__", lambda *_: masked):
-        f = Forward(model, batch, Forward(momentum, batch, around=around), around)
-        return sum(objective(f) for objective in OBJECTIVES.values())
+        return Pretrainer(model, OBJECTIVES, bundle)(batch, momentum, Surroundings({OBJECTIVES["itc"]: queue}))[1]
 
 
-STEPS = {"product": product_losses, "reference": reference_losses}
+STEPS = {
+    "product": product_losses,
+    "per_loss": partial(product_losses, bundle=CutForward),  # train.backward=per_loss
+    "reference": reference_losses,
+}
 
 
 # --- operations ----------------------------------------------------------------------------------------------------
@@ -220,10 +232,11 @@ def in_fresh_process(function, *arguments):
 
 
 def memory() -> dict:
-    """Peaks, and their ratios to the reference's."""
-    ways = {"reference": ("reference", "none")} | {how: ("product", how) for how in ("none", "cheap", "full")}
+    """Peaks, and their ratios to the reference's, by train.backward and train.activation_checkpointing."""
+    ways = {f"{step}_{how}": (step, how) for step in ("product", "per_loss") for how in ("none", "cheap", "full")}
+    ways |= {"reference": ("reference", "none")}
     found = {way: in_fresh_process(peak, *how) for way, how in ways.items()}
-    ratios = {f"{way}_to_reference": round(found[way] / found["reference"], 3) for way in ("none", "cheap", "full")}
+    ratios = {f"{way}_to_reference": round(mib / found["reference"], 3) for way, mib in found.items()}
     return {f"{way}_mib": mib for way, mib in found.items()} | ratios
 
 
@@ -233,7 +246,8 @@ def counted() -> dict:
     for count, tokens in ((8, 100), (64, 805)):
         whole, outside = PUBLISHED[count]
         published = {"gflop": whole, "gflop_outside_image_towers": outside}
-        found[f"{count}_pairs"] = {name: operations(name, count, tokens) for name in STEPS} | {"published": published}
+        found[f"{count}_pairs"] = {name: operations(name, count, tokens) for name in ("product", "reference")}
+        found[f"{count}_pairs"] |= {"published": published}
     return found
 
 

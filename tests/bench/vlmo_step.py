@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -28,7 +29,9 @@ from vlp.models.vlmo import Vlmo, VlmoModel
 from vlp.objectives.itc import ImageTextContrast
 from vlp.objectives.itm import ImageTextMatching
 from vlp.objectives.mlm import MaskedText
+from vlp.per_loss import CutForward
 from vlp.sampling import MaskedIds, TextMasking
+from vlp.train import Pretrainer
 from vlp.types import Batch
 
 THREADS, LENGTH = 1, 40
@@ -62,13 +65,16 @@ def reference_losses(model: VlmoModel, batch: Batch, masked: MaskedIds) -> Tenso
     return sum(OBJECTIVES[name].weight * loss for name, loss in losses.items())
 
 
-def product_losses(model: VlmoModel, batch: Batch, masked: MaskedIds) -> Tensor:
+def product_losses(model: VlmoModel, batch: Batch, masked: MaskedIds, bundle: type[Forward] = Forward) -> Tensor:
     with patch.object(TextMasking, "__call__", lambda *_: masked):
-        f = Forward(model, batch, around=Surroundings())
-        return sum(objective.weight * objective(f) for objective in OBJECTIVES.values())
+        return Pretrainer(model, OBJECTIVES, bundle)(batch, None, Surroundings())[1]
 
 
-STEPS = {"product": product_losses, "reference": reference_losses}
+STEPS = {
+    "product": product_losses,
+    "per_loss": partial(product_losses, bundle=CutForward),  # train.backward=per_loss
+    "reference": reference_losses,
+}
 
 
 def prepared(name: str, checkpointing: Checkpointing = "none") -> tuple:
@@ -108,6 +114,7 @@ def peak(name: str, checkpointing: Checkpointing) -> float:
 def seconds(rounds: int = 2) -> dict:
     """Of the reference, of ours, and of ours in bfloat16, in turn, best of ``rounds``; and their ratios."""
     ways = {"reference": ("reference", False), "fp32": ("product", False), "bf16": ("product", True)}
+    ways |= {"per_loss_bf16": ("per_loss", True)}
     ready = {name: prepared(name) for name in STEPS}
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds + 1):  # the first is for warming up
@@ -115,21 +122,22 @@ def seconds(rounds: int = 2) -> dict:
             ready[name][0].zero_grad()
             taken[way].append(run(name, ready[name], bf16))
     best = {way: min(each[1:]) for way, each in taken.items()}
-    ratios = {f"{way}_to_reference": round(best[way] / best["reference"], 3) for way in ("fp32", "bf16")}
+    ratios = {f"{way}_to_reference": round(best[way] / best["reference"], 3) for way in list(ways)[1:]}
     return {f"{way}_cpu_seconds": round(each, 2) for way, each in best.items()} | ratios
 
 
 def memory() -> dict:
-    """Peaks, and their ratios to the reference's."""
-    ways = {"reference": ("reference", "none"), "plain": ("product", "none"), "cheap": ("product", "cheap")}
+    """Peaks, and their ratios to the reference's, by train.backward and train.activation_checkpointing."""
+    ways = {f"{step}_{how}": (step, how) for step in ("product", "per_loss") for how in ("none", "cheap")}
+    ways |= {"reference": ("reference", "none")}
     found = {way: in_fresh_process(peak, *how) for way, how in ways.items()}
-    ratios = {f"{way}_to_reference": round(found[way] / found["reference"], 3) for way in ("plain", "cheap")}
+    ratios = {f"{way}_to_reference": round(mib / found["reference"], 3) for way, mib in found.items()}
     return {f"{way}_mib": mib for way, mib in found.items()} | ratios
 
 
 def counted() -> dict:
     """GFLOP of both, at 4 pairs, beside what ../shared/reference/costs.md says of the published code."""
-    found = {name: in_fresh_process(operations, name) for name in STEPS}
+    found = {name: in_fresh_process(operations, name) for name in ("product", "reference")}
     return {**found, "published": PUBLISHED, "ratio": round(found["product"] / PUBLISHED, 3)}
 
 

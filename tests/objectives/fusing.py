@@ -101,12 +101,14 @@ def shortened(batch: Batch) -> Batch:
     return replace(batch, input_ids=batch.input_ids[:, :longest], attention_mask=batch.attention_mask[:, :longest])
 
 
-def step(rank: int, world: int, objectives: dict, spec: Any = None) -> tuple[dict, dict, dict]:
+def step(
+    rank: int, world: int, objectives: dict, spec: Any = None, bundle: type[Forward] = Forward
+) -> tuple[dict, dict, dict]:
     """Means of the losses over processes, the gradients that DDP leaves, and what the memories get."""
     part = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
     batch = shortened(part_of(pairs(), part))
     model, momentum = networks(spec)
-    pretrainer = Pretrainer(model, objectives)
+    pretrainer = Pretrainer(model, objectives, bundle)
     called = DistributedDataParallel(pretrainer, find_unused_parameters=True) if world > 1 else pretrainer
     with drawn_by_row():
         losses, total, f = called(batch, momentum, around_of(objectives))

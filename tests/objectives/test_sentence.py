@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.conftest import ROOT
-from tests.processes import Pair, losses, records, resume, run, samples, tensors
+from tests.processes import losses, records, resume, run, samples, tensors
 from vlp.config import Data, Experiment
 from vlp.data.sentences import Sentences
 from vlp.data.shards import Source
@@ -235,13 +235,6 @@ def gradients(rank: int, world: int, name: str) -> tuple:
         rows = objective.remember(f) if hasattr(objective, "remember") else {}
     total = sum_over_processes([loss.item()], torch.device("cpu"))[0] / world
     return total, {n: p.grad for n, p in wrapped.model.named_parameters()}, rows
-
-
-@pytest.fixture(scope="module")
-def pair():
-    pair = Pair()
-    yield pair
-    pair.close()
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -5,8 +5,9 @@ B images, A texts, n pairs, P image tokens, L text tokens, D width, E embedding,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +160,8 @@ class VlmoModel(nn.Module):
         load_weights: see `Vlmo.build`.
     """
 
+    fuses_inputs: ClassVar[bool] = True  # see vlp.per_loss
+
     def __init__(self, spec: Vlmo, load_weights: bool = True):
         super().__init__()
         width, joint = spec.encoder.width, "vl" in spec.encoder.experts
@@ -225,16 +228,23 @@ class VlmoModel(nn.Module):
         for head in filter(None, (self.itc, self.vl)):
             head.clamp_scalars()
 
-    def encode_image(self, image: Tensor) -> Encoded:
-        """(B, 3, H, W) float32, normalised as `preprocess` says."""
-        inputs = self.encoder.image(image)
+    def encode_image(self, image: Tensor, cut: Callable[[Tensor], Tensor] = lambda inputs: inputs) -> Encoded:
+        """(B, 3, H, W) float32, normalised as `preprocess` says.
+
+        Args:
+            cut: what is done to the embedded patches before anything reads them.
+        """
+        inputs = cut(self.encoder.image(image))
         mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         rows = Rows((0,) * len(inputs), inputs.shape[1], inputs.device)
         return self._encoded(inputs, mask, rows, "image")
 
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        """(A, L) int64 and bool, padded on the right."""
-        return self._encoded(self.encoder.text(input_ids), attention_mask, Rows.of_texts(attention_mask), "text")
+    def encode_text(
+        self, input_ids: Tensor, attention_mask: Tensor, cut: Callable[[Tensor], Tensor] = lambda inputs: inputs
+    ) -> Encoded:
+        """(A, L) int64 and bool, padded on the right; see `encode_image`."""
+        inputs = cut(self.encoder.text(input_ids))
+        return self._encoded(inputs, attention_mask, Rows.of_texts(attention_mask), "text")
 
     def _encoded(self, inputs: Tensor, mask: Tensor, rows: Rows, modality: str) -> Encoded:
         """Of the last layer the first token alone: nothing reads the others."""

@@ -43,6 +43,7 @@ class ImageTextMatching:
     """
 
     sees_peers: ClassVar[bool] = True  # see vlp.grad_cache
+    begins_at_cut: ClassVar[bool] = True  # see vlp.per_loss
     weight: float = 1.0
     negatives: Literal["hard", "uniform"] = "hard"
     keys: Literal["momentum", "student"] = "momentum"

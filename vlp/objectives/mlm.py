@@ -39,6 +39,7 @@ class MaskedText:
     """
 
     sees_peers: ClassVar[bool] = True  # see vlp.grad_cache
+    begins_at_cut: ClassVar[bool] = True  # see vlp.per_loss
     weight: float = 1.0
     masking: TextMasking = TextMasking()
     distill: float = 0.0
