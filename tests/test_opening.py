@@ -128,6 +128,45 @@ def test_transformers_folders_embed_as_their_own_classes_do(folder, photo):
     assert float(subject.model.scale.detach()) == pytest.approx(float(scale.detach()), rel=1e-5)
 
 
+def test_knn_probe_and_sts_take_them_too(folder, tmp_path, monkeypatch):
+    """The nearest neighbour and the distance of a pair are those of the embeddings, one after the other."""
+    rng, labels = np.random.default_rng(0), []
+    for n in range(16):
+        name, split = f"p{n}.png", "train" if n < 8 else "val"
+        noise = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        noise.resize((40, 40), Image.Resampling.BICUBIC).save(tmp_path / name)
+        labels.append({"image": name, "label": n % 2, "name": f"class {n % 2}", "split": split})
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in labels))
+    pairs = [(4.5, *TEXTS[:2]), (1.0, *TEXTS[1:]), (2.0, TEXTS[0], TEXTS[2])]
+    (tmp_path / "stsb-test.tsv").write_text("".join(f"{score}\t{a}\t{b}\n" for score, a, b in pairs))
+    monkeypatch.chdir(tmp_path)
+    sts = ["tasks=stsb-test", "geometry=stsb-test", "resamples=5", "features=embed"]
+    for task, more in (("knn", ["k=1", "features=embed"]), ("probe", ["folds=2"]), ("sts", sts)):
+        assert main(["eval", str(folder), task, f"data={tmp_path}", *more]) == 0
+    found = {
+        name: json.loads(next(tmp_path.glob(f"runs/eval/*/eval/{name}*.json")).read_text())["metrics"]
+        for name in ("knn", "probe", "sts")
+    }
+    subject = open_subject(str(folder)).subject
+    with torch.no_grad():
+        images = []
+        for line in labels:
+            pixels = np.array(Image.open(tmp_path / line["image"]))
+            pixels = subject.data.resize(pixels, subject.preprocess.size, subject.preprocess.interpolation)
+            images.append(subject.model.encode_image(subject.preprocess.normalise(pixels[None])).embed[0])
+        texts = torch.cat(
+            [subject.model.encode_text(*subject.tokenizer([t], subject.data.max_length)[:2]).embed for t in TEXTS]
+        )
+    nearest = [max(range(8), key=lambda k: float(images[n] @ images[k])) for n in range(8, 16)]
+    hits = sum(labels[k]["label"] == labels[n]["label"] for n, k in enumerate(nearest, start=8))
+    assert found["knn"]["top1"]["value"] == pytest.approx(hits / 8)
+    assert 0 <= found["probe"]["top1"]["value"] <= 1
+    assert -1 <= found["sts"]["stsb-test"]["value"] <= 1
+    # of the one pair that scores above 4
+    distance = float((texts[0] - texts[1]).square().sum())
+    assert found["sts"]["alignment"]["value"] == pytest.approx(distance, rel=1e-3, abs=1e-6)
+
+
 def test_siglip2_sees_patches_as_it_cuts_them(tmp_path, photo):
     from vlp.models.transformers_dual import patches_of
 

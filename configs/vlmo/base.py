@@ -11,7 +11,7 @@ Goal:     VQA 76.6, NLVR2 83.3, COCO 74.8 / 57.2 and Flickr30k 92.3 / 79.3 (text
           (the published code's README).
 As published: AdamW at 2e-4 with betas 0.9 and 0.98, weight decay 0.01, 2,500 steps of warm-up, linear decay; dropped paths 0.1, and
           the same number as dropout of the embeddings of texts; MLM of whole words, 15 %, by a quarter; each head of ITC by half;
-          texts of up to 40 tokens. The crops, the flips and RandAugment are as recalled; look them up before citing.
+          texts of up to 40 tokens; crops of half the photo or more, flips, and two of ALBEF's ten operations of RandAugment at 7 of 10.
 Differs:  ITC's gradient is that of the whole batch, where the published code has 1/64 of it with 64 processes: for its proportion
           of ITC to the rest, divide the two weights by the number of processes. A negative is no other caption of the same picture.
           The scale of similarities is at most 100, where the published code lost the clamp; norms, scales and positions have no
