@@ -1,6 +1,8 @@
 """Official files of annotations become lines that `Annotated` reads by default."""
 
 import json
+import pickle
+from pathlib import Path
 
 import pytest
 
@@ -159,6 +161,57 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
     assert main(["data", "annotations", *(a.format(*files) for a in arguments[:-1]), str(tmp_path / "out")]) == 2
     found = capsys.readouterr().err
     assert message in found and found.count("\n") == 1
+
+
+def refcoco_files(tmp_path) -> list[str]:
+    """As they are published: refs(unc).p by Python 2."""
+    phrases = [{"image": "train2014/7.jpg", "text": "red one", "ref_id": 5}]
+    references = [
+        {"ref_id": 5, "ann_id": 70, "image_id": 7, "split": "testA", "sentences": [{"tokens": ["red", "one"]}]}
+    ]
+    contents = {
+        "refcoco+_test.json": phrases,
+        "instances.json": {"annotations": [{"id": 70, "bbox": [1.5, 2, 3, 4], "image_id": 7}]},
+        "dets.json": {"7": [[0, 0, 9, 9, 0.9], [1, 2, 3, 4, 0.5]]},
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps(references, protocol=2))
+    return [str(tmp_path / name) for name in ("refcoco+_test.json", "refs(unc).p", "instances.json", "dets.json")]
+
+
+def test_boxes_and_proposals_of_refcoco_are_joined_to_its_phrases(tmp_path):
+    files = refcoco_files(tmp_path)
+    line = {"image": "train2014/7.jpg", "text": "red one", "ref_id": 5, "split": "testA", "box": [1.5, 2, 3, 4]}
+    assert list(convert("refcoco", files[:3])) == [line]
+    assert list(convert("refcoco", files)) == [line | {"proposals": [[0, 0, 9, 9], [1, 2, 3, 4]]}]
+
+
+class Harm:
+    def __reduce__(self):
+        return Path.touch, (Path("run"),)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (pickle.dumps([Harm()]), "nothing of it was run"),
+        (b"\x80\x02c__builtin__\neval\n", "it asks for __builtin__.eval"),
+        (b"no pickle", "is no pickle"),
+        (b"", "is no pickle"),
+        (pickle.dumps([{"ref_id": 6}]), "there is no 5"),
+    ],
+)
+def test_references_that_would_run_something_or_are_others_are_one_line(
+    content, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    files = refcoco_files(tmp_path)
+    Path(files[1]).write_bytes(content)
+    assert main(["data", "annotations", "refcoco", *files, "out.jsonl"]) == 2
+    found = capsys.readouterr().err
+    assert message in found and found.count("\n") == 1
+    assert not Path("run").exists() and not Path("out.jsonl").exists()
 
 
 def test_list_of_answers_is_in_the_order_of_their_frequency(tmp_path, capsys):

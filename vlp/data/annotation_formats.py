@@ -7,6 +7,7 @@ answer_type. Paths of images are those of the official folders.
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from pathlib import Path
@@ -107,11 +108,49 @@ def snli_ve(file: Path) -> Iterator[dict]:
         yield {"image": image, "text": text, "label": label}
 
 
-@expecting("ALBEF's list of objects with image and text")
-def refcoco(file: Path) -> Iterator[dict]:
-    """ALBEF's ``refcoco+_train.json`` and the like; whatever else it says, such as ref_id or bbox, is kept."""
+@expecting(
+    "ALBEF's list of objects with image, text and ref_id, then RefCOCO+'s refs(unc).p, instances.json and dets.json"
+)
+def refcoco(
+    file: Path, references: Path | None = None, instances: Path | None = None, detections: Path | None = None
+) -> Iterator[dict]:
+    """ALBEF's ``refcoco+_train.json`` and the like; whatever else it says is kept.
+
+    With ``refs(unc).p`` and ``instances.json`` also the box of each phrase and its split (train, val, testA, testB), and with
+    ``dets.json`` the proposals of its image.
+    """
+    told, boxes, proposals = {}, {}, {}
+    if references:
+        told = {reference["ref_id"]: reference for reference in read_plain_pickle(references)}
+        boxes = {a["id"]: a["bbox"] for a in read_json(instances)["annotations"]} if instances else {}
+    if detections:
+        proposals = {int(image): [found[:4] for found in each] for image, each in read_json(detections).items()}
     for record in _list(file):
-        yield {"image": record["image"], "text": record["text"]} | record
+        line = {"image": record["image"], "text": record["text"]} | record
+        if references:
+            reference = told[record["ref_id"]]
+            line |= {"split": reference["split"], "box": boxes[reference["ann_id"]]}
+            if detections:
+                line["proposals"] = proposals[reference["image_id"]]
+        yield line
+
+
+class _Plain(pickle.Unpickler):
+    """Of numbers, texts, lists and dicts alone: a pickle that names anything else, which it could run, is refused."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_plain_pickle(file: Path) -> Any:
+    """RefCOCO's references, which come in no other form. Raises UserError where there is more in it than plain data."""
+    try:
+        with open(file, "rb") as stream:
+            return _Plain(stream, encoding="latin1").load()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror})") from None
+    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError) as error:
+        raise UserError(f"{file} is no pickle of plain lists and numbers ({error}); nothing of it was run") from None
 
 
 @expecting("the folder data of the package easy_vqa, with train/questions.json and test/questions.json")

@@ -40,7 +40,8 @@ class Grounding:
     if intersection over union with the box is at least ``overlap``.
 
     Args:
-        data: a .jsonl with text, box and, optionally, proposals and split; `vlp data world` writes one.
+        data: a .jsonl with text, box and, optionally, proposals and split; `vlp data world` writes one, and `vlp data annotations
+            refcoco` makes one of the official files.
         images: folder that pictures' paths start from, or shards; None = the folder of ``data``.
         image: the field that names the picture; in a world "key".
         split: lines of this split; None = all.
