@@ -19,6 +19,7 @@ from vlp.config import dump, load_json, override
 from vlp.data.sentences import Sentences
 from vlp.errors import UserError
 from vlp.models.single import Single
+from vlp.series import Series
 from vlp.stages import Stages
 
 STAGES = ROOT / "tests" / "fixtures" / "toy_stages.py"
@@ -103,6 +104,16 @@ def test_a_stage_by_itself_says_what_it_lacks(world, capfd, tmp_path):
     shutil.rmtree(tmp_path / "dual" / "checkpoints")
     assert "has no checkpoint to start from; train it first" in said(str(tmp_path / "dual"))
     assert not second.folder.exists()
+
+
+def test_a_run_that_cannot_be_says_so_once(tmp_path, capfd):
+    from tests.fixtures.toy import config as toy
+
+    broken = replace(toy(), output=str(tmp_path))  # there is no tokenizer
+    with Series() as series, pytest.raises(SystemExit, match="2"):
+        series.train(broken)
+    found = capfd.readouterr().err
+    assert "no such file or folder" in found and found.count("\n") == 1
 
 
 # --- running them -----------------------------------------------------------------------------------------------------

@@ -66,7 +66,8 @@ class Series:
         """Begins the run, or goes on with it; True if it got to its end, False if it was asked to stop.
 
         Raises:
-            UserError: if it fails; it has said why.
+            SystemExit: with 2, if it cannot run; it has said why in its line.
+            UserError: if it fails otherwise.
         """
         if self.asked:
             return False
@@ -82,6 +83,8 @@ class Series:
             self.process.send_signal(self.asked)
         code = self.process.wait()
         self.process = None
+        if code == 2 and not self.asked:
+            sys.exit(code)
         if code and not self.asked:
             raise UserError(f"{folder} ended with exit code {code}; run the command again to go on")
         return finished(experiment)
