@@ -69,6 +69,7 @@ def config() -> Experiment:
             ),
             tokenizer="weights/bert-base-uncased",
             sep=False,
+            clean=True,
             batch_size=128,
             max_length=40,
             augment=RandomResizedCrop(scale=(0.5, 1.0), flip=0.5, then=(RandAugment(n=2, magnitude=7),)),

@@ -57,6 +57,7 @@ def config() -> Experiment:
             ),
             tokenizer="weights/bert-base-uncased",
             sep=False,
+            clean=True,
             batch_size=512,
             max_length=30,
             augment=RandomResizedCrop(scale=(0.2, 1.0), flip=0.5, then=(RandAugment(n=2, magnitude=7),)),

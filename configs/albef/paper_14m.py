@@ -8,7 +8,8 @@ Weights:  weights/: DeiT-base (the file of its authors) and a folder with bert-b
 Command:  accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/albef/paper_14m.py
 Hardware: the paper: 8 A100, 512 texts a step, 30 epochs. Not run here.
 As published: the momentum encoder runs with dropout; the keys of a row are those of its own process, 64, and the queue, which
-          starts full of random vectors; a picture's other captions are negatives, in ITC and in ITM; [SEP] is no part of a text;
+          starts full of random vectors; a picture's other captions are negatives, in ITC and in ITM; [SEP] is no part of a text,
+          nor is punctuation;
           a word may be replaced by any id of the vocabulary, specials too; pixels are normalised as CLIP's although the weights
           are DeiT's; no clipping of gradients; float32.
 Differs:  the learning rate falls with every step, not once an epoch, and warms up from 0, not from 1e-5; the temperature, the
@@ -87,6 +88,7 @@ def config() -> Experiment:
             val="shards/flickr30k-val",
             tokenizer=BERT,
             sep=False,
+            clean=True,
             batch_size=512,
             max_length=25,
             augment=RandomResizedCrop(scale=(0.2, 1.0), flip=0.5, then=(RandAugment(n=2, magnitude=7),)),

@@ -66,6 +66,7 @@ def config() -> Experiment:
             val="shards/flickr30k-val",
             tokenizer=BERT,
             sep=False,
+            clean=True,
             batch_size=512,
             max_length=30,
             augment=RandomResizedCrop(scale=(0.2, 1.0), flip=0.5, then=(RandAugment(n=2, magnitude=7),)),

