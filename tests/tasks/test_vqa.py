@@ -16,10 +16,14 @@ from vlp.data.by_picture import ByPicture
 from vlp.data.text import load_tokenizer
 from vlp.encoders.decoder import Decoder
 from vlp.encoders.generate import rank
+from vlp.encoders.mome import Mome
 from vlp.errors import UserError
+from vlp.forward import Forward
+from vlp.models.vlmo import Vlmo
 from vlp.tasks.question_prior import QuestionPrior
 from vlp.tasks.vqa import Vqa
 from vlp.tasks.vqa_answers import accuracy
+from vlp.types import Batch
 
 ANSWERS = (*COLOURS, "left", "right", "top", "bottom")
 
@@ -98,6 +102,29 @@ def two_of(rank: int, given, expected) -> bool:
 def test_result_is_the_same_for_one_process_and_two(given, two_processes):
     result = Vqa(split="test", batch_size=3, questions=4, resamples=20)(given)
     assert two_processes(two_of, given, result.metrics) == [True, True]
+
+
+def test_classifier_of_vlmo_answers_as_for_each_question_alone(given, asked, tmp_path):
+    torch.manual_seed(1)
+    mome = Mome(32, 3, 2, 64, vl_from=2, image_size=32, vocab_size=200, max_text_length=16, layer_scale=None)
+    spec = Vlmo(mome, itc=False, itc_vl=False, itm=False, mlm=False, classes=len(ANSWERS))
+    model = spec.build().eval()
+    for part in model.modules():
+        if isinstance(part, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding)):
+            torch.nn.init.normal_(part.weight, std=0.4)
+    found = replace(given, model=model)
+    path = tmp_path / "results.json"
+    Vqa(split="test", batch_size=3, questions=4, submission=str(path), resamples=20)(found)
+    said = {}
+    dataset = ByPicture(replace(asked, split="test").open(), given.data.resize, model.preprocess, 10_000)
+    with torch.no_grad():
+        for pictured in dataset.__getitems__(range(len(dataset)))[0]:
+            for line in pictured.lines:
+                pixels = model.preprocess.normalise(pictured.images[0][None])
+                f = Forward(model, Batch(torch.zeros(1), pixels, *given.tokenizer([line.captions[0]], 16)[:2]))
+                said[line.number] = ANSWERS[int(model.classify(f).argmax())]
+    assert [line["answer"] for line in json.loads(path.read_text())] == [said[n] for n in sorted(said)]
+    assert len(set(said.values())) > 1
 
 
 def test_classifier_answers_with_its_highest_class(given, asked):
