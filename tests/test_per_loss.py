@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, toy_overrides
 from tests.models.test_vlmo import ENCODER, OBJECTIVES, SPEC, apart, randomised
 from tests.objectives.fusing import assert_same, drawn_by_row, step
-from vlp.config import load_config
+from tests.processes import records, run
+from vlp.config import dump, load_config
 from vlp.distributed import world_size
 from vlp.errors import UserError
 from vlp.forward import Forward, Surroundings
@@ -130,3 +131,21 @@ def test_what_saves_nothing_or_cuts_twice_is_refused():
         validate(replace(experiment, objectives=alone, train=replace(experiment.train, backward="per_loss")))
     with pytest.raises(UserError, match="grad_cache both cut"):
         validate(replace(experiment, train=replace(experiment.train, backward="per_loss", grad_cache=True)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "deepspeed"])
+def test_engines_take_the_gradients_as_they_take_others(world, tmp_path, engine):
+    """Three steps under each, of which the second and third hang on the gradients before."""
+    from tests.fixtures.toy_vlmo_stages import config as toy_stages
+
+    experiment = toy_stages().stages["3-pairs"]
+    (tmp_path / "pairs.json").write_text(dump(replace(experiment, evaluate={})))
+    found = {}
+    for backward in ("once", "per_loss"):
+        overrides = [*toy_overrides(world, tmp_path), f"name={backward}", f"train.backward={backward}", "train.steps=3"]
+        done = run("train", tmp_path / "pairs.json", *overrides, world=2, engine=engine)
+        assert done.codes == [0, 0], done.errors
+        found[backward] = [(r["loss"], r["gradient_norm"]) for r in records(tmp_path / backward)]
+    assert len(found["once"]) == 3
+    assert found["per_loss"] == [pytest.approx(pair, rel=1e-5) for pair in found["once"]]
