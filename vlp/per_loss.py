@@ -3,7 +3,9 @@
 What several passes read - the towers' encodings, or, of a model that fuses from the first layer on, the embedded patches and
 words - is cut from its graph. The losses on single modalities go first and together, then one by one those whose pass
 begins at a cut (``begins_at_cut``); each leaves gradients at the parameters and at the cuts, and at the end those of the cuts
-go through what was made before them. The peak is that of the largest pass instead of the sum of all.
+go through what was made before them. The peak is that of the largest pass instead of the sum of all, with gradients beside it:
+it pays where passes of pairs are large, as VLMo's, and not where fusion is small beside the towers, as ALBEF's
+(``python -m tests.bench albef_step vlmo_step``).
 """
 
 from __future__ import annotations

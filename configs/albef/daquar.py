@@ -1,19 +1,20 @@
-"""VQA on DAQUAR, from the ALBEF of configs/albef/flickr8k.py: an answer decoder and a classifier, learned together.
+"""VQA on DAQUAR, from the ALBEF of configs/albef/flickr8k_matching.py: an answer decoder and a classifier, learned together.
 
 Paper:    Li et al. 2021, arXiv:2107.07651, section 4.3 (answers ranked by a decoder); Bao et al. 2022, arXiv:2111.02358 (VLMo:
           soft targets of a classifier). Both heads read the same fusion.
 Data:     DAQUAR (Malinowski and Fritz 2014), 1,449 indoor photos, 6,795 questions to train and 5,673 to test, of other photos;
           questions.jsonl and images/ in data/daquar; for research only.
-Start:    runs/albef-flickr8k; its towers stay as they are, the decoder starts as its fusion and head for masked words.
-Commands: vlp data answers data/daquar/questions.jsonl data/daquar-answers.txt --field answer --split train
+Start:    runs/albef-flickr8k-matching, see flickr8k_matching.py; its towers stay as they are, the decoder starts as its fusion and head for masked words.
+Commands: ln -s ../../shared/data/daquar data/daquar
+          vlp data answers data/daquar/questions.jsonl data/daquar-answers.txt --field answer --split train
           vlp train configs/albef/daquar.py
           vlp eval runs/albef-daquar vqa split=test k=16
           vlp eval runs/albef-daquar vqa split=test how=classify
           vlp eval runs/albef-daquar vqa split=test how=write
-Hardware: 1 CPU core.
+Hardware: 1 CPU core, 11 minutes beside other work.
 Expected: above the question prior, which the evaluation prints beside the accuracy (20.2 %: the most frequent answer of the
           longest known beginning of the question).
-Measured: nothing yet.
+Measured: of 5,673 questions ranked 20.9 %, classified 21.2 %, written 22.5 % (21.1 to 23.8); the prior 20.2 % (19.0 to 21.4).
 """
 
 from vlp.config import Data, Experiment, Saving, Training
@@ -46,7 +47,7 @@ def config() -> Experiment:
             itc=False,
             itm=False,
             mlm=False,
-            weights="runs/albef-flickr8k",
+            weights="runs/albef-flickr8k-matching",
         ),
         objectives={"answer": AnswerGeneration(), "classes": Classification(loss="softmax")},
         data=Data(

@@ -3,13 +3,14 @@
 Paper:    Li et al. 2021, arXiv:2107.07651, sec. 4: three classes on the first token, distilled without a ramp.
 Data:     3,970 hypotheses of SNLI's dev and test whose premise is a caption of Flickr8k: 3,434 on photos of its train split, 536
           on photos of val. Not SNLI-VE, which is on Flickr30k.
-Start:    runs/albef-flickr8k, see flickr8k.py, whose sizes these are; the head is new. The image tower stays as it is.
+Start:    runs/albef-flickr8k-matching, see flickr8k_matching.py, whose sizes these are; the head is new. The image tower stays as it is.
 Commands: vlp train configs/albef/flickr8k.py
+          vlp train configs/albef/flickr8k_matching.py
           vlp train configs/albef/entailment_flickr8k.py
           vlp eval runs/albef-entailment-flickr8k classification split=val
-Hardware: 1 CPU core, about 5 minutes.
-Measured: nothing yet. To be read beside what the hypotheses give away on their own, 59 %, and the largest class, 34 %: both are
-          printed with the result.
+Hardware: 1 CPU core, 8 minutes beside other work.
+Measured: 65.1 % (61.1 to 69.1); 5.97 points (1.5 to 10.2) above what the hypotheses give away on their own, 59.1 %. The largest class
+          is 32.8 %.
 """
 
 from vlp.config import Data, Experiment, Logging, Saving, Training
@@ -49,7 +50,7 @@ def config() -> Experiment:
             itm=False,
             mlm=False,
             classes=3,
-            weights="runs/albef-flickr8k",
+            weights="runs/albef-flickr8k-matching",
         ),
         objectives={"entailment": Classification(distill=0.4)},
         momentum=Momentum(decay=0.99, mode="train"),
@@ -74,7 +75,7 @@ def config() -> Experiment:
         optim=AdamW(lr=1e-4, weight_decay=0.05),
         schedule=Schedule(warmup_steps=20, kind="cosine"),
         train=Training(
-            steps=110,
+            steps=160,
             precision="bf16",
             lr_scales={"classifier": 5.0},
             frozen=("image.model", "text.model.embeddings"),

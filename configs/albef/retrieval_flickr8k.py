@@ -2,8 +2,9 @@
 
 Paper:    Li et al. 2021, arXiv:2107.07651, section 4.1: the published recipe is configs/albef/retrieval_flickr30k.py.
 Data:     Flickr8k (Hodosh et al. 2013), 6,000 photos to train, 1,000 to evaluate; for research and education only.
-Start:    runs/albef-flickr8k, all of it: of configs/albef/flickr8k.py, on the same photos. Pictures grow from 192 to 224 px.
+Start:    runs/albef-flickr8k-matching, all of it: of configs/albef/flickr8k_matching.py, on the same photos. Pictures grow from 192 to 224 px.
 Commands: vlp train configs/albef/flickr8k.py
+          vlp train configs/albef/flickr8k_matching.py
           vlp train configs/albef/retrieval_flickr8k.py
           vlp eval runs/albef-retrieval-flickr8k rerank data=data/flickr8k/val k=64
 Hardware: 2 CPU cores.
@@ -41,7 +42,7 @@ def config() -> Experiment:
             fusion=Fusion(layers=3, weights=MINILM, first_layer=3),
             mlm=False,
             embed_size=256,
-            weights="runs/albef-flickr8k",
+            weights="runs/albef-flickr8k-matching",
         ),
         objectives={
             "itc": MomentumContrast(queue_size=2048, same_picture="positive", distill=0.4, ramp_epochs=1.0),
@@ -62,6 +63,8 @@ def config() -> Experiment:
         schedule=Schedule(warmup_steps=10, kind="cosine", final_fraction=0.1),
         train=Training(
             steps=235,
+            precision="bf16",
+            threads=1,
             frozen=("image.model.conv_stem", "image.model.bn1", *(f"image.model.blocks.{n}" for n in range(5))),
         ),
         evaluate={"rerank": Rerank(k=64)},

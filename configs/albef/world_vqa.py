@@ -1,8 +1,8 @@
-"""VQA on the synthetic world, from the ALBEF of configs/albef/flickr8k.py: what a bag of words cannot answer.
+"""VQA on the synthetic world, from the ALBEF of configs/albef/flickr8k_matching.py: what a bag of words cannot answer.
 
 Paper:    Li et al. 2021, arXiv:2107.07651, section 4.3.
 Data:     vlp data world: scenes of coloured shapes, questions about shapes, colours, sizes, places and numbers.
-Start:    runs/albef-flickr8k; of its image tower the last two stages are trained on, its text tower stays as it is.
+Start:    runs/albef-flickr8k-matching, see flickr8k_matching.py; of its image tower the last two stages are trained on, its text tower stays as it is.
 Commands: vlp data world data/world
           vlp train configs/albef/world_vqa.py
           vlp eval runs/albef-world-vqa vqa split=val images=data/world/val
@@ -39,7 +39,7 @@ def config() -> Experiment:
             itc=False,
             itm=False,
             mlm=False,
-            weights="runs/albef-flickr8k",
+            weights="runs/albef-flickr8k-matching",
         ),
         objectives={"answer": AnswerGeneration()},
         data=Data(

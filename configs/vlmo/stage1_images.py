@@ -45,7 +45,7 @@ def config() -> Experiment:
         ),
         optim=AdamW(lr=1e-3, weight_decay=0.05),
         schedule=Schedule(warmup_steps=30, kind="cosine"),
-        train=Training(steps=1000, precision="bf16"),
-        save=Saving(every=250, keep=1),
+        train=Training(steps=700, precision="bf16"),
+        save=Saving(every=350, keep=1),
         log=Logging(geometry_every=0),
     )

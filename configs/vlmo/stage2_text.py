@@ -45,7 +45,7 @@ def config() -> Experiment:
         ),
         optim=AdamW(lr=1e-3, weight_decay=0.01),
         schedule=Schedule(warmup_steps=30, kind="linear"),
-        train=Training(steps=500, precision="bf16", frozen=RECOMMENDED),
-        save=Saving(every=250, keep=1),
+        train=Training(steps=350, precision="bf16", frozen=RECOMMENDED),
+        save=Saving(every=175, keep=1),
         log=Logging(geometry_every=0),
     )

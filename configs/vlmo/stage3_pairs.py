@@ -48,8 +48,8 @@ def config() -> Experiment:
         ),
         optim=AdamW(lr=5e-4, weight_decay=0.05),
         schedule=Schedule(warmup_steps=30, kind="cosine"),
-        train=Training(steps=210, precision="bf16"),
+        train=Training(steps=150, precision="bf16"),
         evaluate={"retrieval": Retrieval()},
-        save=Saving(every=105, keep=1),
+        save=Saving(every=75, keep=1),
         log=Logging(geometry_every=0),
     )

@@ -69,7 +69,7 @@ def config() -> Ablation:
         ),
         optim=AdamW(lr=1e-3, weight_decay=0.02),
         schedule=Schedule(warmup_steps=50, kind="cosine"),
-        train=Training(steps=300, precision="bf16"),
+        train=Training(steps=180, precision="bf16"),
         save=Saving(every=150, keep=1),
         log=Logging(geometry_every=0),
     )
@@ -101,7 +101,7 @@ def config() -> Ablation:
         evaluate={"questions": Classes(images=f"{WORLD}/val", split="val", baseline=False)},
     )
     after_text = replace(pairs, model=replace(pairs.model, vl_start="text"))
-    longer = replace(pairs, train=replace(pairs.train, steps=370))
+    longer = replace(pairs, train=replace(pairs.train, steps=226))
     return Ablation(
         name="vlmo-staged-or-not-world",
         variants={
