@@ -114,6 +114,22 @@ def test_accuracy_by_a_field_of_the_lines(world):
     assert sum(parts) / len(given) == pytest.approx(metrics["accuracy"].value)
 
 
+def test_weights_that_bring_no_training_are_told_the_fields(world):
+    under = subject(world, "pairs", TWO)
+    expected = task(world, baseline=False)(under)
+    fields = {
+        "image": ("image0", "image1"),
+        "label": "answer",
+        "classes": FALSE_TRUE,
+        "data": str(world / "pairs.jsonl"),
+    }
+    alone = replace(under, data=replace(under.data, train=()))
+    found = task(world, **fields)(alone)
+    assert found.metrics == expected.metrics and found.n == expected.n
+    with pytest.raises(UserError, match="give label=FIELD classes=A,B"):
+        task(world, data=fields["data"]).check(alone.data)
+
+
 def test_pictures_without_a_text_have_classes_too(world, tmp_path):
     path = tmp_path / "colours.jsonl"
     path.write_text(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ class Classes:
         data: annotations; None = those of the training, of which ``split`` is to be evaluated. Fields are named as there.
         images: folder of pictures, or shards, if not as in training.
         split: lines of ``data``; None = all.
+        image: fields of the pictures, for weights that bring no training; NLVR2's are image0, image1. None = as in training.
+        label: field of the class, likewise.
+        classes: in the order of the classifier, likewise: published are contradiction, neutral, entailment, and False, True.
         by: field of the lines; the accuracy of each of its values is given, too.
         baseline: also what can be told from the text alone, by `vlp.tasks.text_only.TextOnly` on the training's annotations.
         batch_size: pictures, or pairs of them, at a time.
@@ -46,6 +49,9 @@ class Classes:
     data: str | None = None
     images: str | None = None
     split: str | None = None
+    image: tuple[str, ...] | None = None
+    label: str | None = None
+    classes: tuple[str, ...] | None = None
     by: str | None = None
     baseline: bool = True
     batch_size: int = 32
@@ -58,13 +64,16 @@ class Classes:
         source = self._source(data)
         if not source.label:
             raise UserError(
-                f"the lines of {source.path} have no classes: the training has no Annotated(label=..., classes=...)"
+                f"the lines of {source.path} have no classes: the training has no Annotated(label=..., classes=...); give "
+                f"label=FIELD classes=A,B,..."
             )
         if not len(source.open()):
             raise UserError(f"{source.path} holds no line; give other data")
 
     def _source(self, data: Data) -> Annotated:
-        return to_evaluate(data.train, self.data, self.images, self.split)
+        source = to_evaluate(data.train, self.data, self.images, self.split)
+        given = {name: getattr(self, name) for name in ("image", "label", "classes")}
+        return replace(source, **{name: value for name, value in given.items() if value is not None})
 
     def __call__(self, subject: Subject) -> Result:
         """Metrics: ``accuracy``; ``accuracy_CLASS`` of the lines of a class; ``FIELD_VALUE`` with ``by``; and of the lines'
