@@ -7,9 +7,13 @@ Commands: vlp data world data/world
           vlp data tokenizer data/world/train data/world/tokenizer --vocab-size 200
           vlp train configs/albef/world.py
           vlp eval runs/albef-world minimal-pairs
-          vlp eval runs/albef-world grounding data=data/world/grounding.jsonl images=data/world/val image=key
-Hardware: 1 CPU core, about 8 minutes.
-Measured: nothing yet.
+          vlp eval runs/albef-world retrieval
+          vlp eval runs/albef-world grounding data=data/world/grounding.jsonl images=data/world/val image=key layer=2
+Hardware: 1 CPU core, 12.5 minutes beside other work.
+Measured: minimal pairs 52.1 % (50.5 to 53.7; chance 50): it knows what is in a scene, R@1 28.9 % and R@5 72.7 % of 1,000 of which two and
+          two differ in one thing, and hardly how things stand to each other. Pointing 33.4 % by the last fusion layer, 18.6 % by the
+          middle one, which is the default, 14.4 % by the first (chance 7.4 %); of the scene's things the right one 48.8 %
+          (chance 42.2 %).
 """
 
 from vlp.config import Data, Experiment, Logging, Saving, Training
@@ -67,7 +71,7 @@ def config() -> Experiment:
         ),
         optim=AdamW(lr=1e-3, weight_decay=0.02),
         schedule=Schedule(warmup_steps=50, kind="cosine"),
-        train=Training(steps=600, threads=1),
+        train=Training(steps=900, threads=1),
         evaluate={"minimal-pairs": MinimalPairs()},
         save=Saving(every=500, keep=1),
         log=Logging(geometry_every=0),
