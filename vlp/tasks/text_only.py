@@ -25,7 +25,8 @@ class TextOnly:
     Args:
         texts: n.
         labels: n numbers of classes.
-        l2: strength of the penalty, over the mean loss.
+        l2: strength of the penalty, over the mean loss; the default was the best of a few on the 536 hypotheses of Flickr8k's val,
+            so that the baseline there is rather too good.
         steps: of L-BFGS at most.
     """
 
