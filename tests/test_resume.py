@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from itertools import chain
 from pathlib import Path
 
@@ -145,6 +146,29 @@ def test_signal_to_one_process_stops_all_at_the_same_step(world, output, rank):
     stopped = len(losses(folder))
     assert all_steps(folder / "checkpoints")[0].name == f"step-{stopped:08d}"
     assert len(samples(folder)) == stopped  # neither process went on
+
+
+def evaluates_for_ever(arguments: list[str]) -> int:
+    from vlp.run import Run
+
+    Run.evaluate = lambda *_: time.sleep(100)
+    return command_line(arguments)
+
+
+def test_asked_to_stop_while_it_evaluates_stops_at_once_and_evaluates_when_continued(world, output):
+    folder = output / "evaluating"
+    arguments = (*toy_overrides(world, output), *FULL, "train.steps=4", f"name={folder.name}")
+    running = start("train", TOY, *arguments, function=evaluates_for_ever)
+    wait_for_step(running, folder, 4)
+    saved = folder / "checkpoints" / "step-00000004"
+    while not saved.exists() and running.processes[0].is_alive():
+        pass
+    running.signal(signal.SIGTERM)
+    done = running.wait(timeout=60)
+    assert done.codes == [0], done.errors
+    assert "stopped at step 4 and saved" in done.errors[0] and not (folder / "eval.jsonl").exists()
+    resume(folder)
+    assert (folder / "eval.jsonl").exists() and len(losses(folder)) == 4
 
 
 def test_signal_before_the_first_step_is_not_lost(world, output):

@@ -67,15 +67,20 @@ class Agreement:
     bad: list[dict]
 
 
+class Stopped(Exception):
+    """Asked to stop in the midst of what can be done again."""
+
+
 class Interrupted:
     """Ctrl-C and SIGTERM: finish the step, save, exit 0. A second one ends the process at once, unless it comes within a second:
     a launcher passes on what a terminal or a scheduler has sent to its processes too.
 
-    Processes are asked at different moments, so they act on ``agreed`` alone, which changes for all in the same step.
+    Processes are asked at different moments, so they act on ``agreed`` alone, which changes for all in the same step. An
+    evaluation, whose checkpoint is saved, is left ``at_once``: by a single process, as several would wait for each other.
     """
 
     def __init__(self):
-        self.asked = self.agreed = False
+        self.asked = self.agreed = self.at_once = False
         self.since = 0.0  # seconds
 
     def __enter__(self) -> Interrupted:
@@ -85,6 +90,8 @@ class Interrupted:
     def _handle(self, number: int, frame) -> None:
         if not self.asked:
             self.asked, self.since = True, time.monotonic()
+            if self.at_once:
+                raise Stopped
         elif time.monotonic() - self.since > 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -116,7 +123,7 @@ class Trainer:
         """Trains to the last step, or to an interruption; True if it got to the end."""
         state, run = self.run.state, self.run
         if run.resumed_from and run.to_evaluate and not run.evaluated:  # killed between saving and evaluating
-            run.evaluate(run.resumed_from)
+            self.evaluate(run.resumed_from, interrupted)
         with closing(run.micro_batches()) as micro_batches:
             while state.step < run.total_steps:
                 run.records.step(self.step(micro_batches, interrupted))
@@ -126,8 +133,18 @@ class Trainer:
                 if interrupted.agreed and not last:
                     return False
                 if run.to_evaluate:
-                    run.evaluate(saved)
+                    self.evaluate(saved, interrupted)
         return True
+
+    def evaluate(self, saved: Path, interrupted: Interrupted) -> None:
+        """Raises Stopped if a single process is asked to stop meanwhile."""
+        interrupted.at_once = self.accelerator.num_processes == 1
+        try:
+            if interrupted.at_once and interrupted.asked:
+                raise Stopped
+            self.run.evaluate(saved)
+        finally:
+            interrupted.at_once = False
 
     def save(self) -> Path:
         return self.run.save(self.optimizer.optimizer, self.zero)
@@ -325,7 +342,11 @@ def _fit(run: Run, interrupted: Interrupted) -> None:
     if run.finished:
         run.records.say(f"{folder} is already at its last step, {run.total_steps}")
         return
-    if Trainer(run).fit(interrupted):
+    try:
+        done = Trainer(run).fit(interrupted)
+    except Stopped:
+        done = False
+    if done:
         run.records.say(f"done: {folder}")
     else:
         run.records.say(f"stopped at step {run.state.step} and saved; continue with: vlp train --resume {folder}")
