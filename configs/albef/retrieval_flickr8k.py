@@ -6,9 +6,12 @@ Start:    runs/albef-flickr8k-matching, all of it: of configs/albef/flickr8k_mat
 Commands: vlp train configs/albef/flickr8k.py
           vlp train configs/albef/flickr8k_matching.py
           vlp train configs/albef/retrieval_flickr8k.py
-          vlp eval runs/albef-retrieval-flickr8k rerank data=data/flickr8k/val k=64
-Hardware: 2 CPU cores.
-Measured: nothing yet.
+          vlp eval runs/albef-retrieval-flickr8k rerank data=data/flickr8k/val k=16
+Hardware: 1 CPU core, 13 minutes beside other work.
+Measured: R@1 / R@5 / R@10 of 1,000 held-out photos by ITC 16.4 / 35.8 / 49.2 % image to text and 12.2 / 32.8 / 44.9 % text to image, the 16
+          best re-ranked 11.6 / 34.3 / 48.8 and 6.1 / 25.2 / 42.8 %. It did not help: before, ITC had 15.7 / 38.1 / 50.4 and 13.8 / 36.3 / 49.9 %. The
+          photos are those that it was pre-trained on, and what is trained now besides, the image tower's last stages, learns them by
+          heart.
 """
 
 from vlp.config import Data, Experiment, Saving, Training
@@ -53,7 +56,7 @@ def config() -> Experiment:
             train=(Source("data/flickr8k/train"),),
             val="data/flickr8k/val",
             tokenizer=MINILM,
-            batch_size=128,
+            batch_size=64,
             max_length=40,
             augment=RandomResizedCrop(scale=(0.5, 1.0), flip=0.5),
             resize=Resize(mode="squash"),
@@ -62,11 +65,11 @@ def config() -> Experiment:
         optim=AdamW(lr=3e-5, weight_decay=0.02),
         schedule=Schedule(warmup_steps=10, kind="cosine", final_fraction=0.1),
         train=Training(
-            steps=235,
+            steps=200,
             precision="bf16",
             threads=1,
             frozen=("image.model.conv_stem", "image.model.bn1", *(f"image.model.blocks.{n}" for n in range(5))),
         ),
-        evaluate={"rerank": Rerank(k=64)},
+        evaluate={"rerank": Rerank(k=16)},
         save=Saving(every=100, keep=2),
     )
