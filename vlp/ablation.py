@@ -171,6 +171,7 @@ def _cell(mean: float, half: float) -> str:
 def _plot(found: dict[str, dict[str, list[float]]], metric: str) -> bytes:
     """Every run as a dot, the mean and its interval over them, a variant a line."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
     figure = Figure(figsize=(7, 0.55 * len(found) + 1.2), layout="constrained")
     axes = figure.subplots()
@@ -183,7 +184,7 @@ def _plot(found: dict[str, dict[str, list[float]]], metric: str) -> bytes:
             )
     axes.set_yticks(range(len(found)), list(found))
     axes.invert_yaxis()
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.set_xlabel(f"{metric} (dots: seeds; bar: mean and its 95 % interval)")
     axes.grid(axis="x", alpha=0.3)
     return png(figure)
