@@ -3,11 +3,12 @@
 Paper:    Bao et al. 2022, arXiv:2111.02358, fig. 1 and sec. 3.4: one set of weights for both.
 Data:     as configs/albef/entailment_flickr8k.py: 3,434 hypotheses on photos of Flickr8k's train split, 536 on photos of val.
 Start:    runs/vlmo-small/3-pairs, see stages.py; the head is new.
-Commands: vlp train configs/vlmo/stages.py
+Commands: vlp train configs/vlmo/stages.py    (or, as measured, with model.weights of a seed of staged_or_not.py)
           vlp train configs/vlmo/entailment_flickr8k.py
           vlp eval runs/vlmo-entailment-flickr8k classification split=val
-Hardware: 1 CPU core, about 3 minutes.
-Measured: nothing yet.
+Hardware: 1 CPU core, 2 minutes.
+Measured: 47.9 % (44.0 to 51.7), from seed 0 of staged_or_not.py, whose R@10 is 2.9 %; the largest class is 32.8 %, the hypotheses alone
+          give 59.1 %: ten minutes from random weights leave too little language.
 """
 
 from dataclasses import replace

@@ -9,7 +9,7 @@ Commands: vlp data pack ../shared/data/flickr8k/captions.jsonl data/flickr8k/tra
           vlp train configs/vlmo/stage1_images.py    (or all three: vlp train configs/vlmo/stages.py)
           vlp eval runs/vlmo-small/1-images knn data=../shared/data/imagenette
 Hardware: 2 CPU cores.
-Measured: nothing yet.
+Measured: kNN 27.6 % (25.0 to 30.3) of ten classes, as seed 0 of staged_or_not.py.
 """
 
 from dataclasses import replace

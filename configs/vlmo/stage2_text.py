@@ -8,7 +8,7 @@ Differs from the paper: 6 layers of 192; short texts; the head for words shares 
 Commands: vlp train configs/vlmo/stage2_text.py    (or all three: vlp train configs/vlmo/stages.py)
           vlp eval runs/vlmo-small/2-text masked data=../shared/data/flickr8k/captions.jsonl split=val
 Hardware: 2 CPU cores.
-Measured: nothing yet.
+Measured: 23.8 % of masked tokens found (22.9 to 24.7), as seed 0 of staged_or_not.py; the most frequent one is 12.8 %.
 """
 
 from dataclasses import replace

@@ -10,7 +10,7 @@ Commands: vlp data pack ../shared/data/flickr8k/captions.jsonl data/flickr8k/tra
           vlp train configs/vlmo/stage3_pairs.py    (or all three: vlp train configs/vlmo/stages.py)
           vlp eval runs/vlmo-small/3-pairs rerank
 Hardware: 2 CPU cores.
-Measured: nothing yet.
+Measured: R@10 of both ways 2.9 % (chance 1 %), see staged_or_not.py.
 """
 
 from vlp.config import Data, Experiment, Logging, Saving, Training
