@@ -7,8 +7,8 @@ Data:     imagenette, 200 photos of 160 px a class to train, 100 more of each to
 Commands: vlp data pack --split train ../shared/data/imagenette/labels.jsonl data/imagenette/train
           vlp train configs/imagenet/imagenette.py
           vlp eval runs/imagenette image-accuracy data=../shared/data/imagenette
-Hardware: 1 CPU core, about 4 minutes by estimate.
-Measured: nothing yet.
+Hardware: 1 CPU core, 3.8 minutes beside other work.
+Measured: 90.7 % (88.9 to 92.5), below the 95 % that kNN finds in the frozen tower at 192 px.
 """
 
 from vlp.config import Data, Experiment, Saving, Training
