@@ -6,9 +6,9 @@ Start:    runs/albef-flickr8k-matching, see flickr8k_matching.py; of its image t
 Commands: vlp data world data/world
           vlp train configs/albef/world_vqa.py
           vlp eval runs/albef-world-vqa vqa split=val images=data/world/val
-Hardware: 1 CPU core.
+Hardware: 1 CPU core, 4.9 minutes beside other work.
 Expected: above the question prior, which the evaluation prints beside the accuracy.
-Measured: nothing yet.
+Measured: 41.7 % (41.1 to 42.3); the question alone 31.2 %.
 """
 
 from vlp.config import Data, Experiment, Saving, Training
