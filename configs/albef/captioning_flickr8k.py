@@ -8,8 +8,9 @@ Start:    the image tower of runs/albef-flickr8k-matching; the decoder from the 
           of MiniLM.
 Commands: vlp train configs/albef/captioning_flickr8k.py
           vlp eval runs/albef-captioning-flickr8k captioning data=data/flickr8k/val     (extra `captioning`)
-Hardware: 1 CPU core.
-Measured: nothing yet.
+Hardware: 1 CPU core, 7 minutes beside other work.
+Measured: CIDEr-D 0.384 (0.356 to 0.412), e.g. "two people are standing in the water." and "a little boy in a red shirt and blue shirt is
+          standing on a sidewalk."
 """
 
 from vlp.config import Data, Experiment, Saving, Training
