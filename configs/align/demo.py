@@ -6,11 +6,11 @@ Data:     openmoji drawings with their English names, aliases and keywords (pip 
 Start:    EfficientNet-Lite0 and all-MiniLM-L6-v2 from pip packages (extra `demo`), fine-tuned.
 Differs from the paper: two bias-free projections to 256 instead of text to the image's width, EfficientNet's last 1x1
           convolution kept, temperature from 0.07, mean pooling and AdamW, an average of the weights, the first layers frozen:
-          with 1,800 pictures what the towers already know counts most. Float32: depthwise convolutions on a CPU are slower
-          in bf16.
+          with 1,800 pictures what the towers already know counts most. Float32, as not every processor is
+          fast in bfloat16.
 Command:  make demo
 Hardware: 2 CPU cores.
-Measured: R@1 31.1 %, R@5 56.8 %, mean of both ways, of the 190 held out (chance 0.5 %), after 5.98 minutes on 2 CPU cores.
+Measured: R@1 31.1 %, R@5 55.8 %, mean of both ways, of the 190 held out (chance 0.5 %), after 5.2 minutes on 2 CPU cores.
 """
 
 from vlp.config import Data, Experiment, Saving, Training
