@@ -240,8 +240,7 @@ def run_eval(options: argparse.Namespace) -> int:
     task.check(subject.data)
     seen = leaked(task, subject.data, opening.allow_leak)
     result = replace(task(subject), trained_on=seen)
-    protocol = "-".join(filter(None, (options.task, getattr(task, "how", None))))  # vqa's three ways are three results
-    path = opened.folder / "eval" / f"{result_name(protocol, task.data)}.json"
+    path = opened.folder / "eval" / f"{result_name(options.task, task.data, getattr(task, 'how', None))}.json"
     table = Table(
         title=f"{options.task} on {result.data}: {', '.join(f'{n:,} {what}' for what, n in result.n.items())}"
     )

@@ -115,9 +115,9 @@ def protocol_name(subject: Subject, location: str, setting: str | None) -> str:
     return f"{whole(location)}-{setting or 'unstated'}@{subject.name or 'unnamed'}"
 
 
-def result_name(task: str, data: str | None) -> str:
-    """Of the file that keeps the newest result of a task on some data; None = that of the experiment."""
-    return f"{task}-{name_of(data)}" if data else task
+def result_name(task: str, data: str | None, how: str | None = None) -> str:
+    """Of the file that keeps the newest result of a task on some data (None = that of the experiment), in one of its ways."""
+    return "-".join(filter(None, (task, how, data and name_of(data))))
 
 
 def need_both(subject: Subject, task: str) -> None:

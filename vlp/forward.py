@@ -170,6 +170,12 @@ class Forward:
             self.gathered(lambda f: f.batch.index, among),
         )
 
+    def losses(self, objectives: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+        """The losses by name, and sum(weight * loss)."""
+        losses = {name: objective(self) for name, objective in objectives.items()}
+        self.forget()
+        return losses, sum(o.weight * losses[name] for name, o in objectives.items())
+
     def forget(self) -> None:
         """Drops what only losses read. From then on their graph alone holds it, and lets go of it in the backward."""
         for bundle in filter(None, (self, self.momentum)):

@@ -11,7 +11,7 @@ it pays where passes of pairs are large, as VLMo's, and not where fusion is smal
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -87,6 +87,31 @@ class CutForward(Forward):
     def leaves(self) -> list[Tensor]:
         return [leaf for _, leaves in self.cuts for leaf in leaves]
 
+    def losses(self, objectives: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+        """The losses by name, without graphs, and sum(weight * loss), whose backward pass has what theirs found.
+
+        Raises:
+            NonFiniteLoss: on all processes, if a loss of any is not finite: their backward passes talk to each other.
+        """
+        together = [name for name, objective in objectives.items() if not _begins_at_cut(objective)]
+        groups = [together] * bool(together) + [[name] for name in objectives if name not in together]
+        gradients, found = Gradients(self.model.parameters()), {}
+        for group in groups:
+            values, total, complaint = {}, torch.tensor(math.nan, device=self.batch.index.device), ""
+            try:
+                values = {name: objectives[name](self) for name in group}
+                total = sum(objectives[name].weight * loss for name, loss in values.items())
+            except NonFiniteLoss as error:
+                complaint = str(error)
+            if sum_over_processes([not torch.isfinite(total)], self.batch.index.device)[0]:
+                raise NonFiniteLoss(complaint or f"the loss of {', '.join(group)}, here or on another process,")
+            found |= {name: loss.detach() for name, loss in values.items()}
+            gradients.take([total], self.leaves)
+        self.forget()
+        gradients.through(self.cuts)
+        ordered = {name: found[name] for name in objectives}
+        return ordered, gradients.behind(sum(o.weight * ordered[name] for name, o in objectives.items()))
+
 
 class Gradients:
     """What backward passes have left so far, at parameters and at leaves."""
@@ -133,29 +158,3 @@ class _Found(torch.autograd.Function):
             gradient = gradients.pop()
             scaled.append(None if gradient is None else gradient * upstream)
         return None, None, *reversed(scaled)
-
-
-def losses(f: CutForward, objectives: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
-    """The losses by name, without graphs, and sum(weight * loss), whose backward pass has what theirs found.
-
-    Raises:
-        NonFiniteLoss: on all processes, if a loss of any is not finite: their backward passes talk to each other.
-    """
-    together = [name for name, objective in objectives.items() if not _begins_at_cut(objective)]
-    groups = [together] * bool(together) + [[name] for name in objectives if name not in together]
-    gradients, found = Gradients(f.model.parameters()), {}
-    for group in groups:
-        values, total, complaint = {}, torch.tensor(math.nan, device=f.batch.index.device), ""
-        try:
-            values = {name: objectives[name](f) for name in group}
-            total = sum(objectives[name].weight * loss for name, loss in values.items())
-        except NonFiniteLoss as error:
-            complaint = str(error)
-        if sum_over_processes([not torch.isfinite(total)], f.batch.index.device)[0]:
-            raise NonFiniteLoss(complaint or f"the loss of {', '.join(group)}, here or on another process,")
-        found |= {name: loss.detach() for name, loss in values.items()}
-        gradients.take([total], f.leaves)
-    f.forget()
-    gradients.through(f.cuts)
-    ordered = {name: found[name] for name in objectives}
-    return ordered, gradients.behind(sum(o.weight * ordered[name] for name, o in objectives.items()))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vlp import grad_cache, per_loss
+from vlp import grad_cache
 from vlp.config import Experiment
 from vlp.data.order import stream
 from vlp.data.stream import Loaded
@@ -42,14 +42,7 @@ class Pretrainer(nn.Module):
     ) -> tuple[dict[str, Tensor], Tensor, Forward]:
         """The losses by name, sum(weight * loss), and the bundle that they were computed from."""
         f = self.bundle(self.model, batch, Forward(momentum, batch, around=around) if momentum else None, around)
-        return *self.losses(f), f
-
-    def losses(self, f: Forward) -> tuple[dict[str, Tensor], Tensor]:
-        if isinstance(f, CutForward):
-            return per_loss.losses(f, self.objectives)
-        losses = {name: objective(f) for name, objective in self.objectives.items()}
-        f.forget()
-        return losses, sum(o.weight * losses[name] for name, o in self.objectives.items())
+        return *f.losses(self.objectives), f
 
 
 @dataclass
@@ -229,7 +222,7 @@ class Trainer:
         try:
             if isinstance(given, CachedForward):
                 with self.accelerator.autocast():
-                    losses, total = self.accelerator.unwrap_model(self.pretrainer).losses(given)
+                    losses, total = given.losses(self.experiment.objectives)
                 return losses, total, given, ""
             state = self.run.state
             momentum = state.momentum.network if state.momentum else None

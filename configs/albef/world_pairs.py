@@ -8,8 +8,8 @@ Commands: vlp train configs/albef/world.py
           vlp train configs/albef/world_pairs.py
           vlp eval runs/albef-world-pairs classification split=val images=data/world/val by=kind
 Hardware: 1 CPU core, about 5 minutes.
-Measured: 50.0 %, which is chance: after 240 steps the loss is where it began, and stayed there for 500 more steps at twice the learning
-          rate with the image tower frozen. What it starts from hardly knows how things of one scene stand to each other (minimal
+Measured: 50.0 %, which is chance: after 240 steps the loss is where it began. Another run, at twice the learning rate with the image tower
+          frozen, was broken off after 547 of 1,000 steps with the same loss. What it starts from hardly knows how things of one scene stand to each other (minimal
           pairs 52.1 %, see world.py), and here two are to be compared.
 """
 

@@ -3,7 +3,8 @@
 Paper:    Bao et al. 2022, arXiv:2111.02358, section 4.2: 76.64 test-dev, 76.89 test-std.
 Data:     VQA v2's train and val questions on COCO's images under images/, from the official files of each split:
           vlp data annotations vqa2 QUESTIONS.json ANNOTATIONS.json data/vqa-train.jsonl, the same for val, and test-dev without answers
-          vlp data answers data/vqa-train.jsonl data/vqa-val.jsonl data/vqa-answers.txt --normalise --min-count 9
+          vlp data answers data/vqa-train.jsonl data/vqa-val.jsonl data/vqa-answers.txt --field multiple_choice_answer
+              --normalise --min-count 9
           which are to be 3,129; where your count differs, give the published list as classes.
 Start:    weights/vlmo_base_patch16_224.pt, the published pre-training; relative positions go from 224 to 480 px; the head is new.
 Commands: accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/vlmo/vqa_v2.py
@@ -12,7 +13,8 @@ Hardware: 128 questions a step, 10 epochs. Not run here.
 As published: an answer that 1, 2, 3, or more annotators gave is true to 0.3, 0.6, 0.9, or 1; binary cross-entropy, summed over classes;
           3e-5, 20 times that for the classifier; a tenth of the steps of warm-up, then linear decay; dropped paths 0.15, and the same
           number as dropout of the embeddings of texts.
-Differs:  every process takes its questions as they come; a picture is not mirrored where question or answer mentions left or right.
+Differs:  an annotator's answer is compared with the list as it is, not normalised first; a picture is not mirrored where question or
+          answer mentions left or right.
 """
 
 from dataclasses import replace

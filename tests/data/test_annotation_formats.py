@@ -187,6 +187,12 @@ def test_boxes_and_proposals_of_refcoco_are_joined_to_its_phrases(tmp_path):
     assert list(convert("refcoco", files)) == [line | {"proposals": [[0, 0, 9, 9], [1, 2, 3, 4]]}]
 
 
+def test_references_without_their_boxes_are_one_line(tmp_path, capsys):
+    assert main(["data", "annotations", "refcoco", *refcoco_files(tmp_path)[:2], str(tmp_path / "out.jsonl")]) == 2
+    found = capsys.readouterr().err
+    assert "give both" in found and found.count("\n") == 1
+
+
 class Harm:
     def __reduce__(self):
         return Path.touch, (Path("run"),)

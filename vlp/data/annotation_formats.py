@@ -119,10 +119,12 @@ def refcoco(
     With ``refs(unc).p`` and ``instances.json`` also the box of each phrase and its split (train, val, testA, testB), and with
     ``dets.json`` the proposals of its image.
     """
+    if references and not instances:
+        raise UserError(f"{references} says which box, and instances.json where it is: give both")
     told, boxes, proposals = {}, {}, {}
     if references:
         told = {reference["ref_id"]: reference for reference in read_plain_pickle(references)}
-        boxes = {a["id"]: a["bbox"] for a in read_json(instances)["annotations"]} if instances else {}
+        boxes = {a["id"]: a["bbox"] for a in read_json(instances)["annotations"]}
     if detections:
         proposals = {int(image): [found[:4] for found in each] for image, each in read_json(detections).items()}
     for record in _list(file):
