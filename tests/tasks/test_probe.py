@@ -129,6 +129,15 @@ def test_scale_and_place_of_features_do_not_matter():
     assert (x @ plain[0] + plain[1]).numpy() == pytest.approx(((1000 * x + 7) @ moved[0] + moved[1]).numpy(), abs=1e-3)
 
 
+def test_rounding_of_a_constant_feature_is_not_learned_from():
+    x, labels = blobs(90, 3, 1)
+    noise = 0.3 + 1e-8 * labels.double() + 1e-8 * torch.randn(90, generator=torch.Generator().manual_seed(0))
+    noisy = torch.cat([x, noise[:, None]], 1)
+    (weight, bias), (plain, free) = (fit_logistic(y, labels, 3, [0.1], 300)[0] for y in (noisy, x))
+    assert weight[-1].abs().max() == 0
+    assert (noisy @ weight + bias).numpy() == pytest.approx((x @ plain + free).numpy(), abs=1e-6)
+
+
 def test_cross_validation_is_that_of_a_loop_and_never_sees_what_it_tests():
     x, labels = blobs(60, 3, 2)
     found = cross_validate(x, labels, 3, [1.0, 0.01], 60, 200, 0)  # every fold is one picture

@@ -270,8 +270,10 @@ def fit_logistic(
         steps: of L-BFGS at most.
     """
     mean, std = x.mean(0), x.std(0, correction=0)
-    std = torch.where(std > 1e-12, std, 1.0)  # a feature that is always the same stays 0
-    x = (x - mean) / std
+    # a feature that is always the same, as far as the tower's float32 tells, has nothing to say
+    constant = std <= 4 * torch.finfo(torch.float32).eps * x.abs().amax(0)
+    std = std.masked_fill(constant, 1.0)
+    x = ((x - mean) / std).masked_fill(constant, 0.0)
     weight, bias = (torch.zeros(shape, dtype=x.dtype, requires_grad=True) for shape in ((x.shape[1], classes), classes))
     fitted = []
     for l2 in strengths:
