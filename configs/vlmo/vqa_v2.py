@@ -12,9 +12,8 @@ Commands: accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/
 Hardware: 128 questions a step, 10 epochs. Not run here.
 As published: an answer that 1, 2, 3, or more annotators gave is true to 0.3, 0.6, 0.9, or 1; binary cross-entropy, summed over classes;
           3e-5, 20 times that for the classifier; a tenth of the steps of warm-up, then linear decay; dropped paths 0.15, and the same
-          number as dropout of the embeddings of texts.
-Differs:  an annotator's answer is compared with the list as it is, not normalised first; a picture is not mirrored where question or
-          answer mentions left or right.
+          number as dropout of the embeddings of texts. The list is normalised, what an annotator said is looked up in it as it is.
+Differs:  a picture is not mirrored where question or answer mentions left or right.
 """
 
 from dataclasses import replace

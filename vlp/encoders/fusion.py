@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from vlp.encoders.fusion_layer import Attend, FusionLayer
 from vlp.encoders.packing import Layout
 from vlp.encoders.recompute import Checkpointing, recomputed
-from vlp.encoders.text import BertText, _read_encoder
+from vlp.encoders.text import BertText, read_encoder
 from vlp.errors import UserError
 from vlp.models import pretrained
 from vlp.models.pretrained import LoadReport
@@ -114,7 +114,7 @@ class Fusion:
     def read_weights(self) -> dict[str, Tensor]:
         """What ``weights`` names, by BERT's names."""
         is_run = pretrained.is_run(self.weights)
-        return pretrained.read_run(self.weights, "text") if is_run else _read_encoder(self.weights, "bert")
+        return pretrained.read_run(self.weights, "text") if is_run else read_encoder(self.weights, "bert")
 
     def read_layers(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The layers from ``first_layer`` on, by our names, numbered from 0."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlp.encoders.image import ImageTower
-from vlp.encoders.text import _read_encoder
+from vlp.encoders.text import read_encoder
 from vlp.errors import UserError
 from vlp.models import pretrained
 from vlp.models.pretrained import LoadReport
@@ -56,7 +56,7 @@ class VocabularyHead(nn.Module):
         Raises:
             UserError: if the layers there are of another size.
         """
-        state = {} if pretrained.is_run(weights) else _read_encoder(weights, "")
+        state = {} if pretrained.is_run(weights) else read_encoder(weights, "")
         for dense, norm, bias in LAYOUTS:
             names = {"dense.": f"{dense}.", "norm.": f"{norm}.", "bias": f"{bias}.bias"}
             found = {

@@ -132,7 +132,9 @@ class TimmImage:
         report = None
         if load_weights and self.weights:
             heads = (cfg.classifier,) if isinstance(cfg.classifier, str) else tuple(cfg.classifier or ())
-            report = pretrained.load(model, self._state(model, size), ignored=heads + dropped, grids=_grids(model))
+            report = pretrained.load(
+                model, self._state(model, size), ignored=heads + dropped, grids=position_grids(model)
+            )
         return ImageTower(model, Preprocess(spec.image_size, spec.mean, spec.std, spec.interpolation), report)
 
     def _create(self, size: dict) -> nn.Module:
@@ -159,7 +161,7 @@ class TimmImage:
     def _state(self, model: nn.Module, size: dict) -> dict[str, Tensor]:
         if self.weights == "timm":
             # At its own size where `load` can resize the positions and report it; relative tables only timm can resize.
-            size = {} if _grids(model) else size
+            size = {} if position_grids(model) else size
             try:
                 return timm.create_model(self.name, pretrained=True, num_classes=0, **size).state_dict()
             except Exception as error:  # what a failed download raises depends on the hub client
@@ -193,7 +195,8 @@ def drop_head_conv(model: nn.Module) -> tuple[str, ...]:
     return names
 
 
-def _grids(model: nn.Module) -> dict[str, Grid]:
+def position_grids(model: nn.Module) -> dict[str, Grid]:
+    """Which of a timm model's tables are positions of a grid of patches, by name; none where it has no such table."""
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None or getattr(model, "pos_embed", None) is None:
         return {}

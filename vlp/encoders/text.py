@@ -82,7 +82,7 @@ class BertText:
             if pretrained.is_run(self.weights):
                 state = pretrained.read_run(self.weights, "text")
             else:
-                state = _read_encoder(self.weights, model.base_model_prefix)
+                state = read_encoder(self.weights, model.base_model_prefix)
             report = pretrained.load(model, state, ignored=HEADS + _layers_from(config.num_hidden_layers, state))
         return TextTower(model.float(), self.pool, self.length_groups, report)
 
@@ -138,7 +138,7 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _read_encoder(weights: str, prefix: str) -> dict[str, Tensor]:
+def read_encoder(weights: str, prefix: str) -> dict[str, Tensor]:
     """The encoder's tensors in a transformers folder, named as the bare encoder names them."""
     folder = pretrained.resolve(weights)
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from vlp.encoders.decoder import Decoder, Predicted
 from vlp.encoders.fusion import Fusion, InTurn, Projected, Unprojected, Wanted
 from vlp.encoders.heads import VocabularyHead
-from vlp.encoders.image import Preprocess, TimmImage, _grids
+from vlp.encoders.image import Preprocess, TimmImage, position_grids
 from vlp.encoders.recompute import Checkpointing
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
@@ -161,7 +161,7 @@ class AlbefModel(LearnedScale):
         if self.fusion is not None:
             images = self.fusion.images
             student = as_twins(student, len(self.fusion.layers) // images, images)
-        grids = {f"image.model.{name}": grid for name, grid in _grids(self.image.model).items()}
+        grids = {f"image.model.{name}": grid for name, grid in position_grids(self.image.model).items()}
         own = {name.partition(".")[0] for name, _ in self.named_parameters()}
         ignored = [part for part in (*HEADS, "fusion") if part not in own]
         self.report = pretrained.load(self, self._with_decoder(student), new=HEADS, ignored=ignored, grids=grids)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlp.encoders.image import ImageTower, Preprocess, TimmImage, _grids
+from vlp.encoders.image import ImageTower, Preprocess, TimmImage, position_grids
 from vlp.encoders.open_clip import OpenClip
 from vlp.encoders.recompute import Checkpointing
 from vlp.encoders.text import BertText
@@ -129,7 +129,7 @@ class DualEncoder(LearnedScale):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes everything from another dual encoder's ``state``; UserError if it is of other sizes."""
-        grids = _grids(self.image.model) if isinstance(self.image, ImageTower) else {}
+        grids = position_grids(self.image.model) if isinstance(self.image, ImageTower) else {}
         self.report = pretrained.load(self, state, grids={f"image.model.{name}": grid for name, grid in grids.items()})
 
     @property
