@@ -55,7 +55,7 @@ def originals() -> tuple[dict[str, dict[str, Tensor]], dict]:
 class Published:
     """One step of ours with the published weights and draws, and what the published code printed."""
 
-    def __init__(self, read, monkeypatch: pytest.MonkeyPatch):
+    def __init__(self, read, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float32):
         files, meta = read()
         self.given, self.expected, self.gradients = files["inputs"], files["outputs"], files["grads"]
         self.checkpoint = load_vlmo(files["weights"])
@@ -71,6 +71,7 @@ class Published:
         self.model = Vlmo(encoder, temperature_min=None).build()
         report = start(self.model, self.checkpoint.student, "the weights", {"text": "weights", "vl": "weights"}, None)
         assert not (report.new or report.unexpected or report.resized)
+        self.model.to(dtype)
         expected = self.expected
         self.positions = (expected["mlm_labels"].flatten() != -100).nonzero()[:, 0]
         masked = MaskedIds(expected["mlm_ids"], self.positions, expected["mlm_labels"].flatten()[self.positions])
@@ -78,15 +79,19 @@ class Published:
         monkeypatch.setattr(TextMasking, "__call__", lambda *_: masked)
         monkeypatch.setattr(itm, "draw_negatives", lambda *_: negatives)
         given = self.given
-        batch = Batch(
-            torch.arange(8), given["batch/image/0"], given["batch/text_ids"], given["batch/text_masks"].bool()
-        )
+        image = given["batch/image/0"].to(dtype)
+        batch = Batch(torch.arange(8), image, given["batch/text_ids"], given["batch/text_masks"].bool())
         self.losses, self.total, self.f = Pretrainer(self.model, PUBLISHED)(batch, None, Surroundings())
 
 
 @pytest.fixture(params=[fixture, originals])
-def published(request, monkeypatch):
-    return Published(request.param, monkeypatch)
+def read(request):
+    return request.param
+
+
+@pytest.fixture
+def published(read, monkeypatch):
+    return Published(read, monkeypatch)
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
@@ -117,14 +122,17 @@ def test_embeddings_similarities_and_logits_are_the_published_ones(published):
     close(f.model.masked_text(f, expected["mlm_ids"], published.positions), expected["mlm_logits"])
 
 
-def test_every_gradient_is_the_published_one(published):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.float32, 2e-4)])
+def test_every_gradient_is_the_published_one(read, monkeypatch, dtype, tolerance):
+    """The published float32 is up to 7e-5 away from ours in float64, and ours in float32 as far again, by processor."""
+    published = Published(read, monkeypatch, dtype)
     published.total.backward()
     found = export_vlmo(VlmoCheckpoint({name: p.grad for name, p in published.model.named_parameters()}))
     assert found.keys() == published.gradients.keys()
     for name, gradient in published.gradients.items():
         ours = found[name] if gradient.shape == found[name].shape else thin(found[name])
         assert gradient.norm() > 1e-6
-        assert (ours - gradient).norm() <= 1e-4 * gradient.norm(), name
+        assert (ours - gradient).norm() <= tolerance * gradient.norm(), name
 
 
 def test_relative_positions_are_numbered_as_published(published):
