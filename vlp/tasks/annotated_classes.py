@@ -101,13 +101,16 @@ class Classes:
                 f"no line of {source.path} has a picture and a class, {len(bad)} were left out; give other data"
             )
         told = Told([reader.annotation(row) for row, *_ in found], *np.array(found)[:, 1:].T, names)
+        trained = read_training(data, names) if self.baseline else None
+        protocol = f"the classifier's highest score, of {len(names)} classes"
+        if trained:
+            protocol += "; text_only: logistic regression on the words of the training's texts"
         return Result(
             task="classification",
-            protocol=f"the classifier's highest score, of {len(names)} classes; text_only: logistic regression on the words "
-            "of the training's texts",
+            protocol=protocol,
             data=source.path,
             n={"lines": len(found), "pictures": len(set(told.groups.tolist())), "classes": len(names)},
-            metrics=self._metrics(told, read_training(data, names) if self.baseline else None, subject.seed),
+            metrics=self._metrics(told, trained, subject.seed),
             details={"classes": names, "confusion": told.confusion(), "wrong": told.wrong()},
             bad=[b for part in gather_objects(bad) for b in part],
             seconds=time.monotonic() - began,
