@@ -34,7 +34,7 @@ def config() -> Experiment:
     return Experiment(
         name="albef-world-assignment",
         model=Albef(
-            image=TimmImage("test_resnet", image_size=128, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+            image=TimmImage("test_resnet", image_size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
             text=BertText(config=SIZES, dropout=0.0),
             fusion=Fusion(layers=3, images=2),
             itm=False,
