@@ -157,8 +157,9 @@ def _file(path: Path, opening: Opening) -> Opened:
 def _albef(path: Path, state: dict[str, torch.Tensor], opening: Opening) -> Opened:
     sizes = {"head_width": opening.head_width} if opening.head_width else {}
     model = build_albef(load_albef(state), opening.image_size, **sizes)
-    # as the published code evaluates retrieval: squashed pictures, no [SEP], no punctuation
-    data = Data((), None, "", sep=False, clean=True, max_length=30, resize=Resize("squash"))
+    # as published: squashed pictures, no [SEP], no punctuation; texts are cut for retrieval only
+    max_length = 30 if model.itc else 64
+    data = Data((), None, "", sep=False, clean=True, max_length=max_length, resize=Resize("squash"))
     data = _changed(data, opening)
     tokenizer = load_tokenizer(data.tokenizer, data.sep, data.clean) if data.tokenizer else None
     return _opened(path.stem, model, tokenizer, data, [path])

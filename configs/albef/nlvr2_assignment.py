@@ -7,7 +7,7 @@ Command:  accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/
 Hardware: the paper: 8 A100, 512 texts a step, 1 epoch. Not run here; nlvr2.py continues from it.
 As published: the other picture is drawn by the similarity of pictures at temperature 0.07, from those of the same process; the
           projections of ITC, which tell the similarity, are not trained.
-Differs:  rows that show the same picture are no negatives of each other.
+Differs:  rows that show the same picture are no negatives of each other; the warm-up of 100 steps is linear from 0.
 """
 
 from vlp.config import Data, Experiment, Saving, Training
@@ -64,10 +64,10 @@ def config() -> Experiment:
             workers=8,
         ),
         optim=AdamW(lr=2e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.02),
-        schedule=Schedule(warmup_steps=500, kind="cosine", final_fraction=0.5),
+        schedule=Schedule(warmup_steps=100, kind="cosine", final_fraction=0.5),
         train=Training(
             epochs=1,
-            precision="bf16",
+            precision="fp32",
             clip_norm=None,
             frozen=("image_projection", "text_projection", "temperature"),
             processes=8,

@@ -13,7 +13,7 @@ Commands: accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/
 Hardware: the paper: 8 A100, 8 epochs of 256 questions a step. Not run here.
 As published: answers weigh their share of the annotators, Visual Genome's 0.5; the teacher's share grows over the first epoch;
           [SEP] ends answers and no question; no clipping of gradients; float32.
-Differs:  questions keep their punctuation; the learning rate falls with every step, not once an epoch, and warms up over 400
+Differs:  the learning rate falls with every step, not once an epoch, and warms up over 400
           steps from 0; a picture is mirrored unless its question or answer mentions left or right.
 """
 
@@ -65,6 +65,7 @@ def config() -> Experiment:
             train=(Annotated("data/vqa.jsonl", images="images", answers="answers"),),
             tokenizer=BERT,
             sep=False,
+            clean=True,
             batch_size=256,
             max_length=25,
             augment=RandomResizedCrop(scale=(0.5, 1.0), flip=0.5, then=(RandAugment(n=2, magnitude=7),)),

@@ -4,7 +4,7 @@ Paper:    Bao et al. 2022, arXiv:2111.02358, section 4.2: 76.64 test-dev, 76.89 
 Data:     VQA v2's train and val questions on COCO's images under images/, from the official files of each split:
           vlp data annotations vqa2 QUESTIONS.json ANNOTATIONS.json data/vqa-train.jsonl, the same for val, and test-dev without answers
           vlp data answers data/vqa-train.jsonl data/vqa-val.jsonl data/vqa-answers.txt --field multiple_choice_answer
-              --normalise --min-count 9
+              --normalise --min-count 9 --order appearance
           which are to be 3,129; where your count differs, give the published list as classes.
 Start:    weights/vlmo_base_patch16_224.pt, the published pre-training; relative positions go from 224 to 480 px; the head is new.
 Commands: accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/vlmo/vqa_v2.py
@@ -52,6 +52,7 @@ def config() -> Experiment:
             augment=RandomResizedCrop(scale=(0.5, 1.0), flip=0.5, then=(RandAugment(n=2, magnitude=7),)),
             resize=Resize(mode="squash"),
             workers=8,
+            max_bad_fraction=0.2,  # questions none of whose answers is in the list are left out, as published
         ),
         optim=AdamW(lr=3e-5, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.01),
         schedule=Schedule(warmup_steps=5140, kind="linear"),

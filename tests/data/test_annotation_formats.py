@@ -97,16 +97,24 @@ CASES = {
         ],
     ),
     "nlvr2 albef": (
-        ([{"sentence": "s", "label": True, "images": ["a.png", "b.png"]}],),
-        [{"image0": "a.png", "image1": "b.png", "text": "s", "label": "True"}],
+        (
+            [
+                {"sentence": "s", "label": True, "images": ["a.png", "b.png"]},
+                {"sentence": "t", "images": ["a.png", "b.png"]},
+            ],
+        ),
+        [
+            {"image0": "a.png", "image1": "b.png", "text": "s", "label": "True"},
+            {"image0": "a.png", "image1": "b.png", "text": "t"},
+        ],
     ),
     "snli-ve": (
         ([{"Flickr30K_ID": "36", "sentence2": "A man.", "gold_label": "neutral", "sentence1": "x"}],),
         [{"image": "36.jpg", "text": "A man.", "label": "neutral"}],
     ),
     "snli-ve albef": (
-        ([{"image": "a.jpg", "sentence": "A man.", "label": "neutral"}],),
-        [{"image": "a.jpg", "text": "A man.", "label": "neutral"}],
+        ([{"image": "36", "sentence": "A man.", "label": "neutral"}],),
+        [{"image": "36.jpg", "text": "A man.", "label": "neutral"}],
     ),
     "refcoco": (
         ([{"image": "a.jpg", "text": "left one", "ref_id": 5, "bbox": [1, 2, 3, 4]}],),
@@ -230,6 +238,8 @@ def test_list_of_answers_is_in_the_order_of_their_frequency(tmp_path, capsys):
     assert main(["data", "answers", str(path), str(out), "--normalise", "--min-count", "2"]) == 0
     assert out.read_text().splitlines() == ["2", "red"]
     assert "2 answers in" in capsys.readouterr().out
+    assert main(["data", "answers", str(path), str(out), "--order", "appearance"]) == 0
+    assert out.read_text().splitlines() == ["Two", "2", "red", "a dog", "2.", "rare"]
     assert main(["data", "answers", str(path), str(out), "--field", "nothing"]) == 2
     assert "no answer of" in capsys.readouterr().err
 

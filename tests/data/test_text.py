@@ -183,3 +183,17 @@ def test_tokenizer_that_cleans_does_so_before_all_else_and_after_saving(tmp_path
     assert load_tokenizer(str(tmp_path / "cleaning")).rows([text]) == cleaning.rows([text])
     with pytest.raises(UserError, match="data.clean=false"):
         load_tokenizer("open_clip:ViT-B-32", clean=True)
+
+
+def test_what_is_to_be_generated_is_not_cleaned_and_always_ends(tmp_path):
+    """ALBEF's VQA: a question loses its punctuation, an answer does not; "t-shirt" and "t shirt" are two of the list."""
+    answers = ["12:30", "1230", "t-shirt", "t shirt", "4.5", "45", "?"]
+    plain = train_tokenizer(answers, 60, min_frequency=1)
+    plain.save(tmp_path / "plain")
+    cleaning = load_tokenizer(str(tmp_path / "plain"), sep=False, clean=True)
+    cleaning.save(tmp_path / "cleaning")
+    for tokenizer in (cleaning, load_tokenizer(str(tmp_path / "cleaning"))):
+        assert tokenizer.target_rows(answers) == plain.rows(answers)  # which ends in [SEP], as what is generated does
+        assert len(set(map(tuple, tokenizer.rows(answers)))) < len(answers)
+        ids, mask, cut = tokenizer.targets(answers, 99)
+        assert [row[real].tolist() for row, real in zip(ids, mask)] == plain.rows(answers) and cut == 0

@@ -64,7 +64,7 @@ def given(world, asked):
 def one_by_one(given, asked, double_first=False) -> list[str]:
     """Each question alone, with its own copy of the picture."""
     tokenizer, model, said = given.tokenizer, given.model, {}
-    ids, mask, _ = tokenizer.pad_closed(tokenizer.rows(ANSWERS), 16)
+    ids, mask, _ = tokenizer.targets(ANSWERS, 16)
     dataset = ByPicture(replace(asked, split="test").open(), given.data.resize, given.preprocess, 10_000)
     with torch.no_grad():
         for pictured in dataset.__getitems__(range(len(dataset)))[0]:

@@ -29,6 +29,12 @@ def add_annotation_commands(actions) -> None:
     answers.add_argument("--split", help="lines of this split alone")
     answers.add_argument("--min-count", type=int, default=1, help="times it was given (default: 1)")
     answers.add_argument("--normalise", action="store_true", help="by VQA's official rules, before counting")
+    answers.add_argument(
+        "--order",
+        choices=("count", "appearance"),
+        default="count",
+        help="most frequent first (default), or as they first appear in the files, as the classes of published VLMo files are",
+    )
     answers.set_defaults(run=run_answers)
 
 
@@ -55,7 +61,9 @@ def run_answers(options: argparse.Namespace) -> int:
         given, counts = counts, Counter()
         for answer, count in given.items():
             counts[normalised(answer)] += count
-    kept = sorted((a for a, n in counts.items() if a and n >= options.min_count), key=lambda a: (-counts[a], a))
+    kept = [answer for answer, count in counts.items() if answer and count >= options.min_count]
+    if options.order == "count":
+        kept.sort(key=lambda answer: (-counts[answer], answer))
     if not kept:
         raise UserError(
             f"no answer of {', '.join(options.files)} was given {options.min_count} times in {options.field!r}; "

@@ -91,7 +91,9 @@ def nlvr2(file: Path) -> Iterator[dict]:
             split, name = record["identifier"].split("-")[0], record["identifier"].rsplit("-", 1)[0]
             folder = f"images/train/{record['directory']}" if split == "train" else split
             images = [f"{folder}/{name}-img{n}.png" for n in (0, 1)]
-        line = {"image0": images[0], "image1": images[1], "text": record["sentence"], "label": str(record["label"])}
+        line = {"image0": images[0], "image1": images[1], "text": record["sentence"]}
+        if "label" in record:  # not in hidden tests
+            line["label"] = str(record["label"])
         yield line | {name: record[name] for name in ("identifier",) if name in record}
 
 
@@ -104,7 +106,7 @@ def snli_ve(file: Path) -> Iterator[dict]:
         if "Flickr30K_ID" in record:
             image, text, label = f"{record['Flickr30K_ID']}.jpg", record["sentence2"], record["gold_label"]
         else:
-            image, text, label = record["image"], record["sentence"], record["label"]
+            image, text, label = f"{record['image']}.jpg", record["sentence"], record["label"]  # it names them without
         yield {"image": image, "text": text, "label": label}
 
 

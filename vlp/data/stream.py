@@ -161,7 +161,7 @@ class Shuffled(Dataset):
     def _answers(self, samples: list[Sample]) -> tuple[Answers, int]:
         """The answers of all samples, and how many were cut."""
         rows, weights, texts = zip(*((n, w, text) for n, s in enumerate(samples) for text, w in s.answers))
-        ids, mask, cut = self.tokenizer.pad_closed(self.tokenizer.rows(texts), self.max_length)
+        ids, mask, cut = self.tokenizer.targets(texts, self.max_length)
         return Answers(ids, mask, torch.tensor(weights), torch.tensor(rows)), cut
 
 

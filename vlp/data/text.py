@@ -38,7 +38,8 @@ class Tokenizer:
     Args:
         backend: splits text into ids; its own truncation, padding and special tokens are replaced.
         sep: whether ``[SEP]`` ends a caption. BERT's convention; ALBEF's weights were trained without it.
-        clean: whether captions go through `clean_caption` first, its limit of words apart; kept in what ``save`` writes.
+        clean: whether captions go through `clean_caption` first, its limit of words apart; kept in what ``save`` writes. What is
+            to be generated does not: an answer is as it is written.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, sep: bool = True, clean: bool = False):
@@ -59,6 +60,7 @@ class Tokenizer:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{cls} $A {last}" if sep else f"{cls} $A", special_tokens=[(cls, self.cls_id), (last, self.sep_id)]
         )
+        self._as_written = _without_cleaning(backend)
 
     @property
     def vocab_size(self) -> int:
@@ -90,10 +92,14 @@ class Tokenizer:
         """As `__call__`, of rows of ids."""
         return pad(rows, max_length, self.pad_id, keep_last=self.sep)
 
-    def pad_closed(self, rows: list[list[int]], max_length: int) -> tuple[Tensor, Tensor, int]:
-        """As `pad`, and every row ends in ``[SEP]``, for what is to be generated, whatever captions end in."""
-        closed = rows if self.sep else [[*row, self.sep_id] for row in rows]
-        return pad(closed, max_length, self.pad_id, keep_last=True)
+    def target_rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `rows`, of what is to be generated: as it is written, ``[SEP]`` at its end, whatever captions lose or end in."""
+        rows = [encoding.ids for encoding in self._as_written.encode_batch(list(texts))]
+        return rows if self.sep else [[*row, self.sep_id] for row in rows]
+
+    def targets(self, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor, int]:
+        """As `__call__`, of `target_rows`."""
+        return pad(self.target_rows(texts), max_length, self.pad_id, keep_last=True)
 
     def text(self, ids: Sequence[int]) -> str:
         """What ids say, special tokens left out."""
@@ -155,7 +161,7 @@ class OpenClipTokenizer:
         """As `__call__`, of rows of ids."""
         return pad(rows, min(max_length, self.context), self.pad_id, keep_last=True)
 
-    pad_closed = pad  # they end in the end token already
+    target_rows, targets = rows, __call__  # they end in the end token already
 
     def text(self, ids: Sequence[int]) -> str:
         """What ids say, special tokens left out."""
@@ -274,6 +280,16 @@ def train_tokenizer(
 
 
 REMOVED = r"[,.'!?\"()*#:;~]"
+
+
+def _without_cleaning(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer without `_cleaning` in front, which may have been saved with it."""
+    state, cleaning = json.loads(backend.to_str()), json.loads(normalizers.Sequence(_cleaning()).__getstate__())
+    steps, first = (state["normalizer"] or {}).get("normalizers", []), cleaning["normalizers"]
+    if steps[: len(first)] != first:
+        return backend
+    state["normalizer"] = {"type": "Sequence", "normalizers": steps[len(first) :]}
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
 
 
 def _cleaning() -> list[normalizers.Normalizer]:

@@ -21,8 +21,7 @@ Say = Callable[[Encoded, Tensor, Tensor, Tensor], list[str]]
 
 def ranking(subject: Subject, known: Sequence[str], k: int, double_first: bool) -> Say:
     """By the likeliest of ``known``, see `vlp.encoders.generate.rank`."""
-    tokenizer = subject.tokenizer
-    ids, mask, _ = tokenizer.pad_closed(tokenizer.rows(known), subject.data.max_length)
+    ids, mask, _ = subject.tokenizer.targets(known, subject.data.max_length)
     ids, mask = ids.to(subject.device), mask.to(subject.device)
 
     def say(image: Encoded, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> list[str]:

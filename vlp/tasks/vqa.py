@@ -231,7 +231,7 @@ class Vqa:
         tokenizer = subject.tokenizer
 
         def written(answer: str) -> str:  # as a decoder would write it: in its case, and with its spaces
-            return tokenizer.text(tokenizer.rows([answer])[0])
+            return tokenizer.text(tokenizer.target_rows([answer])[0])
 
         return lambda line, answer: float(
             answer in dict(line.answers) or written(answer) in [written(each) for each, _ in line.answers]
