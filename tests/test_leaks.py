@@ -9,12 +9,17 @@ from tests.conftest import draw_pairs, toy_overrides
 from tests.processes import train
 from vlp.cli import main
 from vlp.config import Data
+from vlp.data.annotated import Annotated
 from vlp.data.pack import Packing, pack
 from vlp.data.shards import Source
 from vlp.errors import UserError
 from vlp.leaks import leaked
+from vlp.tasks.annotated_classes import Classes
+from vlp.tasks.captioning import CaptionQuality
+from vlp.tasks.grounding import Grounding
 from vlp.tasks.probe import Knn
 from vlp.tasks.retrieval import Retrieval
+from vlp.tasks.vqa import Vqa
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +63,31 @@ def test_pictures_in_folders_are_compared_with_shards(mixed, tmp_path):
         leaked(task, Data(train=(Source(str(mixed / "train")), Source(str(tmp_path / "shards")))), allow=False)
 
 
+def annotations(path: Path, images: Path, names: list[str]) -> Annotated:
+    lines = [{"image": name, "text": "what is it?", "answers": ["a"], "split": "val"} for name in names]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Annotated(str(path), images=str(images), answers="answers")
+
+
+@pytest.mark.parametrize("task", [Vqa, Classes, Grounding])
+def test_pictures_that_annotations_name_are_compared_with_all_that_were_trained_on(mixed, tmp_path, task):
+    pictures = mixed / "pictures"
+    trained = annotations(tmp_path / "a.jsonl", pictures, [f"{n:04d}.png" for n in (0, 0, 1, 2, 20)])
+    asked = annotations(tmp_path / "b.jsonl", pictures, [f"{n:04d}.png" for n in (2, 2, 3, 20, 39, 99)])
+    task, both = task(data=asked.path, images=str(pictures)), Data(train=(trained, Source(str(mixed / "train"))))
+    with pytest.raises(
+        UserError, match="^2 of the 5 pictures to evaluate were trained on, the first 0002.png as 0002.png"
+    ):
+        leaked(task, Data(train=(trained,)), allow=False)
+    assert leaked(task, both, allow=True) == 3  # and 0003 of the shards
+    assert leaked(task, Data(train=(Source(str(mixed / "clean")),)), allow=True) == 1
+
+
+def test_captions_are_not_written_of_pictures_trained_on(mixed):
+    with pytest.raises(UserError, match="^4 of the 20"):
+        leaked(CaptionQuality(data=str(mixed / "val")), data_of(mixed), allow=False)
+
+
 def test_what_cannot_be_told_is_not_made_up(mixed):
     task = Retrieval(data=str(mixed / "val"))
     assert leaked(task, Data(train=()), allow=False) is None  # weights without a run
@@ -76,3 +106,9 @@ def test_eval_refuses_unless_told_otherwise(mixed, world, tmp_path, capsys):
     assert "4 of the pictures trained on" in capsys.readouterr().out
     written = next((tmp_path / "toy" / "eval").glob("retrieval-*.json"))
     assert json.loads(written.read_text())["trained_on"] == 4
+
+
+def test_evaluation_within_the_training_counts_them_too(mixed, world, tmp_path):
+    own = [f"data.train={mixed / 'train'}", f"data.val={mixed / 'val'}", "train.steps=1", "data.workers=0"]
+    train(*toy_overrides(world, tmp_path), *own)
+    assert json.loads((tmp_path / "toy" / "eval" / "retrieval.json").read_text())["trained_on"] == 4

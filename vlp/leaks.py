@@ -5,46 +5,58 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlp.config import Data
-from vlp.data.dedup import Collection, Files, Shards, same_bytes
+from vlp.data.annotated import Annotated, AnnotatedReader
+from vlp.data.dedup import Collection, Files, Named, Shards, same_bytes
 from vlp.data.shards import Source
 from vlp.errors import UserError
 
 MOST = 1_000_000  # training pictures whose indexes are read for this
+MOST_NAMED = 20_000  # pictures of annotations, which are read themselves
 
 
 def leaked(task, data: Data, allow: bool) -> int | None:
-    """How many of the pictures that ``task`` is to evaluate are in the training shards of a run; None = it cannot be told.
+    """How many of the pictures that ``task`` is to evaluate were among the training pictures of a run; None = it cannot be told.
 
-    It cannot where there is no run, its shards are no longer at hand, are remote or hold more than `MOST` pictures, or the task does
+    It cannot where there is no run, its data are no longer at hand, are remote or more than `MOST` and `MOST_NAMED`, or the task does
     not say which pictures it evaluates. Shards that the run was trained on may be evaluated as a whole, which the number then
     says: nobody takes that for held-out data.
 
     Args:
-        task: with ``evaluated(data)``: the location of shards, or the paths of pictures.
+        task: with ``evaluated(data)``: the location of shards, the paths of pictures, or annotations that name them.
         data: of the run.
         allow: give the number, whatever it is.
 
     Raises:
         UserError: if some are and ``allow`` is False.
     """
-    sources = [source.shards for source in data.train if isinstance(source, Source)]
-    if not hasattr(task, "evaluated") or not sources or any("://" in shards for shards in sources):
+    sources = [source for source in data.train if isinstance(source, (Source, Annotated))]
+    if not hasattr(task, "evaluated") or not sources:
+        return None
+    if any("://" in (source.shards if isinstance(source, Source) else source.images or "") for source in sources):
         return None
     of_task = task.evaluated(data)
-    if isinstance(of_task, str) and any(Path(of_task).resolve() == Path(shards).resolve() for shards in sources):
+    shards = [Path(source.shards).resolve() for source in sources if isinstance(source, Source)]
+    if isinstance(of_task, str) and Path(of_task).resolve() in shards:
         return len(Shards(of_task))
+    asked = _pictures(of_task)
     try:
-        trained = [Shards(shards) for shards in sources]
+        trained = [_pictures(source.shards if isinstance(source, Source) else source.open()) for source in sources]
     except UserError:  # the run has moved, or its data has
         return None
-    if sum(map(len, trained)) > MOST:
+    named = sum(len(pictures) for pictures in (asked, *trained) if isinstance(pictures, Named))
+    if sum(map(len, trained)) > MOST or named > MOST_NAMED:
         return None
-    asked: Collection = Shards(of_task) if isinstance(of_task, str) else Files(of_task)
-    found = {number: (shards, other) for shards in trained for number, other in same_bytes(asked, shards)}
+    found = {number: (pictures, other) for pictures in trained for number, other in same_bytes(asked, pictures)}
     if found and not allow:
-        number, (shards, other) = min(found.items(), key=lambda item: item[0])
+        number, (pictures, other) = min(found.items(), key=lambda item: item[0])
         raise UserError(
             f"{len(found):,} of the {len(asked):,} pictures to evaluate were trained on, the first {asked.name(number)} as "
-            f"{shards.name(other)} of {shards.reader.location}; evaluate others, or say allow_leak=true"
+            f"{pictures.name(other)}; evaluate others, or say allow_leak=true"
         )
     return len(found)
+
+
+def _pictures(of: str | list[Path] | AnnotatedReader) -> Collection:
+    if isinstance(of, str):
+        return Shards(of)
+    return Named(of) if isinstance(of, AnnotatedReader) else Files(of)

@@ -135,7 +135,10 @@ class Records:
         for name, result in results.items():
             result.write(self.folder / "eval" / f"{name}.json", subject, self.state.step)
             line |= {f"{name}/{metric}": interval.value for metric, interval in result.metrics.items()}
-            self.say(f"step {self.state.step}: {name}  " + "  ".join(f"{m} {i}" for m, i in result.metrics.items()))
+            seen = f"  ({result.trained_on:,} of its pictures trained on)" if result.trained_on else ""
+            self.say(
+                f"step {self.state.step}: {name}  " + "  ".join(f"{m} {i}" for m, i in result.metrics.items()) + seen
+            )
         with open(self.folder / "eval.jsonl", "a") as f:
             f.write(json.dumps(line) + "\n")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from vlp.data.text import load_tokenizer
 from vlp.distributed import engine, start, take_from_main
 from vlp.errors import UserError
 from vlp.evaluation import Result, Subject
+from vlp.leaks import leaked
 from vlp.logging import peak_memory_mib, read_log
 from vlp.objectives.needs import has_pictures
 from vlp.optim import Lamb, Lars, describe_groups, parameter_groups, starts_with
@@ -279,9 +281,16 @@ class Run:
         take_from_main(model.buffers())
         results = {name: task(subject) for name, task in self.experiment.evaluate.items()}
         if self.is_main:
+            results = {name: replace(result, trained_on=self.trained_on[name]) for name, result in results.items()}
             self.records.evaluation(results, subject)
             self._mark_best(results)
         self.accelerator.wait_for_everyone()
+
+    @cached_property
+    def trained_on(self) -> dict[str, int | None]:
+        """How many of each task's pictures the run is trained on."""
+        data = self.experiment.data
+        return {name: leaked(task, data, allow=True) for name, task in self.experiment.evaluate.items()}
 
     def _mark_best(self, results: dict[str, Result]) -> None:
         best = self.experiment.save.best

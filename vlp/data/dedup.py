@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vlp.data.annotated import AnnotatedReader
 from vlp.data.image import decode
 from vlp.data.labelled import PICTURES
 from vlp.data.shards import IMAGES, ShardReader
@@ -81,7 +82,37 @@ class Files:
         return str(self.paths[number])
 
 
-Collection = Shards | Files
+class Named:
+    """The pictures that annotations name, each once."""
+
+    def __init__(self, annotations: AnnotatedReader):
+        self.pictures, names = annotations.pictures, {}
+        for row in range(len(annotations)):
+            try:
+                names |= dict.fromkeys(annotations.names(row))
+            except BadSample:
+                continue
+        self.names = list(names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def keys(self) -> Iterator[tuple[int, int]]:
+        for number in range(len(self)):
+            data = self.read(number)
+            yield zlib.crc32(data), len(data)
+
+    def read(self, number: int) -> bytes:
+        try:
+            return self.pictures.read(self.names[number])
+        except BadSample:
+            return b""
+
+    def name(self, number: int) -> str:
+        return self.names[number]
+
+
+Collection = Shards | Files | Named
 
 
 def open_pictures(location: str) -> Collection:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlp.config import Data
-from vlp.data.annotated import Annotated, to_evaluate
+from vlp.data.annotated import Annotated, AnnotatedReader, to_evaluate
 from vlp.data.by_picture import ByPicture, Pictured
 from vlp.data.shards import RawSample
 from vlp.data.stream import evaluation_batches
@@ -69,6 +69,10 @@ class Classes:
             )
         if not len(source.open()):
             raise UserError(f"{source.path} holds no line; give other data")
+
+    def evaluated(self, data: Data) -> AnnotatedReader:
+        """The annotations, see `vlp.leaks`."""
+        return self._source(data).open()
 
     def _source(self, data: Data) -> Annotated:
         source = to_evaluate(data.train, self.data, self.images, self.split)

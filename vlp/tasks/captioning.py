@@ -57,6 +57,10 @@ class CaptionQuality:
             raise UserError("captioning: beams, max_length and batch_size are 1 or more, min_length at most max_length")
         _scorer()
 
+    def evaluated(self, data: Data) -> str:
+        """The shards, see `vlp.leaks`."""
+        return self._source(data)
+
     def _source(self, data: Data) -> str:
         if not (source := self.data or data.val):
             raise UserError("captioning has no data: give data=SHARDS, or set data.val")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vlp.config import Data
-from vlp.data.annotated import Annotated
+from vlp.data.annotated import Annotated, AnnotatedReader
 from vlp.data.augment import Resize
 from vlp.data.by_picture import ByPicture, Pictured
 from vlp.data.shards import RawSample
@@ -66,6 +66,10 @@ class Grounding:
         """Raises UserError where there is no line, or the file cannot be read."""
         if not len(self._source().open()):
             raise UserError(f"{self.data} holds no line; give other data")
+
+    def evaluated(self, data: Data) -> AnnotatedReader:
+        """The annotations, see `vlp.leaks`."""
+        return self._source().open()
 
     def _source(self) -> Annotated:
         if not self.data:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from vlp.config import Data
-from vlp.data.annotated import Annotated, read_list, to_evaluate, word
+from vlp.data.annotated import Annotated, AnnotatedReader, read_list, to_evaluate, word
 from vlp.data.by_picture import ByPicture
 from vlp.data.locations import write_atomically
 from vlp.data.shards import RawSample
@@ -76,6 +76,10 @@ class Vqa:
             raise UserError("vqa: batch_size, questions, k, beams and max_answer are 1 or more")
         if not len(self._source(data).open()):
             raise UserError(f"{self._source(data).path} holds no question; give other data")
+
+    def evaluated(self, data: Data) -> AnnotatedReader:
+        """The annotations, see `vlp.leaks`."""
+        return self._source(data).open()
 
     def _source(self, data: Data) -> Annotated:
         source = _questions(to_evaluate(data.train, self.data, self.images, self.split))
