@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.tasks.fakes import Blind, subject
 from vlp.cli import main
 from vlp.comparison import write_comparison
 from vlp.config import Data
+from vlp.data.annotated import Annotated
 from vlp.errors import UserError
 from vlp.evaluation import Result, Subject
 from vlp.metrics import Interval
 from vlp.plane import Plane, draw_planes, find_planes
 from vlp.report import read_results
 from vlp.tables import find_runs, tabulate
+from vlp.tasks.mistakes import mistakes, mixed_up
 from vlp.tasks.retrieval import Retrieval
 
 
@@ -202,3 +205,27 @@ def test_command_writes_where_it_is_told(runs, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == "wrote runs/comparison/report.html\n"
     assert main(["report", "simcse", "moco", "--output", "there"]) == 0
     assert (tmp_path / "there" / "report.html").is_file()
+
+
+def test_what_is_wrong_and_mixed_up_is_shown_with_its_picture(tmp_path):
+    """Of annotations: in one run's report, and beside others'."""
+    (tmp_path / "photos").mkdir()
+    for n in range(2):
+        Image.new("RGB", (20, 10), (200, 30 * n, 0)).save(tmp_path / f"photos/{n}.png")
+    lines = [
+        {"image": f"{n % 3}.png", "text": f"question {n}?", "answers": ["red"]} for n in range(4)
+    ]  # of the third picture there is no file
+    (tmp_path / "vqa.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = Annotated(str(tmp_path / "vqa.jsonl"), images=str(tmp_path / "photos"), answers="answers")
+    reader = source.open()
+    wrong = [(reader.annotation(n), "<blue>", "red") for n in range(4)]
+    for run, some in (("there", [wrong[0], wrong[3], wrong[1]]), ("gone", wrong)):
+        details = mistakes(source, some) | {"confused": mixed_up(["<blue>", "red"], ["red", "red"])}
+        result = Result("vqa", "ranked", source.path, {"questions": 4}, {"accuracy": Interval(0.5, 0.4, 0.6)}, details)
+        write(tmp_path / run, result)
+    html = write_comparison([tmp_path / "there", tmp_path / "gone"], tmp_path / "out").read_text()
+    assert html.count("&lt;blue&gt;</td><td>1 of 2</td>") == 2 and "<blue>" not in html
+    shown, unseen = html.split("<h2>Wrong: ")[1:]
+    assert "question 0?" in shown and "question 3?" not in shown  # the same picture again
+    assert shown.count('alt="picture"') == 2
+    assert all(f"question {n}?" in unseen for n in range(3)) and 'alt="picture"' not in unseen

@@ -185,6 +185,8 @@ def test_it_builds_without_its_weights_and_takes_a_step(experiment):
     optimizer = experiment.optim.build(groups)
     set_lr(optimizer, experiment.schedule, experiment.optim.lr, 0, 100)
     momentum = experiment.momentum and Average(model, experiment.momentum.decay, experiment.momentum.mode).network
+    if experiment.train.activation_checkpointing != "none":
+        model.set_checkpointing(experiment.train.activation_checkpointing)
     pretrainer = Pretrainer(model.train(), experiment.objectives)
     memories = {
         objective: objective.start(model, 20, torch.device("cpu"), torch.Generator().manual_seed(0))
@@ -195,7 +197,8 @@ def test_it_builds_without_its_weights_and_takes_a_step(experiment):
 
     def losses_of_a_batch() -> tuple:
         rows = max([8, *(2 * getattr(objective, "groups", 1) for objective in experiment.objectives.values())])
-        return pretrainer(batch_of(experiment, model, rows), momentum, around)
+        with torch.autocast("cpu", torch.bfloat16, enabled=experiment.train.precision == "bf16"):
+            return pretrainer(batch_of(experiment, model, rows), momentum, around)
 
     if memories:  # a queue may start empty, and then there is nothing to learn
         with torch.no_grad():

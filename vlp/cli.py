@@ -225,6 +225,7 @@ def run_eval(options: argparse.Namespace) -> int:
     from vlp.evaluation import result_name
     from vlp.leaks import leaked
     from vlp.opening import Opening, open_subject
+    from vlp.validation import check_limits
 
     module, name = TASKS[options.task]
     task = getattr(importlib.import_module(module), name)()
@@ -233,6 +234,8 @@ def run_eval(options: argparse.Namespace) -> int:
     own = [text for text in options.overrides if text.partition("=")[0] not in of_opening]
     task = override(task, own)
     opening = override(Opening(), [text for text in options.overrides if text not in own])
+    check_limits(task)
+    check_limits(opening)
     opened = open_subject(options.what, options.checkpoint, opening)
     subject = opened.subject
     for part, report in opened.reports.items():
@@ -240,7 +243,7 @@ def run_eval(options: argparse.Namespace) -> int:
     task.check(subject.data)
     seen = leaked(task, subject.data, opening.allow_leak)
     result = replace(task(subject), trained_on=seen)
-    path = opened.folder / "eval" / f"{result_name(options.task, task.data, getattr(task, 'how', None))}.json"
+    path = opened.folder / "eval" / f"{result_name(options.task, task.data, own)}.json"
     table = Table(
         title=f"{options.task} on {result.data}: {', '.join(f'{n:,} {what}' for what, n in result.n.items())}"
     )

@@ -13,7 +13,13 @@ from jinja2 import Environment
 from vlp import gallery
 from vlp.data.shards import write_atomically
 from vlp.errors import UserError
-from vlp.gallery import MACROS, captions_with_pictures, pictures_with_captions, recall_bars
+from vlp.gallery import (
+    MACROS,
+    captions_with_pictures,
+    pictures_with_captions,
+    recall_bars,
+    wrong_with_pictures,
+)
 from vlp.plane import draw_planes, find_planes
 from vlp.report import STYLE, png, read_results
 from vlp.tables import Table, find_runs, tabulate
@@ -56,9 +62,14 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 {% endif %}
 {% for mixed in confused %}
 <h2>Mixed up: {{ mixed.name }}, {{ mixed.what }}</h2>
-<table><tr><th>true</th><th>taken for</th><th>pictures</th></tr>
+<table><tr><th>true</th><th>taken for</th><th>times</th></tr>
 {% for pair in mixed.pairs %}<tr><td>{{ pair.true }}</td><td>{{ pair.guessed }}</td><td>{{ pair.count }} of {{ pair.of }}</td></tr>
 {% endfor %}</table>
+{% endfor %}
+{% for wrong in mistaken %}
+<h2>Wrong: {{ wrong.name }}, {{ wrong.what }}</h2>
+<p class="quiet">What was asked, what was said (red), and what is true (green).</p>
+{{ mistakes(wrong.lines) }}
 {% endfor %}
 {% for hard in hardest %}
 <h2>Hardest: {{ hard.name }}, {{ hard.what }}</h2>
@@ -97,6 +108,7 @@ def write_comparison(folders: list[Path], output: Path) -> Path:
         plane=base64.b64encode(plane).decode(),
         bars=bars and base64.b64encode(png(bars)).decode(),
         confused=_confused(tables),
+        mistaken=_mistaken(tables),
         hardest=_hardest(tables),
     )
     try:
@@ -145,6 +157,16 @@ def _confused(tables: list[Table], most: int = 10) -> list[dict]:
         for table in tables
         for name, result in table.results.items()
         if (pairs := result["details"].get("confused"))
+    ]
+
+
+def _mistaken(tables: list[Table], most: int = 6) -> list[dict]:
+    """The first lines that each run has wrong, by its evaluations of annotations."""
+    return [
+        {"name": name, "what": f"{table.task}: {table.data}", "lines": lines}
+        for table in tables
+        for name, result in table.results.items()
+        if (lines := wrong_with_pictures(result, most))
     ]
 
 

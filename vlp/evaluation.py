@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -102,22 +102,44 @@ def protocol_name(subject: Subject, location: str, setting: str | None) -> str:
     """E.g. ``flickr30k-zero-shot@coco-ft``: data without its split, setting, weights.
 
     Args:
-        setting: "zero-shot" or "fine-tuned"; None = fine-tuned where the run was trained on a split of the same data,
-            and unstated for weights of which that is not known.
+        setting: "zero-shot" or "fine-tuned"; None = fine-tuned where the run was trained on data of the same name, else
+            unstated: that names differ does not tell that data do.
     """
 
     def whole(data: str) -> str:
         return re.sub(rf"[-_]({'|'.join(SPLITS)})$", "", name_of(data))
 
-    if setting is None and subject.data.train:
-        trained_on = {whole(getattr(source, "shards", None) or source.path) for source in subject.data.train}
-        setting = "fine-tuned" if whole(location) in trained_on else "zero-shot"
+    trained_on = {whole(getattr(source, "shards", None) or source.path) for source in subject.data.train}
+    if setting is None and whole(location) in trained_on:
+        setting = "fine-tuned"
     return f"{whole(location)}-{setting or 'unstated'}@{subject.name or 'unnamed'}"
 
 
-def result_name(task: str, data: str | None, how: str | None = None) -> str:
-    """Of the file that keeps the newest result of a task on some data (None = that of the experiment), in one of its ways."""
-    return "-".join(filter(None, (task, how, data and name_of(data))))
+# fields of tasks that say where data are, or at what pace they go: two evaluations that differ in them alone are the same one
+NOT_ASKED = (
+    "data",
+    "images",
+    "image",
+    "label",
+    "classes",
+    "names",
+    "answers",
+    "prompts",
+    "tasks",
+    "geometry",
+    "submission",
+)
+NOT_ASKED += ("batch_size", "text_batch", "questions", "resamples", "examples")
+
+
+def result_name(task: str, data: str | None, given: Sequence[str] = ()) -> str:
+    """Of the file that keeps the newest result of a task on some data (None = that of the experiment).
+
+    Args:
+        given: ``field=value`` as typed; what was asked otherwise keeps a file of its own.
+    """
+    asked = [text for text in given if text.partition("=")[0] not in NOT_ASKED]
+    return re.sub(r"[^\w.,=+-]+", "_", "-".join(filter(None, (task, data and name_of(data), *asked))))
 
 
 def need_both(subject: Subject, task: str) -> None:
@@ -131,6 +153,29 @@ def need_both(subject: Subject, task: str) -> None:
         raise UserError(f"{task} needs pictures too, and there is no image tower here; evaluate it with sts")
     if not getattr(subject.model, "itc", True):
         raise UserError(f"{task} compares embeddings, and this model has no head for contrast; choose one that has")
+
+
+def need_reader(subject: Subject, task: str, pictures: int) -> None:
+    """Raises UserError unless the model reads a text together with so many pictures."""
+    if subject.tokenizer is None or subject.preprocess is None:
+        raise UserError(
+            f"{task} needs a model of pictures and texts; give tokenizer=FOLDER for weights that bring none"
+        )
+    if (own := getattr(subject.model, "images", 1)) != pictures:
+        raise UserError(
+            f"{task} gives {pictures} picture{'s' * (pictures > 1)} with each text, and this model looks at {own}; evaluate it "
+            f"on data with {own}"
+        )
+
+
+def need_alone(subject: Subject, task: str, modality: str) -> None:
+    """Raises UserError where the model reads pictures, or texts, only together: it has no features of either by itself."""
+    encoder = getattr(subject.model, "encoder", None)
+    if modality not in getattr(encoder, "alone", (modality,)):
+        raise UserError(
+            f"{task} needs features of a {modality} by itself, and this model reads pictures and texts together only; "
+            "evaluate it with classification or vqa, or the run that it started from"
+        )
 
 
 @contextmanager

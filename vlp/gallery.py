@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vlp.data.image import decode
+from vlp.data.named_pictures import find_pictures
 from vlp.data.shards import ShardReader
 from vlp.errors import BadSample, UserError
 from vlp.tables import Table
@@ -19,6 +20,7 @@ STYLE = f"""
  .row .query {{ width: 15rem }} .row img {{ width: {SIDE * 3 // 4}px; height: {SIDE * 3 // 4}px; object-fit: contain; border: 3px solid #dde2e7; border-radius: 6px; background: #fff }}
  .row img.apart {{ margin-left: 1rem }} .row img.right {{ border-color: #1a9850 }} .row .rank {{ width: 5rem; text-align: right; color: #5b6570 }}
  .row ol {{ margin: 0; padding-left: 1.4rem; width: 24rem }} .row .own {{ width: 17rem; color: #1a9850 }}
+ .row .said {{ width: 12rem; color: #b2182b; font-size: .8rem }}
  .row li, .row .own {{ font-size: .8rem; line-height: 1.3 }}
 """
 # jinja's macros, for the templates of both reports
@@ -34,7 +36,23 @@ MACROS = """
 <ol>{% for text in q.found %}<li>{{ text }}</li>{% endfor %}</ol>
 <div class="own">{{ q.answers|join("; ") }}</div><div class="rank">{{ "found %d." | format(q.rank) }}</div></div>
 {% endfor %}{% endmacro %}
+{% macro mistakes(lines) %}{% for line in lines %}
+<div class="row">{% for png in line.pngs %}<img alt="picture" src="data:image/png;base64,{{ png }}">{% endfor %}
+<div class="query">{{ line.asked }}</div><div class="said">{{ line.said }}</div><div class="own">{{ line.true }}</div></div>
+{% endfor %}{% endmacro %}
 """
+
+
+def wrong_with_pictures(result: dict, most: int = 12) -> list[dict]:
+    """The first kept lines that a model has wrong, of as many pictures as can be, with those that are still at hand."""
+    details = result["details"]
+    chosen = {tuple(line["pictures"]): line for line in reversed(details.get("wrong", []))}
+    lines = list(reversed(chosen.values()))[:most]
+    try:
+        pictures = find_pictures(details["pictures"]) if lines else None
+        return [line | {"pngs": [encoded(pictures.read(name)) for name in line["pictures"]]} for line in lines]
+    except (UserError, BadSample):
+        return [line | {"pngs": []} for line in lines]
 
 
 def captions_with_pictures(result: dict, which: str) -> list[dict]:
@@ -70,7 +88,12 @@ def pictures_with_captions(result: dict, which: str) -> list[dict]:
 
 def thumbnail(reader: ShardReader, number: int) -> str:
     """Base64 PNG of a sample's picture."""
-    image = Image.fromarray(decode(reader.read(*reader.place(number)).image))
+    return encoded(reader.read(*reader.place(number)).image)
+
+
+def encoded(picture: bytes) -> str:
+    """Base64 PNG, small."""
+    image = Image.fromarray(decode(picture))
     image.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

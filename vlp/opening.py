@@ -176,14 +176,22 @@ def _refuse(opening: Opening, whose: str, *names: str) -> None:
         raise UserError(f"{given[0]}= cannot be given: it is {whose}; leave it out")
 
 
+def _tensor_hash(model: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _opened(name: str, model: torch.nn.Module, tokenizer, data: Data, files: list[Path]) -> Opened:
-    """With the hash of the weights' files; several are hashed together."""
+    """With the hash of the weights' files, several together; of their tensors where a library fetched them."""
     if tokenizer is not None and tokenizer.vocab_size > model.text.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens but the text tower only {model.text.vocab_size}; give the "
             "tokenizer of these weights"
         )
-    hashes = [checkpoint.file_hash(file) for file in files]
+    hashes = [checkpoint.file_hash(file) for file in files] or [_tensor_hash(model)]
     digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     process = PartialState(cpu=not torch.cuda.is_available())
     name = re.sub(r"[^\w.-]+", "-", name).strip("-.")
@@ -192,7 +200,7 @@ def _opened(name: str, model: torch.nn.Module, tokenizer, data: Data, files: lis
         tokenizer,
         data,
         process.device,
-        checkpoint=digest if files else name,
+        checkpoint=digest,
         rank=process.process_index,
         name=name,
     )

@@ -16,7 +16,7 @@ from vlp import gallery
 from vlp.config import Experiment, load_json
 from vlp.data.shards import write_atomically
 from vlp.errors import UserError
-from vlp.gallery import MACROS, captions_with_pictures
+from vlp.gallery import MACROS, captions_with_pictures, wrong_with_pictures
 from vlp.logging import read_log
 from vlp.metrics import Interval
 
@@ -45,6 +45,16 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 <p class="quiet">{{ result.protocol }}; {% for what, n in result.n.items() %}{{ "{:,}".format(n) }} {{ what }}{{ ", " if not loop.last }}{% endfor %}{% if result.choices %};
  chance at one {{ "%.2f"|format(100 / result.choices) }} %{% endif %}. Step {{ result.step }}, weights {{ result.checkpoint_sha256[:16] }}, seed {{ result.seed }};
  {{ result.bad|length }} samples left out.</p>
+{% if result.details.confused %}
+<h3>Mixed up</h3>
+<table><tr><th>true</th><th>taken for</th><th>times</th></tr>
+{% for pair in result.details.confused[:10] %}<tr><td>{{ pair.true }}</td><td>{{ pair.guessed }}</td><td>{{ pair.count }} of {{ pair.of }}</td></tr>
+{% endfor %}</table>
+{% endif %}
+{% if result.wrong %}
+<h3>Wrong</h3><p class="quiet">What was asked, what was said (red), and what is true (green).</p>
+{{ mistakes(result.wrong) }}
+{% endif %}
 {% endfor %}
 <h2>Training</h2><img class="plot" alt="curves" src="data:image/png;base64,{{ curves }}">
 {% if queries %}
@@ -73,7 +83,7 @@ def write_report(folder: Path) -> Path:
         gallery=gallery.STYLE,
         name=experiment.name,
         summary=_summary(experiment, log, starts),
-        results=results,
+        results=[result | {"wrong": wrong_with_pictures(result)} for result in results],
         curves=_curves(log, read_log(folder / "eval.jsonl")),
         queries=[q for result in results for q in captions_with_pictures(result, "text_to_image")],
         commands=[shlex.join(start["command"]) for start in starts],

@@ -17,7 +17,7 @@ from vlp.logging import require
 # dotted key -> smallest and largest value; None (the setting is off) passes
 LIMITS = {
     "data.batch_size": (1, math.inf),
-    "data.max_length": (1, math.inf),
+    "data.max_length": (2, math.inf),  # [CLS] and a token
     "data.workers": (0, math.inf),
     "data.max_bad_fraction": (0, 1),
     "train.accumulation": (1, math.inf),
@@ -32,6 +32,21 @@ LIMITS = {
     "save.keep": (1, math.inf),
     "log.geometry_every": (0, math.inf),
 }
+# fields of tasks, and of `vlp.opening.Opening`, by name: what they mean is the same wherever they are
+OF_TASKS = {
+    "batch_size": (1, math.inf),
+    "beams": (1, math.inf),
+    "examples": (0, math.inf),
+    "head_width": (1, math.inf),
+    "image_size": (1, math.inf),
+    "k": (1, math.inf),
+    "max_answer": (1, math.inf),
+    "max_length": (2, math.inf),
+    "questions": (1, math.inf),
+    "resamples": (0, math.inf),
+    "text_batch": (1, math.inf),
+    "workers": (0, math.inf),
+}
 
 
 def validate(experiment: Experiment) -> None:
@@ -42,10 +57,7 @@ def validate(experiment: Experiment) -> None:
         value: Any = experiment
         for name in key.split("."):
             value = getattr(value, name, None)
-        if value is not None and not least <= value <= most:
-            raise UserError(
-                f"{key} is {value}; set it to {f'at least {least:g}' if value < least else f'at most {most:g}'}"
-            )
+        _within(key, value, least, most)
     data, train = experiment.data, experiment.train
     if data.batch_size % train.accumulation:
         raise UserError(
@@ -70,12 +82,30 @@ def validate(experiment: Experiment) -> None:
     for name, task in experiment.evaluate.items():
         if not callable(task):
             raise UserError(f"evaluate.{name} is not a task; the tasks are in vlp.tasks")
+        check_limits(task, f"evaluate.{name}.")
     best = experiment.save.best
     if best is not None and best.split("/")[0] not in experiment.evaluate:
         raise UserError(
             f"save.best={best!r} names no task of evaluate ({', '.join(experiment.evaluate) or 'there is none'})"
         )
     require(experiment.log)
+
+
+def _within(key: str, value: Any, least: float, most: float) -> None:
+    if value is not None and not least <= value <= most:
+        raise UserError(
+            f"{key} is {value}; set it to {f'at least {least:g}' if value < least else f'at most {most:g}'}"
+        )
+
+
+def check_limits(task: Any, prefix: str = "") -> None:
+    """Raises UserError for the first field of a task, or of an `Opening`, that is out of `OF_TASKS`' range or an empty list."""
+    for field in fields(task) if is_dataclass(task) else ():
+        value = getattr(task, field.name)
+        if field.name in OF_TASKS:
+            _within(prefix + field.name, value, *OF_TASKS[field.name])
+        if field.name == "ks" and not (value and min(value) >= 1):
+            raise UserError(f"{prefix}ks is {value}; give one rank or more, each at least 1")
 
 
 def check_types(value: Any, key: str = "") -> None:

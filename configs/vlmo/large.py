@@ -59,7 +59,9 @@ def config() -> Experiment:
         ),
         optim=AdamW(lr=5e-5, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.01),
         schedule=Schedule(warmup_steps=2500, kind="linear"),
-        train=Training(steps=200_000, precision="bf16", clip_norm=None, activation_checkpointing="cheap"),
+        train=Training(
+            steps=200_000, precision="bf16", clip_norm=None, activation_checkpointing="cheap", backward="per_loss"
+        ),
         evaluate={"retrieval": Retrieval()},
         evaluate_every=10_000,
         save=Saving(every=2000, keep=2, best="retrieval/mean_recall"),

@@ -30,6 +30,14 @@ def test_labels_with_gaps_are_numbered_in_their_order(tmp_path):
     assert read_labelled(folder, "y") == ([(folder / "c.png", 0)], ["b"])
 
 
+def test_folders_that_are_numbers_are_classes_in_the_order_of_the_numbers(tmp_path):
+    """ImageNet-V2's: by name 10 would come before 2, and the tenth class be taken for the second."""
+    for name in ("0", "1", "2", "10"):
+        picture(tmp_path / name / "x.png", "red")
+    pictures, classes = read_labelled(tmp_path, None)
+    assert classes == ["0", "1", "2", "10"] and {p.parent.name: n for p, n in pictures}["10"] == 3
+
+
 def test_both_splits_number_a_class_alike_though_one_lacks_some(tmp_path):
     """Two labels of one name stay two classes (ImageNet has two cranes)."""
     rows = [("a", 1, "crane", "train"), ("b", 2, "crane", "train"), ("c", 3, "dog", "train"), ("d", 2, "crane", "val")]

@@ -32,6 +32,23 @@ def test_gradients_dropout_included_are_those_of_keeping_everything(how):
         torch.testing.assert_close(found, gradients[0])
 
 
+@pytest.mark.parametrize("how", ["cheap", "full"])
+def test_second_pass_through_the_same_weights_under_autocast(how):
+    """Its casts are in autocast's cache by then, and are not when the backward pass makes them again."""
+    block = timm.create_model("test_vit").blocks[0]
+    x, gradients = torch.randn(2, 5, 64), []
+    for kind in ("none", how):
+        model = copy.deepcopy(block)
+        with torch.autocast("cpu", torch.bfloat16):
+            first = recomputed(model, kind, x)
+            second = recomputed(model, kind, first + x)
+        (first.float().square().sum() + second.float().square().sum()).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert torch.is_autocast_cache_enabled()
+    for kept, again in zip(*gradients):
+        torch.testing.assert_close(again, kept, rtol=0.05, atol=0.02 * float(kept.abs().max()))
+
+
 def test_cheap_runs_no_matrix_product_a_second_time():
     block = timm.create_model("test_vit").blocks[0]
     counted = []

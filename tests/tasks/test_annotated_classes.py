@@ -94,7 +94,7 @@ def test_every_line_is_scored_once_as_if_alone_whatever_the_batches(world, name,
     confusion = [[int(((labels == a) & (said == b)).sum()) for b in (0, 1)] for a in (0, 1)]
     assert one.details["confusion"] == confusion
     first_wrong = int((said != labels).nonzero()[0][0])
-    assert one.details["wrong"][0]["text"] == given[first_wrong]["text"]
+    assert one.details["wrong"][0]["asked"] == given[first_wrong]["text"]
     assert one.n == {"lines": len(given), "pictures": len({line[fields[0]] for line in given}), "classes": 2}
 
 

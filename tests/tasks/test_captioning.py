@@ -5,9 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
+from tests.conftest import draw_pairs
 from tests.models.test_albef import SPEC
 from tests.tasks.fakes import subject
+from vlp.data.pack import Packing, pack
 from vlp.data.text import load_tokenizer
 from vlp.encoders.decoder import Decoder
 from vlp.encoders.generate import beam_search
@@ -46,6 +49,30 @@ def test_every_picture_is_captioned_and_submitted(given, tmp_path):
     assert result.metrics["cider"].value == pytest.approx(scores.mean()) and not result.metrics["cider"].percent
 
 
+def test_cocos_number_of_a_picture_is_submitted_and_none_but_all_pictures(given, tmp_path):
+    pairs = draw_pairs(tmp_path / "pictures", 3)
+    pairs = [
+        replace(pair, extra={name: 40 + n}) for n, (pair, name) in enumerate(zip(pairs, ("cocoid", "image_id", "x")))
+    ]
+    pack(pairs, tmp_path / "shards", Packing())
+    path = tmp_path / "captions.json"
+    task = CaptionQuality(
+        data=str(tmp_path / "shards"), beams=1, max_length=4, min_length=0, submission=str(path), resamples=2
+    )
+    task(given)
+    assert [each["image_id"] for each in json.loads(path.read_text())] == [40, 41, "0002"]
+    path.unlink()
+    larger = tmp_path / "pictures" / "larger.png"
+    Image.new("RGB", (99, 99)).save(larger)
+    pack([*pairs, replace(pairs[0], image=str(larger), key="larger")], tmp_path / "more", Packing())
+    with pytest.raises(UserError, match="^1 pictures could not be captioned, e.g. "):
+        limited = replace(given, data=replace(given.data, max_pixels=5000))
+        replace(task, data=str(tmp_path / "more"))(limited)
+    assert not path.exists()
+    with pytest.raises(UserError, match="choose another submission"):
+        replace(task, submission="/proc/nowhere/x.json").check(given.data)
+
+
 def test_captions_are_those_of_each_picture_alone(given):
     torch.manual_seed(1)
     images = [torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8) for _ in range(3)]
@@ -62,7 +89,7 @@ def test_captions_are_those_of_each_picture_alone(given):
 def test_what_cannot_be_is_one_line(given, monkeypatch):
     with pytest.raises(UserError, match="source='image'"):
         CaptionQuality()(replace(given, model=SPEC.build()))
-    with pytest.raises(UserError, match="min_length at most max_length"):
+    with pytest.raises(UserError, match="at most max_length"):
         CaptionQuality(min_length=30).check(given.data)
     with pytest.raises(UserError, match="captioning has no data"):
         CaptionQuality().check(replace(given.data, val=None))

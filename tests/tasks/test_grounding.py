@@ -8,6 +8,7 @@ import torch
 
 from tests.objectives.fusing import tiny
 from vlp.config import Data
+from vlp.data.shards import RawSample
 from vlp.data.text import train_tokenizer
 from vlp.data.world import World, make
 from vlp.errors import BadSample, UserError
@@ -70,6 +71,12 @@ def test_intersection_over_union_is_that_of_pixels():
 def test_what_is_no_box_is_named(box):
     with pytest.raises(BadSample, match="left, top, width, height"):
         read_box(box)
+
+
+def test_proposals_that_are_no_list_are_named():
+    line = RawSample("1", 0, 0, 0, None, ("x",), 0, {"box": [1, 2, 3, 4], "proposals": 5})
+    with pytest.raises(BadSample, match="proposals are 5, not a list of boxes"):
+        Grounding()._judge(line, (8, 8), torch.ones(2, 2))
 
 
 @pytest.fixture(scope="module")

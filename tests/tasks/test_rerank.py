@@ -147,9 +147,3 @@ def test_scores_that_are_not_finite_are_refused(albef):
         albef.model.itm.bias.fill_(torch.nan)
     with pytest.raises(UserError, match="not finite"):
         Rerank(k=3)(albef)
-
-
-@pytest.mark.parametrize("field", ["k", "text_batch"])
-def test_less_than_one_is_refused(albef, field):
-    with pytest.raises(UserError, match="give 1 or more"):
-        Rerank(**{field: 0})(albef)

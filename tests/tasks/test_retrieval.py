@@ -163,7 +163,7 @@ def test_embeddings_that_are_not_finite_are_refused_not_ranked_first(colours):
     ("location", "setting", "name"),
     [
         ("data/flickr8k/val", None, "flickr8k-fine-tuned@run"),
-        ("data/coco-val", None, "coco-zero-shot@run"),
+        ("data/coco-val", None, "coco-unstated@run"),
         ("data/coco/karpathy/{000..004}.tar", "fine-tuned", "karpathy-fine-tuned@run"),
     ],
 )

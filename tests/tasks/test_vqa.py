@@ -151,7 +151,7 @@ def test_written_answers_are_compared_as_they_are_written(given, asked, tmp_path
     )
     result = task(given)
     assert result.metrics["accuracy"].value == 0.5 and "written with 3 beams" in result.protocol
-    assert [(e["answer"], e["true"]) for e in result.details["examples"]] == [("green", "red")]
+    assert [(e["said"], e["true"]) for e in result.details["wrong"]] == [("green", "red")]
 
 
 def test_several_annotators_are_scored_by_the_official_rules(given, asked, tmp_path):
@@ -189,8 +189,12 @@ def test_questions_that_cannot_be_asked_are_named_and_never_submitted(given, tmp
     for lines in ([good, good], [{k: v for k, v in good.items() if k != "question_id"}]):
         with pytest.raises(UserError, match="question_id in every line"):
             Vqa(data=write(tmp_path / "x.jsonl", lines), submission=str(tmp_path / "r.json"))(given)
+        with pytest.raises(UserError, match="question_id in every line"):  # which is seen before the work, too
+            Vqa(data=write(tmp_path / "x.jsonl", lines), submission=str(tmp_path / "r.json")).check(given.data)
     with pytest.raises(UserError, match="choose another submission"):
         Vqa(data=write(tmp_path / "x.jsonl", [good]), submission="/proc/r.json")(given)
+    with pytest.raises(UserError, match="choose another submission"):
+        Vqa(data=write(tmp_path / "x.jsonl", [good]), submission="/proc/nowhere/r.json").check(given.data)
 
 
 def test_what_cannot_be_evaluated_is_one_line(given, asked, world, tmp_path):

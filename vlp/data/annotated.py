@@ -162,6 +162,13 @@ class AnnotatedReader:
             raise BadSample(f"no {missing[0]!r} that names a picture")
         return tuple(names)
 
+    def meta(self, row: int) -> dict:
+        """All that a line says; {} where it cannot be read."""
+        try:
+            return self.lines.record(row)
+        except BadSample:
+            return {}
+
     def annotation(self, row: int) -> RawSample:
         """What a line says, without its pictures; answers may be missing, or none of the classes, as in a test set.
 

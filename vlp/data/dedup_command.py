@@ -8,6 +8,8 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from vlp.errors import UserError
+
 SHOWN = 10
 
 
@@ -46,7 +48,10 @@ def run_dedup(options: argparse.Namespace) -> int:
     if len(twins) > SHOWN:
         print(f"  and {len(twins) - SHOWN:,} more{'' if options.output else '; --output FILE.jsonl lists all'}")
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.output, "".join(json.dumps(asdict(twin)) + "\n" for twin in twins).encode())
+        try:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(options.output, "".join(json.dumps(asdict(twin)) + "\n" for twin in twins).encode())
+        except OSError as e:
+            raise UserError(f"cannot write {options.output}: {e.strerror or e}; give another --output") from None
         print(f"wrote {options.output}")
     return 1 if twins else 0

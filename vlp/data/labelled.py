@@ -72,8 +72,10 @@ def read_train_and_test(folder: Path, train: str, test: str) -> tuple[Labelled, 
 
 
 def _keys(rows: list[_Row]) -> dict[int | str, str]:
-    """The classes' names by key, in the order of their numbers."""
-    return dict(sorted({row.key: row.name for row in rows}.items()))
+    """The classes' names by key, in the order of their numbers; folders that are numbers (ImageNet-V2) in theirs."""
+    names = {row.key: row.name for row in rows}
+    numbered = all(str(key).isdigit() for key in names)
+    return dict(sorted(names.items(), key=lambda item: int(item[0]) if numbered else item[0]))
 
 
 def _number(rows: list[_Row], keys: dict[int | str, str]) -> Labelled:
@@ -113,7 +115,7 @@ def _read_folders(folder: Path) -> list[_Row]:
 
 def _read_labels(folder: Path, split: str | None) -> list[_Row]:
     rows = []
-    with open(folder / "labels.jsonl", encoding="utf-8") as lines:
+    with open(folder / "labels.jsonl", "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)

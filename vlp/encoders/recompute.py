@@ -30,8 +30,20 @@ def recomputed(part: Callable[..., Any], how: Checkpointing, *given, **named) ->
     if how == "none" or not torch.is_grad_enabled():
         return part(*given, **named)
     if how == "cheap":
+        part = partial(_uncached, part)
         named["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     return checkpoint(part, *given, use_reentrant=False, **named)
+
+
+def _uncached(part: Callable[..., Any], *given, **named) -> Any:
+    """Autocast keeps a weight's bfloat16 copy for its next use, so that a second pass makes none. The backward pass then would,
+    and "cheap" counts operations: both times they must be the same."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        return part(*given, **named)
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
 
 def _policy(context, operation, *given, **named) -> CheckpointPolicy:

@@ -180,6 +180,11 @@ class AlbefModel(LearnedScale):
         return {**student, **begun}
 
     @property
+    def images(self) -> int:
+        """Pictures of a sample that fusion looks at."""
+        return 1 if self.fusion is None else self.fusion.images
+
+    @property
     def preprocess(self) -> Preprocess:
         """What images must look like, which is the image tower's."""
         return self.image.preprocess

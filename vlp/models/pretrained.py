@@ -28,7 +28,7 @@ def resolve(path: str) -> Path:
     if not path.startswith("pip:"):
         found = Path(path).expanduser()
         if not found.exists():
-            raise UserError(f"no such file or folder: {path}; check the path of the weights")
+            raise UserError(f"no such file or folder: {path}; check the path")
         return found
     package, _, inside = path.removeprefix("pip:").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None

@@ -20,13 +20,12 @@ from vlp.data.shards import RawSample
 from vlp.data.stream import evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import BadSample, UserError
-from vlp.evaluation import Result, Subject, evaluating
+from vlp.evaluation import Result, Subject, evaluating, need_reader
 from vlp.forward import Forward
 from vlp.metrics import Interval, bootstrap
+from vlp.tasks.mistakes import mistakes, mixed_up
 from vlp.tasks.text_only import TextOnly
 from vlp.types import Batch
-
-EXAMPLES = 100  # wrong answers that are kept for the report
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,6 @@ class Classes:
 
     def check(self, data: Data) -> None:
         """Raises UserError where there are no lines with classes."""
-        if self.batch_size < 1:
-            raise UserError(f"classification with batch_size={self.batch_size}; give 1 or more")
         source = self._source(data)
         if not source.label:
             raise UserError(
@@ -87,6 +84,8 @@ class Classes:
         if getattr(subject.model, "classifier", None) is None:
             raise UserError("classification needs a model with a classifier; train one with model.classes=C")
         source = self._source(data)
+        if source.text:
+            need_reader(subject, "classification", len(source.image))
         reader, names = source.open(), source.class_list()
         dataset = ByPicture(reader, data.resize, subject.preprocess, data.max_pixels)
         own, bad = [], []
@@ -112,10 +111,10 @@ class Classes:
         return Result(
             task="classification",
             protocol=protocol,
-            data=source.path,
+            data=source.path + (f", split {source.split}" if source.split else ""),
             n={"lines": len(found), "pictures": len(set(told.groups.tolist())), "classes": len(names)},
             metrics=self._metrics(told, trained, subject.seed),
-            details={"classes": names, "confusion": told.confusion(), "wrong": told.wrong()},
+            details={"classes": names, "confusion": told.confusion()} | told.mistakes(source),
             bad=[b for part in gather_objects(bad) for b in part],
             seconds=time.monotonic() - began,
         )
@@ -160,18 +159,10 @@ class Told:
         np.add.at(counts, (self.labels, self.said), 1)
         return counts.tolist()
 
-    def wrong(self) -> list[dict]:
-        """The first lines where the model is wrong."""
-        rows = (self.said != self.labels).nonzero()[0][:EXAMPLES]
-        return [
-            {
-                "line": self.lines[n].key,
-                "text": self.texts[n],
-                "label": self.names[self.labels[n]],
-                "said": self.names[self.said[n]],
-            }
-            for n in rows.tolist()
-        ]
+    def mistakes(self, source: Annotated) -> dict:
+        said, true = ([self.names[c] for c in classes] for classes in (self.said, self.labels))
+        wrong = [(line, s, t) for line, s, t in zip(self.lines, said, true) if s != t]
+        return mistakes(source, wrong) | {"confused": mixed_up(said, true)}
 
 
 def best_class(subject: Subject, pictures: Sequence[Pictured], classes: int) -> list[int]:

@@ -17,9 +17,10 @@ from vlp.encoders.generate import beam_search
 from vlp.errors import UserError
 from vlp.evaluation import Result, Subject, evaluating
 from vlp.metrics import Interval, bootstrap
-from vlp.tasks.vqa import write_submission
+from vlp.tasks.vqa import check_submission, write_submission
 
 EXAMPLES = 100
+IDS = ("image_id", "cocoid")  # COCO's number of a picture, in its own annotations and in Karpathy's
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class CaptionQuality:
         min_length: tokens.
         length_penalty: see `vlp.encoders.generate.beam_search`.
         submission: where to write ``[{"image_id": ..., "caption": ...}]``, as COCO's server takes it; the id is the json's
-            ``image_id`` or, where it has none, the sample's key.
+            ``image_id``, or Karpathy's ``cocoid``, or else the sample's key. The server takes none but all pictures.
         batch_size: pictures at a time.
         resamples: of the bootstrap, over pictures.
     """
@@ -53,8 +54,10 @@ class CaptionQuality:
     def check(self, data: Data) -> None:
         """Raises UserError where there is no data, or the package that scores is not there."""
         self._source(data)
-        if not 0 <= self.min_length <= self.max_length or min(self.beams, self.max_length, self.batch_size) < 1:
-            raise UserError("captioning: beams, max_length and batch_size are 1 or more, min_length at most max_length")
+        if not 0 <= self.min_length <= self.max_length:
+            raise UserError("captioning: min_length is 0 or more, and at most max_length")
+        if self.submission:
+            check_submission(self.submission)
         _scorer()
 
     def evaluated(self, data: Data) -> str:
@@ -82,10 +85,24 @@ class CaptionQuality:
                 if samples:
                     own += zip((raw for _, raw in samples), self._captions(subject, [image for image, _ in samples]))
         # what the pictures hold does not travel
-        own = [(raw.number, raw.index, raw.meta.get("image_id", raw.key), raw.captions, said) for raw, said in own]
+        own = [
+            (
+                raw.number,
+                raw.index,
+                next((raw.meta[name] for name in IDS if name in raw.meta), raw.key),
+                raw.captions,
+                said,
+            )
+            for raw, said in own
+        ]
         found = sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0])
         if not found:
             raise UserError(f"{source} holds no usable picture; run `vlp data check` on it")
+        bad = [b for part in gather_objects(bad) for b in part]
+        if self.submission and bad:
+            raise UserError(
+                f"{len(bad)} pictures could not be captioned, e.g. {bad[0]['reason']}; the server takes none but all"
+            )
         if self.submission and subject.rank == 0:
             answers = [{"image_id": image, "caption": said} for _, _, image, _, said in found]
             write_submission(Path(self.submission), answers)
@@ -100,7 +117,7 @@ class CaptionQuality:
             n={"images": len(told)},
             metrics={"cider": Interval(mean.value, mean.low, mean.high, percent=False)},
             details={"examples": [{"caption": said, "true": captions} for _, captions, said in told[:EXAMPLES]]},
-            bad=[b for part in gather_objects(bad) for b in part],
+            bad=bad,
             seconds=time.monotonic() - began,
         )
 

@@ -112,7 +112,7 @@ class Grounding:
             protocol=f"Grad-CAM of the matching logit over cross-attention of fusion layer {layer}, mean over the tokens; "
             f"pointing: the maximum is inside the box; accuracy: of the proposal with the largest sum / area^{self.power:g}, "
             f"intersection over union >= {self.overlap:g}",
-            data=str(self.data),
+            data=str(self.data) + (f", split {self.split}" if self.split else ""),
             n={
                 "phrases": len(found),
                 "pictures": len(set(groups.tolist())),
@@ -142,7 +142,10 @@ class Grounding:
     def _judge(self, line: RawSample, size: tuple[int, int], cam: Tensor) -> dict[str, float]:
         """Raises BadSample where there is no box, or one is none."""
         box = read_box(line.meta.get("box"))
-        proposals = [read_box(proposal) for proposal in line.meta.get("proposals") or ()]
+        given = line.meta.get("proposals") or ()
+        if not isinstance(given, (list, tuple)):
+            raise BadSample(f"proposals are {str(given)[:80]}, not a list of boxes")
+        proposals = [read_box(proposal) for proposal in given]
         heat = enlarged(cam, *size)
         judged = {
             "pointing": float(points_into(heat, box)),

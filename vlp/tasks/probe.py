@@ -21,7 +21,7 @@ from vlp.data.labelled import FORMS, Labelled, Pictures, read_train_and_test
 from vlp.data.stream import evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
-from vlp.evaluation import Result, Subject, evaluating, merge
+from vlp.evaluation import Result, Subject, evaluating, merge, need_alone
 from vlp.metrics import bootstrap
 from vlp.types import Encoded
 
@@ -65,6 +65,7 @@ class _Classes:
         """Metrics: ``top1``, and ``top5`` where there are more than five classes."""
         began = time.monotonic()
         train, test, classes = self._read()
+        need_alone(subject, self.task, "image")
         known = encode_pictures(subject, train, self.features, self.batch_size)
         asked = encode_pictures(subject, test, self.features, self.batch_size)
         scores, protocol, details = self._classify(known, asked.features, len(classes), subject.seed)
@@ -103,8 +104,8 @@ class Knn(_Classes):
 
     def check(self, data: Data) -> None:
         """Raises UserError as the base class, and where no neighbour could vote."""
-        if self.k < 1 or self.temperature <= 0:
-            raise UserError(f"kNN with k={self.k} and temperature={self.temperature}; both must be above 0")
+        if self.temperature <= 0:
+            raise UserError(f"kNN with temperature={self.temperature}; it must be above 0")
         super().check(data)
 
     def _classify(self, known: EncodedPictures, asked: Tensor, classes: int, seed: int) -> tuple[Tensor, str, dict]:

@@ -53,8 +53,6 @@ class Rerank(Retrieval):
                 "rerank needs embeddings to choose candidates by, and this model has none (model.itc=false)"
             )
         need_both(subject, "rerank")
-        if self.k < 1 or self.text_batch < 1:
-            raise UserError(f"rerank with k={self.k} and text_batch={self.text_batch}; give 1 or more")
         data, source = subject.data, self._source(subject.data)
         dataset = InOrder(source, data.resize, subject.preprocess, data.max_pixels)
         with evaluating(subject.model):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vlp.config import Data
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
-from vlp.evaluation import Result, Subject, evaluating
+from vlp.evaluation import Result, Subject, evaluating, need_alone
 from vlp.losses.geometry import uniformity
 from vlp.metrics import Interval, bootstrap, percentiles, resampled_spearman, spearman
 from vlp.tasks.probe import Features, chosen, gather_rows
@@ -81,6 +81,7 @@ class SentenceSimilarity:
         files = self._read()
         if subject.tokenizer is None:
             raise UserError(NO_TEXT)
+        need_alone(subject, "sts", "text")
         longest = getattr(getattr(subject.model, "text", None), "max_length", math.inf)
         if not 1 <= self._tokens(subject.data) <= longest:
             raise UserError(f"max_length={self._tokens(subject.data)} but the text tower takes 1 to {longest} tokens")
@@ -179,6 +180,6 @@ def uniformity_interval(x: Tensor, seed: int, parts: int = 20) -> Interval:
     if len(x) < 2 * parts:
         return Interval(value, value, value, percent=False)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    spread = np.std([float(uniformity(x[part])) for part in order.chunk(parts)], ddof=1)
+    spread = np.std([float(uniformity(x[part])) for part in order.tensor_split(parts)], ddof=1)
     half = 1.96 * float(spread) / math.sqrt(parts)
     return Interval(value, value - half, value + half, percent=False)

@@ -6,6 +6,7 @@ Q questions, A answers of the list, C classes.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -23,13 +24,12 @@ from vlp.data.shards import RawSample
 from vlp.data.stream import evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
-from vlp.evaluation import Result, Subject, evaluating
+from vlp.evaluation import Result, Subject, evaluating, need_reader
 from vlp.metrics import Interval, bootstrap
 from vlp.tasks.answering import Say, classifying, ranking, writing
+from vlp.tasks.mistakes import SHOWN, mistakes, mixed_up
 from vlp.tasks.question_prior import QuestionPrior
 from vlp.tasks.vqa_answers import accuracy
-
-EXAMPLES = 100  # wrong answers that are kept for the report
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,12 @@ class Vqa:
 
     def check(self, data: Data) -> None:
         """Raises UserError where there are no questions."""
-        if min(self.batch_size, self.questions, self.k, self.beams, self.max_answer) < 1:
-            raise UserError("vqa: batch_size, questions, k, beams and max_answer are 1 or more")
-        if not len(self._source(data).open()):
+        reader = self._source(data).open()
+        if not len(reader):
             raise UserError(f"{self._source(data).path} holds no question; give other data")
+        if self.submission:
+            check_submission(self.submission)
+            _check_ids([reader.meta(row).get("question_id") for row in range(len(reader))])
 
     def evaluated(self, data: Data) -> AnnotatedReader:
         """The annotations, see `vlp.leaks`."""
@@ -91,6 +93,7 @@ class Vqa:
         """Metrics: ``accuracy`` (also ``accuracy_TYPE`` of each answer type), of the ``prior`` that has not seen the pictures, and
         ``answerable``: what a model that always chose the best of its list would reach. None where no answers are known."""
         began = time.monotonic()
+        need_reader(subject, "vqa", pictures=1)
         source, how = self._source(subject.data), self._how(subject)
         prior = QuestionPrior(trained) if (trained := _trained(subject.data)) else None
         known = [] if how == "write" else self._list(source, prior, how, subject)
@@ -213,18 +216,12 @@ class Vqa:
         if known:
             best = (max((score(lines[n], a) for a, _ in lines[n].answers if a in among), default=0.0) for n in told)
             metrics["answerable"] = mean(best)
-        wrong = [n for n, hit in zip(told, scores) if not hit][:EXAMPLES]
-        details = {
-            "examples": [
-                {
-                    "line": lines[n].key,
-                    "question": lines[n].captions[0],
-                    "answer": said[n],
-                    "true": lines[n].answers[0][0],
-                }
-                for n in wrong
-            ],
-            "not_in_list": {"questions": len(unknown), "answers": [lines[n].answers[0][0] for n in unknown[:EXAMPLES]]},
+        true = [line.answers[0][0] if line.answers else "" for line in lines]
+        wrong = [n for n, hit in zip(told, scores) if not hit]
+        taken = dict(zip(told, (true[n] for n in told))) | {n: said[n] for n in wrong}  # right in other words is right
+        details = mistakes(source, [(lines[n], said[n], true[n]) for n in wrong]) | {
+            "confused": mixed_up(list(taken.values()), [true[n] for n in told]),
+            "not_in_list": {"questions": len(unknown), "answers": [true[n] for n in unknown[:SHOWN]]},
         }
         return metrics, details
 
@@ -265,16 +262,30 @@ def submit(path: Path, found: list[tuple[RawSample, str]], bad: list[dict]) -> N
     Raises:
         UserError: where a question is left out, has no question_id or has another's, or ``path`` cannot be written.
     """
-    ids = [line.meta.get("question_id") for line, _ in found]
     if bad:
         raise UserError(
             f"{len(bad)} questions could not be answered, e.g. {bad[0]['reason']}; the server takes none but all"
         )
+    ids = [line.meta.get("question_id") for line, _ in found]
+    _check_ids(ids)
+    write_submission(path, [{"question_id": number, "answer": answer} for number, (_, answer) in zip(ids, found)])
+
+
+def _check_ids(ids: list) -> None:
     if None in ids or len(set(ids)) < len(ids):
         raise UserError(
             "a submission needs a question_id in every line, each once; make them with vlp data annotations"
         )
-    write_submission(path, [{"question_id": number, "answer": answer} for number, (_, answer) in zip(ids, found)])
+
+
+def check_submission(path: str) -> None:
+    """Raises UserError where nothing can be written there: before the work, not after it."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}; choose another submission=FILE") from None
+    if not os.access(Path(path).parent, os.W_OK):
+        raise UserError(f"cannot write into {Path(path).parent}; choose another submission=FILE")
 
 
 def write_submission(path: Path, answers: list[dict]) -> None:

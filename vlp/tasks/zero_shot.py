@@ -113,7 +113,7 @@ def class_names(classes: list[str], names: str | None) -> list[str]:
             given = json.loads(Path(names).read_text())
         except (OSError, ValueError) as e:
             raise UserError(f"cannot read class names from {names}: {e}") from None
-        if not isinstance(given, dict):
+        if not isinstance(given, dict) or not all(isinstance(name, str) for name in given.values()):
             raise UserError(f"{names} is not an object of {{folder or label name: class name}}")
         if missing := [c for c in classes if c not in given]:
             raise UserError(f"{names} names no class for {', '.join(missing[:5])}; add them")
