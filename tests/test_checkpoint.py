@@ -190,6 +190,11 @@ def test_run_without_room_for_its_checkpoint_ends_in_one_line_and_goes_on_when_t
     assert losses(tmp_path / "full") == losses(tmp_path / "whole")
 
 
+def test_checkpoint_that_lacks_what_the_experiment_keeps_is_one_line(two):
+    with pytest.raises(UserError, match="has no other.safetensors: it is of another experiment"):
+        checkpoint.read(max(two.glob("step-*")), "other")
+
+
 def test_the_newest_and_the_best_stay(tmp_path):
     for step in range(1, 7):
         write(tmp_path, step)

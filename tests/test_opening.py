@@ -316,7 +316,29 @@ def test_sizes_experts_and_heads_of_a_vlmo_file_are_those_of_its_tensors(tmp_pat
         ids, mask = torch.randint(3, 30, (2, 9)), torch.ones(2, 9, dtype=torch.bool)
         torch.testing.assert_close(model.encode_image(pixels).embed, own.encode_image(pixels).embed)
         torch.testing.assert_close(model.encode_text(ids, mask).embed, own.encode_text(ids, mask).embed)
-    assert opened.reports["model"].new == () and opened.subject.data.max_length == 40
+    assert opened.reports["model"].new == ()
+    assert opened.subject.data.max_length == min(40, spec.encoder.max_text_length)
+
+
+@pytest.mark.parametrize("lost", ["_imag.", "patch_embed", "word_embeddings", "token_type_embeddings"])
+def test_vlmo_file_that_lacks_a_part_is_one_line(tmp_path, capsys, lost):
+    exported = export_vlmo(VlmoCheckpoint(Vlmo(MOME, embed_size=48).build().state_dict()))
+    kept = {key: value.contiguous().clone() for key, value in exported.items() if lost not in key}
+    assert len(kept) < len(exported)
+    save_file(kept, tmp_path / "vlmo.safetensors")
+    assert main(["eval", str(tmp_path / "vlmo.safetensors"), "retrieval", "data=x", "head_width=12"]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "vlmo.safetensors lacks" in err, err
+
+
+def test_texts_longer_than_the_positions_are_one_line(tmp_path, albef_file, capsys):
+    for file, longest, width in ((albef_file, 40, 16), (tmp_path / "vlmo.safetensors", 196, 12)):
+        if not file.exists():
+            exported = export_vlmo(VlmoCheckpoint(Vlmo(MOME, embed_size=48).build().state_dict()))
+            save_file({k: v.contiguous().clone() for k, v in exported.items()}, file)
+        given = [str(file), "retrieval", "data=x", "max_length=300", f"head_width={width}"]
+        assert main(["eval", *given]) == 2
+        assert f"max_length=300 but the text tower takes {longest} tokens; lower it" in capsys.readouterr().err
 
 
 # --- open_clip, and what is none of all this -----------------------------------------------------------------------------

@@ -88,6 +88,22 @@ def test_stages_that_cannot_be(world, capfd, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_refused_stage_leaves_nothing_behind(world, capfd, tmp_path):
+    """Not even the file in which its process was told what to do; nor is it begun where a later one could not be."""
+    runs = tmp_path / "runs"
+    assert str(tmp_path / "nowhere") in refused(
+        capfd, "train", STAGES, *toy_overrides(world, runs), f"stages.2.data.train={tmp_path / 'nowhere'}"
+    )
+    assert not runs.exists()
+    with pytest.raises(SystemExit):  # the process has said its line
+        main(["train", str(STAGES), *map(str, toy_overrides(world, runs)), "stages.1.data.batch_size=500"])
+    assert "data.batch_size" in capfd.readouterr().err
+    assert not list(runs.rglob("*.json"))
+    (tmp_path / "file").write_text("")
+    said = refused(capfd, "train", STAGES, *toy_overrides(world, tmp_path / "file" / "runs"))
+    assert "cannot write" in said and "set output=FOLDER" in said
+
+
 def test_a_stage_by_itself_says_what_it_lacks(world, capfd, tmp_path):
     """It is an ordinary experiment, whose weights are the folder of a run."""
     _, second = toy_stages().overridden(toy_overrides(world, tmp_path)).runs()

@@ -103,7 +103,6 @@ def ablate(ablation: Ablation, say=print) -> bool:
     for experiment in (e for chain in chains for e in chain):
         validate(experiment)
         check_same(experiment)
-    ablation.folder.mkdir(parents=True, exist_ok=True)
     with Series() as series:
         for experiment in (e for chain in chains for e in chain):
             if not finished(experiment):

@@ -154,6 +154,9 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def read(checkpoint: Path, name: str) -> Tensors:
+    """Raises UserError where the checkpoint has no such file: it is of an experiment that keeps other things."""
+    if not (checkpoint / f"{name}.safetensors").is_file():
+        raise UserError(f"{checkpoint} has no {name}.safetensors: it is of another experiment; put its own back")
     return load_file(checkpoint / f"{name}.safetensors")
 
 

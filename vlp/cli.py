@@ -348,6 +348,8 @@ def run_tokenizer(options: argparse.Namespace) -> int:
     from vlp.data.inspect import all_captions
     from vlp.data.text import train_tokenizer
 
+    if options.vocab_size < 6:
+        raise UserError(f"--vocab-size {options.vocab_size}: five tokens are special ones; give more, such as 8000")
     captions = list(all_captions(options.shards))
     if not captions:
         raise UserError(f"the shards at {options.shards} hold no caption; run `vlp data check` on them")

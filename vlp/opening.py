@@ -13,6 +13,7 @@ What the weights bring (tokenizer, length, pixels) is taken from them; `Opening`
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -110,6 +111,7 @@ def _run(what: str, which: str | None, opening: Opening) -> Opened:
         raise UserError(f"{given[0]} of a run is what it was trained with; leave it out")
     subject, step = open_run(Path(what).expanduser(), which)
     subject.data = _changed(subject.data, opening)
+    _check_length(subject.model, subject.data)
     return Opened(subject, Path(what).expanduser(), step)
 
 
@@ -158,7 +160,7 @@ def _albef(path: Path, state: dict[str, torch.Tensor], opening: Opening) -> Open
     sizes = {"head_width": opening.head_width} if opening.head_width else {}
     model = build_albef(load_albef(state), opening.image_size, **sizes)
     # as published: squashed pictures, no [SEP], no punctuation; texts are cut for retrieval only
-    max_length = 30 if model.itc else 64
+    max_length = min(30 if model.itc else 64, model.text.max_length)
     data = Data((), None, "", sep=False, clean=True, max_length=max_length, resize=Resize("squash"))
     data = _changed(data, opening)
     tokenizer = load_tokenizer(data.tokenizer, data.sep, data.clean) if data.tokenizer else None
@@ -166,14 +168,21 @@ def _albef(path: Path, state: dict[str, torch.Tensor], opening: Opening) -> Open
 
 
 def _vlmo(path: Path, state: dict[str, torch.Tensor], opening: Opening) -> Opened:
-    model = build_vlmo(load_vlmo(state), opening.image_size, opening.head_width)
-    data = _changed(Data((), None, "", max_length=40, resize=Resize("squash")), opening)  # as published
+    model = build_vlmo(load_vlmo(state), str(path), opening.image_size, opening.head_width)
+    max_length = min(40, model.text.max_length) if model.text else 40  # as published, as are squashed pictures
+    data = _changed(Data((), None, "", max_length=max_length, resize=Resize("squash")), opening)
     return _opened(path.stem, model, load_tokenizer(data.tokenizer) if data.tokenizer else None, data, [path])
 
 
 def _refuse(opening: Opening, whose: str, *names: str) -> None:
     if given := [name for name in names if getattr(opening, name) is not None]:
         raise UserError(f"{given[0]}= cannot be given: it is {whose}; leave it out")
+
+
+def _check_length(model: torch.nn.Module, data: Data) -> None:
+    longest = getattr(getattr(model, "text", None), "max_length", math.inf)
+    if data.max_length > longest:
+        raise UserError(f"max_length={data.max_length} but the text tower takes {longest} tokens; lower it")
 
 
 def _tensor_hash(model: torch.nn.Module) -> str:
@@ -192,6 +201,7 @@ def _opened(name: str, model: torch.nn.Module, tokenizer, data: Data, files: lis
             "tokenizer of these weights"
         )
     hashes = [checkpoint.file_hash(file) for file in files] or [_tensor_hash(model)]
+    _check_length(model, data)
     digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     process = PartialState(cpu=not torch.cuda.is_available())
     name = re.sub(r"[^\w.-]+", "-", name).strip("-.")

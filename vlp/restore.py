@@ -12,6 +12,7 @@ from vlp.config import load_json
 from vlp.data.text import load_tokenizer
 from vlp.errors import UserError
 from vlp.evaluation import Subject
+from vlp.validation import check_types
 
 
 def choose(folder: Path, which: str | None) -> Path:
@@ -47,6 +48,7 @@ def open_run(folder: Path, which: str | None = None) -> tuple[Subject, int]:
     if not (folder / "experiment.json").is_file():
         raise UserError(f"{folder} is not a run: it has no experiment.json")
     experiment = load_json(folder / "experiment.json")
+    check_types(experiment)
     path = choose(folder / "checkpoints", which)
     averaged = (path / "average.safetensors").exists()
     weights = path / ("average.safetensors" if averaged else "model.safetensors")

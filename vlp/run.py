@@ -138,7 +138,11 @@ class Run:
         path = self.folder / "data.json"
         if not self.resume or not path.exists():
             return
-        for reader, before in zip(self.dataset.readers, json.loads(path.read_text())):
+        try:
+            begun_with = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path} is damaged: put it back, or remove it to resume unchecked") from None
+        for reader, before in zip(self.dataset.readers, begun_with):
             if reader.fingerprint() != before:
                 raise UserError(
                     f"the shards at {reader.location} are not the ones that {self.folder} was started with "

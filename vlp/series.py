@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 from vlp import checkpoint
 from vlp.config import Experiment, changed_keys, dump, load_json
@@ -75,14 +76,23 @@ class Series:
         arguments = ["--resume", str(folder)]
         if not begun(experiment):
             written = folder.parent / f"{folder.name}.json"
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(written, dump(experiment).encode())
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(written, dump(experiment).encode())
+            except OSError as e:
+                raise UserError(
+                    f"cannot write {folder.parent}: {e.strerror or e}; set output=FOLDER to one that can be written"
+                ) from None
             arguments = [str(written)]
         self.process = subprocess.Popen([sys.executable, "-m", "vlp.train", *arguments])
         if self.asked:  # while it was being started
             self.process.send_signal(self.asked)
         code = self.process.wait()
         self.process = None
+        if not begun(experiment):  # it was refused: nothing of it stays
+            written.unlink(missing_ok=True)
+            with suppress(OSError):  # there may be others
+                folder.parent.rmdir()
         if code == 2 and not self.asked:
             sys.exit(code)
         if code and not self.asked:

@@ -91,6 +91,8 @@ def train_stages(stages: Stages, command: str, say=print) -> None:
     for run in runs:
         validate(run)
         check_same(run)
+        for source in run.data.train:  # of the last one, too, before the first is trained
+            source.open()
     missing = [run for run in runs if not finished(run)]
     if os.environ.get("RANK", "0") != "0":
         say = lambda text: None  # noqa: E731 - the main process says it

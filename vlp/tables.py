@@ -61,6 +61,9 @@ def find_runs(folders: list[Path]) -> list[Path]:
     def is_run(folder: Path) -> bool:
         return (folder / "experiment.json").is_file() or any(folder.glob("eval/*.json"))
 
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"no folder {folder}; name runs, or a folder of runs")
     found = [
         run for folder in folders for run in ([folder] if is_run(folder) else sorted(filter(is_run, folder.glob("*/"))))
     ]

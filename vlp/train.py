@@ -261,7 +261,9 @@ class Trainer:
     def _nonfinite(self, losses: dict[str, float], keys: list[str], norm: float | None, complaint: str) -> None:
         """Names the samples; raises unless the step may be skipped. Nothing was stepped, so nothing is spoilt."""
         everyones = [key for part in gather_objects(list(keys)) for key in part]
-        what = complaint or (f"gradient norm {norm}" if norm is not None else f"loss {losses.get('loss')}")
+        what = complaint.removesuffix(" is not finite") or (
+            f"gradient norm {norm}" if norm is not None else f"loss {losses.get('loss')}"
+        )
         self.run.records.nonfinite(what, everyones)
         if self.experiment.train.nonfinite == "stop" or (self.zero and norm is not None):
             raise UserError(

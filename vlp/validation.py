@@ -25,7 +25,10 @@ LIMITS = {
     "train.ema_decay": (0, 1),
     "train.threads": (1, math.inf),
     "momentum.decay": (0, 1),
+    "model.embed_size": (1, math.inf),
     "optim.lr": (0, math.inf),
+    "optim.eps": (0, math.inf),
+    "seed": (0, math.inf),
     "optim.weight_decay": (0, math.inf),
     "evaluate_every": (0, math.inf),
     "save.every": (1, math.inf),
@@ -58,6 +61,11 @@ def validate(experiment: Experiment) -> None:
         for name in key.split("."):
             value = getattr(value, name, None)
         _within(key, value, least, most)
+    for beta in getattr(experiment.optim, "betas", ()):
+        if not 0 <= beta < 1:
+            raise UserError(f"optim.betas has {beta}; give numbers from 0 to below 1")
+    if not experiment.name:
+        raise UserError("the run has no name; set name=NAME, which its folder gets")
     data, train = experiment.data, experiment.train
     if data.batch_size % train.accumulation:
         raise UserError(

@@ -7,10 +7,11 @@ Commands: vlp train configs/albef/world.py
           vlp train configs/albef/world_assignment.py
           vlp train configs/albef/world_pairs.py
           vlp eval runs/albef-world-pairs classification split=val images=data/world/val by=kind
-Hardware: 1 CPU core, about 5 minutes.
-Measured: 50.0 %, which is chance: after 240 steps the loss is where it began. Another run, at twice the learning rate with the image tower
-          frozen, was broken off after 547 of 1,000 steps with the same loss. What it starts from hardly knows how things of one scene stand to each other (minimal
-          pairs 52.1 %, see world.py), and here two are to be compared.
+Hardware: 1 CPU core, about 10 minutes beside other work.
+Measured: 50.0 %, which is chance: after 240 steps the loss is where it began. What it starts from hardly knows what belongs to what in one
+          scene (minimal pairs 53.1 %, see world.py), and here two are to be compared.
+Tried:    700 steps, broken off after 153; from an earlier ALBEF of pictures of 128 px, 1,000 steps at twice the learning rate with the image
+          tower frozen, broken off after 547: the loss stayed where it was.
 """
 
 from vlp.config import Data, Experiment, Logging, Saving, Training

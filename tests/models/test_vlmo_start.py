@@ -93,6 +93,14 @@ def test_the_vision_language_expert_starts_as_the_field_says(source):
     assert torch.equal(third.encoder.positions.text, second.encoder.positions.text)
 
 
+def test_trained_experts_that_are_thrown_away_are_in_the_report():
+    """A stage that starts from one of its own kind instead of the one before."""
+    report = take(TEXTS.build(), randomised(TEXTS), text="image")
+    assert sorted(report.replaced) == [n for n in sorted(TEXTS.build().state_dict()) if ".experts.text." in n]
+    assert "18 replaced (" in str(report)
+    assert take(TEXTS.build(), randomised(IMAGES), text="image").replaced == ()
+
+
 def test_pairs_may_follow_pictures_at_once():
     first = randomised(IMAGES)
     third = started(PAIRS, first, text="image", vl="text")

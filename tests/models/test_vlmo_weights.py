@@ -118,6 +118,18 @@ def test_what_a_model_exports_comes_in_again():
         export_vlmo(VlmoCheckpoint({**own, "mim.mask_token": torch.zeros(D)}))
 
 
+def test_what_could_not_be_read_again_is_not_exported():
+    """A table of positions is told apart by the number of its rows alone."""
+    own = SPEC.build().state_dict()
+    without_cross = {key: value for key, value in own.items() if key != "encoder.positions.cross"}
+    with pytest.raises(ValueError, match="this model lacks some"):
+        export_vlmo(VlmoCheckpoint(without_cross))
+    for part, rows in (("text", 128), ("image", 3 + 3 * 5)):
+        other = own | {f"encoder.positions.{part}": torch.zeros(rows, own["encoder.positions.text"].shape[1])}
+        with pytest.raises(ValueError, match="square images and 196 tokens"):
+            export_vlmo(VlmoCheckpoint(other))
+
+
 def test_a_second_kind_of_image_starts_as_the_first(tmp_path):
     save_file(official(), tmp_path / "vlmo.safetensors")
     encoder = replace(ENCODER, image_kinds=2)

@@ -19,6 +19,7 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+from vlp.data.shards import write_atomically
 from vlp.errors import UserError
 from vlp.models.pretrained import resolve
 from vlp.types import Vocabulary
@@ -119,7 +120,7 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(folder / "tokenizer.json"))
+        write_atomically(folder / "tokenizer.json", self._backend.to_str(pretty=True).encode())
 
 
 class OpenClipTokenizer:

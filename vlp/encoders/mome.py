@@ -69,6 +69,21 @@ class Mome:
 
     def check(self) -> None:
         """Raises UserError for sizes that do not go together."""
+        for name, least in {
+            "width": 1,
+            "layers": 1,
+            "heads": 1,
+            "patch_size": 1,
+            "vocab_size": 1,
+            "max_text_length": 2,
+        }.items():
+            if getattr(self, name) < least:
+                raise UserError(f"the encoder's {name} is {getattr(self, name)}; set it to at least {least}")
+        for name in ("drop_path", "text_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(
+                    f"the encoder's {name} is {getattr(self, name)}; it is a probability, from 0 to below 1"
+                )
         size = to_2tuple(self.image_size)
         if "image" in self.experts and any(side % self.patch_size or side < self.patch_size for side in size):
             raise UserError(

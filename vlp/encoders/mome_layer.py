@@ -164,7 +164,8 @@ class SharedAttention(nn.Module):
         """(S, D) to (S, D), or to (M, D) of what is wanted.
 
         Args:
-            bias: (h, N, N) added to the scores, which are float32 inside whatever the precision of the rest.
+            bias: (h, N, N) added to the scores, which are float32 inside whatever the precision of the rest; it is rounded to that of the
+                queries first, as torch's fused forms ask.
             gamma: (D,) that the output is multiplied by.
         """
         if wanted is None:

@@ -149,12 +149,13 @@ class LoadReport:
     copied: tuple[str, ...] = ()  # likewise, from the weights of another part
     new: tuple[str, ...] = ()  # in the module only: start fresh, as declared
     unexpected: tuple[str, ...] = ()  # in the weights only: left out, as declared
+    replaced: tuple[str, ...] = ()  # in both, and yet new or copied, as declared
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} loaded"]
-        for word in ("resized", "copied", "new", "unexpected"):
+        for word in ("resized", "copied", "replaced", "new", "unexpected"):
             names = getattr(self, word)
-            if names or word != "copied":
+            if names or word not in ("copied", "replaced"):
                 parts.append(f"{len(names)} {word}" + (f" ({_first(names)})" if names else ""))
         return ", ".join(parts)
 

@@ -117,6 +117,12 @@ class Vlmo:
             raise UserError(
                 f"images is {self.images}; set encoder.image_kinds to as many, not {self.encoder.image_kinds}"
             )
+        for name in ("text_start", "vl_start"):
+            if not self.weights and getattr(self, name) in ("text", "image"):
+                raise UserError(
+                    f"model.{name}={getattr(self, name)} copies experts of model.weights, and there are none; name weights or a "
+                    f"run, or set model.{name}=weights to start at random"
+                )
         model = VlmoModel(self.resolved(), load_weights)
         if load_weights and self.weights:
             source = grid_of_run(self.weights) if is_run(self.weights) else None

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from vlp.encoders.mome import BASE_PLUS, Mome
+from vlp.errors import UserError
 from vlp.models.vlmo import Vlmo, VlmoModel
 from vlp.models.vlmo_start import start
 from vlp.models.vlmo_weights import TEXT_POSITIONS, VlmoCheckpoint
@@ -16,17 +17,26 @@ from vlp.models.vlmo_weights import TEXT_POSITIONS, VlmoCheckpoint
 HEAD_WIDTH = 64  # of base and large
 
 
-def build_vlmo(checkpoint: VlmoCheckpoint, image_size: int | None = None, head_width: int | None = None) -> VlmoModel:
+NEEDED = ("encoder.image.patches.weight", "encoder.image.kind.weight", "encoder.text.words.weight")
+NEEDED += ("encoder.layers.0.experts.image.expand.weight", "encoder.layers.0.experts.text.expand.weight")
+
+
+def build_vlmo(
+    checkpoint: VlmoCheckpoint, name: str, image_size: int | None = None, head_width: int | None = None
+) -> VlmoModel:
     """The model with the checkpoint's student in it, its account in ``reports``.
 
     Args:
+        name: of the file, for messages.
         image_size: pixels, a multiple of the patch's; None = what the positions were trained at, else they are resized.
         head_width: of every attention head, which no shape tells where positions are absolute; None = as published.
 
     Raises:
-        UserError: if the sizes do not go together.
+        UserError: if a part or an expert is missing, or the sizes do not go together.
     """
     student = checkpoint.student
+    if missing := [key for key in NEEDED if key not in student]:
+        raise UserError(f"{name} lacks {', '.join(missing)}; give a file of the whole model")
     spec = Vlmo(
         encoder_of(student, image_size, head_width),
         itc="itc.image.weight" in student,
@@ -40,7 +50,7 @@ def build_vlmo(checkpoint: VlmoCheckpoint, image_size: int | None = None, head_w
         temperature_min=None,
     )
     model = spec.build(load_weights=False)
-    model.report = start(model, student, "the file", {"text": "weights", "vl": "weights"}, None)
+    model.report = start(model, student, name, {"text": "weights", "vl": "weights"}, None)
     return model
 
 

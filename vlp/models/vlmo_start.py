@@ -50,13 +50,14 @@ def start(
     Raises:
         UserError: if the weights lack an expert, or anything else that is not declared new, or are of other sizes.
     """
-    own, state, new, copied = model.state_dict(), dict(state), list(HEADS), []
+    own, state, new, copied, replaced = model.state_dict(), dict(state), list(HEADS), [], []
     for expert, start in starts.items():
         if start == "weights":
             continue
         for key in [key for key in own if (found := EXPERT.match(key)) and found[2] == expert]:
             prefix = EXPERT.match(key)[0]
-            state.pop(key, None)
+            if state.pop(key, None) is not None:
+                replaced.append(key)
             if start == "random":
                 new.append(prefix.removesuffix("."))
             elif (other := key.replace(f".experts.{expert}.", f".experts.{start}.")) in state:
@@ -84,7 +85,7 @@ def start(
         grid = model.encoder.grid
         grids = {"encoder.image.positions": Grid(grid, 1, source), "encoder.positions.image": TableGrid(grid, source)}
     report = pretrained.load(model, state, new=new, ignored=_absent(own, state), grids=grids)
-    return replace(report, copied=tuple(copied))
+    return replace(report, copied=tuple(copied), replaced=tuple(replaced))
 
 
 def grid_of_run(folder: str) -> tuple[int, int]:

@@ -185,11 +185,13 @@ def export_vlmo(checkpoint: VlmoCheckpoint) -> dict[str, Tensor]:
     """The inverse of `load_vlmo` on VLMo's own files: official names, for the official code.
 
     Raises:
-        ValueError: for what VLMo has no place for, such as the head for masked patches.
+        ValueError: for what VLMo has no place for, such as the head for masked patches, positions of a rectangle, or of another
+            number of tokens than 196; and for a part of a model.
     """
     student, official = dict(checkpoint.student), dict(checkpoint.unused)
     tables = [student.pop(f"encoder.positions.{part}", None) for part in ("image", "cross", "text")]
     if any(table is not None for table in tables):
+        _check_tables(*tables)
         official[TABLE] = torch.cat([table for table in tables if table is not None])
     kinds = [student.pop(key, None) for key in ("encoder.text.kind", "encoder.image.kind.weight")]
     if all(kind is not None for kind in kinds):
@@ -208,6 +210,18 @@ def export_vlmo(checkpoint: VlmoCheckpoint) -> dict[str, Tensor]:
             raise ValueError(f"VLMo has no place for {key}")
         official[theirs[ours] + key.removeprefix(ours)] = _without(value, -SINGLE.get(key, 0))
     return official
+
+
+def _check_tables(image: Tensor | None, cross: Tensor | None, text: Tensor | None) -> None:
+    """Their one table is read by the number of its rows: (2 s - 1)^2 + 3 of images, 2 between, 2 * 196 of texts."""
+    if image is None or cross is None or text is None:
+        raise ValueError(
+            "VLMo's files hold the positions of images, of texts, and between them, and this model lacks some"
+        )
+    if len(text) != 2 * TEXT_POSITIONS or (math.isqrt(len(image) - 3) ** 2 != len(image) - 3 or len(cross) != 2):
+        raise ValueError(
+            f"VLMo's files have positions for square images and {TEXT_POSITIONS} tokens, not {len(image)} and {len(text)} distances"
+        )
 
 
 def _without(value: Tensor, single: int) -> Tensor:
