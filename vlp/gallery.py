@@ -46,7 +46,8 @@ MACROS = """
 def wrong_with_pictures(result: dict, most: int = 12) -> list[dict]:
     """The first kept lines that a model has wrong, of as many pictures as can be, with those that are still at hand."""
     details = result["details"]
-    chosen = {tuple(line["pictures"]): line for line in reversed(details.get("wrong", []))}
+    wrong = details["wrong"] if "pictures" in details else []  # the first versions kept no pictures
+    chosen = {tuple(line["pictures"]): line for line in reversed(wrong)}
     lines = list(reversed(chosen.values()))[:most]
     try:
         pictures = find_pictures(details["pictures"]) if lines else None

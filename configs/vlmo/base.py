@@ -15,7 +15,8 @@ As published: AdamW at 2e-4 with betas 0.9 and 0.98, weight decay 0.01, 2,500 st
 Differs:  ITC's gradient is that of the whole batch, where the published code has 1/64 of it with 64 processes: for its proportion
           of ITC to the rest, divide the two weights by the number of processes. A negative is no other caption of the same picture.
           The scale of similarities is at most 100, where the published code lost the clamp; norms, scales and positions have no
-          weight decay, of which its list misses several. Each pass runs on real tokens, and keeps what is dear to make again.
+          weight decay, of which its list misses several. Each pass runs on real tokens, keeps what is dear to make again, and takes
+          its backward pass before the next. Every word is masked by itself with 15 %, so that a short text may have none masked.
           Negatives may come from all processes, whose embedded patches are sent, not their pixels.
 """
 

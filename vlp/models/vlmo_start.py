@@ -23,8 +23,8 @@ PARTS = (*HEADS, "encoder.image", "encoder.text", "encoder.positions")
 EXPERT = re.compile(r"(encoder\.layers\.\d+\.experts)\.(\w+)\.")
 
 # ``train.frozen`` of the stage of texts (Bao et al. 2022, sec. 3.3). The published code trains the texts' own parts and the last
-# norm, which images go through too, so that their branch drifts. It also names the images' token type and rows of the position
-# table trainable, which no text reaches.
+# norm, which images go through too, so that their branch drifts. It also trains the images' token type and rows of the position
+# table, where no gradient comes: weight decay alone moves them there, and here nothing does.
 PAPER = (
     "encoder.image",
     "encoder.positions.image",

@@ -99,9 +99,10 @@ class Classes:
                     said = best_class(subject, pictures, len(names))
                     own += [(line.number, line.index, line.label, best) for line, best in zip(lines, said)]
         found = sorted(row for part in gather_objects(own) for row in part)
+        bad = [b for part in gather_objects(bad) for b in part]
         if not found:
             raise UserError(
-                f"no line of {source.path} has a picture and a class, {len(bad)} were left out; give other data"
+                f"no line of {source.path} has a picture and a class, {len(bad)} were left out, e.g. {bad[0]['reason']}"
             )
         told = Told([reader.annotation(row) for row, *_ in found], *np.array(found)[:, 1:].T, names)
         trained = read_training(data, names) if self.baseline else None
@@ -115,7 +116,7 @@ class Classes:
             n={"lines": len(found), "pictures": len(set(told.groups.tolist())), "classes": len(names)},
             metrics=self._metrics(told, trained, subject.seed),
             details={"classes": names, "confusion": told.confusion()} | told.mistakes(source),
-            bad=[b for part in gather_objects(bad) for b in part],
+            bad=bad,
             seconds=time.monotonic() - began,
         )
 

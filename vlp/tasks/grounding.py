@@ -97,9 +97,10 @@ class Grounding:
                     except BadSample as e:
                         bad.append(dataset.reader.complaint(0, line.row, str(e)))
         found = sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0])
+        bad = [b for part in gather_objects(bad) for b in part]
         if not found:
             raise UserError(
-                f"no line of {self.data} has a picture and a box, {len(bad)} were left out; give other data"
+                f"no line of {self.data} has a picture and a box, {len(bad)} were left out, e.g. {bad[0]['reason']}"
             )
         groups, metrics = np.array([index for _, index, _ in found]), {}
         for name in ("pointing", "pointing_chance", "pointing_centre", "accuracy", "accuracy_chance", "accuracy_best"):
@@ -119,7 +120,7 @@ class Grounding:
                 "with proposals": sum("accuracy" in judged for _, _, judged in found),
             },
             metrics=metrics,
-            bad=[b for part in gather_objects(bad) for b in part],
+            bad=bad,
             seconds=time.monotonic() - began,
         )
 

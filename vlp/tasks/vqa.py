@@ -175,7 +175,7 @@ class Vqa:
 
     def _protocol(self, how: str, known: list[str], lines: list[RawSample], source: Annotated) -> str:
         ways = {
-            "rank": f"the likeliest whole answer of the {self.k} whose first token is likeliest, of a list of {len(known):,}"
+            "rank": f"the likeliest whole answer of the {min(self.k, len(known))} whose first token is likeliest, of a list of {len(known):,}"
             + (", the first token counted twice" if self.double_first else ""),
             "write": f"written with {self.beams} beams, {self.max_answer} tokens at most",
             "classify": f"the highest of {len(known):,} classes",
