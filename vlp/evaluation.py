@@ -116,7 +116,7 @@ def protocol_name(subject: Subject, location: str, setting: str | None) -> str:
 
 
 # fields of tasks that say where data are, or at what pace they go: two evaluations that differ in them alone are the same one
-NOT_ASKED = (
+NOT_ASKED = [
     "data",
     "images",
     "image",
@@ -128,8 +128,8 @@ NOT_ASKED = (
     "tasks",
     "geometry",
     "submission",
-)
-NOT_ASKED += ("batch_size", "text_batch", "questions", "resamples", "examples")
+]
+NOT_ASKED += ["batch_size", "text_batch", "questions", "resamples", "examples"]
 
 
 def result_name(task: str, data: str | None, given: Sequence[str] = ()) -> str:

@@ -169,7 +169,7 @@ def _albef(path: Path, state: dict[str, torch.Tensor], opening: Opening) -> Open
 
 def _vlmo(path: Path, state: dict[str, torch.Tensor], opening: Opening) -> Opened:
     model = build_vlmo(load_vlmo(state), str(path), opening.image_size, opening.head_width)
-    max_length = min(40, model.text.max_length) if model.text else 40  # as published, as are squashed pictures
+    max_length = min(40, model.text.max_length)  # as published, as are squashed pictures
     data = _changed(Data((), None, "", max_length=max_length, resize=Resize("squash")), opening)
     return _opened(path.stem, model, load_tokenizer(data.tokenizer) if data.tokenizer else None, data, [path])
 

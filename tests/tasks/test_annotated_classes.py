@@ -114,6 +114,25 @@ def test_accuracy_by_a_field_of_the_lines(world):
     assert sum(parts) / len(given) == pytest.approx(metrics["accuracy"].value)
 
 
+def test_predictions_are_written_as_nlvr2_takes_them(world, tmp_path):
+    under, given = subject(world, "pairs", TWO), lines(world, "pairs")
+    named = [line | {"identifier": f"dev-{n}"} for n, line in enumerate(given)]
+    path, out = tmp_path / "pairs.jsonl", tmp_path / "out" / "predictions.csv"
+
+    def asked() -> Classes:
+        path.write_text("".join(json.dumps(line) + "\n" for line in named))
+        return task(world, data=str(path), submission=str(out), baseline=False)
+
+    result = asked()(under)
+    rows = [row.split(",") for row in out.read_text().splitlines()]
+    assert [name for name, _ in rows] == [line["identifier"] for line in named]
+    right = [said == str(line["answer"]).lower() for (_, said), line in zip(rows, named)]
+    assert sum(right) / len(right) == pytest.approx(result.metrics["accuracy"].value)
+    named[3] = {key: value for key, value in named[3].items() if key != "identifier"}
+    with pytest.raises(UserError, match="needs identifier in every line, each once"):
+        asked().check(under.data)
+
+
 def test_weights_that_bring_no_training_are_told_the_fields(world):
     under = subject(world, "pairs", TWO)
     expected = task(world, baseline=False)(under)

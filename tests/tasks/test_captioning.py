@@ -65,7 +65,7 @@ def test_cocos_number_of_a_picture_is_submitted_and_none_but_all_pictures(given,
     larger = tmp_path / "pictures" / "larger.png"
     Image.new("RGB", (99, 99)).save(larger)
     pack([*pairs, replace(pairs[0], image=str(larger), key="larger")], tmp_path / "more", Packing())
-    with pytest.raises(UserError, match="^1 pictures could not be captioned, e.g. "):
+    with pytest.raises(UserError, match="^1 could not be answered, e.g. "):
         limited = replace(given, data=replace(given.data, max_pixels=5000))
         replace(task, data=str(tmp_path / "more"))(limited)
     assert not path.exists()

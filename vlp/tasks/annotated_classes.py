@@ -24,6 +24,7 @@ from vlp.evaluation import Result, Subject, evaluating, need_reader
 from vlp.forward import Forward
 from vlp.metrics import Interval, bootstrap
 from vlp.tasks.mistakes import mistakes, mixed_up
+from vlp.tasks.submission import check_submission, need_all, need_ids, write_submission
 from vlp.tasks.text_only import TextOnly
 from vlp.types import Batch
 
@@ -41,6 +42,7 @@ class Classes:
         classes: in the order of the classifier, likewise: published are contradiction, neutral, entailment, and False, True.
         by: field of the lines; the accuracy of each of its values is given, too.
         baseline: also what can be told from the text alone, by `vlp.tasks.text_only.TextOnly` on the training's annotations.
+        submission: where to write NLVR2's predictions, ``identifier,class`` a line; lines without a class are no part of them.
         batch_size: pictures, or pairs of them, at a time.
         resamples: of the bootstrap, over (first) pictures.
     """
@@ -53,6 +55,7 @@ class Classes:
     classes: tuple[str, ...] | None = None
     by: str | None = None
     baseline: bool = True
+    submission: str | None = None
     batch_size: int = 32
     resamples: int = 1000
 
@@ -66,6 +69,10 @@ class Classes:
             )
         if not len(source.open()):
             raise UserError(f"{source.path} holds no line; give other data")
+        if self.submission:
+            check_submission(self.submission)
+            reader = source.open()
+            need_ids([reader.meta(row).get("identifier") for row in range(len(reader))], "identifier")
 
     def evaluated(self, data: Data) -> AnnotatedReader:
         """The annotations, see `vlp.leaks`."""
@@ -105,6 +112,11 @@ class Classes:
                 f"no line of {source.path} has a picture and a class, {len(bad)} were left out, e.g. {bad[0]['reason']}"
             )
         told = Told([reader.annotation(row) for row, *_ in found], *np.array(found)[:, 1:].T, names)
+        if self.submission:
+            need_all(bad)
+        if self.submission and subject.rank == 0:
+            said = [f"{line.meta['identifier']},{names[best]}\n" for line, best in zip(told.lines, told.said)]
+            write_submission(self.submission, "".join(said))
         trained = read_training(data, names) if self.baseline else None
         protocol = f"the classifier's highest score, of {len(names)} classes"
         if trained:

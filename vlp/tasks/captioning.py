@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from vlp.config import Data
+from vlp.data.shards import RawSample
 from vlp.data.stream import InOrder, evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.encoders.generate import beam_search
 from vlp.errors import UserError
 from vlp.evaluation import Result, Subject, evaluating
 from vlp.metrics import Interval, bootstrap
-from vlp.tasks.vqa import check_submission, write_submission
+from vlp.tasks.submission import check_submission, need_all, write_submission
 
 EXAMPLES = 100
-IDS = ("image_id", "cocoid")  # COCO's number of a picture, in its own annotations and in Karpathy's
 
 
 @dataclass(frozen=True)
@@ -85,27 +85,16 @@ class CaptionQuality:
                 if samples:
                     own += zip((raw for _, raw in samples), self._captions(subject, [image for image, _ in samples]))
         # what the pictures hold does not travel
-        own = [
-            (
-                raw.number,
-                raw.index,
-                next((raw.meta[name] for name in IDS if name in raw.meta), raw.key),
-                raw.captions,
-                said,
-            )
-            for raw, said in own
-        ]
+        own = [(raw.number, raw.index, picture_id(raw), raw.captions, said) for raw, said in own]
         found = sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0])
         if not found:
             raise UserError(f"{source} holds no usable picture; run `vlp data check` on it")
         bad = [b for part in gather_objects(bad) for b in part]
-        if self.submission and bad:
-            raise UserError(
-                f"{len(bad)} pictures could not be captioned, e.g. {bad[0]['reason']}; the server takes none but all"
-            )
+        if self.submission:
+            need_all(bad)
         if self.submission and subject.rank == 0:
             answers = [{"image_id": image, "caption": said} for _, _, image, _, said in found]
-            write_submission(Path(self.submission), answers)
+            write_submission(self.submission, json.dumps(answers))
         told = [(index, captions, said) for _, index, _, captions, said in found if captions]
         scores = cider([said for _, _, said in told], [captions for _, captions, _ in told])
         mean = bootstrap(scores, np.array([index for index, _, _ in told]), subject.seed, self.resamples)
@@ -136,6 +125,11 @@ class CaptionQuality:
             self.length_penalty,
         )
         return [tokenizer.text(ids) for ids in found]
+
+
+def picture_id(raw: RawSample) -> int | str:
+    """COCO's number of a picture, by its own annotations or by Karpathy's; the key of one that has none."""
+    return raw.meta.get("image_id", raw.meta.get("cocoid", raw.key))
 
 
 def cider(said: list[str], true: list[tuple[str, ...]]) -> np.ndarray:

@@ -6,7 +6,6 @@ Q questions, A answers of the list, C classes.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ import torch
 from vlp.config import Data
 from vlp.data.annotated import Annotated, AnnotatedReader, read_list, to_evaluate, word
 from vlp.data.by_picture import ByPicture
-from vlp.data.locations import write_atomically
 from vlp.data.shards import RawSample
 from vlp.data.stream import evaluation_batches
 from vlp.distributed import gather_objects, world_size
@@ -29,6 +27,7 @@ from vlp.metrics import Interval, bootstrap
 from vlp.tasks.answering import Say, classifying, ranking, writing
 from vlp.tasks.mistakes import SHOWN, mistakes, mixed_up
 from vlp.tasks.question_prior import QuestionPrior
+from vlp.tasks.submission import check_submission, need_all, need_ids, write_submission
 from vlp.tasks.vqa_answers import accuracy
 
 
@@ -77,7 +76,7 @@ class Vqa:
             raise UserError(f"{self._source(data).path} holds no question; give other data")
         if self.submission:
             check_submission(self.submission)
-            _check_ids([reader.meta(row).get("question_id") for row in range(len(reader))])
+            need_ids([reader.meta(row).get("question_id") for row in range(len(reader))], "question_id")
 
     def evaluated(self, data: Data) -> AnnotatedReader:
         """The annotations, see `vlp.leaks`."""
@@ -112,7 +111,7 @@ class Vqa:
         if not found:
             raise UserError(f"{source.path} holds no question with a picture, e.g. {bad[0]['reason']}")
         if self.submission and subject.rank == 0:
-            submit(Path(self.submission), found, bad)
+            submit(self.submission, found, bad)
         lines, said = [line for line, _ in found], [answer for _, answer in found]
         metrics, details = self._metrics(lines, said, known, source, prior, subject)
         return Result(
@@ -256,42 +255,14 @@ def _trained(data: Data) -> list[Annotated]:
     return [source for source in sources if Path(source.path).expanduser().is_file()]
 
 
-def submit(path: Path, found: list[tuple[RawSample, str]], bad: list[dict]) -> None:
+def submit(path: str, found: list[tuple[RawSample, str]], bad: list[dict]) -> None:
     """Writes ``[{"question_id": ..., "answer": ...}, ...]``.
 
     Raises:
         UserError: where a question is left out, has no question_id or has another's, or ``path`` cannot be written.
     """
-    if bad:
-        raise UserError(
-            f"{len(bad)} questions could not be answered, e.g. {bad[0]['reason']}; the server takes none but all"
-        )
+    need_all(bad)
     ids = [line.meta.get("question_id") for line, _ in found]
-    _check_ids(ids)
-    write_submission(path, [{"question_id": number, "answer": answer} for number, (_, answer) in zip(ids, found)])
-
-
-def _check_ids(ids: list) -> None:
-    if None in ids or len(set(ids)) < len(ids):
-        raise UserError(
-            "a submission needs a question_id in every line, each once; make them with vlp data annotations"
-        )
-
-
-def check_submission(path: str) -> None:
-    """Raises UserError where nothing can be written there: before the work, not after it."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}; choose another submission=FILE") from None
-    if not os.access(Path(path).parent, os.W_OK):
-        raise UserError(f"cannot write into {Path(path).parent}; choose another submission=FILE")
-
-
-def write_submission(path: Path, answers: list[dict]) -> None:
-    """A json list for a server. Raises UserError where it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(answers).encode())
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}; choose another submission=FILE") from None
+    need_ids(ids, "question_id")
+    answers = [{"question_id": number, "answer": answer} for number, (_, answer) in zip(ids, found)]
+    write_submission(path, json.dumps(answers))

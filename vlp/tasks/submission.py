@@ -1,0 +1,42 @@
+"""Answers as a file for a server that judges them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlp.data.locations import write_atomically
+from vlp.errors import UserError
+
+
+def need_all(bad: list[dict]) -> None:
+    """Raises UserError where something could not be answered."""
+    if bad:
+        raise UserError(f"{len(bad)} could not be answered, e.g. {bad[0]['reason']}; a server takes none but all")
+
+
+def need_ids(ids: Sequence[Any], field: str) -> None:
+    """Raises UserError unless every line has one of its own."""
+    if None in ids or len(set(ids)) < len(ids):
+        raise UserError(f"a submission needs {field} in every line, each once; make them with vlp data annotations")
+
+
+def check_submission(path: str) -> None:
+    """Raises UserError where nothing can be written there: before the work, not after it."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}; choose another submission=FILE") from None
+    if not os.access(Path(path).parent, os.W_OK):
+        raise UserError(f"cannot write into {Path(path).parent}; choose another submission=FILE")
+
+
+def write_submission(path: str, text: str) -> None:
+    """Raises UserError where it cannot be written."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(path), text.encode())
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}; choose another submission=FILE") from None
