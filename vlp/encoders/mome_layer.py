@@ -164,8 +164,8 @@ class SharedAttention(nn.Module):
         """(S, D) to (S, D), or to (M, D) of what is wanted.
 
         Args:
-            bias: (h, N, N) added to the scores, which are float32 inside whatever the precision of the rest; it is rounded to that of the
-                queries first, as torch's fused forms ask.
+            bias: (h, N, N) added to the scores, which are float32 inside whatever the precision of the rest. On a GPU it is rounded to that
+                of the queries first, since the fused forms there take no other.
             gamma: (D,) that the output is multiplied by.
         """
         if wanted is None:
@@ -191,8 +191,9 @@ class SharedAttention(nn.Module):
         mask = rows.mask
         if bias is not None:
             mask = bias[None] if mask is None else torch.where(mask, bias, -torch.inf)
-            mask = mask.to(query.dtype)
-        return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
+            mask = mask.to(query.dtype) if query.is_cuda else mask
+        with torch.autocast(query.device.type, enabled=False):  # which would round it, too
+            return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
 
 
 class FeedForward(nn.Module):
