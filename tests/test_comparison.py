@@ -177,6 +177,8 @@ def test_a_glob_of_everything_finds_runs_weights_and_nothing_else(runs, tmp_path
     found = find_runs(sorted(tmp_path.iterdir()))
     assert {run.name for run in found} == {"simcse", "esimcse", "moco", "fresh", "ALBEF"}
     assert find_runs([tmp_path]) == sorted(runs)  # one level down, no further
+    with pytest.raises(UserError, match="no folder .*nothing; name runs"):
+        find_runs([*runs, tmp_path / "nothing"])
 
 
 def test_page_shows_recalls_what_is_mixed_up_and_what_is_hardest(world, tmp_path):

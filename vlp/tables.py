@@ -62,7 +62,7 @@ def find_runs(folders: list[Path]) -> list[Path]:
         return (folder / "experiment.json").is_file() or any(folder.glob("eval/*.json"))
 
     for folder in folders:
-        if not folder.is_dir():
+        if not folder.exists():
             raise UserError(f"no folder {folder}; name runs, or a folder of runs")
     found = [
         run for folder in folders for run in ([folder] if is_run(folder) else sorted(filter(is_run, folder.glob("*/"))))
