@@ -42,7 +42,7 @@ def main() -> None:
         results[name] = measured | {
             "took_seconds": round(time.monotonic() - began, 1),
             "machine": platform.processor() or platform.machine(),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         print(name, json.dumps(results[name], indent=1), flush=True)
         path.parent.mkdir(exist_ok=True)
