@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.conftest import toy_overrides
+from tests.conftest import TOY, toy_overrides
 from tests.models.test_albef import SPEC
 from tests.tasks.fakes import subject
 from vlp.cli import main
@@ -51,10 +51,7 @@ def test_wrong_number_on_the_command_line_is_one_line(wrong, tmp_path, capsys):
 
 
 def test_wrong_number_of_an_evaluation_within_a_training_is_one_line(world, tmp_path, capsys):
-    assert (
-        main(["train", "tests/fixtures/toy.py", *toy_overrides(world, tmp_path), "evaluate.retrieval.batch_size=0"])
-        == 2
-    )
+    assert main(["train", str(TOY), *toy_overrides(world, tmp_path), "evaluate.retrieval.batch_size=0"]) == 2
     assert "evaluate.retrieval.batch_size is 0; set it to at least 1" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
