@@ -62,13 +62,10 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 {% endif %}
 {% for mixed in confused %}
 <h2>Mixed up: {{ mixed.name }}, {{ mixed.what }}</h2>
-<table><tr><th>true</th><th>taken for</th><th>times</th></tr>
-{% for pair in mixed.pairs %}<tr><td>{{ pair.true }}</td><td>{{ pair.guessed }}</td><td>{{ pair.count }} of {{ pair.of }}</td></tr>
-{% endfor %}</table>
+{{ mixed_up(mixed.pairs) }}
 {% endfor %}
 {% for wrong in mistaken %}
 <h2>Wrong: {{ wrong.name }}, {{ wrong.what }}</h2>
-<p class="quiet">What was asked, what was said (red), and what is true (green).</p>
 {{ mistakes(wrong.lines) }}
 {% endfor %}
 {% for hard in hardest %}

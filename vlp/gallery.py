@@ -36,7 +36,12 @@ MACROS = """
 <ol>{% for text in q.found %}<li>{{ text }}</li>{% endfor %}</ol>
 <div class="own">{{ q.answers|join("; ") }}</div><div class="rank">{{ "found %d." | format(q.rank) }}</div></div>
 {% endfor %}{% endmacro %}
-{% macro mistakes(lines) %}{% for line in lines %}
+{% macro mixed_up(pairs) %}<table><tr><th>true</th><th>taken for</th><th>times</th></tr>
+{% for pair in pairs %}<tr><td>{{ pair.true }}</td><td>{{ pair.guessed }}</td><td>{{ pair.count }} of {{ pair.of }}</td></tr>
+{% endfor %}</table>
+{% endmacro %}
+{% macro mistakes(lines) %}<p class="quiet">What was asked, what was said (red), and what is true (green).</p>
+{% for line in lines %}
 <div class="row">{% for png in line.pngs %}<img alt="picture" src="data:image/png;base64,{{ png }}">{% endfor %}
 <div class="query">{{ line.asked }}</div><div class="said">{{ line.said }}</div><div class="own">{{ line.true }}</div></div>
 {% endfor %}{% endmacro %}
@@ -46,9 +51,10 @@ MACROS = """
 def wrong_with_pictures(result: dict, most: int = 12) -> list[dict]:
     """The first kept lines that a model has wrong, of as many pictures as can be, with those that are still at hand."""
     details = result["details"]
-    wrong = details["wrong"] if "pictures" in details else []  # the first versions kept no pictures
-    chosen = {tuple(line["pictures"]): line for line in reversed(wrong)}
-    lines = list(reversed(chosen.values()))[:most]
+    first_of = {}
+    for line in details["wrong"] if "pictures" in details else ():  # the first versions kept no pictures
+        first_of.setdefault(tuple(line["pictures"]), line)
+    lines = list(first_of.values())[:most]
     try:
         pictures = find_pictures(details["pictures"]) if lines else None
         return [line | {"pngs": [encoded(pictures.read(name)) for name in line["pictures"]]} for line in lines]

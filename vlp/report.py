@@ -47,12 +47,10 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
  {{ result.bad|length }} samples left out.</p>
 {% if result.details.confused %}
 <h3>Mixed up</h3>
-<table><tr><th>true</th><th>taken for</th><th>times</th></tr>
-{% for pair in result.details.confused[:10] %}<tr><td>{{ pair.true }}</td><td>{{ pair.guessed }}</td><td>{{ pair.count }} of {{ pair.of }}</td></tr>
-{% endfor %}</table>
+{{ mixed_up(result.details.confused[:10]) }}
 {% endif %}
 {% if result.wrong %}
-<h3>Wrong</h3><p class="quiet">What was asked, what was said (red), and what is true (green).</p>
+<h3>Wrong</h3>
 {{ mistakes(result.wrong) }}
 {% endif %}
 {% endfor %}

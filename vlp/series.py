@@ -73,9 +73,8 @@ class Series:
         if self.asked:
             return False
         folder = experiment.folder
-        arguments = ["--resume", str(folder)]
+        written, arguments = folder.parent / f"{folder.name}.json", ["--resume", str(folder)]
         if not begun(experiment):
-            written = folder.parent / f"{folder.name}.json"
             try:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(written, dump(experiment).encode())

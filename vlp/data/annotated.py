@@ -58,6 +58,11 @@ class Annotated:
     split_field: str = "split"
     weight: float | None = None
 
+    @property
+    def described(self) -> str:
+        """The file, and of which split its lines are."""
+        return f"{self.path}, split {self.split}" if self.split else self.path
+
     def open(self) -> AnnotatedReader:
         return AnnotatedReader(self)
 
@@ -162,12 +167,16 @@ class AnnotatedReader:
             raise BadSample(f"no {missing[0]!r} that names a picture")
         return tuple(names)
 
-    def meta(self, row: int) -> dict:
-        """All that a line says; {} where it cannot be read."""
-        try:
-            return self.lines.record(row)
-        except BadSample:
-            return {}
+    def column(self, field: str) -> list[Any]:
+        """What each line has there; None where it has nothing, or cannot be read."""
+
+        def value(row: int) -> Any:
+            try:
+                return self.lines.record(row).get(field)
+            except BadSample:
+                return None
+
+        return [value(row) for row in range(len(self))]
 
     def annotation(self, row: int) -> RawSample:
         """What a line says, without its pictures; answers may be missing, or none of the classes, as in a test set.

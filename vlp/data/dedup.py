@@ -58,7 +58,17 @@ class Shards:
         return f"{Path(self.reader.shards[shard]).name}/{self.reader.index(shard).keys[row]}"
 
 
-class Files:
+class _WithoutIndex:
+    """Pictures that must be read to be told apart."""
+
+    def keys(self) -> Iterator[tuple[int, int]]:
+        """(CRC-32, bytes) of each picture."""
+        for number in range(len(self)):
+            data = self.read(number)
+            yield zlib.crc32(data), len(data)
+
+
+class Files(_WithoutIndex):
     """Picture files."""
 
     def __init__(self, paths: list[Path]):
@@ -66,11 +76,6 @@ class Files:
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    def keys(self) -> Iterator[tuple[int, int]]:
-        for number in range(len(self)):
-            data = self.read(number)
-            yield zlib.crc32(data), len(data)
 
     def read(self, number: int) -> bytes:
         try:
@@ -82,7 +87,7 @@ class Files:
         return str(self.paths[number])
 
 
-class Named:
+class Named(_WithoutIndex):
     """The pictures that annotations name, each once."""
 
     def __init__(self, annotations: AnnotatedReader):
@@ -96,11 +101,6 @@ class Named:
 
     def __len__(self) -> int:
         return len(self.names)
-
-    def keys(self) -> Iterator[tuple[int, int]]:
-        for number in range(len(self)):
-            data = self.read(number)
-            yield zlib.crc32(data), len(data)
 
     def read(self, number: int) -> bytes:
         try:

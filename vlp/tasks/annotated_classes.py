@@ -23,8 +23,8 @@ from vlp.errors import BadSample, UserError
 from vlp.evaluation import Result, Subject, evaluating, need_reader
 from vlp.forward import Forward
 from vlp.metrics import Interval, bootstrap
-from vlp.tasks.mistakes import mistakes, mixed_up
-from vlp.tasks.submission import check_submission, need_all, need_ids, write_submission
+from vlp.tasks.mistakes import confused, mistakes
+from vlp.tasks.submission import check_submission, need_ids, write_submission
 from vlp.tasks.text_only import TextOnly
 from vlp.types import Batch
 
@@ -67,12 +67,12 @@ class Classes:
                 f"the lines of {source.path} have no classes: the training has no Annotated(label=..., classes=...); give "
                 f"label=FIELD classes=A,B,..."
             )
-        if not len(source.open()):
+        reader = source.open()
+        if not len(reader):
             raise UserError(f"{source.path} holds no line; give other data")
         if self.submission:
             check_submission(self.submission)
-            reader = source.open()
-            need_ids([reader.meta(row).get("identifier") for row in range(len(reader))], "identifier")
+            need_ids(reader.column("identifier"), "identifier")
 
     def evaluated(self, data: Data) -> AnnotatedReader:
         """The annotations, see `vlp.leaks`."""
@@ -113,10 +113,8 @@ class Classes:
             )
         told = Told([reader.annotation(row) for row, *_ in found], *np.array(found)[:, 1:].T, names)
         if self.submission:
-            need_all(bad)
-        if self.submission and subject.rank == 0:
             said = [f"{line.meta['identifier']},{names[best]}\n" for line, best in zip(told.lines, told.said)]
-            write_submission(self.submission, "".join(said))
+            write_submission(self.submission, "".join(said), bad, subject.rank)
         trained = read_training(data, names) if self.baseline else None
         protocol = f"the classifier's highest score, of {len(names)} classes"
         if trained:
@@ -124,7 +122,7 @@ class Classes:
         return Result(
             task="classification",
             protocol=protocol,
-            data=source.path + (f", split {source.split}" if source.split else ""),
+            data=source.described,
             n={"lines": len(found), "pictures": len(set(told.groups.tolist())), "classes": len(names)},
             metrics=self._metrics(told, trained, subject.seed),
             details={"classes": names, "confusion": told.confusion()} | told.mistakes(source),
@@ -173,9 +171,11 @@ class Told:
         return counts.tolist()
 
     def mistakes(self, source: Annotated) -> dict:
-        said, true = ([self.names[c] for c in classes] for classes in (self.said, self.labels))
-        wrong = [(line, s, t) for line, s, t in zip(self.lines, said, true) if s != t]
-        return mistakes(source, wrong) | {"confused": mixed_up(said, true)}
+        """For the report: the lines where the model is wrong, and the classes that it mixes up."""
+        both = zip(self.lines, self.said, self.labels)
+        wrong = [(line, self.names[said], self.names[label]) for line, said, label in both if said != label]
+        pairs = confused(torch.from_numpy(self.labels), torch.from_numpy(self.said), self.names)
+        return mistakes(source, wrong) | {"confused": pairs}
 
 
 def best_class(subject: Subject, pictures: Sequence[Pictured], classes: int) -> list[int]:

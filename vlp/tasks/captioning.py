@@ -18,7 +18,7 @@ from vlp.encoders.generate import beam_search
 from vlp.errors import UserError
 from vlp.evaluation import Result, Subject, evaluating
 from vlp.metrics import Interval, bootstrap
-from vlp.tasks.submission import check_submission, need_all, write_submission
+from vlp.tasks.submission import check_submission, write_submission
 
 EXAMPLES = 100
 
@@ -91,10 +91,8 @@ class CaptionQuality:
             raise UserError(f"{source} holds no usable picture; run `vlp data check` on it")
         bad = [b for part in gather_objects(bad) for b in part]
         if self.submission:
-            need_all(bad)
-        if self.submission and subject.rank == 0:
             answers = [{"image_id": image, "caption": said} for _, _, image, _, said in found]
-            write_submission(self.submission, json.dumps(answers))
+            write_submission(self.submission, json.dumps(answers), bad, subject.rank)
         told = [(index, captions, said) for _, index, _, captions, said in found if captions]
         scores = cider([said for _, _, said in told], [captions for _, captions, _ in told])
         mean = bootstrap(scores, np.array([index for index, _, _ in told]), subject.seed, self.resamples)

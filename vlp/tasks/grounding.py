@@ -113,7 +113,7 @@ class Grounding:
             protocol=f"Grad-CAM of the matching logit over cross-attention of fusion layer {layer}, mean over the tokens; "
             f"pointing: the maximum is inside the box; accuracy: of the proposal with the largest sum / area^{self.power:g}, "
             f"intersection over union >= {self.overlap:g}",
-            data=str(self.data) + (f", split {self.split}" if self.split else ""),
+            data=self._source().described,
             n={
                 "phrases": len(found),
                 "pictures": len(set(groups.tolist())),

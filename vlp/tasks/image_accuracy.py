@@ -19,7 +19,8 @@ from vlp.errors import UserError
 from vlp.evaluation import Result, Subject
 from vlp.forward import Forward
 from vlp.metrics import bootstrap
-from vlp.tasks.probe import confused, encode_pictures
+from vlp.tasks.mistakes import confused
+from vlp.tasks.probe import encode_pictures
 from vlp.types import Batch
 
 

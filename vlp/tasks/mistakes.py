@@ -1,17 +1,19 @@
-"""What a report shows of annotated lines that a model has wrong: the lines, and what it takes for what."""
+"""What a report shows of what a model has wrong: the lines of annotations, and what is taken for what."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from vlp.data.annotated import Annotated
 from vlp.data.shards import RawSample
 
 SHOWN = 100  # lines
-PAIRS = 20
+PAIRS = 20  # that are mixed up
 
 
 def mistakes(source: Annotated, wrong: Sequence[tuple[RawSample, str, str]]) -> dict[str, Any]:
@@ -31,8 +33,25 @@ def mistakes(source: Annotated, wrong: Sequence[tuple[RawSample, str, str]]) -> 
     }
 
 
+def confused(labels: Tensor, guesses: Tensor, names: Sequence[str], most: int = PAIRS) -> list[dict]:
+    """The pairs of classes that are mixed up most often: true, guessed, how many of how many pictures.
+
+    Args:
+        labels: (n,) int64.
+        guesses: (n,) int64.
+    """
+    wrong = labels != guesses
+    pairs, counts = torch.stack([labels[wrong], guesses[wrong]]).unique(dim=1, return_counts=True)
+    of, order = labels.bincount(minlength=len(names)).tolist(), counts.argsort(descending=True, stable=True)[:most]
+    return [
+        {"true": names[true], "guessed": names[guess], "count": count, "of": of[true]}
+        for (true, guess), count in zip(pairs[:, order].T.tolist(), counts[order].tolist())
+    ]
+
+
 def mixed_up(said: Sequence[str], true: Sequence[str]) -> list[dict[str, Any]]:
-    """The pairs that are mixed up most often, as `vlp.tasks.probe.confused` has them of classes."""
-    of = Counter(true)
-    pairs = Counter((t, s) for t, s in zip(true, said) if t != s)
-    return [{"true": t, "guessed": s, "count": n, "of": of[t]} for (t, s), n in pairs.most_common(PAIRS)]
+    """As `confused`, of answers that are no classes."""
+    names = list(dict.fromkeys([*true, *said]))
+    number = {name: n for n, name in enumerate(names)}
+    labels, guesses = (torch.tensor([number[name] for name in each], dtype=torch.int64) for each in (true, said))
+    return confused(labels, guesses, names)

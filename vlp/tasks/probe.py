@@ -23,6 +23,7 @@ from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
 from vlp.evaluation import Result, Subject, evaluating, merge, need_alone
 from vlp.metrics import bootstrap
+from vlp.tasks.mistakes import confused
 from vlp.types import Encoded
 
 Features = Literal["pooled", "embed"]
@@ -208,22 +209,6 @@ def encode_pictures(
         path = pictures[left[int(finite.int().argmin())]][0]
         raise UserError(f"the features of {path} are not finite; evaluate an earlier checkpoint")
     return EncodedPictures(rows, labels, bad)
-
-
-def confused(labels: Tensor, guesses: Tensor, names: list[str], most: int = 20) -> list[dict]:
-    """The pairs of classes that are mixed up most often: true, guessed, how many of how many pictures.
-
-    Args:
-        labels: (n,) int64.
-        guesses: (n,) int64.
-    """
-    wrong = labels != guesses
-    pairs, counts = torch.stack([labels[wrong], guesses[wrong]]).unique(dim=1, return_counts=True)
-    of, order = labels.bincount(minlength=len(names)).tolist(), counts.argsort(descending=True, stable=True)[:most]
-    return [
-        {"true": names[true], "guessed": names[guess], "count": count, "of": of[true]}
-        for (true, guess), count in zip(pairs[:, order].T.tolist(), counts[order].tolist())
-    ]
 
 
 def chosen(encoded: Encoded, features: Features) -> Tensor:

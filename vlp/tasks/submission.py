@@ -11,12 +11,6 @@ from vlp.data.locations import write_atomically
 from vlp.errors import UserError
 
 
-def need_all(bad: list[dict]) -> None:
-    """Raises UserError where something could not be answered."""
-    if bad:
-        raise UserError(f"{len(bad)} could not be answered, e.g. {bad[0]['reason']}; a server takes none but all")
-
-
 def need_ids(ids: Sequence[Any], field: str) -> None:
     """Raises UserError unless every line has one of its own."""
     if None in ids or len(set(ids)) < len(ids):
@@ -33,8 +27,19 @@ def check_submission(path: str) -> None:
         raise UserError(f"cannot write into {Path(path).parent}; choose another submission=FILE")
 
 
-def write_submission(path: str, text: str) -> None:
-    """Raises UserError where it cannot be written."""
+def write_submission(path: str, text: str, bad: Sequence[dict], rank: int) -> None:
+    """The main process writes; every process calls it.
+
+    Args:
+        bad: what could not be answered, on any process.
+
+    Raises:
+        UserError: if there is something of that kind, on every process; or if it cannot be written.
+    """
+    if bad:
+        raise UserError(f"{len(bad)} could not be answered, e.g. {bad[0]['reason']}; a server takes none but all")
+    if rank != 0:
+        return
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(path), text.encode())

@@ -27,7 +27,7 @@ from vlp.metrics import Interval, bootstrap
 from vlp.tasks.answering import Say, classifying, ranking, writing
 from vlp.tasks.mistakes import SHOWN, mistakes, mixed_up
 from vlp.tasks.question_prior import QuestionPrior
-from vlp.tasks.submission import check_submission, need_all, need_ids, write_submission
+from vlp.tasks.submission import check_submission, need_ids, write_submission
 from vlp.tasks.vqa_answers import accuracy
 
 
@@ -76,7 +76,7 @@ class Vqa:
             raise UserError(f"{self._source(data).path} holds no question; give other data")
         if self.submission:
             check_submission(self.submission)
-            need_ids([reader.meta(row).get("question_id") for row in range(len(reader))], "question_id")
+            need_ids(reader.column("question_id"), "question_id")
 
     def evaluated(self, data: Data) -> AnnotatedReader:
         """The annotations, see `vlp.leaks`."""
@@ -110,14 +110,17 @@ class Vqa:
         bad = [b for part in gather_objects(bad) for b in part]
         if not found:
             raise UserError(f"{source.path} holds no question with a picture, e.g. {bad[0]['reason']}")
-        if self.submission and subject.rank == 0:
-            submit(self.submission, found, bad)
         lines, said = [line for line, _ in found], [answer for _, answer in found]
+        if self.submission:
+            ids = [line.meta.get("question_id") for line in lines]
+            need_ids(ids, "question_id")
+            answers = [{"question_id": number, "answer": answer} for number, answer in zip(ids, said)]
+            write_submission(self.submission, json.dumps(answers), bad, subject.rank)
         metrics, details = self._metrics(lines, said, known, source, prior, subject)
         return Result(
             task="vqa",
             protocol=self._protocol(how, known, lines, source),
-            data=source.path + (f", split {source.split}" if source.split else ""),
+            data=source.described,
             n={"questions": len(lines), "images": len({line.index for line in lines})},
             metrics=metrics,
             details=details,
@@ -217,9 +220,9 @@ class Vqa:
             metrics["answerable"] = mean(best)
         true = [line.answers[0][0] if line.answers else "" for line in lines]
         wrong = [n for n, hit in zip(told, scores) if not hit]
-        taken = dict(zip(told, (true[n] for n in told))) | {n: said[n] for n in wrong}  # right in other words is right
+        taken = [true[n] if hit else said[n] for n, hit in zip(told, scores)]  # right in other words is right
         details = mistakes(source, [(lines[n], said[n], true[n]) for n in wrong]) | {
-            "confused": mixed_up(list(taken.values()), [true[n] for n in told]),
+            "confused": mixed_up(taken, [true[n] for n in told]),
             "not_in_list": {"questions": len(unknown), "answers": [true[n] for n in unknown[:SHOWN]]},
         }
         return metrics, details
@@ -253,16 +256,3 @@ def _trained(data: Data) -> list[Annotated]:
     """What the run was trained on, as far as it is there."""
     sources = [_questions(source) for source in data.train if isinstance(source, Annotated)]
     return [source for source in sources if Path(source.path).expanduser().is_file()]
-
-
-def submit(path: str, found: list[tuple[RawSample, str]], bad: list[dict]) -> None:
-    """Writes ``[{"question_id": ..., "answer": ...}, ...]``.
-
-    Raises:
-        UserError: where a question is left out, has no question_id or has another's, or ``path`` cannot be written.
-    """
-    need_all(bad)
-    ids = [line.meta.get("question_id") for line, _ in found]
-    need_ids(ids, "question_id")
-    answers = [{"question_id": number, "answer": answer} for number, (_, answer) in zip(ids, found)]
-    write_submission(path, json.dumps(answers))

@@ -18,7 +18,8 @@ from vlp.data.labelled import FORMS, Labelled, read_labelled
 from vlp.errors import UserError
 from vlp.evaluation import Result, Subject, encode_texts, evaluating, need_both
 from vlp.metrics import bootstrap
-from vlp.tasks.probe import confused, encode_pictures
+from vlp.tasks.mistakes import confused
+from vlp.tasks.probe import encode_pictures
 
 WNID = re.compile(r"n\d{8}")
 NO_TEXT = (
