@@ -173,7 +173,7 @@ def need_alone(subject: Subject, task: str, modality: str) -> None:
     encoder = getattr(subject.model, "encoder", None)
     if modality not in getattr(encoder, "alone", (modality,)):
         raise UserError(
-            f"{task} needs features of a {modality} by itself, and this model reads pictures and texts together only; "
+            f"{task} needs features of {modality}s by themselves, and this model reads pictures and texts together only; "
             "evaluate it with classification or vqa, or the run that it started from"
         )
 
