@@ -1,6 +1,6 @@
 """ALBEF fine-tuned on RefCOCO+ as published, without its boxes: phrases and pictures that belong together, then Grad-CAM.
 
-Paper:    Li et al. 2021, arXiv:2107.07651, section 4 and table 5: 58.46 / 65.89 / 46.25 % of val / test A / test B, by the matching loss.
+Paper:    Li et al. 2021, arXiv:2107.07651, section 4 and table 5, where the numbers are.
 Data:     RefCOCO+ (Yu et al. 2016) on COCO's pictures: ALBEF's refcoco+_train.json, refcoco+_val.json and refcoco+_test.json, and of
           the official files refs(unc).p, instances.json, and MAttNet's proposals, dets.json:
           vlp data annotations refcoco refcoco+_train.json data/refcoco-train.jsonl
