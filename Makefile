@@ -18,7 +18,7 @@ test-fast: .venv/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
 
 bench: .venv/.dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

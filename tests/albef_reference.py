@@ -2,7 +2,7 @@
 
 Nothing is shared and nothing left out: every pass projects its images, padding is computed, the vocabulary head sees every
 position, the teacher reads the text twice, and negatives are picked row by row. It is what the product's step is compared
-with: equal numbers in tests/test_albef_step.py, time, memory and operations in tests/bench/albef_step.py.
+with: equal numbers in tests/test_albef_step.py, time, memory and operations in benchmarks/albef_step.py.
 """
 
 from __future__ import annotations

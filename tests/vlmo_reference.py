@@ -3,7 +3,7 @@
 Nothing is shared and nothing left out: every pass embeds its images and texts again, texts are padded to one length and the padding
 is computed, experts are split at that length, every layer gives out every token, and the vocabulary head sees all of them. It is
 what the product's step is compared with: equal numbers in tests/models/test_vlmo.py, time, memory and operations in
-tests/bench/vlmo_step.py.
+benchmarks/vlmo_step.py.
 
 B pairs, L padded text tokens, P image tokens, N tokens of a row, D width.
 """

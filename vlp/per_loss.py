@@ -5,7 +5,7 @@ words - is cut from its graph. The losses on single modalities go first and toge
 begins at a cut (``begins_at_cut``); each leaves gradients at the parameters and at the cuts, and at the end those of the cuts
 go through what was made before them. The peak is that of the largest pass instead of the sum of all, with gradients beside it:
 it pays where passes of pairs are large, as VLMo's, and not where fusion is small beside the towers, as ALBEF's
-(``python -m tests.bench albef_step vlmo_step``).
+(``python -m benchmarks albef_step vlmo_step``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""InfoNCE with MoCo's queue against its bare matrix products: ``python -m tests.bench.queue_info_nce``.
+"""InfoNCE with MoCo's queue against its bare matrix products: ``python -m benchmarks.queue_info_nce``.
 
 The products are the logits, the gradient of the queries (both among 256 keys and 65,536 queue rows) and the gradient of
 the 256 keys; the queue gets none. The ratio is of CPU times, the best of some rounds in which the forms take turns.

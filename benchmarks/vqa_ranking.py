@@ -1,6 +1,6 @@
 """VQA's ranking of a list of answers at ALBEF's size, k 128 of 3,128, against the published way: operations and scores.
 
-``python -m tests.bench.vqa_ranking``. Operations of one question are counted by torch (multiply-add = 2), those of the picture and of
+``python -m benchmarks.vqa_ranking``. Operations of one question are counted by torch (multiply-add = 2), those of the picture and of
 the question's own states left out, which are the same either way; weights and answers are random.
 
 A answers, L tokens, D width.

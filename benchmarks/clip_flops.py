@@ -1,6 +1,6 @@
 """Floating-point operations of a CLIP ViT-B/32 step on real captions, against text padded to 77 tokens.
 
-``python -m tests.bench.clip_flops``. Counted by torch (multiply-add = 2) over forward and backward of both towers and
+``python -m benchmarks.clip_flops``. Counted by torch (multiply-add = 2) over forward and backward of both towers and
 the similarities; the model is random, the captions are Flickr8k's.
 """
 

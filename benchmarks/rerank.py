@@ -1,6 +1,6 @@
 """Retrieval and re-ranking with ViT-B/16 at 384 px and BERT-base, 577 tokens a picture, on Flickr8k's captions, one thread.
 
-``python -m tests.bench.rerank``. The models are random. "Pair by pair" is what the published code does with a pair: a copy of
+``python -m benchmarks.rerank``. The models are random. "Pair by pair" is what the published code does with a pair: a copy of
 the picture's tokens for each caption, texts padded to 30, attention written out; costs.md has 11.48 GFLOP for it, fusion alone.
 Operations are torch's count (multiply-add = 2), of real tensors.
 """

@@ -1,6 +1,6 @@
 """VLMo's pre-training step at base size, 224 px, texts padded to 40: operations, time and memory against tests/vlmo_reference.py.
 
-``python -m tests.bench.vlmo_step``. The model is random, the captions Flickr8k's, 4 of them with 51 tokens; the operations are
+``python -m benchmarks.vlmo_step``. The model is random, the captions Flickr8k's, 4 of them with 51 tokens; the operations are
 counted by torch (multiply-add = 2). Peak memory also where cheap activations are made again, `vlp.encoders.recompute`.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.bench.albef_step import captions, in_fresh_process, masked_of, resident
+from benchmarks.albef_step import captions, in_fresh_process, masked_of, resident
 from tests.vlmo_reference import reference_step
 from vlp.encoders.mome import BASE
 from vlp.encoders.recompute import Checkpointing

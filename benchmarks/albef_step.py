@@ -2,7 +2,7 @@
 
 The time is that of forward, backward, optimizer and momentum encoder; operations and memory are those of the first two.
 
-``python -m tests.bench.albef_step``. The models are random, the captions Flickr8k's: the operations are counted by torch
+``python -m benchmarks.albef_step``. The models are random, the captions Flickr8k's: the operations are counted by torch
 (multiply-add = 2) on meta tensors, where only ids and masks are real; time and peak memory are measured at 8 pairs.
 """
 

@@ -1,6 +1,6 @@
 """CPU time from a JPEG's bytes to the tensor that a model takes, as ratios to the bare decode, in one process.
 
-python -m tests.bench.decode
+python -m benchmarks.decode
 """
 
 from __future__ import annotations

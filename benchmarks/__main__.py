@@ -27,7 +27,7 @@ MEASURES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks")
     parser.add_argument("measures", nargs="*", default=MEASURES, help=f"some of {', '.join(MEASURES)} (default: all)")
     options = parser.parse_args()
     path = Path("runs/bench.json")
@@ -36,7 +36,7 @@ def main() -> None:
         began = time.monotonic()
         # each in a process of its own: peaks of memory are those of a process
         done = subprocess.run(
-            [sys.executable, "-m", f"tests.bench.{name}"], check=True, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", f"benchmarks.{name}"], check=True, stdout=subprocess.PIPE, text=True
         )
         measured = json.loads(done.stdout)
         results[name] = measured | {

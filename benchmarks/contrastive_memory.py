@@ -1,4 +1,4 @@
-"""Memory and time of the symmetric contrastive loss, plain and tiled: ``python -m tests.bench.contrastive_memory``.
+"""Memory and time of the symmetric contrastive loss, plain and tiled: ``python -m benchmarks.contrastive_memory``.
 
 Peak growth (MiB) is the peak resident memory of a fresh process after forward and backward, minus its resident memory
 once the inputs exist. So it counts everything but the two input matrices: both gradients (2 x 64 MiB at 32,768 x 512),

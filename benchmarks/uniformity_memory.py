@@ -1,4 +1,4 @@
-"""Memory and time of uniformity on 50,000 x 512, forward and backward: ``python -m tests.bench.uniformity_memory``.
+"""Memory and time of uniformity on 50,000 x 512, forward and backward: ``python -m benchmarks.uniformity_memory``.
 
 Peak growth (MiB) is the peak resident memory of the process minus its resident memory once the embeddings exist: their
 gradient (98 MiB), the tile of distances, and the libraries' work space. The whole matrix of distances is what
@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from tests.bench.contrastive_memory import memory_mb
+from benchmarks.contrastive_memory import memory_mb
 from vlp.losses.geometry import uniformity
 
 ROWS, WIDTH, THREADS = 50_000, 512, 1
