@@ -26,23 +26,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.albef_reference import plain, reference_step
 from vlp.data.text import load_tokenizer
+from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage
-from vlp.encoders.recompute import Checkpointing
 from vlp.encoders.text import BertText
-from vlp.forward import Forward, Surroundings
+from vlp.forward import Forward, StepContext
 from vlp.losses.masked import IGNORED
 from vlp.models.albef import Albef, AlbefModel
 from vlp.objectives import itm
 from vlp.objectives.itc import MomentumContrast
 from vlp.objectives.itm import ImageTextMatching
+from vlp.objectives.masking import TextMasking
 from vlp.objectives.mlm import MaskedText
-from vlp.optim import AdamW
-from vlp.per_loss import CutForward
-from vlp.sampling import MaskedIds, TextMasking
-from vlp.state import Average, Queue
+from vlp.objectives.queues import Queue
+from vlp.optim.ema import EMA
+from vlp.optim.optimizers import AdamW
 from vlp.train import Pretrainer
-from vlp.types import Batch, Vocabulary
+from vlp.training.split_backward import DetachedForward
+from vlp.types import Batch, MaskedIds, Vocabulary
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 THREADS, QUEUE, DECAY = 1, 65_536, 0.995
@@ -102,13 +103,13 @@ def product_losses(
     bundle: type[Forward] = Forward,
 ) -> Tensor:
     with patch.object(TextMasking, "__call__", lambda *_: masked):
-        return Pretrainer(model, OBJECTIVES, bundle)(batch, momentum, Surroundings({OBJECTIVES["itc"]: queue}))[1]
+        return Pretrainer(model, OBJECTIVES, bundle)(batch, momentum, StepContext({OBJECTIVES["itc"]: queue}))[1]
 
 
 COUNTED = ("product", "reference")  # torch's counter hooks parameters, which autograd.grad refuses
 STEPS = {
     "product": product_losses,
-    "per_loss": partial(product_losses, bundle=CutForward),  # train.backward=per_loss
+    "per_loss": partial(product_losses, bundle=DetachedForward),  # train.backward=per_loss
     "reference": reference_losses,
 }
 
@@ -142,7 +143,7 @@ def operations(name: str, count: int, tokens: int) -> dict:
         # the operations on the way that want everything on one device
         stack.enter_context(patch.object(Tensor, "index_copy", lambda x, n, i, y: index_copy(x, n, i.to(x.device), y)))
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", attend))
-        stack.enter_context(patch.object(itm, "draw_negatives", lambda *_: (torch.cat([own, own]) + 1) % count))
+        stack.enter_context(patch.object(itm, "sample_hard_negatives", lambda *_: (torch.cat([own, own]) + 1) % count))
         stack.enter_context(patch("torch.multinomial", lambda *_: torch.zeros((), dtype=torch.long)))
         counter = stack.enter_context(FlopCounterMode(display=False))
         STEPS[name](model, momentum, batch, masked, queue).backward()
@@ -161,7 +162,7 @@ def prepared(name: str, how: Checkpointing = "none") -> tuple:
     torch.manual_seed(0)
     ids, mask, vocabulary = captions(8, 100)
     model = spec(8).build()
-    momentum = Average(model, DECAY, "train")
+    momentum = EMA(model, DECAY, "train")
     if name == "reference":
         plain(model), plain(momentum.network)
     model.set_checkpointing(how)

@@ -24,8 +24,8 @@ from vlp.data.text import load_tokenizer
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
-from vlp.metrics import ranks
 from vlp.models.albef import Albef, AlbefModel
+from vlp.tasks.metrics import ranks
 from vlp.tasks.rerank import Texts, encode_distinct, match
 from vlp.types import Encoded
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vlp.metrics import ranks
+from vlp.tasks.metrics import ranks
 
 IMAGES, CAPTIONS, WIDTH, THREADS = 5_000, 25_000, 512, 1
 

@@ -1,7 +1,7 @@
 """VLMo's pre-training step at base size, 224 px, texts padded to 40: operations, time and memory against tests/vlmo_reference.py.
 
 ``python -m benchmarks.vlmo_step``. The model is random, the captions Flickr8k's, 4 of them with 51 tokens; the operations are
-counted by torch (multiply-add = 2). Peak memory also where cheap activations are made again, `vlp.encoders.recompute`.
+counted by torch (multiply-add = 2). Peak memory also where cheap activations are made again, `vlp.encoders.activation_checkpointing`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.albef_step import captions, in_fresh_process, masked_of, resident
 from tests.vlmo_reference import reference_step
+from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.encoders.mome import BASE
-from vlp.encoders.recompute import Checkpointing
-from vlp.forward import Forward, Surroundings
+from vlp.forward import Forward, StepContext
 from vlp.losses.masked import IGNORED
 from vlp.models.vlmo import Vlmo, VlmoModel
 from vlp.objectives.itc import ImageTextContrast
 from vlp.objectives.itm import ImageTextMatching
+from vlp.objectives.masking import TextMasking
 from vlp.objectives.mlm import MaskedText
-from vlp.per_loss import CutForward
-from vlp.sampling import MaskedIds, TextMasking
 from vlp.train import Pretrainer
-from vlp.types import Batch
+from vlp.training.split_backward import DetachedForward
+from vlp.types import Batch, MaskedIds
 
 THREADS, LENGTH = 1, 40
 PAIRS, TOKENS = 4, 51
@@ -67,13 +67,13 @@ def reference_losses(model: VlmoModel, batch: Batch, masked: MaskedIds) -> Tenso
 
 def product_losses(model: VlmoModel, batch: Batch, masked: MaskedIds, bundle: type[Forward] = Forward) -> Tensor:
     with patch.object(TextMasking, "__call__", lambda *_: masked):
-        return Pretrainer(model, OBJECTIVES, bundle)(batch, None, Surroundings())[1]
+        return Pretrainer(model, OBJECTIVES, bundle)(batch, None, StepContext())[1]
 
 
 COUNTED = ("product", "reference")  # torch's counter hooks parameters, which autograd.grad refuses
 STEPS = {
     "product": product_losses,
-    "per_loss": partial(product_losses, bundle=CutForward),  # train.backward=per_loss
+    "per_loss": partial(product_losses, bundle=DetachedForward),  # train.backward=per_loss
     "reference": reference_losses,
 }
 

@@ -17,7 +17,7 @@ from vlp.encoders.fusion_layer import Attention
 from vlp.losses.masked import IGNORED
 from vlp.models.albef import AlbefModel
 from vlp.models.dual import unit
-from vlp.state import Queue
+from vlp.objectives.queues import Queue
 from vlp.types import Batch
 
 

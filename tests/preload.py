@@ -8,8 +8,8 @@ import timm  # noqa: F401
 import transformers.models.bert.modeling_bert  # noqa: F401
 
 import vlp.cli  # noqa: F401
+import vlp.loading.run  # noqa: F401
 import vlp.models.dual  # noqa: F401
-import vlp.restore  # noqa: F401
 import vlp.tasks.probe  # noqa: F401
 import vlp.tasks.retrieval  # noqa: F401
 import vlp.tasks.sentence_similarity  # noqa: F401

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, TOY
-from vlp.checkpoint import all_steps
+from vlp.weights.checkpoints import all_steps
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once, by the process that all others are forked from. It computes nothing: threads do not survive a fork.

@@ -3,7 +3,7 @@
 import torch
 
 from tests.albef_reference import plain, reference_step
-from tests.objectives.fusing import ROWS, Surroundings, drawn_by_row, networks, pairs, queue_of
+from tests.objectives.fusing import ROWS, StepContext, drawn_by_row, networks, pairs, queue_of
 from vlp.losses.masked import IGNORED
 from vlp.objectives.itc import MomentumContrast
 from vlp.objectives.itm import ImageTextMatching
@@ -20,7 +20,7 @@ OBJECTIVES = {
 def test_losses_and_every_gradient_are_those_of_the_passes_one_by_one():
     batch = pairs()
     batch.index = torch.arange(ROWS)
-    around = Surroundings({OBJECTIVES["itc"]: queue_of(7, 5)}, progress=1.0)
+    around = StepContext({OBJECTIVES["itc"]: queue_of(7, 5)}, progress=1.0)
     model, momentum = networks()
     with drawn_by_row():
         losses, total, f = Pretrainer(model, OBJECTIVES)(batch, momentum, around)

@@ -124,13 +124,13 @@ FILES = {
         "Experiment has no field 'modle'; did you mean 'model'?",
     ),
     "misspelt field of a part": (
-        "from vlp.optim import AdamW\ndef config(): return AdamW(weight_dekay=1)",
+        "from vlp.optim.optimizers import AdamW\ndef config(): return AdamW(weight_dekay=1)",
         "AdamW has no field 'weight_dekay'; did you mean 'weight_decay'?",
     ),
     "no config()": ("x = 1", "does not define config()"),
     "another result": ("def config(): return 3", "returns a int, not a vlp.config.Experiment"),
     "syntax": ("def config(:", "invalid syntax"),
-    "misspelt import": ("from vlp.optim import AdamX", "cannot import name 'AdamX'"),
+    "misspelt import": ("from vlp.optim.optimizers import AdamX", "cannot import name 'AdamX'"),
 }
 
 
@@ -281,7 +281,8 @@ def test_folder_without_write_permission(world, tmp_path):
 @pytest.mark.parametrize("where", ["log", "evaluation"])
 def test_disk_that_fills_up_while_it_logs(world, tmp_path, capfd, monkeypatch, where):
     """Checkpoints have a test of their own."""
-    from vlp import evaluation, logging
+    from vlp.tasks import base
+    from vlp.training import logging
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -289,14 +290,14 @@ def test_disk_that_fills_up_while_it_logs(world, tmp_path, capfd, monkeypatch, w
     if where == "log":
         monkeypatch.setattr(logging.RunLog, "step", full)
     else:
-        monkeypatch.setattr(evaluation, "write_atomically", full)
+        monkeypatch.setattr(base, "write_atomically", full)
     code = cli.main(["train", str(TOY), *toy_overrides(world, tmp_path), "train.steps=2", "data.workers=0"])
     last = capfd.readouterr().err.splitlines()[-1]
     assert code == 2 and last.startswith("vlp: ") and "No space left on device; free some space" in last
 
 
 def test_errors_of_the_program_keep_their_traceback(world, tmp_path, monkeypatch):
-    from vlp import run as module
+    from vlp.training import run as module
 
     monkeypatch.setattr(module, "parameter_groups", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -8,21 +8,14 @@ from typing import Any, Literal
 import pytest
 
 from tests.conftest import TOY
-from vlp.config import (
-    FREE_ON_RESUME,
-    Experiment,
-    changed_keys,
-    dump,
-    from_plain,
-    load_config,
-    load_json,
-    override,
-    to_plain,
-)
+from vlp.config import FREE_ON_RESUME, Experiment, changed_keys, load_config, load_json
 from vlp.data.shards import Source
 from vlp.errors import UserError
-from vlp.optim import Lamb
-from vlp.validation import check_types, fits, validate
+from vlp.optim.optimizers import Lamb
+from vlp.specs.json import dump, from_plain, to_plain
+from vlp.specs.overrides import override
+from vlp.specs.types import check_types, fits
+from vlp.training.validation import validate
 
 
 @pytest.fixture
@@ -84,7 +77,7 @@ def test_override_is_read_as_the_type_that_belongs_there(toy, assignment, expect
 
 
 def changed_all(old: Experiment, new: Experiment) -> list[str]:
-    from vlp.config import _flat
+    from vlp.specs.json import _flat
 
     a, b = _flat(to_plain(old)), _flat(to_plain(new))
     return [k for k in {**a, **b} if a.get(k) != b.get(k)]
@@ -160,11 +153,11 @@ def test_round_trip_of_odd_values(value):
 @pytest.mark.parametrize(
     "plain, message",
     [
-        ({"type": "vlp.optim:AdamX"}, "cannot be imported"),
+        ({"type": "vlp.optim.optimizers:AdamX"}, "cannot be imported"),
         ({"type": "nowhere:AdamW"}, "cannot be imported"),
         ({"type": "os:system"}, "not a dataclass"),
         ({"type": "builtins:eval"}, "not a dataclass"),
-        ({"type": "vlp.optim:AdamW", "momentum": 1}, "another version of vlp"),
+        ({"type": "vlp.optim.optimizers:AdamW", "momentum": 1}, "another version of vlp"),
     ],
 )
 def test_json_can_name_dataclasses_only(plain, message):

@@ -9,20 +9,22 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from vlp.ablation import load_ablation
-from vlp.config import Experiment, dump, from_plain, load_config
-from vlp.forward import Surroundings
+from vlp.config import Experiment, load_config
+from vlp.forward import StepContext
 from vlp.objectives.needs import has_pictures
-from vlp.optim import parameter_groups, set_lr, starts_with
-from vlp.stages import Stages
-from vlp.state import Average
+from vlp.optim.ema import EMA
+from vlp.optim.groups import parameter_groups, starts_with
+from vlp.optim.schedule import set_lr
+from vlp.specs.json import dump, from_plain
+from vlp.sweeps.ablation import load_ablation
+from vlp.sweeps.stages import Stages
 from vlp.train import Pretrainer
+from vlp.training.validation import validate
 from vlp.types import Answers, Batch, Vocabulary
-from vlp.validation import validate
 
 FILES = sorted((ROOT / "configs").rglob("*.py"))
-ABLATIONS = [path for path in FILES if "vlp.ablation" in path.read_text()]
-STAGES = [path for path in FILES if "vlp.stages" in path.read_text() and path not in ABLATIONS]
+ABLATIONS = [path for path in FILES if "vlp.sweeps.ablation" in path.read_text()]
+STAGES = [path for path in FILES if "vlp.sweeps.stages" in path.read_text() and path not in ABLATIONS]
 CONFIGS = [path for path in FILES if path not in ABLATIONS + STAGES]
 
 
@@ -184,7 +186,7 @@ def test_it_builds_without_its_weights_and_takes_a_step(experiment):
     )
     optimizer = experiment.optim.build(groups)
     set_lr(optimizer, experiment.schedule, experiment.optim.lr, 0, 100)
-    momentum = experiment.momentum and Average(model, experiment.momentum.decay, experiment.momentum.mode).network
+    momentum = experiment.momentum and EMA(model, experiment.momentum.decay, experiment.momentum.mode).network
     if experiment.train.activation_checkpointing != "none":
         model.set_checkpointing(experiment.train.activation_checkpointing)
     pretrainer = Pretrainer(model.train(), experiment.objectives)
@@ -193,7 +195,7 @@ def test_it_builds_without_its_weights_and_takes_a_step(experiment):
         for objective in experiment.objectives.values()
         if hasattr(objective, "start")
     }
-    around = Surroundings(memories, vocabulary_of(model))
+    around = StepContext(memories, vocabulary_of(model))
 
     def losses_of_a_batch() -> tuple:
         rows = max([8, *(2 * getattr(objective, "groups", 1) for objective in experiment.objectives.values())])

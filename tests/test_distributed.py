@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vlp.distributed import gather, gather_objects, gather_with_gradient, sum_over_processes, take_from_main
+from vlp.distributed import all_reduce_sum, broadcast_from_main, gather, gather_objects, gather_with_gradient
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.forward import Forward
@@ -86,7 +86,7 @@ def gradients(rank: int, world: int, objective, real: bool) -> tuple[float, dict
     called = DistributedDataParallel(wrapped, find_unused_parameters=True) if world > 1 else wrapped
     loss = called(batch)
     loss.backward()
-    total = sum_over_processes([loss.item()], torch.device("cpu"))[0] / world
+    total = all_reduce_sum([loss.item()], torch.device("cpu"))[0] / world
     return total, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -126,15 +126,15 @@ def test_gathered_rows_are_in_the_order_of_the_processes_and_get_the_gradient_of
 def test_one_process_gathers_itself():
     x = torch.randn(3, 2, requires_grad=True)
     assert gather_with_gradient(x) is x and gather(x) is x
-    assert gather_objects("a") == ["a"] and sum_over_processes([1.5], torch.device("cpu")) == [1.5]
+    assert gather_objects("a") == ["a"] and all_reduce_sum([1.5], torch.device("cpu")) == [1.5]
 
 
 def agreements(rank: int) -> tuple:
     tensors = [torch.full((2,), float(rank + 5)), torch.tensor(rank)]
-    take_from_main(tensors)
+    broadcast_from_main(tensors)
     device = torch.device("cpu")
     return (
-        sum_over_processes([1.0, math.nan if rank else 0.0, float(rank)], device),
+        all_reduce_sum([1.0, math.nan if rank else 0.0, float(rank)], device),
         gather_objects({"rank": rank}),
         [t.tolist() for t in tensors],
     )

@@ -23,7 +23,7 @@ from vlp.encoders.mome import TINY
 from vlp.encoders.patch_targets import Pixels
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
-from vlp.forward import Surroundings
+from vlp.forward import StepContext
 from vlp.models.albef import Albef
 from vlp.models.dual import Dual
 from vlp.models.single import Single
@@ -33,17 +33,17 @@ from vlp.objectives.geometry import Alignment, Uniformity
 from vlp.objectives.instance import InstanceDiscrimination
 from vlp.objectives.itc import ImageTextContrast, MomentumContrast, SigmoidContrast
 from vlp.objectives.itm import ImageTextMatching
+from vlp.objectives.masking import TextMasking
 from vlp.objectives.mim import MaskedImage
 from vlp.objectives.mlm import MaskedText
 from vlp.objectives.moco import Moco
 from vlp.objectives.pairwise import Triplet
 from vlp.objectives.sentence import Cert, ESimCse, SimCse
 from vlp.objectives.simclr import SimClr
-from vlp.sampling import TextMasking
-from vlp.state import Average, Momentum
+from vlp.optim.ema import EMA, MomentumConfig
 from vlp.train import Pretrainer
+from vlp.training.validation import validate
 from vlp.types import Batch, Vocabulary
-from vlp.validation import validate
 
 ROWS, LENGTH, WORDS, SIDE = 8, 7, 200, 64
 IMAGE = TimmImage("test_vit", image_size=SIDE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -161,7 +161,7 @@ def experiment(row: Row, column) -> Experiment:
         model=column(row),
         objectives=objectives,
         data=Data(train=(Source("shards"),), batch_size=ROWS, max_length=LENGTH, **views),
-        momentum=Momentum(decay=0.9) if row.momentum else None,
+        momentum=MomentumConfig(decay=0.9) if row.momentum else None,
         train=Training(steps=1),
     )
 
@@ -190,13 +190,13 @@ def take_step(spec: Experiment) -> None:
     validate(spec)
     spec = spec.resolved()
     model = spec.model.build(load_weights=False).train()
-    momentum = Average(model, spec.momentum.decay, spec.momentum.mode).network if spec.momentum else None
+    momentum = EMA(model, spec.momentum.decay, spec.momentum.mode).network if spec.momentum else None
     generator = torch.Generator().manual_seed(0)
     memories = {
         o: o.start(model, 20, torch.device("cpu"), generator) for o in spec.objectives.values() if hasattr(o, "start")
     }
     special = torch.arange(WORDS) < 5
-    around = Surroundings(memories, Vocabulary(WORDS, 4, special, torch.zeros_like(special)))
+    around = StepContext(memories, Vocabulary(WORDS, 4, special, torch.zeros_like(special)))
     pretrainer = Pretrainer(model, spec.objectives)
     if memories:  # an empty queue has nothing to tell apart
         with torch.no_grad():

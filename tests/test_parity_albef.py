@@ -15,21 +15,23 @@ from torch import Tensor
 
 from tests.conftest import ROOT
 from tests.parity import read_fixture, thin
+from vlp.data.preprocess import Preprocess
 from vlp.encoders.fusion import Fusion
-from vlp.encoders.image import ImageTower, Preprocess, TimmImage
+from vlp.encoders.image import ImageTower, TimmImage
 from vlp.encoders.text import BertText
-from vlp.forward import Surroundings
-from vlp.models import pretrained
+from vlp.forward import StepContext
 from vlp.models.albef import Albef, AlbefModel
-from vlp.models.albef_weights import AlbefCheckpoint, export_albef, load_albef
 from vlp.objectives import itm
 from vlp.objectives.itc import MomentumContrast
 from vlp.objectives.itm import ImageTextMatching
+from vlp.objectives.masking import TextMasking
 from vlp.objectives.mlm import MaskedText
-from vlp.sampling import MaskedIds, TextMasking
-from vlp.state import Average, Queue
+from vlp.objectives.queues import Queue
+from vlp.optim.ema import EMA
 from vlp.train import Pretrainer
-from vlp.types import Batch
+from vlp.types import Batch, MaskedIds
+from vlp.weights import reading
+from vlp.weights.albef import AlbefCheckpoint, export_albef, load_albef
 
 SHARED = ROOT.parent / "shared" / "parity" / "albef_pretrain"
 PUBLISHED = {
@@ -65,7 +67,7 @@ class Published:
         self.given, self.expected, self.gradients = files["inputs"], files["outputs"], files["grads"]
         self.checkpoint = load_albef(files["weights"])
         self.model, teacher = self.build(self.checkpoint.student), self.build(self.checkpoint.teacher)
-        self.momentum = Average(teacher, self.meta["config"]["momentum"], "train")
+        self.momentum = EMA(teacher, self.meta["config"]["momentum"], "train")
         self.momentum.update(self.model)  # theirs comes before the step, ours after it
         self.queue = Queue(64, {"image": 32, "text": 32}, torch.device("cpu"))
         self.queue.load(self.checkpoint.queue)
@@ -80,12 +82,12 @@ class Published:
             return negatives
 
         monkeypatch.setattr(TextMasking, "__call__", lambda *_: masked)
-        monkeypatch.setattr(itm, "draw_negatives", draw)
+        monkeypatch.setattr(itm, "sample_hard_negatives", draw)
         # the published pre-training takes every pair for another picture
         batch = Batch(
             torch.arange(8), self.given["image"], self.given["input_ids"], self.given["attention_mask"].bool()
         )
-        self.around = Surroundings({PUBLISHED["itc"]: self.queue}, progress=1.0)
+        self.around = StepContext({PUBLISHED["itc"]: self.queue}, progress=1.0)
         given = batch, self.momentum.network, self.around
         self.losses, self.total, self.f = Pretrainer(self.model, PUBLISHED)(*given)
 
@@ -101,7 +103,7 @@ class Published:
         vit = VisionTransformer(img_size=size, patch_size=16, num_classes=0, **self.meta["vit"])
         image = ImageTower(vit, Preprocess((size, size), (0.5,) * 3, (0.5,) * 3, "bicubic"))
         model = AlbefModel(spec, image, text.build())
-        assert pretrained.load(model, state).new == ()
+        assert reading.load(model, state).new == ()
         return model
 
 

@@ -18,14 +18,14 @@ from vlp.encoders.relative_position import image_index, text_index
 from vlp.models.dual import unit
 from vlp.models.vlmo import Vlmo
 from vlp.models.vlmo_start import start
-from vlp.models.vlmo_weights import VlmoCheckpoint, export_vlmo, load_vlmo
 from vlp.objectives import itm
 from vlp.objectives.itc import ImageTextContrast
 from vlp.objectives.itm import ImageTextMatching
+from vlp.objectives.masking import TextMasking
 from vlp.objectives.mlm import MaskedText
-from vlp.sampling import MaskedIds, TextMasking
-from vlp.train import Pretrainer, Surroundings
-from vlp.types import Batch
+from vlp.train import Pretrainer, StepContext
+from vlp.types import Batch, MaskedIds
+from vlp.weights.vlmo import VlmoCheckpoint, export_vlmo, load_vlmo
 
 SHARED = ROOT.parent / "shared" / "parity" / "vlmo"
 # the weights of the published code: half of each of ITC's heads, a quarter of MLM, which it logs already multiplied. Its mean
@@ -77,11 +77,11 @@ class Published:
         masked = MaskedIds(expected["mlm_ids"], self.positions, expected["mlm_labels"].flatten()[self.positions])
         negatives = torch.cat([expected["neg_text_for_image"], expected["neg_image_for_text"]])
         monkeypatch.setattr(TextMasking, "__call__", lambda *_: masked)
-        monkeypatch.setattr(itm, "draw_negatives", lambda *_: negatives)
+        monkeypatch.setattr(itm, "sample_hard_negatives", lambda *_: negatives)
         given = self.given
         image = given["batch/image/0"].to(dtype)
         batch = Batch(torch.arange(8), image, given["batch/text_ids"], given["batch/text_masks"].bool())
-        self.losses, self.total, self.f = Pretrainer(self.model, PUBLISHED)(batch, None, Surroundings())
+        self.losses, self.total, self.f = Pretrainer(self.model, PUBLISHED)(batch, None, StepContext())
 
 
 @pytest.fixture(params=[fixture, originals])

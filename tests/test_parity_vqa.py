@@ -12,16 +12,17 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from tests.conftest import ROOT
+from vlp.data.preprocess import Preprocess
 from vlp.encoders.decoder import Decoder
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.generate import rank
-from vlp.encoders.image import ImageTower, Preprocess, TimmImage
+from vlp.encoders.image import ImageTower, TimmImage
 from vlp.encoders.text import BertText
 from vlp.forward import Forward
 from vlp.models.albef import Albef, AlbefModel
-from vlp.models.albef_weights import AlbefCheckpoint, export_albef, load_albef
 from vlp.objectives.answer import AnswerGeneration
 from vlp.types import Answers, Batch
+from vlp.weights.albef import AlbefCheckpoint, export_albef, load_albef
 
 FOLDER = ROOT.parent / "shared" / "parity" / "albef_vqa"
 

@@ -12,8 +12,8 @@ import torch
 
 from tests.conftest import TOY, toy_overrides
 from tests.processes import command_line, losses, records, resume, run, samples, tensors, train
-from vlp.checkpoint import all_steps, read_state
-from vlp.optim import Schedule
+from vlp.optim.schedule import Schedule
+from vlp.weights.checkpoints import all_steps, read_state
 
 FAULTY = TOY.with_name("toy_faults.py")
 ALL_CHECKPOINTS = ("save.every=1", "save.keep=100")
@@ -70,7 +70,7 @@ def test_average_is_the_recurrence_over_the_weights_after_every_step(plain):
 
 
 def test_averaged_weights_are_what_is_evaluated(plain):
-    from vlp.checkpoint import file_hash
+    from vlp.files import file_hash
 
     result = json.loads((plain / "eval" / "retrieval.json").read_text())
     assert result["checkpoint_sha256"] == file_hash(plain / "checkpoints" / "step-00000012" / "average.safetensors")
@@ -166,12 +166,12 @@ def test_training_that_diverges_says_so_in_one_line(world, output):
 
 
 def crashes_in_evaluation(arguments: list[str]) -> int:
-    from vlp import evaluation
+    from vlp.tasks import base
 
     def encode_texts(*_):
         raise RuntimeError("a programming error")
 
-    evaluation.encode_texts = encode_texts
+    base.encode_texts = encode_texts
     return command_line(arguments)
 
 

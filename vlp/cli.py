@@ -9,15 +9,14 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
-from vlp.data.annotation_commands import add_annotation_commands
-from vlp.data.dedup_command import add_dedup_command
-from vlp.data.text_commands import add_text_commands
-from vlp.data.world.command import add_world_command
+from vlp.commands.annotations import add_annotation_commands
+from vlp.commands.dedup import add_dedup_command
+from vlp.commands.progress import progress_bar
+from vlp.commands.texts import add_text_commands
+from vlp.commands.world import add_world_command
 from vlp.errors import UserError
 
 # what a full or forbidden disk answers, to the write of a log line too
@@ -99,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     cam.set_defaults(run=run_gradcam)
 
     ablate = commands.add_parser("ablate", help="train variants over seeds, and tabulate what each change is worth")
-    ablate.add_argument("config", help="a Python file whose config() returns a vlp.ablation.Ablation")
+    ablate.add_argument("config", help="a Python file whose config() returns a vlp.sweeps.ablation.Ablation")
     ablate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seeds=0,1 train.steps=100")
     ablate.set_defaults(run=run_ablate)
 
@@ -178,8 +177,9 @@ def add_data_commands(actions) -> None:
 
 
 def run_train(options: argparse.Namespace) -> int:
-    from vlp.config import Experiment, changed_keys, load_config, load_json, override
-    from vlp.stages import Stages, train_stages
+    from vlp.config import Experiment, changed_keys, load_config, load_json
+    from vlp.specs.overrides import override
+    from vlp.sweeps.stages import Stages, train_stages
     from vlp.train import train
 
     # with --resume the config may be left out, and then the first override stands in its place
@@ -207,7 +207,7 @@ def run_train(options: argparse.Namespace) -> int:
 
 
 def run_ablate(options: argparse.Namespace) -> int:
-    from vlp.ablation import ablate, load_ablation
+    from vlp.sweeps.ablation import ablate, load_ablation
 
     ablation = load_ablation(options.config, options.overrides)
     if not ablate(ablation):
@@ -221,22 +221,24 @@ def run_eval(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from vlp.config import override
-    from vlp.evaluation import result_name
-    from vlp.leaks import leaked
-    from vlp.opening import Opening, open_subject
-    from vlp.validation import check_limits
+    from vlp.loading.load_model import LoadOptions, load_model
+    from vlp.specs.overrides import override
+    from vlp.tasks.base import result_name
+    from vlp.tasks.contamination import leaked
+    from vlp.training.validation import check_limits
 
     module, name = TASKS[options.task]
     task = getattr(importlib.import_module(module), name)()
     names = {field.name for field in fields(task)}
-    of_opening = {field.name for field in fields(Opening)} - names  # what both have, such as max_length, is the task's
+    of_opening = {
+        field.name for field in fields(LoadOptions)
+    } - names  # what both have, such as max_length, is the task's
     own = [text for text in options.overrides if text.partition("=")[0] not in of_opening]
     task = override(task, own)
-    opening = override(Opening(), [text for text in options.overrides if text not in own])
+    opening = override(LoadOptions(), [text for text in options.overrides if text not in own])
     check_limits(task)
     check_limits(opening)
-    opened = open_subject(options.what, options.checkpoint, opening)
+    opened = load_model(options.what, options.checkpoint, opening)
     subject = opened.subject
     for part, report in opened.reports.items():
         print(f"{part} weights: {report or 'random'}")
@@ -266,7 +268,7 @@ def run_eval(options: argparse.Namespace) -> int:
 
 
 def run_gradcam(options: argparse.Namespace) -> int:
-    from vlp.restore import open_run
+    from vlp.loading.run import open_run
     from vlp.tasks.grad_cam import draw_words
 
     subject, step = open_run(options.folder, options.checkpoint)
@@ -280,8 +282,8 @@ def run_gradcam(options: argparse.Namespace) -> int:
 
 
 def run_report(options: argparse.Namespace) -> int:
-    from vlp.comparison import write_comparison
-    from vlp.report import write_report
+    from vlp.report.comparison import write_comparison
+    from vlp.report.run import write_report
 
     if len(options.folders) > 1 or options.output or not (options.folders[0] / "experiment.json").exists():
         path = write_comparison(options.folders, options.output or Path("runs/comparison"))
@@ -292,23 +294,10 @@ def run_report(options: argparse.Namespace) -> int:
 
 
 def run_serve(options: argparse.Namespace) -> int:
-    from vlp.serve import serve
+    from vlp.commands.serve import serve
 
     serve(Path(options.folder), options.data, options.port)
     return 0
-
-
-@contextmanager
-def progress_bar(what: str) -> Iterator:
-    """A function of (done, total) that moves a bar."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def run_pack(options: argparse.Namespace) -> int:

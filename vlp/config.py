@@ -7,13 +7,9 @@ resumed and evaluated without the file and without the weights that it started f
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
-import json
 import re
 import runpy
-import types
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -21,13 +17,16 @@ from typing import Any, Literal
 
 from vlp.data.annotated import Annotated
 from vlp.data.augment import RandomResizedCrop, Resize
+from vlp.data.mixup import Mixup
 from vlp.data.sentences import Sentences
 from vlp.data.shards import Source
-from vlp.encoders.recompute import Checkpointing
+from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.errors import UserError
-from vlp.mixing import Mix
-from vlp.optim import AdamW, Schedule
-from vlp.state import Momentum
+from vlp.optim.ema import MomentumConfig
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
+from vlp.specs.json import flatten, read, to_plain
+from vlp.specs.overrides import suggest
 
 
 @dataclass(frozen=True)
@@ -77,15 +76,15 @@ class Training:
         epochs: passes over all samples, rounded up to whole steps; None = from ``steps``.
         precision: float32, or bfloat16 autocast (the losses stay float32).
         accumulation: micro-batches of a step. The contrastive losses see the negatives of one micro-batch.
-        grad_cache: they see those of all micro-batches, for a second forward of the towers: see `vlp.grad_cache`.
+        grad_cache: they see those of all micro-batches, for a second forward of the towers: see `vlp.training.grad_cache`.
         clip_norm: the gradient's norm is scaled down to this; None = not.
         layer_decay: learning rate of a layer relative to the one after it (1 = the same).
         lr_scales: parameter-name prefix -> factor on the learning rate.
         frozen: parameter-name prefixes that are not trained; a ``*`` stands for anything up to the next dot.
         ema_decay: of the averaged weights that are evaluated and saved beside the trained ones; None = no average.
-        mix: mixup and CutMix of the pictures and their classes, see `vlp.mixing`; None = neither.
-        backward: of all losses "once", or "per_loss", before the next one's forward, for less memory: see `vlp.per_loss`.
-        activation_checkpointing: what the backward pass makes again to save memory, see `vlp.encoders.recompute`: "cheap" =
+        mix: mixup and CutMix of the pictures and their classes, see `vlp.data.mixup`; None = neither.
+        backward: of all losses "once", or "per_loss", before the next one's forward, for less memory: see `vlp.training.split_backward`.
+        activation_checkpointing: what the backward pass makes again to save memory, see `vlp.encoders.activation_checkpointing`: "cheap" =
             what lies between matrix products, "full" = whole blocks.
         compile: run the model through torch.compile.
         nonfinite: what to do at a loss or gradient that is not finite: stop, naming the samples, or skip the step.
@@ -104,7 +103,7 @@ class Training:
     lr_scales: dict[str, float] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
     ema_decay: float | None = None
-    mix: Mix | None = None
+    mix: Mixup | None = None
     backward: Literal["once", "per_loss"] = "once"
     activation_checkpointing: Checkpointing = "none"
     compile: bool = False
@@ -166,7 +165,7 @@ class Experiment:
     optim: Any = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=Schedule)
     train: Training = field(default_factory=Training)
-    momentum: Momentum | None = None
+    momentum: MomentumConfig | None = None
     evaluate: dict[str, Any] = field(default_factory=dict)
     evaluate_every: int = 0
     save: Saving = field(default_factory=Saving)
@@ -227,7 +226,7 @@ def _explain_type_error(e: TypeError) -> str:
     classes = {c.__name__: c for c in _classes() if is_dataclass(c)} if found else {}
     if not found or found[1] not in classes:
         raise e
-    return f"{found[1]} has no field {found[2]!r}{_suggest(found[2], [f.name for f in dataclasses.fields(classes[found[1]])])}"
+    return f"{found[1]} has no field {found[2]!r}{suggest(found[2], [f.name for f in dataclasses.fields(classes[found[1]])])}"
 
 
 def _classes() -> Iterator[type]:
@@ -240,177 +239,15 @@ def _classes() -> Iterator[type]:
     )
 
 
-def _suggest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(names))}"
-
-
-def override(experiment: Experiment, assignments: list[str]) -> Experiment:
-    """Applies ``dotted.key=value`` in turn. Raises UserError for an unknown key (with a suggestion) or a wrong type."""
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise UserError(f"{assignment!r} is not an override; write it as dotted.key=value")
-        experiment = _set(experiment, key, key.split("."), text)
-    return experiment
-
-
-def _set(node: Any, key: str, path: list[str], text: str) -> Any:
-    """A copy of ``node`` in which what ``path`` leads to is ``text``, read as the type that belongs there."""
-    head, *rest = path
-    if is_dataclass(node):
-        hints = typing.get_type_hints(type(node))
-        names = [f.name for f in dataclasses.fields(node)]
-        if head not in names:
-            raise UserError(f"{key}: {type(node).__name__} has no field {head!r}{_suggest(head, names)}")
-        old, hint = getattr(node, head), hints[head]
-    elif isinstance(node, dict):
-        if head not in node and rest:
-            raise UserError(f"{key}: there is no {head!r} here{_suggest(head, list(node))}")
-        old = node.get(head)
-        hint = type(old) if head in node else float
-    elif isinstance(node, tuple):
-        if not head.isdigit() or int(head) >= len(node):
-            raise UserError(f"{key}: {head!r} should be a number from 0 to {len(node) - 1}")
-        old = node[int(head)]
-        hint = type(old)
-    else:
-        raise UserError(f"{key}: {head!r} is inside a plain value; there is nothing below it")
-    new = _set(old, key, rest, text) if rest else _parse(key, text, Any if is_dataclass(old) else hint, old)
-    if is_dataclass(node):
-        return replace(node, **{head: new})
-    if isinstance(node, dict):
-        return {**node, head: new}
-    return (*node[: int(head)], new, *node[int(head) + 1 :])
-
-
-def _parse(key: str, text: str, hint: Any, old: Any) -> Any:
-    """``text`` as a value of type ``hint``. Sources may be given as paths separated by commas."""
-    if hint == tuple[Source | Annotated | Sentences, ...]:
-        # files keep the columns of the one that they take the place of
-        file = old[0] if old and isinstance(old[0], (Annotated, Sentences)) else None
-        label = old[0].label if old and isinstance(old[0], Source) else None
-        return tuple(replace(file, path=p) if file else Source(p, label=label) for p in text.split(","))
-    if hint is Any or is_dataclass(hint):
-        names = [f.name for f in dataclasses.fields(old)] if is_dataclass(old) else []
-        raise UserError(
-            f"{key} is a {type(old).__name__}, not a value; set one of its fields: {', '.join(names) or 'none'}"
-        )
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if text.lower() in ("none", "null") and type(None) in options:
-            return None
-        for option in options:
-            if option is not type(None) and not is_dataclass(option):
-                try:
-                    return _parse(key, text, option, old)
-                except UserError:
-                    continue
-        raise UserError(f"{key} takes {describe_type(hint)}, not {text!r}")
-    if origin is Literal:
-        if text in options:
-            return text
-        raise UserError(
-            f"{key} takes one of {', '.join(map(repr, options))}, not {text!r}{_suggest(text, list(options))}"
-        )
-    if hint is tuple or origin is tuple:
-        inner = options[0] if options else type(old[0]) if old else str
-        return tuple(_parse(key, part, inner, old) for part in text.strip("()[]").split(",") if part)
-    if hint is bool:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise UserError(f"{key} takes true or false, not {text!r}")
-    if hint in (int, float):
-        try:
-            return hint(text.replace("_", ""))
-        except ValueError:
-            raise UserError(f"{key} takes {describe_type(hint)}, not {text!r}") from None
-    if hint is str:
-        return text
-    raise UserError(
-        f"{key} cannot be set on the command line (it is {describe_type(hint)}); write it in the config file"
-    )
-
-
-def describe_type(hint: Any) -> str:
-    """What a field takes, in words."""
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
-    names[Any] = "anything"
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe_type(o) for o in options)
-    if origin is Literal:
-        return f"one of {', '.join(map(repr, options))}"
-    if origin is tuple:
-        each = "any number of" if options[-1] is ... else str(len(options))
-        return f"a tuple ({each} x {describe_type(options[0])})"
-    if origin is dict:
-        return f"a dict of texts to {describe_type(options[1])}"
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def to_plain(value: Any) -> Any:
-    """JSON-able form; a dataclass carries its class as ``type``."""
-    if is_dataclass(value):
-        kind = f"{type(value).__module__}:{type(value).__qualname__}"
-        return {"type": kind, **{f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}}
-    if isinstance(value, dict):
-        return {k: to_plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(v) for v in value]
-    return value
-
-
-def from_plain(value: Any) -> Any:
-    """Inverse of `to_plain`; lists become tuples. Only dataclasses can be named."""
-    if isinstance(value, list):
-        return tuple(from_plain(v) for v in value)
-    if not isinstance(value, dict):
-        return value
-    fields = {k: from_plain(v) for k, v in value.items() if k != "type"}
-    if ":" not in str(value.get("type", "")):
-        return {k: from_plain(v) for k, v in value.items()}
-    module, _, name = value["type"].partition(":")
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        raise UserError(
-            f"the experiment needs {value['type']}, which cannot be imported; install what it is part of, or, if it is "
-            f"written in the config file itself, move it to a module"
-        ) from None
-    if not is_dataclass(cls):
-        raise UserError(f"the experiment names {value['type']}, which is not a dataclass; the file was altered")
-    try:
-        return cls(**fields)
-    except TypeError as e:
-        raise UserError(f"the experiment was written by another version of vlp: {e}") from None
-
-
-def dump(experiment: Experiment) -> str:
-    return json.dumps(to_plain(experiment), indent=1)
-
-
 def load_json(path: Path) -> Experiment:
-    try:
-        read = from_plain(json.loads(path.read_text()))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} is not a readable experiment ({e}); is the folder a run?") from None
-    if not isinstance(read, Experiment):
+    experiment = read(path)
+    if not isinstance(experiment, Experiment):
         raise UserError(f"{path} is not an experiment; is the folder a run?")
-    return read
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, (dict, list)) and value:
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {
-            k: v for name, child in items for k, v in _flat(child, f"{prefix}.{name}" if prefix else str(name)).items()
-        }
-    return {prefix: value}
+    return experiment
 
 
 def changed_keys(old: Experiment, new: Experiment) -> list[str]:
     """Dotted keys in which two experiments differ, those of `FREE_ON_RESUME` left out."""
-    a, b = _flat(to_plain(old)), _flat(to_plain(new))
+    a, b = flatten(to_plain(old)), flatten(to_plain(new))
     keys = [k for k in {**a, **b} if a.get(k) != b.get(k)]
     return [k for k in keys if not any(k == free or k.startswith(free + ".") for free in FREE_ON_RESUME)]

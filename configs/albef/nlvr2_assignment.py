@@ -18,7 +18,8 @@ from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.models.albef import Albef
 from vlp.objectives.assignment import TextAssignment
-from vlp.optim import AdamW, Schedule
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 
 SIZES = {
     "model_type": "bert",

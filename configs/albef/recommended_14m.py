@@ -21,8 +21,9 @@ from vlp.models.albef import Albef
 from vlp.objectives.itc import MomentumContrast
 from vlp.objectives.itm import ImageTextMatching
 from vlp.objectives.mlm import MaskedText
-from vlp.optim import AdamW, Schedule
-from vlp.state import Momentum
+from vlp.optim.ema import MomentumConfig
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.retrieval import Retrieval
 
 BERT = "weights/bert-base-uncased"
@@ -55,7 +56,7 @@ def config() -> Experiment:
             "itm": ImageTextMatching(),
             "mlm": MaskedText(distill=0.4, ramp_epochs=1.0),
         },
-        momentum=Momentum(decay=0.995, mode="train"),
+        momentum=MomentumConfig(decay=0.995, mode="train"),
         data=Data(
             train=(
                 Source("shards/coco"),

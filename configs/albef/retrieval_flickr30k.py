@@ -21,8 +21,9 @@ from vlp.encoders.text import BertText
 from vlp.models.albef import Albef
 from vlp.objectives.itc import MomentumContrast
 from vlp.objectives.itm import ImageTextMatching
-from vlp.optim import AdamW, Schedule
-from vlp.state import Momentum
+from vlp.optim.ema import MomentumConfig
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.rerank import Rerank
 
 SIZES = {
@@ -59,7 +60,7 @@ def config() -> Experiment:
             ),
             "itm": ImageTextMatching(keys="momentum", candidates="process", same_picture="left_out"),
         },
-        momentum=Momentum(decay=0.995, mode="train"),
+        momentum=MomentumConfig(decay=0.995, mode="train"),
         data=Data(
             train=(Source("shards/flickr30k-train"),),
             val="shards/flickr30k-val",

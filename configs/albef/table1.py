@@ -17,7 +17,6 @@ Differs from the paper: retrieval is on the world's own val, not zero-shot; the 
 
 from dataclasses import replace
 
-from vlp.ablation import Ablation
 from vlp.config import Data, Experiment, Logging, Saving, Training
 from vlp.data.augment import RandomResizedCrop, Resize
 from vlp.data.shards import Source
@@ -27,10 +26,12 @@ from vlp.encoders.text import BertText
 from vlp.models.albef import Albef
 from vlp.objectives.itc import MomentumContrast
 from vlp.objectives.itm import ImageTextMatching
+from vlp.objectives.masking import TextMasking
 from vlp.objectives.mlm import MaskedText
-from vlp.optim import AdamW, Schedule
-from vlp.sampling import TextMasking
-from vlp.state import Momentum
+from vlp.optim.ema import MomentumConfig
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
+from vlp.sweeps.ablation import Ablation
 from vlp.tasks.minimal_pairs import MinimalPairs
 from vlp.tasks.rerank import Rerank
 
@@ -60,7 +61,7 @@ def config() -> Ablation:
             temperature=0.07,
         ),
         objectives={"itc": ITC, "itm": ITM, "mlm": MLM},
-        momentum=Momentum(decay=0.99, mode="train"),
+        momentum=MomentumConfig(decay=0.99, mode="train"),
         data=Data(
             train=(Source(f"{WORLD}/train"),),
             val=f"{WORLD}/val",

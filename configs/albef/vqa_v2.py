@@ -26,8 +26,9 @@ from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.models.albef import Albef
 from vlp.objectives.answer import AnswerGeneration
-from vlp.optim import AdamW, Schedule
-from vlp.state import Momentum
+from vlp.optim.ema import MomentumConfig
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 
 BERT = "weights/bert-base-uncased"
 SIZES = {
@@ -60,7 +61,7 @@ def config() -> Experiment:
             weights="weights/ALBEF.pth",
         ),
         objectives={"answer": AnswerGeneration(distill=0.4, ramp_epochs=1.0)},
-        momentum=Momentum(decay=0.995, mode="train"),
+        momentum=MomentumConfig(decay=0.995, mode="train"),
         data=Data(
             train=(Annotated("data/vqa.jsonl", images="images", answers="answers"),),
             tokenizer=BERT,

@@ -30,10 +30,11 @@ from vlp.encoders.text import BertText
 from vlp.models.albef import Albef
 from vlp.objectives.itc import MomentumContrast
 from vlp.objectives.itm import ImageTextMatching
+from vlp.objectives.masking import TextMasking
 from vlp.objectives.mlm import MaskedText
-from vlp.optim import AdamW, Schedule
-from vlp.sampling import TextMasking
-from vlp.state import Momentum
+from vlp.optim.ema import MomentumConfig
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.minimal_pairs import MinimalPairs
 
 SIZES = {
@@ -63,7 +64,7 @@ def config() -> Experiment:
             "itm": ImageTextMatching(),
             "mlm": MaskedText(masking=TextMasking(probability=0.25)),
         },
-        momentum=Momentum(decay=0.995, mode="train"),
+        momentum=MomentumConfig(decay=0.995, mode="train"),
         data=Data(
             train=(Source("data/world/train"),),
             val="data/world/val",

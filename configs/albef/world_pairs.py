@@ -22,7 +22,8 @@ from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.models.albef import Albef
 from vlp.objectives.classification import Classification
-from vlp.optim import AdamW, Schedule
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.annotated_classes import Classes
 
 SIZES = {

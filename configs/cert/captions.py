@@ -20,8 +20,9 @@ from vlp.data.sentences import Sentences
 from vlp.encoders.text import BertText
 from vlp.models.single import Single
 from vlp.objectives.sentence import Cert
-from vlp.optim import AdamW, Schedule
-from vlp.state import Momentum
+from vlp.optim.ema import MomentumConfig
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.sentence_similarity import SentenceSimilarity
 
 
@@ -30,7 +31,7 @@ def config() -> Experiment:
         name="cert-captions",
         model=Single(text=BertText(weights="runs/mlm-captions"), head="mlp", embed_size=128),
         objectives={"cert": Cert(queue_size=4096)},
-        momentum=Momentum(decay=0.99),
+        momentum=MomentumConfig(decay=0.99),
         data=Data(
             train=(Sentences("data/flickr8k/paraphrases.tsv", columns=("sentence", "paraphrase")),),
             tokenizer="runs/mlm-captions/tokenizer",

@@ -14,7 +14,8 @@ from vlp.data.shards import Source
 from vlp.encoders.open_clip import OpenClip
 from vlp.models.dual import Dual
 from vlp.objectives.itc import ImageTextContrast
-from vlp.optim import AdamW, Schedule
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.retrieval import Retrieval
 
 

@@ -18,8 +18,9 @@ from vlp.data.text_views import Repetition
 from vlp.encoders.text import BertText
 from vlp.models.single import Single
 from vlp.objectives.sentence import ESimCse
-from vlp.optim import AdamW, Schedule
-from vlp.state import Momentum
+from vlp.optim.ema import MomentumConfig
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.sentence_similarity import SentenceSimilarity
 
 
@@ -28,7 +29,7 @@ def config() -> Experiment:
         name="esimcse-bert",
         model=Single(text=BertText(weights="weights/bert-base-uncased", config={"model_type": "bert"}), head="tanh"),
         objectives={"esimcse": ESimCse(queue_size=160)},
-        momentum=Momentum(decay=0.995, mode="eval"),
+        momentum=MomentumConfig(decay=0.995, mode="eval"),
         data=Data(
             train=(Sentences("data/wiki1m_for_simcse.txt"),),
             tokenizer="weights/bert-base-uncased",

@@ -14,12 +14,13 @@ Differs:  this is not the paper's optimizer, whose details are not all known her
 
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import RandomResizedCrop, Resize
+from vlp.data.mixup import Mixup
 from vlp.data.shards import Source
 from vlp.encoders.image import TimmImage
-from vlp.mixing import Mix
 from vlp.models.single import Single
 from vlp.objectives.classification import Classification
-from vlp.optim import AdamW, Schedule
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.image_accuracy import ImageAccuracy
 
 
@@ -45,7 +46,7 @@ def config() -> Experiment:
             precision="bf16",
             layer_decay=0.9,
             ema_decay=0.9999,
-            mix=Mix(mixup=0.8, cutmix=1.0),
+            mix=Mixup(mixup=0.8, cutmix=1.0),
             activation_checkpointing="full",
         ),
         evaluate={"image-accuracy": ImageAccuracy(data="imagenet")},

@@ -13,12 +13,13 @@ Measured: 90.7 % (88.9 to 92.5), below the 95 % that kNN finds in the frozen tow
 
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import RandomResizedCrop, Resize
+from vlp.data.mixup import Mixup
 from vlp.data.shards import Source
 from vlp.encoders.image import TimmImage
-from vlp.mixing import Mix
 from vlp.models.single import Single
 from vlp.objectives.classification import Classification
-from vlp.optim import AdamW, Schedule
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.image_accuracy import ImageAccuracy
 
 
@@ -47,7 +48,7 @@ def config() -> Experiment:
         optim=AdamW(lr=1e-3, weight_decay=0.05),
         schedule=Schedule(warmup_steps=10, kind="cosine"),
         train=Training(
-            steps=125, layer_decay=0.8, ema_decay=0.95, mix=Mix(mixup=0.2, cutmix=1.0), lr_scales={"classifier": 5.0}
+            steps=125, layer_decay=0.8, ema_decay=0.95, mix=Mixup(mixup=0.2, cutmix=1.0), lr_scales={"classifier": 5.0}
         ),
         evaluate={"image-accuracy": ImageAccuracy(data="../shared/data/imagenette")},
         save=Saving(every=125, keep=1),

@@ -16,7 +16,8 @@ from vlp.data.shards import Source
 from vlp.encoders.image import TimmImage
 from vlp.models.single import Single
 from vlp.objectives.instance import InstanceDiscrimination
-from vlp.optim import Schedule, Sgd
+from vlp.optim.optimizers import Sgd
+from vlp.optim.schedule import Schedule
 
 VIEW = RandomResizedCrop(scale=(0.2, 1.0), then=(ColourDistortion(strength=0.5, probability=1.0),))
 

@@ -22,7 +22,8 @@ from vlp.encoders.dall_e import DallE
 from vlp.encoders.image import TimmImage
 from vlp.models.single import Single
 from vlp.objectives.mim import MaskedImage
-from vlp.optim import AdamW, Schedule
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 
 
 def config() -> Experiment:

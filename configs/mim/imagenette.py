@@ -20,7 +20,8 @@ from vlp.encoders.image import TimmImage
 from vlp.encoders.patch_targets import Pixels
 from vlp.models.single import Single
 from vlp.objectives.mim import MaskedImage
-from vlp.optim import AdamW, Schedule
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.probe import Knn
 
 

@@ -17,7 +17,8 @@ from vlp.data.sentences import Sentences
 from vlp.encoders.text import BertText
 from vlp.models.single import Single
 from vlp.objectives.mlm import MaskedText
-from vlp.optim import AdamW, Schedule
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 
 SIZES = {
     "model_type": "bert",

@@ -17,8 +17,9 @@ from vlp.data.shards import Source
 from vlp.encoders.image import TimmImage
 from vlp.models.single import Single
 from vlp.objectives.moco import Moco
-from vlp.optim import Schedule, Sgd
-from vlp.state import Momentum
+from vlp.optim.ema import MomentumConfig
+from vlp.optim.optimizers import Sgd
+from vlp.optim.schedule import Schedule
 
 VIEW = RandomResizedCrop(scale=(0.2, 1.0), then=(ColourDistortion(strength=0.5, probability=1.0),))
 
@@ -32,6 +33,6 @@ def config() -> Experiment:
         optim=Sgd(lr=0.03, momentum=0.9, weight_decay=1e-4),
         schedule=Schedule(kind="constant", drops=(0.6, 0.8)),
         train=Training(epochs=200, clip_norm=None),
-        momentum=Momentum(decay=0.999),
+        momentum=MomentumConfig(decay=0.999),
         save=Saving(every=5000, keep=2),
     )

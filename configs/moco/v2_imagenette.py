@@ -20,8 +20,9 @@ from vlp.data.shards import Source
 from vlp.encoders.image import TimmImage
 from vlp.models.single import Single
 from vlp.objectives.moco import Moco
-from vlp.optim import AdamW, Schedule
-from vlp.state import Momentum
+from vlp.optim.ema import MomentumConfig
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.probe import Knn
 
 VIEW = RandomResizedCrop(scale=(0.2, 1.0), then=(ColourDistortion(0.5),))
@@ -38,7 +39,7 @@ def config() -> Experiment:
         optim=AdamW(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.05),
         schedule=Schedule(warmup_steps=50, kind="cosine"),
         train=Training(steps=800),
-        momentum=Momentum(decay=0.99),
+        momentum=MomentumConfig(decay=0.99),
         evaluate={"knn": Knn(data="../shared/data/imagenette")},
         save=Saving(every=400, keep=1),
     )

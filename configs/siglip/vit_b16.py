@@ -14,7 +14,8 @@ from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.models.dual import Dual
 from vlp.objectives.itc import SigmoidContrast
-from vlp.optim import AdamW, Schedule
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.retrieval import Retrieval
 
 

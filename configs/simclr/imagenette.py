@@ -20,7 +20,8 @@ from vlp.data.shards import Source
 from vlp.encoders.image import TimmImage
 from vlp.models.single import Single
 from vlp.objectives.simclr import SimClr
-from vlp.optim import AdamW, Schedule
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.probe import Knn
 
 VIEW = RandomResizedCrop(scale=(0.2, 1.0), then=(ColourDistortion(0.5),))

@@ -17,7 +17,8 @@ from vlp.data.shards import Source
 from vlp.encoders.image import TimmImage
 from vlp.models.single import Single
 from vlp.objectives.simclr import SimClr
-from vlp.optim import Lars, Schedule
+from vlp.optim.optimizers import Lars
+from vlp.optim.schedule import Schedule
 
 
 def config() -> Experiment:

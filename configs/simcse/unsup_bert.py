@@ -17,7 +17,8 @@ from vlp.data.text_views import Same
 from vlp.encoders.text import BertText
 from vlp.models.single import Single
 from vlp.objectives.sentence import SimCse
-from vlp.optim import AdamW, Schedule
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.sentence_similarity import SentenceSimilarity
 
 

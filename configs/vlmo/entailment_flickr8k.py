@@ -19,7 +19,8 @@ from vlp.data.augment import RandomResizedCrop, Resize
 from vlp.encoders.mome import TINY
 from vlp.models.vlmo import Vlmo
 from vlp.objectives.classification import Classification
-from vlp.optim import AdamW, Schedule
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.annotated_classes import Classes
 
 

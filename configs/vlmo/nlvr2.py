@@ -22,7 +22,8 @@ from vlp.data.augment import RandAugment, RandomResizedCrop, Resize
 from vlp.encoders.mome import BASE
 from vlp.models.vlmo import Vlmo
 from vlp.objectives.classification import Classification
-from vlp.optim import AdamW, Schedule
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.annotated_classes import Classes
 
 

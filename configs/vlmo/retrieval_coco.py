@@ -22,7 +22,8 @@ from vlp.data.shards import Source
 from vlp.encoders.mome import BASE
 from vlp.models.vlmo import Vlmo
 from vlp.objectives.itc import ImageTextContrast
-from vlp.optim import AdamW, Schedule
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.retrieval import Retrieval
 
 

@@ -21,7 +21,8 @@ from vlp.encoders.mome import TINY
 from vlp.encoders.patch_targets import Pixels
 from vlp.models.vlmo import Vlmo
 from vlp.objectives.mim import MaskedImage
-from vlp.optim import AdamW, Schedule
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 
 
 def config() -> Experiment:

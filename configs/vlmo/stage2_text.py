@@ -19,7 +19,8 @@ from vlp.encoders.mome import TINY
 from vlp.models.vlmo import Vlmo
 from vlp.models.vlmo_start import RECOMMENDED
 from vlp.objectives.mlm import MaskedText
-from vlp.optim import AdamW, Schedule
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 
 
 def config() -> Experiment:

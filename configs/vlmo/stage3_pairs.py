@@ -21,7 +21,8 @@ from vlp.models.vlmo import Vlmo
 from vlp.objectives.itc import ImageTextContrast
 from vlp.objectives.itm import ImageTextMatching
 from vlp.objectives.mlm import MaskedText
-from vlp.optim import AdamW, Schedule
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
 from vlp.tasks.retrieval import Retrieval
 
 

@@ -15,8 +15,7 @@ Differs from the paper: there both see the same pairs, and the stages before com
 from dataclasses import replace
 from pathlib import Path
 
-from vlp.ablation import Ablation
-from vlp.config import load_config, override
+from vlp.config import load_config
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
@@ -24,8 +23,10 @@ from vlp.models.albef import Albef
 from vlp.objectives.itc import MomentumContrast
 from vlp.objectives.itm import ImageTextMatching
 from vlp.objectives.mlm import MaskedText
-from vlp.stages import Stages
-from vlp.state import Momentum
+from vlp.optim.ema import MomentumConfig
+from vlp.specs.overrides import override
+from vlp.sweeps.ablation import Ablation
+from vlp.sweeps.stages import Stages
 
 SIZES = {
     "model_type": "bert",
@@ -56,7 +57,7 @@ def config() -> Ablation:
             "itm": ImageTextMatching(),
             "mlm": MaskedText(distill=0.4, ramp_epochs=4.0),
         },
-        momentum=Momentum(decay=0.99, mode="train"),
+        momentum=MomentumConfig(decay=0.99, mode="train"),
     )
     return Ablation(
         name="vlmo-staged-or-not",

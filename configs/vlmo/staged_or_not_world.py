@@ -15,7 +15,6 @@ Differs from the paper: the same time for both, of which the pairs alone have al
 
 from dataclasses import replace
 
-from vlp.ablation import Ablation
 from vlp.config import Data, Experiment, Logging, Saving, Training
 from vlp.data.annotated import Annotated
 from vlp.data.augment import RandomResizedCrop, Resize
@@ -27,11 +26,13 @@ from vlp.models.vlmo_start import RECOMMENDED
 from vlp.objectives.classification import Classification
 from vlp.objectives.itc import ImageTextContrast
 from vlp.objectives.itm import ImageTextMatching
+from vlp.objectives.masking import TextMasking
 from vlp.objectives.mim import MaskedImage
 from vlp.objectives.mlm import MaskedText
-from vlp.optim import AdamW, Schedule
-from vlp.sampling import TextMasking
-from vlp.stages import Stages
+from vlp.optim.optimizers import AdamW
+from vlp.optim.schedule import Schedule
+from vlp.sweeps.ablation import Ablation
+from vlp.sweeps.stages import Stages
 from vlp.tasks.annotated_classes import Classes
 
 WORLD = "data/world"

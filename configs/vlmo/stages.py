@@ -12,7 +12,7 @@ Measured: see staged_or_not.py, which runs this over three seeds.
 from pathlib import Path
 
 from vlp.config import load_config
-from vlp.stages import Stages
+from vlp.sweeps.stages import Stages
 
 HERE = Path(__file__).parent
 

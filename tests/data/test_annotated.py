@@ -10,18 +10,19 @@ import torch
 from PIL import Image
 
 from tests.conftest import SHARED
-from vlp.config import Data, Experiment, override
+from vlp.config import Data, Experiment
 from vlp.data.annotated import Annotated, read_answers, to_evaluate
 from vlp.data.augment import RandomResizedCrop, Resize
-from vlp.data.by_picture import ByPicture
+from vlp.data.by_image import ByPicture
 from vlp.data.formats import read_pairs
 from vlp.data.image import decode
 from vlp.data.pack import Packing, pack
+from vlp.data.preprocess import Preprocess
 from vlp.data.shards import Source
-from vlp.data.stream import Shuffled, evaluation_batches
+from vlp.data.stream import TrainDataset, evaluation_batches
 from vlp.data.text import load_tokenizer
-from vlp.encoders.image import Preprocess
 from vlp.errors import BadSample, UserError
+from vlp.specs.overrides import override
 
 PREPROCESS = Preprocess((8, 8), (0.5,) * 3, (0.5,) * 3, "bicubic")
 LINES = [
@@ -148,14 +149,14 @@ def test_bad_line_is_left_out_with_its_reason_and_another_takes_its_place(asked,
     lines = [good, *BAD.values(), good, good]
     source = replace(asked, path=write(tmp_path / "x.jsonl", lines), images=str(folder), classes=("red", "x"))
     tokenizer = load_tokenizer(str(world / "tokenizer"))
-    dataset = Shuffled((source,), (Resize(),), PREPROCESS, tokenizer, 16, 10_000, 0)
+    dataset = TrainDataset((source,), (Resize(),), PREPROCESS, tokenizer, 16, 10_000, 0)
     loaded = dataset.__getitems__(range(10))
     assert len(loaded.batch) == 10 and set(loaded.batch.labels or [0]) == {0}
     found = {int(bad["key"]): bad["reason"] for bad in loaded.bad}
     assert sorted(found) == list(range(2, 2 + len(BAD)))
     for number, reason in enumerate(BAD, 2):
         assert reason in found[number]
-    again = Shuffled((source,), (Resize(),), PREPROCESS, tokenizer, 16, 10_000, 0).__getitems__(range(5, 10))
+    again = TrainDataset((source,), (Resize(),), PREPROCESS, tokenizer, 16, 10_000, 0).__getitems__(range(5, 10))
     assert again.batch.keys == loaded.batch.keys[5:]
 
 
@@ -172,7 +173,7 @@ def test_label_that_is_no_class_is_a_bad_sample(folder, tmp_path):
 def test_batch_has_answers_with_their_questions_and_they_end_in_sep(asked, world, sep):
     tokenizer = load_tokenizer(str(world / "tokenizer"), sep)
     source = replace(asked, classes=("yes", "no", "red", "2", "3", "true"))
-    batch = Shuffled((source,), (Resize(),), PREPROCESS, tokenizer, 16, 10_000, 0).__getitems__(range(5)).batch
+    batch = TrainDataset((source,), (Resize(),), PREPROCESS, tokenizer, 16, 10_000, 0).__getitems__(range(5)).batch
     order = [int(key.split("/")[1]) for key in batch.keys]
     expected = [(n, *answer) for n, row in enumerate(order) for answer in source.open().read(0, row).answers]
     ids = [
@@ -196,7 +197,7 @@ def test_second_picture_is_the_next_view(folder, world, tmp_path):
         write(tmp_path / "x.jsonl", lines), str(folder), image=("one", "two"), label="label", classes=("no", "yes")
     )
     tokenizer = load_tokenizer(str(world / "tokenizer"))
-    batch = Shuffled((source,), (Resize(),), PREPROCESS, tokenizer, 16, 10_000, 0).__getitems__(range(2)).batch
+    batch = TrainDataset((source,), (Resize(),), PREPROCESS, tokenizer, 16, 10_000, 0).__getitems__(range(2)).batch
     order = [int(key.split("/")[1]) for key in batch.keys]
     assert batch.image[:, 0, 0, 0].tolist() == [(0, 80)[row] for row in order]
     assert batch.others[0].image[:, 0, 0, 0].tolist() == [(40, 0)[row] for row in order]
@@ -211,7 +212,7 @@ def test_picture_is_not_mirrored_where_the_answer_has_a_side(folder, world, tmp_
     tokenizer = load_tokenizer(str(world / "tokenizer"))
     flip = RandomResizedCrop(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=1.0)
     source = Annotated(write(tmp_path / "x.jsonl", lines), answers="answers")
-    batch = Shuffled((source,), (flip,), PREPROCESS, tokenizer, 16, 10_000, 0).__getitems__(range(2)).batch
+    batch = TrainDataset((source,), (flip,), PREPROCESS, tokenizer, 16, 10_000, 0).__getitems__(range(2)).batch
     bright_left = {int(key.split("/")[1]): bool(image[0, 0, 0] > 128) for key, image in zip(batch.keys, batch.image)}
     assert bright_left == {0: True, 1: False}
 
@@ -255,7 +256,7 @@ def test_override_keeps_the_fields(asked):
 def test_different_kinds_of_sources_in_a_batch_are_refused(asked, world):
     tokenizer = load_tokenizer(str(world / "tokenizer"))
     sources = (asked, replace(asked, answers=None))
-    found = Shuffled(sources, (Resize(),), PREPROCESS, tokenizer, 16, 10_000, 0).__getitems__(range(10))
+    found = TrainDataset(sources, (Resize(),), PREPROCESS, tokenizer, 16, 10_000, 0).__getitems__(range(10))
     assert isinstance(found, UserError) and "only some have classes or answers" in str(found)
 
 

@@ -16,10 +16,10 @@ from tests.conftest import draw_pairs
 from vlp.data.augment import GaussianBlur, RandAugment, RandomResizedCrop, Resize, mentions_side
 from vlp.data.image import decode
 from vlp.data.pack import Packing, pack
+from vlp.data.preprocess import Preprocess
 from vlp.data.shards import ShardReader, Source
-from vlp.data.stream import InOrder, Shuffled, evaluation_batches, training_loader
+from vlp.data.stream import EvalDataset, TrainDataset, evaluation_batches, training_loader
 from vlp.data.text import load_tokenizer
-from vlp.encoders.image import Preprocess
 from vlp.errors import UserError
 
 AUGMENT = RandomResizedCrop(then=(RandAugment(), GaussianBlur()))
@@ -39,9 +39,9 @@ def open_stream(world):
     """A function of shards (default: the world's 50 samples in 5) that opens them for training."""
     tokenizer = load_tokenizer(str(world / "tokenizer"))
 
-    def opened(*sources: Source, transform=AUGMENT, seed=0, max_pixels=10_000) -> Shuffled:
+    def opened(*sources: Source, transform=AUGMENT, seed=0, max_pixels=10_000) -> TrainDataset:
         sources = sources or (Source(str(world / "shards")),)
-        return Shuffled(sources, (transform,), PREPROCESS, tokenizer, 16, max_pixels, seed)
+        return TrainDataset(sources, (transform,), PREPROCESS, tokenizer, 16, max_pixels, seed)
 
     return opened
 
@@ -266,7 +266,7 @@ def test_shard_that_changes_during_the_run_is_named_in_one_line(tmp_path, open_s
     pack(draw_pairs(tmp_path / "pictures", 4), tmp_path / "s", Packing(shard_samples=2))
     training, evaluation = (
         open_stream(Source(str(tmp_path / "s"))),
-        InOrder(str(tmp_path / "s"), Resize(), PREPROCESS, 10_000),
+        EvalDataset(str(tmp_path / "s"), Resize(), PREPROCESS, 10_000),
     )
     shard = tmp_path / "s" / "shard-000001.tar"
     shard.write_bytes(shard.read_bytes()[:1000])
@@ -280,7 +280,7 @@ def test_shard_that_changes_during_the_run_is_named_in_one_line(tmp_path, open_s
 
 @pytest.mark.parametrize("processes, workers", [(1, 0), (1, 2), (2, 1), (4, 0)])
 def test_evaluation_sees_every_good_sample_once_in_order(spoilt, processes, workers):
-    dataset = InOrder(str(spoilt), Resize(), PREPROCESS, 10_000)
+    dataset = EvalDataset(str(spoilt), Resize(), PREPROCESS, 10_000)
     parts = [list(evaluation_batches(dataset, 4, workers, rank, processes)) for rank in range(processes)]
     batches = [parts[n % processes][n // processes] for n in range(-(-35 // 4))]
     samples = [sample for batch, _ in batches for sample in batch]

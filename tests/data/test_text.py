@@ -70,7 +70,7 @@ def test_a_vocabulary_is_lower_cased_unless_its_config_says_otherwise(vocabulary
 def test_ids_equal_transformers(captions):
     from transformers import AutoTokenizer
 
-    from vlp.models.pretrained import resolve
+    from vlp.files import resolve
 
     tokenizer = minilm()
     theirs = AutoTokenizer.from_pretrained(resolve(MINILM), local_files_only=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlp.data.sentences import Sentences
-from vlp.data.stream import Shuffled
+from vlp.data.stream import TrainDataset
 from vlp.data.text import train_tokenizer
 from vlp.data.text_views import Repetition, Same
 
@@ -68,7 +68,7 @@ def test_views_of_a_sample_are_the_same_for_a_seed_and_others_in_the_next_epoch(
 
     def data(seed=0, limit=40):
         views = (Same(), Repetition())
-        return Shuffled((Sentences(str(path)),), (), None, TOKENIZER, limit, 1, seed, views)
+        return TrainDataset((Sentences(str(path)),), (), None, TOKENIZER, limit, 1, seed, views)
 
     def by_key(dataset, positions):
         loaded = dataset.__getitems__(list(positions))

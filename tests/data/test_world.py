@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from vlp.commands.world import add_world_command
 from vlp.data.image import decode
 from vlp.data.shards import ShardReader
 from vlp.data.world import Scene, World, make
-from vlp.data.world.command import add_world_command
 from vlp.data.world.scenes import COLOURS, SIDES
 from vlp.data.world.shapes import CONVEX, OUTLINES, sprite
 from vlp.errors import UserError

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from vlp.encoders.decoder import AnswerDecoder, Decoder, Past
+from vlp.encoders.decoder import AnswerDecoder, Decoder, KVCache
 from vlp.encoders.fusion import BERT_LAYER
 from vlp.encoders.generate import beam_search, rank
 from vlp.encoders.text import BertText
@@ -113,7 +113,7 @@ def test_what_was_read_before_need_not_be_read_again():
     source = model.project(tokens, seen)
     ids, mask = texts((6, 6, 6))
     whole = model.read(ids[:, :-1], mask[:, :-1], source).states.view(3, 6, -1)
-    past = Past()
+    past = KVCache()
     for begin, end in ((0, 1), (1, 4), (4, 6)):
         written = model.read(ids[:, begin:end], mask[:, begin:end], source, past=past)
         torch.testing.assert_close(written.states.view(3, end - begin, -1), whole[:, begin:end])

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlp.encoders.fusion import BERT_LAYER, Fusion, FusionEncoder, Unprojected
-from vlp.encoders.packing import Layout
+from vlp.encoders.ragged import Layout
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
 

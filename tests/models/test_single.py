@@ -6,13 +6,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vlp.config import dump, from_plain
 from vlp.encoders.image import TimmImage
 from vlp.encoders.patch_targets import Pixels, RandomCodes
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.models.single import Single
+from vlp.specs.json import dump, from_plain
 from vlp.types import Batch
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

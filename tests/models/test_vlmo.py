@@ -20,14 +20,14 @@ from tests.vlmo_reference import reference_step
 from vlp.encoders.mome import SMALL
 from vlp.encoders.patch_targets import Pixels
 from vlp.errors import UserError
-from vlp.forward import Forward, Surroundings
+from vlp.forward import Forward, StepContext
 from vlp.losses.masked import IGNORED
 from vlp.models.vlmo import Vlmo
 from vlp.objectives.itc import ImageTextContrast, MomentumContrast
 from vlp.objectives.itm import ImageTextMatching
 from vlp.objectives.mim import MaskedImage
 from vlp.objectives.mlm import MaskedText
-from vlp.optim import parameter_groups
+from vlp.optim.groups import parameter_groups
 from vlp.train import Pretrainer
 from vlp.types import Batch
 
@@ -65,7 +65,7 @@ def apart():
 def test_losses_and_every_gradient_are_those_of_the_published_passes_one_by_one():
     batch, model, slow = apart(), randomised(), randomised()
     with drawn_by_row():
-        losses, total, f = Pretrainer(model, OBJECTIVES)(batch, None, Surroundings())
+        losses, total, f = Pretrainer(model, OBJECTIVES)(batch, None, StepContext())
         masked = f.masked(OBJECTIVES["mlm"].masking)
     total.backward()
     labels = torch.full_like(batch.input_ids, IGNORED)
@@ -89,7 +89,7 @@ def test_recomputation_changes_nothing(how):
         model.set_checkpointing(each)
         torch.manual_seed(3)
         with drawn_by_row():
-            Pretrainer(model, OBJECTIVES)(apart(), None, Surroundings())[1].backward()
+            Pretrainer(model, OBJECTIVES)(apart(), None, StepContext())[1].backward()
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
 
@@ -156,7 +156,7 @@ def test_every_parameter_is_used(use):
     if use == "texts":
         batch.image = None
     with drawn_by_row():
-        Pretrainer(model, objectives)(batch, None, Surroundings())[1].backward()
+        Pretrainer(model, objectives)(batch, None, StepContext())[1].backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert [name for name, p in trained.items() if p.grad is None] == []
 
@@ -167,7 +167,7 @@ def test_a_model_that_only_fuses_does_not_run_the_modalities_alone():
     for layer in model.encoder.layers:
         layer.register_forward_pre_hook(lambda module, given: ran.append(given[1]))
     with drawn_by_row():
-        Pretrainer(model, objectives)(apart(), None, Surroundings())
+        Pretrainer(model, objectives)(apart(), None, StepContext())
     assert len(ran) == 3 and all(rows.width and rows.patches for rows in ran)
 
 

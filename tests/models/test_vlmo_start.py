@@ -9,14 +9,15 @@ from vlp.encoders.mome import SMALL
 from vlp.encoders.mome_layer import Rows
 from vlp.encoders.patch_targets import Pixels
 from vlp.errors import UserError
-from vlp.forward import Surroundings
-from vlp.models.pretrained import LoadReport
+from vlp.forward import StepContext
 from vlp.models.vlmo import Vlmo, VlmoModel
 from vlp.models.vlmo_start import PAPER, RECOMMENDED, start
 from vlp.objectives.mlm import MaskedText
-from vlp.optim import AdamW, Lamb, Sgd, parameter_groups, starts_with
+from vlp.optim.groups import parameter_groups, starts_with
+from vlp.optim.optimizers import AdamW, Lamb, Sgd
 from vlp.train import Pretrainer
 from vlp.types import Batch, Vocabulary
+from vlp.weights.reading import LoadReport
 
 SIZES = replace(SMALL, width=32, layers=3, heads=2, vl_from=2, vocab_size=60, image_size=32, max_text_length=12)
 BARE = Vlmo(itc=False, itc_vl=False, itm=False, mlm=False)
@@ -150,7 +151,7 @@ def text_stage(first: VlmoModel, plan: tuple[str, ...], optim=DECAYING) -> VlmoM
         parameter.requires_grad_(not any(starts_with(name, prefix) for prefix in plan))
     optimizer = optim.build(parameter_groups(model, optim.weight_decay))
     special = torch.arange(60) < 5
-    around = Surroundings({}, Vocabulary(60, 4, special, torch.zeros_like(special)))
+    around = StepContext({}, Vocabulary(60, 4, special, torch.zeros_like(special)))
     step = Pretrainer(model, {"mlm": MaskedText()})
     for _ in range(3):
         ids = torch.randint(5, 60, (8, 10))

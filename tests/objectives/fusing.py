@@ -17,18 +17,19 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.objectives.toys import CPU, part_of
-from vlp.distributed import sum_over_processes
+from vlp.distributed import all_reduce_sum
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
-from vlp.forward import Forward, Surroundings
-from vlp.grad_cache import average_gradients, bundles
+from vlp.forward import Forward, StepContext
 from vlp.models.albef import Albef
 from vlp.objectives import itm
-from vlp.sampling import MaskedIds, TextMasking
-from vlp.state import Average, Queue
+from vlp.objectives.masking import TextMasking
+from vlp.objectives.queues import Queue
+from vlp.optim.ema import EMA
 from vlp.train import Pretrainer
-from vlp.types import Batch
+from vlp.training.grad_cache import average_gradients, bundles
+from vlp.types import Batch, MaskedIds
 
 ROWS, LENGTH, WIDTH = 8, 9, 24
 SIZES = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
@@ -60,9 +61,9 @@ def queue_of(size: int, filled: int) -> Queue:
     return queue
 
 
-def around_of(objectives: dict, filled: int = 5, progress: float = 0.5) -> Surroundings:
+def around_of(objectives: dict, filled: int = 5, progress: float = 0.5) -> StepContext:
     memory = {o: queue_of(o.queue_size, min(filled, o.queue_size)) for o in objectives.values() if hasattr(o, "start")}
-    return Surroundings(memory, progress=progress)
+    return StepContext(memory, progress=progress)
 
 
 def networks(spec: Any = None, **how) -> tuple[nn.Module, nn.Module]:
@@ -71,7 +72,7 @@ def networks(spec: Any = None, **how) -> tuple[nn.Module, nn.Module]:
     for seed in (0, 9):
         torch.manual_seed(seed)
         built.append((spec or tiny(**how)).build().double())
-    return built[0], Average(built[1], 0.9, "train").network.double()
+    return built[0], EMA(built[1], 0.9, "train").network.double()
 
 
 def bundle(batch: Batch, objectives: dict, model: nn.Module | None = None, **how) -> Forward:
@@ -91,7 +92,7 @@ def drawn_by_row():
     def negatives(similarity: Tensor, candidates: Tensor, epsilon: float) -> Tensor:
         return similarity.masked_fill(~candidates, -torch.inf).argmax(1)
 
-    with patch.object(TextMasking, "__call__", masking), patch.object(itm, "draw_negatives", negatives):
+    with patch.object(TextMasking, "__call__", masking), patch.object(itm, "sample_hard_negatives", negatives):
         yield
 
 
@@ -113,7 +114,7 @@ def step(
     with drawn_by_row():
         losses, total, f = called(batch, momentum, around_of(objectives))
         total.backward()
-    means = sum_over_processes([loss.item() for loss in losses.values()], CPU)
+    means = all_reduce_sum([loss.item() for loss in losses.values()], CPU)
     with torch.no_grad():
         kept = {name: o.remember(f) for name, o in objectives.items() if hasattr(o, "remember")}
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -141,7 +142,7 @@ def cached_step(
         for f in found:
             f.replay()
     average_gradients(list(model.parameters()))
-    means = sum_over_processes(list(sums.values()), CPU)
+    means = all_reduce_sum(list(sums.values()), CPU)
     with torch.no_grad():
         for name, objective in objectives.items():
             rows = [objective.remember(f) for f in found] if hasattr(objective, "remember") else []

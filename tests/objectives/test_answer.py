@@ -12,11 +12,11 @@ from vlp.data.annotated import Annotated
 from vlp.data.shards import Source
 from vlp.encoders.decoder import Decoder
 from vlp.errors import UserError
-from vlp.forward import Forward, Surroundings
+from vlp.forward import Forward, StepContext
 from vlp.losses.masked import masked_cross_entropy
 from vlp.objectives.answer import AnswerGeneration, Captioning
 from vlp.objectives.classification import Classification
-from vlp.state import Average, Momentum
+from vlp.optim.ema import EMA, MomentumConfig
 from vlp.train import geometry
 from vlp.types import Answers
 
@@ -41,7 +41,7 @@ def networks(source="fusion", **parts):
         torch.manual_seed(seed)
         heads = {"itc": False, "itm": False, "mlm": False}
         made.append(tiny(decoder=Decoder(layers=2, source=source), **heads, **parts).build().double())
-    return made[0], Average(made[1], 0.9).network.double()
+    return made[0], EMA(made[1], 0.9).network.double()
 
 
 def each_alone(model, teacher, batch, distill):
@@ -67,7 +67,7 @@ def each_alone(model, teacher, batch, distill):
 def test_answers_are_weighted_and_summed_as_each_alone(distill, progress):
     model, teacher = networks()
     batch = asked()
-    f = Forward(model, batch, Forward(teacher, batch), Surroundings(progress=progress))
+    f = Forward(model, batch, Forward(teacher, batch), StepContext(progress=progress))
     loss = AnswerGeneration(distill=distill, ramp_epochs=1.0)(f)
     slow = each_alone(model, teacher, batch, distill * progress)
     torch.testing.assert_close(loss.double(), slow, rtol=1e-5, atol=1e-6)
@@ -156,7 +156,7 @@ def test_what_is_missing_is_said():
             AnswerGeneration().check(experiment(AnswerGeneration(), **fields))
     with pytest.raises(UserError, match="momentum"):
         AnswerGeneration(distill=0.4).check(experiment(AnswerGeneration()))
-    AnswerGeneration(distill=0.4).check(experiment(AnswerGeneration(), momentum=Momentum()))
+    AnswerGeneration(distill=0.4).check(experiment(AnswerGeneration(), momentum=MomentumConfig()))
     with pytest.raises(UserError, match="from 0 to 1"):
         AnswerGeneration(distill=1.4).check(experiment(AnswerGeneration()))
     with pytest.raises(UserError, match="source='image'"):

@@ -10,10 +10,10 @@ from vlp.encoders.fusion import Fusion, InTurn
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
-from vlp.forward import Forward, Surroundings
+from vlp.forward import Forward, StepContext
 from vlp.models.single import Single
 from vlp.objectives.classification import Classification
-from vlp.state import Momentum
+from vlp.optim.ema import MomentumConfig
 
 HEADLESS = {"itc": False, "itm": False, "mlm": False}
 SPEC = tiny(classes=3, **HEADLESS)
@@ -30,7 +30,7 @@ def build(seed=0, spec=SPEC):
 
 
 def bundle(batch, model=None, progress=0.0):
-    around = Surroundings(progress=progress)
+    around = StepContext(progress=progress)
     momentum = Forward(build(9).requires_grad_(False), batch, around=around)
     return Forward(model or build(), batch, momentum, around)
 
@@ -109,7 +109,7 @@ def test_a_single_tower_is_classified_by_its_pooled_state(of):
     ],
 )
 def test_what_is_missing_is_said_before_anything_is_built(changed, complaint):
-    whole = Experiment("x", SPEC, {"c": Classification()}, Data(train=()), momentum=Momentum())
+    whole = Experiment("x", SPEC, {"c": Classification()}, Data(train=()), momentum=MomentumConfig())
     whole.objectives["c"].check(whole)
     experiment = replace(whole, **changed)
     with pytest.raises(UserError, match=complaint):

@@ -16,8 +16,8 @@ from vlp.forward import Forward
 from vlp.losses.divergence import jensen_shannon
 from vlp.models.single import Single
 from vlp.objectives.cutoff import Cutoff, keep_outside_span, keep_tokens
+from vlp.training.validation import validate
 from vlp.types import Batch
-from vlp.validation import validate
 
 SIZES = {"model_type": "bert", "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"intermediate_size": 64, "max_position_embeddings": 40}

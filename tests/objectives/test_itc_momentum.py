@@ -11,7 +11,7 @@ from vlp.config import Data, Experiment
 from vlp.errors import UserError
 from vlp.models.single import Single
 from vlp.objectives.itc import MomentumContrast
-from vlp.state import Momentum
+from vlp.optim.ema import MomentumConfig
 
 ITC = MomentumContrast(queue_size=7, distill=0.4, ramp_epochs=1.0)
 
@@ -150,7 +150,7 @@ def test_empty_queue_and_no_teacher_are_the_contrast_with_momentum_keys():
 
 
 def test_what_is_missing_is_said_before_anything_is_built():
-    experiment = Experiment("x", tiny(), {}, Data(train=()), momentum=Momentum())
+    experiment = Experiment("x", tiny(), {}, Data(train=()), momentum=MomentumConfig())
     ITC.check(experiment)
     for wrong, message in (
         (replace(experiment, momentum=None), "needs the momentum encoder"),

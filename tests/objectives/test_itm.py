@@ -10,9 +10,9 @@ from tests.objectives.toys import part_of
 from vlp.config import Data, Experiment
 from vlp.errors import UserError
 from vlp.models.dual import Dual
-from vlp.negatives import draw_negatives
+from vlp.objectives.hard_negatives import sample_hard_negatives
 from vlp.objectives.itm import ImageTextMatching, matching_loss
-from vlp.state import Momentum
+from vlp.optim.ema import MomentumConfig
 
 ITM = ImageTextMatching()
 
@@ -22,7 +22,7 @@ ITM = ImageTextMatching()
 
 def frequencies(similarity, candidates, epsilon=0.0, draws=20_000):
     torch.manual_seed(0)
-    drawn = draw_negatives(similarity.expand(draws, -1), candidates.expand(draws, -1), epsilon)
+    drawn = sample_hard_negatives(similarity.expand(draws, -1), candidates.expand(draws, -1), epsilon)
     return F.one_hot(drawn, similarity.shape[-1]).double().mean(0)
 
 
@@ -38,7 +38,9 @@ def test_candidates_are_drawn_as_often_as_their_softmax_and_epsilon_say(epsilon)
 
 def test_rows_draw_apart_and_the_generator_repeats_them():
     similarity, candidates = torch.zeros(200, 6), torch.ones(200, 6, dtype=torch.bool)
-    first, again = (draw_negatives(similarity, candidates, generator=torch.Generator().manual_seed(1)) for _ in "ab")
+    first, again = (
+        sample_hard_negatives(similarity, candidates, generator=torch.Generator().manual_seed(1)) for _ in "ab"
+    )
     assert torch.equal(first, again) and set(first.tolist()) == set(range(6))
 
 
@@ -57,7 +59,7 @@ def test_only_candidates_are_drawn_whatever_the_scores():
     similarity = torch.randn(500, 12) * 300
     candidates = torch.rand(500, 12) < 0.2
     for epsilon in (0.0, 1e-4):
-        drawn = draw_negatives(similarity, candidates, epsilon)
+        drawn = sample_hard_negatives(similarity, candidates, epsilon)
         some = candidates.any(1)
         assert 0 < (~some).sum() < 100
         assert candidates.gather(1, drawn[:, None])[some].all() and ((drawn >= 0) & (drawn < 12)).all()
@@ -184,7 +186,7 @@ def test_two_processes_that_draw_from_their_own_rows_are_the_mean_of_two_batches
 
 
 def test_what_is_missing_is_said_before_anything_is_built():
-    experiment = Experiment("x", tiny(), {}, Data(train=()), momentum=Momentum())
+    experiment = Experiment("x", tiny(), {}, Data(train=()), momentum=MomentumConfig())
     ITM.check(experiment)
     replace(ITM, negatives="uniform").check(replace(experiment, momentum=None, model=tiny(itc=False)))
     replace(ITM, keys="student").check(replace(experiment, momentum=None))

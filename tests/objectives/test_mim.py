@@ -12,9 +12,9 @@ from vlp.encoders.text import BertText
 from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.models.single import Single
+from vlp.objectives.masking import block_masks
 from vlp.objectives.mim import MaskedImage
-from vlp.optim import AdamW
-from vlp.sampling import block_masks
+from vlp.optim.optimizers import AdamW
 from vlp.types import Batch
 
 VIT = TimmImage("test_vit", image_size=(96, 64))  # 6 x 4 patches

@@ -9,16 +9,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlp.config import Data, Experiment
 from vlp.data.sentences import Sentences
-from vlp.distributed import sum_over_processes
+from vlp.distributed import all_reduce_sum
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
-from vlp.forward import Forward, Surroundings
+from vlp.forward import Forward, StepContext
 from vlp.models.single import Single
+from vlp.objectives.masking import TextMasking
 from vlp.objectives.mlm import MaskedText
-from vlp.optim import AdamW
-from vlp.sampling import TextMasking
-from vlp.state import Momentum
+from vlp.optim.ema import MomentumConfig
+from vlp.optim.optimizers import AdamW
 from vlp.types import Batch, Vocabulary
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -43,7 +43,7 @@ def build(seed=0):
 
 
 def bundle(model, given, momentum=None, progress=0.0):
-    around = Surroundings(vocabulary=VOCABULARY, progress=progress)
+    around = StepContext(vocabulary=VOCABULARY, progress=progress)
     return Forward(model, given, momentum and Forward(momentum, given, around=around), around)
 
 
@@ -149,7 +149,7 @@ def step(rank, world, objective):
     called = DistributedDataParallel(wrapped) if world > 1 else wrapped  # kept until the backward is done
     loss = called(part_of(given, rows))
     loss.backward()
-    mean = sum_over_processes([loss.item()], torch.device("cpu"))[0] / world
+    mean = all_reduce_sum([loss.item()], torch.device("cpu"))[0] / world
     return mean, {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -177,11 +177,11 @@ def test_what_is_missing_is_said_before_anything_is_built():
         (experiment(replace(MODEL, mlm=False)), "set model.mlm=true"),
         (experiment(distill=0.4), "needs the momentum encoder"),
         (experiment(masking=TextMasking(probability=1.5)), "masking.probability is 1.5"),
-        (experiment(distill=1.4, momentum=Momentum()), "distill is 1.4"),
+        (experiment(distill=1.4, momentum=MomentumConfig()), "distill is 1.4"),
     ):
         with pytest.raises(UserError, match=complaint):
             wrong.objectives["mlm"].check(wrong)
-    right = experiment(momentum=Momentum(0.995), distill=0.4)
+    right = experiment(momentum=MomentumConfig(0.995), distill=0.4)
     right.objectives["mlm"].check(right)
 
 

@@ -11,7 +11,7 @@ from vlp.encoders.image import TimmImage
 from vlp.errors import UserError
 from vlp.models.single import Single
 from vlp.objectives.moco import Moco, has_batch_norm, in_groups, shuffled
-from vlp.state import Momentum
+from vlp.optim.ema import MomentumConfig
 
 GROWING = Moco(queue_size=11, random_start=False, temperature=0.3)
 
@@ -182,7 +182,7 @@ def test_what_is_missing_is_said_before_anything_is_built():
         Single(image=TimmImage("test_vit")),
         {},
         Data(train=(), views=(simclr(),), batch_size=8),
-        momentum=Momentum(),
+        momentum=MomentumConfig(),
     )
     Moco().check(experiment)
     with pytest.raises(UserError, match="Moco needs the momentum encoder"):

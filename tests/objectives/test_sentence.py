@@ -17,16 +17,17 @@ from vlp.config import Data, Experiment
 from vlp.data.sentences import Sentences
 from vlp.data.shards import Source
 from vlp.data.text_views import Same
-from vlp.distributed import sum_over_processes
+from vlp.distributed import all_reduce_sum
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
-from vlp.forward import Forward, Surroundings
+from vlp.forward import Forward, StepContext
 from vlp.models.single import Single
+from vlp.objectives.queues import Queue
 from vlp.objectives.sentence import Cert, ESimCse, SimCse
-from vlp.state import Momentum, Queue
+from vlp.optim.ema import MomentumConfig
+from vlp.training.validation import validate
 from vlp.types import Batch, Encoded
-from vlp.validation import validate
 
 B, E = 8, 5
 INDEX = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])  # rows 1 and 3 are the same sentence
@@ -67,7 +68,7 @@ def queue_of(rows: int, size: int = 30) -> Queue:
 
 def forward_of(objective, views=2, queue=None, momentum=None) -> Forward:
     batch = batch_of(views)
-    around = Surroundings({objective: queue} if queue is not None else {})
+    around = StepContext({objective: queue} if queue is not None else {})
     return Forward(Bag(), batch, Forward(momentum, batch, around=around) if momentum else None, around)
 
 
@@ -226,14 +227,14 @@ def gradients(rank: int, world: int, name: str) -> tuple:
         rows = {n: getattr(batch, n)[part] for n in ("index", "input_ids", "attention_mask")}
         return Batch(**rows, others=tuple(map(cut, batch.others)))
 
-    around = Surroundings({objective: queue_of(20)} if name != "simcse" else {})
+    around = StepContext({objective: queue_of(20)} if name != "simcse" else {})
     wrapped = Wrapped(Bag(), objective, around, Bag(seed=5).requires_grad_(False))
     called = DistributedDataParallel(wrapped) if world > 1 else wrapped  # which must live until the backward
     loss, f = called(cut(batch_of(views)))
     loss.backward()
     with torch.no_grad():
         rows = objective.remember(f) if hasattr(objective, "remember") else {}
-    total = sum_over_processes([loss.item()], torch.device("cpu"))[0] / world
+    total = all_reduce_sum([loss.item()], torch.device("cpu"))[0] / world
     return total, {n: p.grad for n, p in wrapped.model.named_parameters()}, rows
 
 
@@ -258,7 +259,7 @@ def experiment(objective, **changes) -> Experiment:
 def test_what_a_method_lacks_is_said_before_anything_is_built():
     views = Data(train=(Sentences("x.tsv", columns=("a", "b")),), tokenizer="t", batch_size=8)
     for objective in (SimCse(), ESimCse(), Cert()):
-        complete = experiment(objective, momentum=Momentum(0.995, "eval"))
+        complete = experiment(objective, momentum=MomentumConfig(0.995, "eval"))
         validate(complete)
         validate(replace(complete, data=views))
         for data in (replace(views, train=(Sentences("x.txt"),)), replace(views, train=(Source("x"),))):

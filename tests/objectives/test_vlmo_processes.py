@@ -5,7 +5,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.models.test_vlmo import OBJECTIVES, SPEC, apart
 from tests.objectives.fusing import assert_same, drawn_by_row, step
-from vlp.forward import Surroundings
+from vlp.forward import StepContext
 from vlp.objectives.itc import MomentumContrast
 from vlp.objectives.itm import ImageTextMatching
 from vlp.objectives.mlm import MaskedText
@@ -38,7 +38,7 @@ def ddp_step(rank, spec, objectives):
         for _ in range(2):  # the second complains of what the first left unused
             batch = apart()
             batch.image = batch.image.float()
-            module(batch, None, Surroundings())[1].backward()
+            module(batch, None, StepContext())[1].backward()
     return True
 
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from vlp.distributed import sum_over_processes
-from vlp.forward import Forward, Surroundings
-from vlp.state import Bank
+from vlp.distributed import all_reduce_sum
+from vlp.forward import Forward, StepContext
+from vlp.objectives.queues import MemoryBank
 from vlp.types import Batch, Encoded
 
 ROWS, SAMPLES, WIDTH = 8, 20, 5
@@ -65,7 +65,7 @@ def memory_of(objective, model) -> dict:
     if not hasattr(objective, "start"):
         return {}
     memory = objective.start(model, SAMPLES, CPU, torch.Generator().manual_seed(3))
-    if isinstance(memory, Bank):
+    if isinstance(memory, MemoryBank):
         memory.rows = memory.rows.double()
         return {objective: memory}
     if len(memory) == 0:
@@ -78,7 +78,7 @@ def memory_of(objective, model) -> dict:
 def forward_of(objective, batch: Batch, norm: bool = False, memory: dict | None = None, step: int = 0) -> Forward:
     """The bundle that the objective is called with; its momentum encoder has other weights."""
     model, momentum = Net(norm), Net(norm, seed=9).requires_grad_(False)
-    around = Surroundings(memory_of(objective, model) if memory is None else memory, step=step)
+    around = StepContext(memory_of(objective, model) if memory is None else memory, step=step)
     return Forward(model, batch, Forward(momentum, batch, around=around), around)
 
 
@@ -103,7 +103,7 @@ def step(rank: int, world: int, objective, norm: bool = False) -> tuple[float, d
     torch.manual_seed(7)
     loss = called(f)
     loss.backward()
-    total = sum_over_processes([loss.item()], CPU)[0] / world
+    total = all_reduce_sum([loss.item()], CPU)[0] / world
     with torch.no_grad():
         remembered = objective.remember(f) if hasattr(objective, "remember") else {}
     return total, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, remembered

@@ -8,8 +8,8 @@ from torch import nn
 from tests.conftest import COLOURS
 from vlp.config import Data
 from vlp.data.augment import Resize
-from vlp.encoders.image import Preprocess
-from vlp.evaluation import Subject
+from vlp.data.preprocess import Preprocess
+from vlp.tasks.base import EvalModel
 from vlp.types import Encoded
 
 NAMES = list(COLOURS)
@@ -53,6 +53,6 @@ class Blind(Seer):
         return self._encoded(torch.zeros(len(input_ids), dtype=torch.int64))
 
 
-def subject(model: nn.Module, val: str | None = None) -> Subject:
+def subject(model: nn.Module, val: str | None = None) -> EvalModel:
     data = Data(train=(), val=val, resize=Resize(mode="squash"), workers=0)
-    return Subject(model, Tokens(), data, torch.device("cpu"), checkpoint="a fake")
+    return EvalModel(model, Tokens(), data, torch.device("cpu"), checkpoint="a fake")

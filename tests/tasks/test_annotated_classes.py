@@ -18,9 +18,9 @@ from vlp.data.world import World, make
 from vlp.encoders.fusion import Fusion, InTurn
 from vlp.encoders.image import TimmImage
 from vlp.errors import UserError
-from vlp.evaluation import Subject
 from vlp.models.single import Single
 from vlp.tasks.annotated_classes import Classes
+from vlp.tasks.base import EvalModel
 
 FALSE_TRUE = ("false", "true")
 ONE = tiny(itc=False, itm=False, mlm=False, classes=2)
@@ -50,7 +50,7 @@ def subject(world, name, spec):
     for parameter in (*model.fusion.parameters(), *model.classifier.parameters()):
         torch.nn.init.normal_(parameter, std=0.6)  # the small random start says the same of everything
     data = Data(train=(source(world, name),), max_length=32, workers=0, resize=Resize(mode="squash"))
-    return Subject(model, tokenizer, data, torch.device("cpu"))
+    return EvalModel(model, tokenizer, data, torch.device("cpu"))
 
 
 def task(world, **fields):
@@ -157,7 +157,7 @@ def test_pictures_without_a_text_have_classes_too(world, tmp_path):
     given = Annotated(str(path), str(world / "val"), ("key",), text=None, label="answer", classes=("0", "1", "2"))
     torch.manual_seed(0)
     model = Single(image=TimmImage("test_vit", image_size=32), classes=3).build()
-    under = Subject(model, None, Data(train=(given,), workers=0), torch.device("cpu"))
+    under = EvalModel(model, None, Data(train=(given,), workers=0), torch.device("cpu"))
     result = Classes(data=str(path), images=str(world / "val"), resamples=10)(under)
     assert "text_only" not in result.metrics and 0 < result.metrics["accuracy"].value < 1
 

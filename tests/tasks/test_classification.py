@@ -9,9 +9,9 @@ from vlp.data.shards import Source
 from vlp.data.text import train_tokenizer
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
-from vlp.evaluation import Subject
 from vlp.models.single import Single
 from vlp.tasks import classification
+from vlp.tasks.base import EvalModel
 from vlp.tasks.classification import TextAccuracy
 
 SIZES = {"model_type": "bert", "vocab_size": 80, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -19,12 +19,12 @@ WORDS = ["red", "blue", "square", "thing", "left", "right"]
 
 
 @pytest.fixture
-def subject() -> Subject:
+def subject() -> EvalModel:
     torch.manual_seed(0)
     model = Single(text=BertText(config=SIZES | {"intermediate_size": 16}, dropout=0.1), classes=3).build()
     model.text.word_embeddings.weight.data.mul_(50)
     tokenizer = train_tokenizer(WORDS, vocab_size=80)
-    return Subject(model, tokenizer, Data(train=(Source("x"),), max_length=16), torch.device("cpu"))
+    return EvalModel(model, tokenizer, Data(train=(Source("x"),), max_length=16), torch.device("cpu"))
 
 
 @pytest.fixture

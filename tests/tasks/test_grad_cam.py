@@ -14,11 +14,12 @@ from tests.objectives.fusing import pairs, tiny
 from vlp.config import Data
 from vlp.data.formats import Pair
 from vlp.data.pack import pack
+from vlp.data.preprocess import Preprocess
 from vlp.data.text import Tokenizer, train_tokenizer
 from vlp.encoders.fusion import Fusion
-from vlp.encoders.image import ImageTower, Preprocess
+from vlp.encoders.image import ImageTower
 from vlp.errors import UserError
-from vlp.evaluation import Subject
+from vlp.tasks.base import EvalModel
 from vlp.tasks.grad_cam import choose_layer, draw_words, enlarged, grad_cam, mean_over, word_maps
 
 
@@ -126,7 +127,7 @@ def test_the_layer_is_checked_and_published_by_default():
 @pytest.fixture
 def subject():
     tokenizer = train_tokenizer(["a red dog", "two cats of snow"], 60, min_frequency=1)
-    return Subject(build().float(), tokenizer, Data(train=(), max_length=12), torch.device("cpu"))
+    return EvalModel(build().float(), tokenizer, Data(train=(), max_length=12), torch.device("cpu"))
 
 
 def test_words_that_nothing_stands_for_or_that_were_cut_have_no_map(subject):

@@ -12,8 +12,8 @@ from vlp.data.shards import RawSample
 from vlp.data.text import train_tokenizer
 from vlp.data.world import World, make
 from vlp.errors import BadSample, UserError
-from vlp.evaluation import Subject
 from vlp.tasks import grounding
+from vlp.tasks.base import EvalModel
 from vlp.tasks.grounding import Grounding, choose_box, contains, intersection_over_union, points_into, read_box
 
 
@@ -93,7 +93,7 @@ def lines(world, split="val"):
 def subject(world):
     torch.manual_seed(0)
     tokenizer = train_tokenizer([line["text"] for line in lines(world)], 60, min_frequency=1)
-    return Subject(tiny().build(), tokenizer, Data(train=(), max_length=24, workers=0), torch.device("cpu"))
+    return EvalModel(tiny().build(), tokenizer, Data(train=(), max_length=24, workers=0), torch.device("cpu"))
 
 
 def task(world, **fields):

@@ -11,14 +11,15 @@ from PIL import Image
 from tests.conftest import COLOURS
 from tests.tasks.fakes import NAMES, Seer, subject
 from vlp.cli import main
-from vlp.config import Data, Experiment, Training, dump
+from vlp.config import Data, Experiment, Training
 from vlp.data.augment import Resize
+from vlp.data.mixup import Mixup
 from vlp.data.shards import Source
 from vlp.encoders.image import TimmImage
 from vlp.errors import BadSample, UserError
-from vlp.mixing import Mix
 from vlp.models.single import Single
 from vlp.objectives.classification import Classification
+from vlp.specs.json import dump
 from vlp.tasks.image_accuracy import ImageAccuracy
 
 
@@ -75,7 +76,7 @@ def test_fine_tuning_with_mixed_pictures_learns_the_classes(folder, tmp_path):
             resize=Resize("squash"),
             workers=0,
         ),
-        train=Training(steps=40, mix=Mix(mixup=0.2, cutmix=0.0), ema_decay=0.8, layer_decay=0.9),
+        train=Training(steps=40, mix=Mixup(mixup=0.2, cutmix=0.0), ema_decay=0.8, layer_decay=0.9),
         evaluate={"image-accuracy": ImageAccuracy(data=str(folder), resamples=5)},
         output=str(tmp_path),
     )

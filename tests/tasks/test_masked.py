@@ -12,7 +12,7 @@ from vlp.data.text import train_tokenizer
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
 from vlp.models.single import Single
-from vlp.sampling import TextMasking
+from vlp.objectives.masking import TextMasking
 from vlp.tasks.masked import MaskedPrediction
 
 TEXTS = [

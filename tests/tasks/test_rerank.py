@@ -8,11 +8,11 @@ import torch
 
 from tests.models.test_albef import SPEC, close, published
 from tests.tasks.fakes import Seer, subject
-from vlp.data.stream import InOrder, evaluation_batches
+from vlp.data.stream import EvalDataset, evaluation_batches
 from vlp.data.text import load_tokenizer
 from vlp.encoders.fusion import Unprojected
 from vlp.errors import UserError
-from vlp.evaluation import encode_pairs
+from vlp.tasks.base import encode_pairs
 from vlp.tasks.rerank import Rerank, Shortlist, encode_distinct, match, rerank
 from vlp.tasks.retrieval import Retrieval
 
@@ -55,7 +55,7 @@ def albef(world):
 def of_all_pairs(given, k: int, plus_cosine: bool) -> dict[str, float]:
     """Recall at 1 of each way by the definition: all pairs are scored, with a copy of the picture for each caption."""
     pairs, model = encode_pairs(given, given.data.val, 64), given.model
-    dataset = InOrder(given.data.val, given.data.resize, given.preprocess, given.data.max_pixels)
+    dataset = EvalDataset(given.data.val, given.data.resize, given.preprocess, given.data.max_pixels)
     pixels = torch.stack([image for samples, _ in evaluation_batches(dataset, 64, 0) for image, _ in samples])
     cosines = pairs.images @ pairs.texts.T
     with torch.no_grad():

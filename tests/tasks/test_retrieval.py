@@ -17,8 +17,8 @@ from vlp.data.formats import Pair
 from vlp.data.pack import Packing, pack
 from vlp.data.shards import Source
 from vlp.errors import UserError
-from vlp.evaluation import encode_pairs, protocol_name
-from vlp.metrics import ranks
+from vlp.tasks.base import encode_pairs, protocol_name
+from vlp.tasks.metrics import ranks
 from vlp.tasks.rerank import Shortlist
 from vlp.tasks.retrieval import Retrieval
 from vlp.types import Encoded

@@ -13,8 +13,8 @@ from tests.conftest import SHARED
 from tests.processes import Pair
 from vlp.config import Data
 from vlp.errors import UserError
-from vlp.evaluation import Subject
 from vlp.losses.geometry import alignment, uniformity
+from vlp.tasks.base import EvalModel
 from vlp.tasks.sentence_similarity import SentenceSimilarity, read_pairs, uniformity_interval
 from vlp.types import Encoded
 
@@ -42,9 +42,9 @@ class Angle(nn.Module):
         return Encoded(pooled[:, None], attention_mask[:, :1], F.normalize(torch.ones_like(pooled), dim=1))
 
 
-def subject(model: nn.Module | None = None, rank: int = 0) -> Subject:
+def subject(model: nn.Module | None = None, rank: int = 0) -> EvalModel:
     data = Data(train=(), tokenizer="words", max_length=4)
-    return Subject(model or Angle(), Words(), data, torch.device("cpu"), checkpoint="a fake", rank=rank)
+    return EvalModel(model or Angle(), Words(), data, torch.device("cpu"), checkpoint="a fake", rank=rank)
 
 
 def angles(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,8 +12,9 @@ from tests.models.test_albef import SPEC
 from tests.tasks.fakes import subject
 from vlp.data.annotated import Annotated
 from vlp.data.augment import Resize
-from vlp.data.by_picture import ByPicture
+from vlp.data.by_image import ByPicture
 from vlp.data.text import load_tokenizer
+from vlp.data.vqa_answers import accuracy
 from vlp.encoders.decoder import Decoder
 from vlp.encoders.generate import rank
 from vlp.encoders.mome import Mome
@@ -22,7 +23,6 @@ from vlp.forward import Forward
 from vlp.models.vlmo import Vlmo
 from vlp.tasks.question_prior import QuestionPrior
 from vlp.tasks.vqa import Vqa
-from vlp.tasks.vqa_answers import accuracy
 from vlp.types import Batch
 
 ANSWERS = (*COLOURS, "left", "right", "top", "bottom")

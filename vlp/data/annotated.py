@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from vlp.data.lines import Lines
-from vlp.data.named_pictures import find_pictures
+from vlp.data.named_images import find_pictures
 from vlp.data.shards import INDEX_BITS, RawSample
 from vlp.errors import BadSample, UserError
-from vlp.models.pretrained import resolve
+from vlp.files import resolve
 
 UNREADABLE = object()
 
@@ -62,6 +62,10 @@ class Annotated:
     def described(self) -> str:
         """The file, and of which split its lines are."""
         return f"{self.path}, split {self.split}" if self.split else self.path
+
+    def at(self, location: str) -> Annotated:
+        """Return a source of another file with the same columns."""
+        return replace(self, path=location)
 
     def open(self) -> AnnotatedReader:
         return AnnotatedReader(self)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from vlp.data.formats import read_json, read_text
+from vlp.data.vqa_answers import normalised
 from vlp.errors import UserError
-from vlp.models.pretrained import resolve
-from vlp.tasks.vqa_answers import normalised
+from vlp.files import resolve
 
 VG_WEIGHT = 0.5  # of an answer of Visual Genome; of VQA's, their share of the annotators (ALBEF)
 

@@ -12,10 +12,10 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlp.config import Data
+from vlp.data.augment import Resize
 from vlp.data.benchmarks import CifarPicture, FramedPicture, find_cifar, read_cifar, read_objectnet
 from vlp.data.image import decode
-from vlp.encoders.image import Preprocess
+from vlp.data.preprocess import Preprocess
 from vlp.errors import BadSample, UserError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
@@ -139,8 +139,8 @@ def pixels_of(picture: Picture, max_pixels: int) -> np.ndarray:
 class Pictures(Dataset):
     """Numbers -> the numbers that could be decoded, their resized (3, H, W) uint8 pixels, and complaints of the others."""
 
-    def __init__(self, pictures: Labelled, data: Data, preprocess: Preprocess):
-        self.pictures, self.data, self.preprocess = pictures, data, preprocess
+    def __init__(self, pictures: Labelled, resize: Resize, max_pixels: int, preprocess: Preprocess):
+        self.pictures, self.resize, self.max_pixels, self.preprocess = pictures, resize, max_pixels, preprocess
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -150,8 +150,8 @@ class Pictures(Dataset):
         for n in numbers:
             picture = self.pictures[n][0]
             try:
-                image = pixels_of(picture, self.data.max_pixels)
-                pixels.append(self.data.resize(image, self.preprocess.size, self.preprocess.interpolation))
+                image = pixels_of(picture, self.max_pixels)
+                pixels.append(self.resize(image, self.preprocess.size, self.preprocess.interpolation))
                 good.append(n)
             except (BadSample, OSError) as e:
                 bad.append({"number": n, "image": str(picture), "reason": str(e)})

@@ -22,19 +22,6 @@ from fsspec.implementations.local import LocalFileSystem
 from vlp.errors import UserError
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes the whole file or nothing: temporary file in the same folder, sync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def cache_folder() -> Path:
     """Where remote shards, and indexes of shards in read-only folders, are kept: $VLP_CACHE, else ~/.cache/vlp."""
     return Path(os.environ.get("VLP_CACHE", Path.home() / ".cache" / "vlp"))

@@ -22,7 +22,7 @@ def stream(*key: int) -> np.random.Generator:
 
 
 @dataclass(frozen=True)
-class Draw:
+class SampleRef:
     """One sample of the stream: row ``row`` of shard ``shard`` of source ``source``, in that source's epoch ``epoch``."""
 
     source: int
@@ -119,21 +119,21 @@ class MixtureOrder:
             draw[rows] = before[s] + np.arange(len(rows))
         return source, draw
 
-    def locate(self, position: int) -> Draw:
+    def locate(self, position: int) -> SampleRef:
         """The sample at ``position`` (0 <= position) of the endless stream."""
         block, slot = divmod(position, self.BLOCK)
         source, draw = self._arranged(block)
         chosen = int(source[slot])
         order = self.orders[chosen]
         epoch, offset = divmod(int(draw[slot]), order.size)
-        return Draw(chosen, epoch, *order.locate(epoch, offset))
+        return SampleRef(chosen, epoch, *order.locate(epoch, offset))
 
-    def another(self, position: int, attempt: int) -> Draw:
+    def another(self, position: int, attempt: int) -> SampleRef:
         """What stands in for the sample at ``position`` if that is bad: any sample of the same source, drawn anew a try."""
         draw = self.locate(position)
         order = self.orders[draw.source]
         offset = int(stream(self.seed, 2, position, attempt).integers(order.size))
-        return Draw(draw.source, draw.epoch, *order.locate(draw.epoch, offset))
+        return SampleRef(draw.source, draw.epoch, *order.locate(draw.epoch, offset))
 
     def __getstate__(self):
         return (self.orders, self.weights, self.seed)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from vlp.data.locations import write_atomically
 from vlp.errors import UserError
+from vlp.files import write_atomically
 
 Translator = Callable[[list[str]], list[str]]  # as many sentences as it is given, in their order
 HEADER = "sentence\tparaphrase\n"

@@ -7,13 +7,13 @@ import csv
 import hashlib
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlp.data.lines import Lines
 from vlp.data.shards import RawSample
 from vlp.errors import BadSample, UserError
-from vlp.models.pretrained import resolve
+from vlp.files import resolve
 
 TABLES = {".tsv": "\t", ".csv": ","}
 INDEX_MASK = (1 << 40) - 1
@@ -39,6 +39,10 @@ class Sentences:
     label: str | None = None
     classes: tuple[str, ...] = ()
     weight: float | None = None
+
+    def at(self, location: str) -> Sentences:
+        """Return a source of another file with the same columns."""
+        return replace(self, path=location)
 
     def open(self) -> SentenceReader:
         return SentenceReader(self)

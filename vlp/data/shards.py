@@ -24,9 +24,10 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from vlp.data.locations import cache_folder, fetch, list_shards, read_manifest, reason_of, write_atomically
+from vlp.data.locations import cache_folder, fetch, list_shards, read_manifest, reason_of
 from vlp.data.order import GROUP_SAMPLES
 from vlp.errors import BadSample, UserError
+from vlp.files import write_atomically
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("json", "txt")
@@ -247,6 +248,10 @@ class Source:
     shards: str
     weight: float | None = None
     label: str | None = None
+
+    def at(self, location: str) -> Source:
+        """Return a source of other shards; the weight belongs to these shards, so it is dropped."""
+        return Source(location, label=self.label)
 
     def open(self) -> ShardReader:
         return ShardReader(self.shards, self.label)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlp.data.image import decode
-from vlp.data.order import Draw, MixtureOrder, SourceOrder, stream
+from vlp.data.order import MixtureOrder, SampleRef, SourceOrder, stream
 from vlp.data.shards import INDEX_BITS, RawSample, ShardReader
 from vlp.errors import BadSample, UserError
 from vlp.types import Answers, Batch
@@ -53,7 +53,7 @@ class Sample:
     rng: np.random.Generator
 
 
-class Shuffled(Dataset):
+class TrainDataset(Dataset):
     """Position of the endless stream -> sample with its caption drawn and its pictures augmented.
 
     A bad sample's place is taken by another one of the same source, drawn by (seed, position, try): batches keep their
@@ -88,7 +88,7 @@ class Shuffled(Dataset):
         """Samples of one pass over all sources."""
         return self.order.size
 
-    def _sample(self, draw: Draw) -> Sample:
+    def _sample(self, draw: SampleRef) -> Sample:
         raw = self.readers[draw.source].read(draw.shard, draw.row)
         rng = stream(self.seed, 3, draw.source, draw.epoch, raw.number)
         texts, images = (), []
@@ -165,7 +165,7 @@ class Shuffled(Dataset):
         return Answers(ids, mask, torch.tensor(weights), torch.tensor(rows)), cut
 
 
-class InOrder(Dataset):
+class EvalDataset(Dataset):
     """Every sample of one source once, all captions of each, for evaluation; bad samples are left out."""
 
     def __init__(self, source: str, transform, preprocess, max_pixels):
@@ -185,7 +185,7 @@ class InOrder(Dataset):
                     samples.append((self.transform(pixels, self.preprocess.size, self.preprocess.interpolation), raw))
                 except BadSample as e:
                     bad.append(self.reader.complaint(shard, row, str(e)))
-        except UserError as e:  # returned, as in `Shuffled`
+        except UserError as e:  # returned, as in `TrainDataset`
             return e
         return samples, bad
 
@@ -209,7 +209,14 @@ class Positions:
 
 
 def training_loader(
-    dataset: Shuffled, start: int, stop: int, size: int, rank: int, world: int, workers: int, pin_memory: bool = False
+    dataset: TrainDataset,
+    start: int,
+    stop: int,
+    size: int,
+    rank: int,
+    world: int,
+    workers: int,
+    pin_memory: bool = False,
 ) -> Iterator[Loaded]:
     """Micro-batches of ``size`` samples over all processes, from position ``start`` to ``stop``.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vlp.data.shards import write_atomically
 from vlp.errors import UserError
-from vlp.models.pretrained import resolve
+from vlp.files import resolve
 from vlp.types import Vocabulary
 
 # Data workers run beside each other: threads of their own would only wait for one another, and after a fork the library

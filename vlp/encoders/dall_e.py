@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlp.encoders.image import ImageTower, Preprocess
+from vlp.data.preprocess import Preprocess
+from vlp.encoders.image import ImageTower
 from vlp.encoders.patch_targets import Frozen
 from vlp.errors import UserError
-from vlp.models import pretrained
+from vlp.weights import reading
 
 EPSILON = 0.1  # of the logit-Laplace distribution that it was trained with: pixels lie in [0.1, 0.9]
 
@@ -41,8 +42,8 @@ class DallE:
         if load_weights:
             if not self.weights:
                 raise UserError("DALL-E's tokenizer needs its weights; set model.mim.weights, or mim=RandomCodes()")
-            state = pretrained.read_weights(self.weights)
-            pretrained.load(tokenizer, {_own_name(key): value for key, value in state.items()})
+            state = reading.read_weights(self.weights)
+            reading.load(tokenizer, {_own_name(key): value for key, value in state.items()})
         return tokenizer
 
 

@@ -1,7 +1,7 @@
 """A decoder that writes texts: causal BERT layers with cross-attention to what they are about (ALBEF, Li et al. 2021, fig. 4).
 
 For an answer that is fusion's states of image and question, for a caption the image's tokens. Whatever is the same for many
-texts runs once: the source's keys and values, and the tokens that texts begin with (`Past`). The last token of a text is
+texts runs once: the source's keys and values, and the tokens that texts begin with (`KVCache`). The last token of a text is
 never read, since nothing follows it, and the vocabulary head sees no position but those that predict a real token.
 
 Q sources, n texts, L tokens of a text, S tokens of a source, T tokens that are read and followed by one, D width, h heads, V
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlp.encoders.activation_checkpointing import Checkpointing, recomputed
 from vlp.encoders.fusion import CROSS, Fusion, Projected
 from vlp.encoders.fusion_layer import FusionLayer, merge_heads
 from vlp.encoders.heads import VocabularyHead
-from vlp.encoders.packing import Layout
-from vlp.encoders.recompute import Checkpointing, recomputed
+from vlp.encoders.ragged import Layout
 from vlp.encoders.text import TextTower
-from vlp.models import pretrained
-from vlp.models.pretrained import LoadReport
+from vlp.weights import reading
+from vlp.weights.reading import LoadReport
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Decoder(Fusion):
             given = self.read_weights()
             model.report = self.load(model.layers, self.read_layers(given), CROSS)
             words = {k.removeprefix("embeddings."): v for k, v in given.items() if k.startswith("embeddings.")}
-            pretrained.load(model.embeddings, words, ignored=("position_ids",))
+            reading.load(model.embeddings, words, ignored=("position_ids",))
             model.head.load(self.weights)
         return model
 
 
 @dataclass(frozen=True)
-class Past:
+class KVCache:
     """Self-attention's keys and values of the tokens that were read, (n, h, R, D / h) for every layer.
 
     Args:
@@ -64,8 +64,8 @@ class Past:
     length: int = 0
     layers: tuple[tuple[Tensor, Tensor], ...] = ()
 
-    def __getitem__(self, rows: Tensor) -> Past:
-        return Past(self.length, tuple((key[rows], value[rows]) for key, value in self.layers))
+    def __getitem__(self, rows: Tensor) -> KVCache:
+        return KVCache(self.length, tuple((key[rows], value[rows]) for key, value in self.layers))
 
 
 class WordEmbeddings(nn.Module):
@@ -112,7 +112,7 @@ class DecoderLayer(FusionLayer):
 
 
 @dataclass(frozen=True)
-class Written:
+class Generated:
     """What was read of n texts.
 
     Args:
@@ -123,7 +123,7 @@ class Written:
 
     states: Tensor
     layout: Layout
-    past: Past
+    past: KVCache
 
 
 class AnswerDecoder(nn.Module):
@@ -161,8 +161,8 @@ class AnswerDecoder(nn.Module):
         return Projected(keys, values, mask)
 
     def read(
-        self, input_ids: Tensor, mask: Tensor, source: Projected, rows: Tensor | None = None, past: Past = Past()
-    ) -> Written:
+        self, input_ids: Tensor, mask: Tensor, source: Projected, rows: Tensor | None = None, past: KVCache = KVCache()
+    ) -> Generated:
         """n texts that go on from ``past``.
 
         Args:
@@ -189,14 +189,14 @@ class AnswerDecoder(nn.Module):
             given = (*source.layer(number), rows, None, source.mask)
             states = self._step(layer.read_image, states, layout, *given)
             kept.append(tuple(pair))
-        return Written(states, layout, Past(past.length + layout.width, tuple(kept)))
+        return Generated(states, layout, KVCache(past.length + layout.width, tuple(kept)))
 
     def words(self, states: Tensor) -> Tensor:
         """(T, D) to (T, V) logits of what comes next."""
         return self.head(states, self.embeddings.word_embeddings)
 
     def predict(
-        self, input_ids: Tensor, mask: Tensor, source: Projected, rows: Tensor | None = None, past: Past = Past()
+        self, input_ids: Tensor, mask: Tensor, source: Projected, rows: Tensor | None = None, past: KVCache = KVCache()
     ) -> Predicted:
         """Every token of (n, L) texts but the first, from those before it; arguments as those of `read`."""
         follows = mask[:, 1:]
@@ -224,7 +224,7 @@ class AnswerDecoder(nn.Module):
         return {f"embeddings.{name}.weight" for name in ("position_embeddings", "token_type_embeddings")}
 
     def set_checkpointing(self, how: Checkpointing) -> None:
-        """See `vlp.encoders.recompute`."""
+        """See `vlp.encoders.activation_checkpointing`."""
         self.checkpointing = how
 
 

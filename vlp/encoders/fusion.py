@@ -18,26 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlp.encoders.activation_checkpointing import Checkpointing, recomputed
 from vlp.encoders.fusion_layer import Attend, FusionLayer
-from vlp.encoders.packing import Layout
-from vlp.encoders.recompute import Checkpointing, recomputed
+from vlp.encoders.ragged import Layout
 from vlp.encoders.text import BertText, read_encoder
 from vlp.errors import UserError
-from vlp.models import pretrained
-from vlp.models.pretrained import LoadReport
+from vlp.weights import reading
+from vlp.weights.bert import BERT_LAYER
+from vlp.weights.reading import LoadReport
+from vlp.weights.run import is_run, read_run
 
-# BERT's names of the parts of a layer, and ours
-BERT_LAYER = {
-    **{f"attention.self.{name}": f"self_attention.{name}" for name in ("query", "key", "value")},
-    "attention.output.dense": "self_attention.out",
-    "attention.output.LayerNorm": "self_norm",
-    **{f"crossattention.self.{name}": f"cross_attention.{name}" for name in ("query", "key", "value")},
-    "crossattention.output.dense": "cross_attention.out",
-    "crossattention.output.LayerNorm": "cross_norm",
-    "intermediate.dense": "expand",
-    "output.dense": "contract",
-    "output.LayerNorm": "norm",
-}
 CROSS = ("cross_attention", "cross_norm")
 Wanted = Tensor | Literal["first"] | None
 
@@ -113,8 +103,7 @@ class Fusion:
 
     def read_weights(self) -> dict[str, Tensor]:
         """What ``weights`` names, by BERT's names."""
-        is_run = pretrained.is_run(self.weights)
-        return pretrained.read_run(self.weights, "text") if is_run else read_encoder(self.weights, "bert")
+        return read_run(self.weights, "text") if is_run(self.weights) else read_encoder(self.weights, "bert")
 
     def read_layers(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The layers from ``first_layer`` on, by our names, numbered from 0."""
@@ -129,7 +118,7 @@ class Fusion:
         """Takes the state of the layers, of which the parts ``fresh`` may be missing. Raises UserError where it does not fit."""
         new = [f"{number}.{name}" for number in range(len(layers)) for name in fresh]
         try:
-            return pretrained.load(layers, state, new=new)
+            return reading.load(layers, state, new=new)
         except UserError as error:
             last = self.first_layer + self.layers - 1
             raise UserError(f"fusion from layers {self.first_layer} to {last} of {self.weights}: {error}") from error
@@ -319,5 +308,5 @@ class FusionEncoder(nn.Module):
         return {name: int(name.split(".")[1]) // self.images + 1 for name, _ in self.named_parameters()}
 
     def set_checkpointing(self, how: Checkpointing) -> None:
-        """See `vlp.encoders.recompute`; keys and values of images are kept."""
+        """See `vlp.encoders.activation_checkpointing`; keys and values of images are kept."""
         self.checkpointing = how

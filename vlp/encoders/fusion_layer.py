@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlp.encoders.packing import Layout
+from vlp.encoders.ragged import Layout
 
 Attend = Callable[..., Tensor]  # of (query, key, value), and of a mask where there is one
 

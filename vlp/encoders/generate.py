@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlp.encoders.decoder import AnswerDecoder, Past
+from vlp.encoders.decoder import AnswerDecoder, KVCache
 from vlp.encoders.fusion import Projected
 
 
@@ -84,7 +84,7 @@ class Beams:
 
     ids: Tensor
     scores: Tensor
-    past: Past
+    past: KVCache
 
 
 @torch.no_grad()
@@ -112,7 +112,7 @@ def beam_search(
     questions, device = len(source), source.keys[0].device
     begin = torch.full((questions, 1), cls_id, device=device)
     best: list[tuple[float, list[int]]] = [(-torch.inf, [])] * questions
-    now = Beams(begin, torch.zeros(1, questions, device=device), Past())
+    now = Beams(begin, torch.zeros(1, questions, device=device), KVCache())
     for length in range(max_length + 1):
         written = decoder.read(
             now.ids[:, -1:], torch.ones(len(now.ids), 1, dtype=torch.bool, device=device), source, past=now.past
@@ -146,7 +146,7 @@ def _none_can_win(best: list[tuple[float, list[int]]], scores: Tensor, length: i
     return bool((found >= reachable).all())
 
 
-def _go_on(now: Beams, following: Tensor, past: Past, beams: int) -> Beams:
+def _go_on(now: Beams, following: Tensor, past: KVCache, beams: int) -> Beams:
     """The ``beams`` likeliest of all texts that are one token longer."""
     width, questions = now.scores.shape
     vocabulary = following.shape[1]

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from vlp.encoders.image import ImageTower
 from vlp.encoders.text import read_encoder
 from vlp.errors import UserError
-from vlp.models import pretrained
-from vlp.models.pretrained import LoadReport
+from vlp.weights import reading
+from vlp.weights.reading import LoadReport
+from vlp.weights.run import is_run
 
 # where families of models keep the layers of this head: BERT; RoBERTa, MPNet and the like; DistilBERT
 LAYOUTS = (
@@ -56,7 +57,7 @@ class VocabularyHead(nn.Module):
         Raises:
             UserError: if the layers there are of another size.
         """
-        state = {} if pretrained.is_run(weights) else read_encoder(weights, "")
+        state = {} if is_run(weights) else read_encoder(weights, "")
         for dense, norm, bias in LAYOUTS:
             names = {"dense.": f"{dense}.", "norm.": f"{norm}.", "bias": f"{bias}.bias"}
             found = {
@@ -66,7 +67,7 @@ class VocabularyHead(nn.Module):
                 if k.startswith(old)
             }
             if found:
-                self.report = pretrained.load(self, found)
+                self.report = reading.load(self, found)
 
 
 class PatchHead(nn.Module):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import timm
 import torch
@@ -16,51 +15,15 @@ from timm.layers import to_2tuple
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from vlp.encoders.recompute import Checkpointing, set_recomputed
+from vlp.data.preprocess import Interpolation, Preprocess, Triple
+from vlp.encoders.activation_checkpointing import Checkpointing, set_recomputed
 from vlp.errors import UserError
-from vlp.models import pretrained
-from vlp.models.pretrained import Grid, LoadReport
-
-Triple = tuple[float, float, float]
-Interpolation = Literal["bicubic", "bilinear"]
+from vlp.weights import reading
+from vlp.weights.reading import Grid, LoadReport
+from vlp.weights.run import is_run, read_run, run_spec
 
 # Tables of relative positions that timm's own no_weight_decay() does not name in every family.
 RELATIVE_POSITIONS = ("*relative_position_bias_table", "*.rel_pos.*", "*.attention_biases")
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """How pixels have to look for a tower: it belongs to the weights and travels with them.
-
-    Args:
-        size: (H, W) in pixels.
-        mean: per channel, of values in [0, 1].
-        std: per channel, of values in [0, 1].
-        interpolation: with which the pictures are resized.
-    """
-
-    size: tuple[int, int]
-    mean: Triple
-    std: Triple
-    interpolation: Interpolation
-
-    def normalise(self, image: Tensor) -> Tensor:
-        """``(image / 255 - mean) / std``, on the device of the image, once a batch.
-
-        Args:
-            image: (B, 3, H, W) uint8.
-
-        Returns:
-            (B, 3, H, W) float32.
-
-        Raises:
-            ValueError: if the image is not uint8, which usually means that it has been normalised before.
-        """
-        if image.dtype != torch.uint8:
-            raise ValueError(f"normalise takes uint8 images, not {image.dtype}")
-        std = torch.tensor(self.std, device=image.device).view(3, 1, 1)
-        mean = torch.tensor(self.mean, device=image.device).view(3, 1, 1)
-        return image.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
 @dataclass(frozen=True)
@@ -94,8 +57,8 @@ class TimmImage:
             UserError: if timm has no such model, or the model's own interpolation is one that we do not have.
         """
         cfg = self._timm_cfg()
-        if pretrained.is_run(self.weights):
-            ran = pretrained.run_spec(self.weights, "image")
+        if is_run(self.weights):
+            ran = run_spec(self.weights, "image")
             cfg = replace(
                 cfg, input_size=(3, *ran.image_size), mean=ran.mean, std=ran.std, interpolation=ran.interpolation
             )
@@ -132,9 +95,7 @@ class TimmImage:
         report = None
         if load_weights and self.weights:
             heads = (cfg.classifier,) if isinstance(cfg.classifier, str) else tuple(cfg.classifier or ())
-            report = pretrained.load(
-                model, self._state(model, size), ignored=heads + dropped, grids=position_grids(model)
-            )
+            report = reading.load(model, self._state(model, size), ignored=heads + dropped, grids=position_grids(model))
         return ImageTower(model, Preprocess(spec.image_size, spec.mean, spec.std, spec.interpolation), report)
 
     def _create(self, size: dict) -> nn.Module:
@@ -169,11 +130,11 @@ class TimmImage:
                 raise UserError(
                     f"cannot fetch timm's weights of {self.name} ({reason}); set weights to a file"
                 ) from error
-        if pretrained.is_run(self.weights):
-            return pretrained.read_run(self.weights, "image")
-        state = pretrained.read_weights(self.weights)
+        if is_run(self.weights):
+            return read_run(self.weights, "image")
+        state = reading.read_weights(self.weights)
         if "_conv_stem.weight" in state:
-            return pretrained.from_efficientnet_pytorch(state, [len(stage) for stage in model.blocks])
+            return reading.from_efficientnet_pytorch(state, [len(stage) for stage in model.blocks])
         return state
 
 
@@ -264,7 +225,7 @@ class ImageTower(nn.Module):
         return {f"model.{name}" for name in timm_undecayed(self.model)}
 
     def set_checkpointing(self, how: Checkpointing) -> None:
-        """See `vlp.encoders.recompute`; "cheap" is for models with patches and blocks.
+        """See `vlp.encoders.activation_checkpointing`; "cheap" is for models with patches and blocks.
 
         Gradients stay as they are, but a BatchNorm counts each batch twice in its running statistics.
 

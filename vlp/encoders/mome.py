@@ -14,9 +14,9 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from vlp.encoders.image import Interpolation, Preprocess, Triple
+from vlp.data.preprocess import Interpolation, Preprocess, Triple
+from vlp.encoders.activation_checkpointing import Checkpointing, recomputed
 from vlp.encoders.mome_layer import Expert, MomeLayer, Rows, Wanted
-from vlp.encoders.recompute import Checkpointing, recomputed
 from vlp.encoders.relative_position import RelativePositions
 from vlp.encoders.text import layer_ids
 from vlp.errors import UserError
@@ -286,7 +286,7 @@ class MomeEncoder(nn.Module):
         return {n for n, p in self.named_parameters() if p.ndim == 1 or n.startswith(named)}
 
     def set_checkpointing(self, how: Checkpointing) -> None:
-        """See `vlp.encoders.recompute`."""
+        """See `vlp.encoders.activation_checkpointing`."""
         self.checkpointing = how
 
 

@@ -19,12 +19,13 @@ from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlp.encoders.image import Interpolation, Preprocess, Triple, timm_layer_ids, timm_undecayed
-from vlp.encoders.recompute import Checkpointing
+from vlp.data.preprocess import Interpolation, Preprocess, Triple
+from vlp.encoders.activation_checkpointing import Checkpointing
+from vlp.encoders.image import timm_layer_ids, timm_undecayed
 from vlp.encoders.text import layer_ids, run_by_length
 from vlp.errors import UserError
-from vlp.models import pretrained
-from vlp.models.pretrained import Grid, LoadReport
+from vlp.weights import reading
+from vlp.weights.reading import Grid, LoadReport
 
 BLOCK = r"(?:resblocks\.|visual\.layer)(\d+)\."
 BEHIND = ("visual.ln_post", "visual.proj", "visual.attn", "visual.head", "text.ln_final", "text.text_projection")
@@ -102,13 +103,13 @@ class OpenClip:
                 raise UserError(f"open_clip cannot build {self.name} with weights {tag}: {reason}") from error
         report = None
         if weights and not tag:
-            state = convert_to_custom_text_state_dict(pretrained.read_weights(weights))
+            state = convert_to_custom_text_state_dict(reading.read_weights(weights))
             scalars = {
                 name: value.reshape(()) for name, value in state.items() if name in ("logit_scale", "logit_bias")
             }
             grid = getattr(model.visual, "grid_size", None)
             grids = {"visual.positional_embedding": Grid(tuple(grid), prefix=1)} if grid else None
-            report = pretrained.load(model, state | scalars, new=["logit_bias"], ignored=["logit_bias"], grids=grids)
+            report = reading.load(model, state | scalars, new=["logit_bias"], ignored=["logit_bias"], grids=grids)
         size = model.visual.image_size
         size = (size, size) if isinstance(size, int) else tuple(size)
         width = self._config()["embed_dim"]

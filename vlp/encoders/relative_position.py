@@ -89,7 +89,7 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TableGrid:
-    """Of which patches an image's table is: `vlp.models.pretrained.load` resizes one by it.
+    """Of which patches an image's table is: `vlp.weights.reading.load` resizes one by it.
 
     Args:
         size: (h, w) of the module's images.

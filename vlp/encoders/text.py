@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlp.encoders.recompute import Checkpointing, set_recomputed
+from vlp.encoders.activation_checkpointing import Checkpointing, set_recomputed
 from vlp.errors import UserError
-from vlp.models import pretrained
-from vlp.models.pretrained import LoadReport
+from vlp.files import resolve
+from vlp.weights import reading
+from vlp.weights.reading import LoadReport
+from vlp.weights.run import is_run, read_run, run_spec
 
 # What files of BERT-like models hold besides the encoder: pooler, heads of other tasks, buffers of older versions.
 HEADS = (
@@ -79,11 +81,11 @@ class BertText:
             raise UserError(f"transformers cannot build this text tower: {_line(error)}") from error
         report = None
         if load_weights and self.weights:
-            if pretrained.is_run(self.weights):
-                state = pretrained.read_run(self.weights, "text")
+            if is_run(self.weights):
+                state = read_run(self.weights, "text")
             else:
                 state = read_encoder(self.weights, model.base_model_prefix)
-            report = pretrained.load(model, state, ignored=HEADS + _layers_from(config.num_hidden_layers, state))
+            report = reading.load(model, state, ignored=HEADS + _layers_from(config.num_hidden_layers, state))
         return TextTower(model.float(), self.pool, self.length_groups, report)
 
     def _config(self):
@@ -117,9 +119,9 @@ class BertText:
     def _config_of_weights(self) -> dict[str, Any]:
         from transformers import AutoConfig
 
-        if pretrained.is_run(self.weights):
-            return pretrained.run_spec(self.weights, "text").config
-        folder = pretrained.resolve(self.weights)
+        if is_run(self.weights):
+            return run_spec(self.weights, "text").config
+        folder = resolve(self.weights)
         try:
             return _architecture(AutoConfig.from_pretrained(folder, local_files_only=True))
         except (OSError, ValueError) as error:
@@ -140,13 +142,13 @@ def _line(error: Exception) -> str:
 
 def read_encoder(weights: str, prefix: str) -> dict[str, Tensor]:
     """The encoder's tensors in a transformers folder, named as the bare encoder names them."""
-    folder = pretrained.resolve(weights)
+    folder = resolve(weights)
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
     if not files:
         raise UserError(
             f"{weights} holds neither model.safetensors nor pytorch_model.bin; save the model there in one file"
         )
-    state = pretrained.read_weights(files[0])
+    state = reading.read_weights(files[0])
     # The first BERT checkpoints call a norm's weight gamma and its bias beta.
     norms = {"gamma": "weight", "beta": "bias"}
     state = {re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda m: norms[m[1]], key): v for key, v in state.items()}
@@ -312,7 +314,7 @@ class TextTower(nn.Module):
         return {name for name, _ in self.named_parameters() if name.endswith(endings)}
 
     def set_checkpointing(self, how: Checkpointing) -> None:
-        """See `vlp.encoders.recompute`."""
+        """See `vlp.encoders.activation_checkpointing`."""
         for name, module in self.model.named_modules():
             if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in ("layer", "layers"):
                 set_recomputed(module, how)

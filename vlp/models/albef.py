@@ -12,20 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlp.data.preprocess import Preprocess
+from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.encoders.decoder import Decoder, Predicted
 from vlp.encoders.fusion import Fusion, InTurn, Projected, Unprojected, Wanted
 from vlp.encoders.heads import VocabularyHead
-from vlp.encoders.image import Preprocess, TimmImage, position_grids
-from vlp.encoders.recompute import Checkpointing
+from vlp.encoders.image import TimmImage, position_grids
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
-from vlp.forward import Forward
-from vlp.models import pretrained
-from vlp.models.albef_weights import as_twins, load_albef
+from vlp.models.base import Encodings
 from vlp.models.dual import tower_layer_ids, unit
-from vlp.models.pretrained import LoadReport
-from vlp.models.scale import LearnedScale, check_temperatures
+from vlp.models.temperature import LearnedScale, check_temperatures
 from vlp.types import Answers, Encoded
+from vlp.weights import reading
+from vlp.weights.albef import as_twins, load_albef
+from vlp.weights.reading import LoadReport
+from vlp.weights.run import is_run, run_state
 
 # what a file may hold, or lack, that a model for other objectives lacks, or holds
 HEADS = ("image_projection", "text_projection", "temperature", "itm", "mlm", "classifier", "assignment", "decoder")
@@ -58,7 +60,7 @@ class Albef:
         temperature: initial value; similarities are divided by it.
         temperature_min: smallest value that takes effect; None = unbounded.
         temperature_max: largest.
-        weights: a checkpoint of ALBEF, see `vlp.models.albef_weights`, or the folder of a run, from which all of the model
+        weights: a checkpoint of ALBEF, see `vlp.weights.albef`, or the folder of a run, from which all of the model
             starts instead; positions are resized to ``image.image_size``. What it has no head for is new; a decoder
             starts as its fusion layers, word embeddings and head for masked words, as published.
     """
@@ -103,8 +105,7 @@ class Albef:
         part_by_part = load_weights and not self.weights
         model = AlbefModel(self, self.image.build(part_by_part), self.text.build(part_by_part), part_by_part)
         if load_weights and self.weights:
-            is_run = pretrained.is_run(self.weights)
-            model.load(pretrained.run_state(self.weights) if is_run else load_albef(self.weights).student)
+            model.load(run_state(self.weights) if is_run(self.weights) else load_albef(self.weights).student)
         return model
 
 
@@ -164,7 +165,7 @@ class AlbefModel(LearnedScale):
         grids = {f"image.model.{name}": grid for name, grid in position_grids(self.image.model).items()}
         own = {name.partition(".")[0] for name, _ in self.named_parameters()}
         ignored = [part for part in (*HEADS, "fusion") if part not in own]
-        self.report = pretrained.load(self, self._with_decoder(student), new=HEADS, ignored=ignored, grids=grids)
+        self.report = reading.load(self, self._with_decoder(student), new=HEADS, ignored=ignored, grids=grids)
 
     def _with_decoder(self, student: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """``student`` with the beginning of a decoder that it lacks, as far as sizes allow: with a source of another width than
@@ -243,7 +244,7 @@ class AlbefModel(LearnedScale):
         """(n, L, D) texts that have looked at images; see `vlp.encoders.fusion.FusionEncoder.forward`."""
         return self.fusion(text.tokens, text.mask, image, texts, images, at)
 
-    def fuse_all(self, f: Forward) -> Tensor:
+    def fuse_all(self, f: Encodings) -> Tensor:
         """(B, L, D) the texts of ``f`` fused with its images; see `vlp.forward.Forward.fused`."""
         return self.fuse(self._seen(f), f.text)
 
@@ -253,7 +254,7 @@ class AlbefModel(LearnedScale):
         """(n, 2) logits of image-text matching, [:, 1] for a pair; arguments as those of `fuse`."""
         return self.itm(self.fuse(image, text, texts, images, at="first"))
 
-    def masked_text(self, f: Forward, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def masked_text(self, f: Encodings, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Logits of what stood at masked places of the texts of ``f``, with a look at its images.
 
         Args:
@@ -268,7 +269,7 @@ class AlbefModel(LearnedScale):
         states = self.fusion(tokens, f.batch.attention_mask, self._seen(f), at=positions)
         return self.mlm(states, self.text.word_embeddings)
 
-    def classify(self, f: Forward) -> Tensor:
+    def classify(self, f: Encodings) -> Tensor:
         """(B, C) logits of the classes of texts with their image, or with all of their images, from fusion's first token."""
         if "fused" in vars(f):
             return self.classifier(f.fused[:, 0])
@@ -280,7 +281,7 @@ class AlbefModel(LearnedScale):
             image = InTurn(tuple(map(self.project, f.images)))
         return self.classifier(self.fuse(image, f.text, at="first"))
 
-    def assign(self, f: Forward, images: Tensor) -> Tensor:
+    def assign(self, f: Encodings, images: Tensor) -> Tensor:
         """Logits of which of several images the texts of ``f`` belong to.
 
         Args:
@@ -300,16 +301,16 @@ class AlbefModel(LearnedScale):
         """What the decoder reads of images alone."""
         return self.decoder.project(image.tokens)
 
-    def answer(self, f: Forward, answers: Answers) -> Predicted:
+    def answer(self, f: Encodings, answers: Answers) -> Predicted:
         """The tokens of answers to the texts of ``f``, as the decoder would write them."""
         source = self.decoder.project(f.fused, f.text.mask)
         return self.decoder.predict(answers.input_ids, answers.attention_mask, source, answers.row)
 
-    def caption(self, f: Forward) -> Predicted:
+    def caption(self, f: Encodings) -> Predicted:
         """The tokens of the texts of ``f``, as the decoder would write them about its images."""
         return self.decoder.predict(f.batch.input_ids, f.batch.attention_mask, self.describe(f.image))
 
-    def _seen(self, f: Forward) -> Projected | Unprojected:
+    def _seen(self, f: Encodings) -> Projected | Unprojected:
         """What fusion reads of the images of ``f``: a teacher, or an evaluation, projects none that nobody else asked for.
 
         Unprojected, the biases of keys would have no gradient, which DDP refuses, whereas here it is 0.

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlp.encoders.image import ImageTower, Preprocess, TimmImage, position_grids
+from vlp.data.preprocess import Preprocess
+from vlp.encoders.activation_checkpointing import Checkpointing
+from vlp.encoders.image import ImageTower, TimmImage, position_grids
 from vlp.encoders.open_clip import OpenClip
-from vlp.encoders.recompute import Checkpointing
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
-from vlp.models import pretrained
-from vlp.models.pretrained import LoadReport
-from vlp.models.scale import LearnedScale, check_temperatures
+from vlp.models.temperature import LearnedScale, check_temperatures
 from vlp.types import Encoded
+from vlp.weights import reading
+from vlp.weights.reading import LoadReport
+from vlp.weights.run import run_state
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Dual:
             raise UserError("temperature None takes it from open_clip weights, and there are none; set a number")
         model = DualEncoder(replace(self, temperature=temperature or 1.0, bias=bias), image, text)
         if load_weights and self.weights:
-            model.load(pretrained.run_state(self.weights))
+            model.load(run_state(self.weights))
         return model
 
 
@@ -130,7 +132,7 @@ class DualEncoder(LearnedScale):
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes everything from another dual encoder's ``state``; UserError if it is of other sizes."""
         grids = position_grids(self.image.model) if isinstance(self.image, ImageTower) else {}
-        self.report = pretrained.load(self, state, grids={f"image.model.{name}": grid for name, grid in grids.items()})
+        self.report = reading.load(self, state, grids={f"image.model.{name}": grid for name, grid in grids.items()})
 
     @property
     def preprocess(self) -> Preprocess:

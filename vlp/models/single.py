@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlp.data.preprocess import Preprocess
+from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.encoders.heads import PatchHead, VocabularyHead, check_vit, encode_masked
-from vlp.encoders.image import Preprocess, TimmImage
-from vlp.encoders.recompute import Checkpointing
+from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
-from vlp.forward import Forward
-from vlp.models.pretrained import LoadReport
+from vlp.models.base import Encodings
 from vlp.types import Encoded
+from vlp.weights.reading import LoadReport
 
 
 @dataclass(frozen=True)
@@ -151,11 +152,11 @@ class SingleTower(nn.Module):
         tokens = self.text(input_ids, attention_mask)
         return Encoded(tokens, self.text.token_mask(attention_mask), self._embed(tokens[:, 0]))
 
-    def classify(self, f: Forward) -> Tensor:
+    def classify(self, f: Encodings) -> Tensor:
         """(B, C) logits of the classes, from the tower's pooled state."""
         return self.classifier((f.image if self.text is None else f.text).tokens[:, 0])
 
-    def masked_text(self, f: Forward, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def masked_text(self, f: Encodings, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Logits of what stood at masked places of the texts of ``f``.
 
         Args:
@@ -172,7 +173,7 @@ class SingleTower(nn.Module):
         row, column = positions // input_ids.shape[1], positions % input_ids.shape[1]
         return self.mlm(tokens[row, column], self.text.word_embeddings)
 
-    def masked_image(self, f: Forward, positions: Tensor) -> Tensor:
+    def masked_image(self, f: Encodings, positions: Tensor) -> Tensor:
         """What ``mim.targets`` are predicted to be where patches of the pictures of ``f`` are masked.
 
         Args:

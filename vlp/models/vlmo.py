@@ -12,19 +12,20 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from vlp.data.preprocess import Preprocess
+from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.encoders.heads import PatchHead, VocabularyHead
-from vlp.encoders.image import Preprocess
 from vlp.encoders.mome import Mome, MomeEncoder
 from vlp.encoders.mome_layer import Rows, Wanted
-from vlp.encoders.recompute import Checkpointing
 from vlp.errors import UserError
-from vlp.forward import Forward
+from vlp.models.base import Encodings
 from vlp.models.dual import unit
-from vlp.models.pretrained import LoadReport, is_run
-from vlp.models.scale import LearnedScale, check_temperatures
+from vlp.models.temperature import LearnedScale, check_temperatures
 from vlp.models.vlmo_start import grid_of_run, start
-from vlp.models.vlmo_weights import load_vlmo
 from vlp.types import Encoded
+from vlp.weights.reading import LoadReport
+from vlp.weights.run import is_run
+from vlp.weights.vlmo import load_vlmo
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Vlmo:
         temperature: initial value, of both heads; similarities are divided by it, its inverse is learned as a log.
         temperature_min: smallest value that takes effect; None = unbounded, as in the published code, which lost it.
         temperature_max: largest.
-        weights: a published checkpoint of VLMo or BEiT, see `vlp.models.vlmo_weights`, or the folder of a run, from which all
+        weights: a published checkpoint of VLMo or BEiT, see `vlp.weights.vlmo`, or the folder of a run, from which all
             that it has starts; positions are resized to ``encoder.image_size``.
         text_start: of the text experts: the "weights", or copies of the "image" experts there (the paper's stage 2), and then
             the embeddings of texts may be new.
@@ -166,7 +167,7 @@ class VlmoModel(nn.Module):
         load_weights: see `Vlmo.build`.
     """
 
-    fuses_inputs: ClassVar[bool] = True  # see vlp.per_loss
+    fuses_inputs: ClassVar[bool] = True  # see vlp.training.split_backward
 
     def __init__(self, spec: Vlmo, load_weights: bool = True):
         super().__init__()
@@ -304,7 +305,7 @@ class VlmoModel(nn.Module):
         """(n, 2) logits of image-text matching, [:, 1] for a pair; arguments as those of `fuse`."""
         return self.itm(self.pooler(self.fuse(image, text, texts, images)))
 
-    def masked_text(self, f: Forward, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def masked_text(self, f: Encodings, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Logits of what stood at masked places of the texts of ``f``, with a look at its images if it has any.
 
         Args:
@@ -328,7 +329,7 @@ class VlmoModel(nn.Module):
             states = self.encoder(rows, text=inputs, wanted=wanted)
         return self.mlm(states, self.encoder.text.words if self.words is None else self.words)
 
-    def masked_image(self, f: Forward, positions: Tensor) -> Tensor:
+    def masked_image(self, f: Encodings, positions: Tensor) -> Tensor:
         """What ``mim.targets`` are predicted to be where patches of the images of ``f`` are masked.
 
         Args:
@@ -345,7 +346,7 @@ class VlmoModel(nn.Module):
         wanted = Wanted.at(rows, positions // count, 1 + positions % count)
         return self.mim(self.encoder(rows, image=inputs, wanted=wanted))
 
-    def classify(self, f: Forward) -> Tensor:
+    def classify(self, f: Encodings) -> Tensor:
         """(B, C) logits of the classes of the samples of ``f``: text with each of its images, whose pooled states go side by
         side into the classifier."""
         text = f.text
@@ -369,5 +370,5 @@ class VlmoModel(nn.Module):
         return named | {name for name, p in self.named_parameters() if p.ndim == 1}
 
     def set_checkpointing(self, how: Checkpointing) -> None:
-        """See `vlp.encoders.recompute`."""
+        """See `vlp.encoders.activation_checkpointing`."""
         self.encoder.set_checkpointing(how)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from vlp.encoders.relative_position import TableGrid
 from vlp.errors import UserError
-from vlp.models import pretrained
-from vlp.models.pretrained import Grid, LoadReport, run_spec
+from vlp.weights import reading
+from vlp.weights.reading import Grid, LoadReport
+from vlp.weights.run import run_spec
 
 # what weights may lack, since it is new for each purpose
 HEADS = ("itc", "vl", "itm", "pooler", "classifier", "mlm", "words", "mim")
@@ -84,7 +85,7 @@ def start(
     if model.image is not None:
         grid = model.encoder.grid
         grids = {"encoder.image.positions": Grid(grid, 1, source), "encoder.positions.image": TableGrid(grid, source)}
-    report = pretrained.load(model, state, new=new, ignored=_absent(own, state), grids=grids)
+    report = reading.load(model, state, new=new, ignored=_absent(own, state), grids=grids)
     return replace(report, copied=tuple(copied), replaced=tuple(replaced))
 
 

@@ -31,7 +31,7 @@ class AnswerGeneration:
         ramp_epochs: over which a grows linearly from 0; ALBEF's is 1.
     """
 
-    sees_peers: ClassVar[bool] = True  # no row depends on another: see vlp.grad_cache
+    sees_peers: ClassVar[bool] = True  # no row depends on another: see vlp.training.grad_cache
     weight: float = 1.0
     distill: float = 0.0
     ramp_epochs: float = 0.0
@@ -66,7 +66,7 @@ class Captioning:
             each "process".
     """
 
-    sees_peers: ClassVar[bool] = True  # see vlp.grad_cache
+    sees_peers: ClassVar[bool] = True  # see vlp.training.grad_cache
     weight: float = 1.0
     distill: float = 0.0
     ramp_epochs: float = 0.0

@@ -17,7 +17,7 @@ from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.losses.classification import one_hot, softmax_cross_entropy
 from vlp.losses.inputs import in_float32
-from vlp.negatives import draw_negatives
+from vlp.objectives.hard_negatives import sample_hard_negatives
 from vlp.objectives.needs import need_image, need_text
 
 
@@ -60,9 +60,9 @@ class TextAssignment:
         """(2, B) images that each text is shown, and (B,) where its own is: 0, 1, or 2 = it is not there."""
         index, rows = f.batch.index, torch.arange(len(f.batch), device=f.batch.index.device)
         similarity, others = _cosines(f.image.embed) / self.temperature, index[:, None] != index
-        first = draw_negatives(similarity, others)
+        first = sample_hard_negatives(similarity, others)
         further = others & (rows != first[:, None])
-        second = draw_negatives(similarity, further)
+        second = sample_hard_negatives(similarity, further)
         labels = (torch.rand(len(rows), device=rows.device) < 0.5).long()
         labels[(torch.rand(len(rows), device=rows.device) < self.none) & further.any(1)] = 2
         first = torch.where(others.any(1), first, rows)

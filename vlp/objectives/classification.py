@@ -32,7 +32,7 @@ class Classification:
         label_smoothing: share of the true target spread evenly over all classes; of "softmax" alone.
     """
 
-    sees_peers: ClassVar[bool] = True  # no row depends on another: see vlp.grad_cache
+    sees_peers: ClassVar[bool] = True  # no row depends on another: see vlp.training.grad_cache
     weight: float = 1.0
     loss: Literal["softmax", "bce"] = "softmax"
     distill: float = 0.0

@@ -19,7 +19,7 @@ from vlp.forward import Forward
 from vlp.losses.geometry import alignment
 from vlp.losses.nce import draw_noise, instance_softmax_loss, log_partition, nce_loss
 from vlp.objectives.needs import need_image
-from vlp.state import Bank
+from vlp.objectives.queues import MemoryBank
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class InstanceDiscrimination:
                 f"give at least 1 row, and a momentum from 0 to below 1"
             )
 
-    def start(self, model, samples: int, device: torch.device, generator: torch.Generator) -> Bank:
-        return Bank(samples, model.embed_size, self.bank_momentum, device, generator)
+    def start(self, model, samples: int, device: torch.device, generator: torch.Generator) -> MemoryBank:
+        return MemoryBank(samples, model.embed_size, self.bank_momentum, device, generator)
 
     def __call__(self, f: Forward) -> Tensor:
         queries, bank, rows, scale = f.image.embed, f.around.memory[self].rows, f.batch.row, 1 / self.temperature

@@ -23,7 +23,7 @@ from vlp.losses.inputs import in_float32
 from vlp.losses.sigmoid import sigmoid_loss
 from vlp.losses.tiled import tiled_info_nce, tiled_sigmoid_loss
 from vlp.objectives.needs import need_contrast, need_momentum
-from vlp.state import Queue
+from vlp.objectives.queues import Queue
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ImageTextContrast:
         head: of the model, by which embeddings and temperature are meant; VLMo has a second, "vl".
     """
 
-    sees_peers: ClassVar[bool] = True  # see vlp.grad_cache
+    sees_peers: ClassVar[bool] = True  # see vlp.training.grad_cache
     weight: float = 1.0
     label_smoothing: float = 0.0
     reduction: Literal["sum", "mean"] = "mean"
@@ -69,7 +69,7 @@ class SigmoidContrast:
         tile_rows: rows of the similarity matrix held at a time, for large batches; None = all.
     """
 
-    sees_peers: ClassVar[bool] = True  # see vlp.grad_cache
+    sees_peers: ClassVar[bool] = True  # see vlp.training.grad_cache
     weight: float = 1.0
     tile_rows: int | None = None
 
@@ -107,7 +107,7 @@ class MomentumContrast:
         head: of the model, by which embeddings and temperature are meant; VLMo has a second, "vl".
     """
 
-    sees_peers: ClassVar[bool] = True  # see vlp.grad_cache
+    sees_peers: ClassVar[bool] = True  # see vlp.training.grad_cache
     weight: float = 1.0
     queue_size: int = 65_536
     random_start: bool = False

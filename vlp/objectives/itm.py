@@ -19,7 +19,7 @@ from vlp.distributed import world_size
 from vlp.errors import UserError
 from vlp.forward import Among, Forward
 from vlp.losses.inputs import check_finite, in_float32
-from vlp.negatives import draw_negatives, take
+from vlp.objectives.hard_negatives import sample_hard_negatives, take
 from vlp.objectives.needs import need_image, need_momentum, need_text
 
 
@@ -42,8 +42,8 @@ class ImageTextMatching:
         epsilon: added to the candidates' probabilities (BLIP's is 1e-4).
     """
 
-    sees_peers: ClassVar[bool] = True  # see vlp.grad_cache
-    begins_at_cut: ClassVar[bool] = True  # see vlp.per_loss
+    sees_peers: ClassVar[bool] = True  # see vlp.training.grad_cache
+    begins_at_cut: ClassVar[bool] = True  # see vlp.training.split_backward
     weight: float = 1.0
     negatives: Literal["hard", "uniform"] = "hard"
     keys: Literal["momentum", "student"] = "momentum"
@@ -89,7 +89,7 @@ class ImageTextMatching:
             keys = (f.momentum if self.keys == "momentum" else f).keys_among(self.candidates)
             similarity = torch.cat([_cosines(f.image.embed, keys.text), _cosines(f.text.embed, keys.image)])
             similarity = f.model.scale.detach() * similarity
-        texts, images = draw_negatives(similarity, candidates.repeat(2, 1), self.epsilon).chunk(2)
+        texts, images = sample_hard_negatives(similarity, candidates.repeat(2, 1), self.epsilon).chunk(2)
         return texts, images
 
     def logits(self, f: Forward, texts: Tensor, images: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from vlp.config import Experiment
 from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.losses.masked import masked_cross_entropy, masked_pixel_loss
+from vlp.objectives.masking import block_masks
 from vlp.objectives.needs import need_image
-from vlp.sampling import block_masks
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class MaskedImage:
     """Predict the masked patches from the others (BEiT, Bao et al. 2022, eq. 2; with pixels: MAE, He et al. 2022).
 
     Cross-entropy where ``model.mim`` gives codes, mean squared error where it gives values; over masked patches alone, as
-    many in every picture. See `vlp.sampling.block_masks`. Of several views the first is masked. What a tower has for
+    many in every picture. See `vlp.objectives.masking.block_masks`. Of several views the first is masked. What a tower has for
     pooling alone (an attention pool) takes no part: freeze it where several processes train.
 
     Args:

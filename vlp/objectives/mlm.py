@@ -19,8 +19,8 @@ from vlp.config import Experiment
 from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.losses.masked import IGNORED, masked_cross_entropy
+from vlp.objectives.masking import TextMasking
 from vlp.objectives.needs import need_momentum, need_text
-from vlp.sampling import TextMasking
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class MaskedText:
             each "process", as published.
     """
 
-    sees_peers: ClassVar[bool] = True  # see vlp.grad_cache
-    begins_at_cut: ClassVar[bool] = True  # see vlp.per_loss
+    sees_peers: ClassVar[bool] = True  # see vlp.training.grad_cache
+    begins_at_cut: ClassVar[bool] = True  # see vlp.training.split_backward
     weight: float = 1.0
     masking: TextMasking = TextMasking()
     distill: float = 0.0

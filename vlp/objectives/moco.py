@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vlp.config import Experiment
-from vlp.distributed import gather, rank, take_from_main, world_size
+from vlp.distributed import broadcast_from_main, gather, rank, world_size
 from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.losses.info_nce import info_nce
 from vlp.losses.tiled import queue_info_nce
 from vlp.objectives.needs import need_image_views, need_momentum
-from vlp.state import Queue
+from vlp.objectives.queues import Queue
 from vlp.types import Encoded
 
 
@@ -119,7 +119,7 @@ def shuffled(encode: Callable[[Tensor], Encoded], image: Tensor, groups: int) ->
     rows = len(image)
     own = slice(rank() * rows, (rank() + 1) * rows)
     order = torch.randperm(rows * world_size(), device=image.device)
-    take_from_main([order])
+    broadcast_from_main([order])
     encoded = in_groups(encode, gather(image)[order[own]], groups)
     back = order.argsort()[own]
     return Encoded(gather(encoded.tokens)[back], gather(encoded.mask)[back], gather(encoded.embed)[back])

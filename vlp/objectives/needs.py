@@ -44,7 +44,7 @@ def need_contrast(experiment: Experiment, who: str, head: Head = "first") -> Non
 def need_momentum(experiment: Experiment, who: str) -> None:
     """Raises UserError where no momentum encoder is kept."""
     if experiment.momentum is None:
-        raise UserError(f"{who} needs the momentum encoder; set momentum=Momentum(decay=0.999)")
+        raise UserError(f"{who} needs the momentum encoder; set momentum=MomentumConfig(decay=0.999)")
 
 
 def need_text(experiment: Experiment, who: str) -> None:

@@ -23,7 +23,7 @@ from vlp.losses.info_nce import id_targets, soft_info_nce
 from vlp.losses.inputs import in_float32
 from vlp.losses.tiled import queue_info_nce
 from vlp.objectives.needs import need_momentum, need_text_views
-from vlp.state import Queue
+from vlp.objectives.queues import Queue
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from vlp.config import Data
 from vlp.data.annotated import Annotated, AnnotatedReader, to_evaluate
-from vlp.data.by_picture import ByPicture, Pictured
+from vlp.data.by_image import ByPicture, Pictured
 from vlp.data.shards import RawSample
 from vlp.data.stream import evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import BadSample, UserError
-from vlp.evaluation import Result, Subject, evaluating, need_reader
 from vlp.forward import Forward
-from vlp.metrics import Interval, bootstrap
+from vlp.tasks.base import EvalModel, Result, evaluating, need_reader
+from vlp.tasks.metrics import Interval, bootstrap
 from vlp.tasks.mistakes import confused, mistakes
 from vlp.tasks.submission import check_submission, need_ids, write_submission
 from vlp.tasks.text_only import TextOnly
@@ -75,7 +75,7 @@ class Classes:
             need_ids(reader.column("identifier"), "identifier")
 
     def evaluated(self, data: Data) -> AnnotatedReader:
-        """The annotations, see `vlp.leaks`."""
+        """The annotations, see `vlp.tasks.contamination`."""
         return self._source(data).open()
 
     def _source(self, data: Data) -> Annotated:
@@ -83,7 +83,7 @@ class Classes:
         given = {name: getattr(self, name) for name in ("image", "label", "classes")}
         return replace(source, **{name: value for name, value in given.items() if value is not None})
 
-    def __call__(self, subject: Subject) -> Result:
+    def __call__(self, subject: EvalModel) -> Result:
         """Metrics: ``accuracy``; ``accuracy_CLASS`` of the lines of a class; ``FIELD_VALUE`` with ``by``; and of the lines'
         texts alone ``text_only``, with the difference to it as ``gain``, and ``majority`` = always the training's most
         frequent class."""
@@ -178,7 +178,7 @@ class Told:
         return mistakes(source, wrong) | {"confused": pairs}
 
 
-def best_class(subject: Subject, pictures: Sequence[Pictured], classes: int) -> list[int]:
+def best_class(subject: EvalModel, pictures: Sequence[Pictured], classes: int) -> list[int]:
     """For all lines about P pictures; one is encoded once, of a pair both for each line.
 
     Raises:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from vlp.encoders.fusion import Projected
 from vlp.encoders.generate import beam_search, rank
-from vlp.evaluation import Subject
 from vlp.forward import Forward
+from vlp.tasks.base import EvalModel
 from vlp.types import Batch, Encoded
 
 Say = Callable[[Encoded, Tensor, Tensor, Tensor], list[str]]
 
 
-def ranking(subject: Subject, known: Sequence[str], k: int, double_first: bool) -> Say:
+def ranking(subject: EvalModel, known: Sequence[str], k: int, double_first: bool) -> Say:
     """By the likeliest of ``known``, see `vlp.encoders.generate.rank`."""
     ids, mask, _ = subject.tokenizer.targets(known, subject.data.max_length)
     ids, mask = ids.to(subject.device), mask.to(subject.device)
@@ -32,7 +32,7 @@ def ranking(subject: Subject, known: Sequence[str], k: int, double_first: bool) 
     return say
 
 
-def writing(subject: Subject, beams: int, max_length: int) -> Say:
+def writing(subject: EvalModel, beams: int, max_length: int) -> Say:
     """In words of its own, see `vlp.encoders.generate.beam_search`."""
     tokenizer = subject.tokenizer
 
@@ -44,7 +44,7 @@ def writing(subject: Subject, beams: int, max_length: int) -> Say:
     return say
 
 
-def classifying(subject: Subject, known: Sequence[str]) -> Say:
+def classifying(subject: EvalModel, known: Sequence[str]) -> Say:
     """By the class with the highest logit, ``known`` naming the classes."""
 
     def say(image: Encoded, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> list[str]:

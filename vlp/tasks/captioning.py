@@ -12,12 +12,12 @@ import torch
 
 from vlp.config import Data
 from vlp.data.shards import RawSample
-from vlp.data.stream import InOrder, evaluation_batches
+from vlp.data.stream import EvalDataset, evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.encoders.generate import beam_search
 from vlp.errors import UserError
-from vlp.evaluation import Result, Subject, evaluating
-from vlp.metrics import Interval, bootstrap
+from vlp.tasks.base import EvalModel, Result, evaluating
+from vlp.tasks.metrics import Interval, bootstrap
 from vlp.tasks.submission import check_submission, write_submission
 
 EXAMPLES = 100
@@ -61,7 +61,7 @@ class CaptionQuality:
         _scorer()
 
     def evaluated(self, data: Data) -> str:
-        """The shards, see `vlp.leaks`."""
+        """The shards, see `vlp.tasks.contamination`."""
         return self._source(data)
 
     def _source(self, data: Data) -> str:
@@ -69,13 +69,13 @@ class CaptionQuality:
             raise UserError("captioning has no data: give data=SHARDS, or set data.val")
         return source
 
-    def __call__(self, subject: Subject) -> Result:
+    def __call__(self, subject: EvalModel) -> Result:
         """Metric: ``cider``, which is no fraction: 1.3 and more are published on COCO as 130."""
         began = time.monotonic()
         decoder, source = getattr(subject.model, "decoder", None), self._source(subject.data)
         if decoder is None or decoder.source != "image":
             raise UserError("captioning needs layers that write about pictures: model.decoder=Decoder(source='image')")
-        dataset = InOrder(source, subject.data.resize, subject.preprocess, subject.data.max_pixels)
+        dataset = EvalDataset(source, subject.data.resize, subject.preprocess, subject.data.max_pixels)
         own, bad = [], []
         with evaluating(subject.model):
             for samples, unusable in evaluation_batches(
@@ -108,7 +108,7 @@ class CaptionQuality:
             seconds=time.monotonic() - began,
         )
 
-    def _captions(self, subject: Subject, images: list[torch.Tensor]) -> list[str]:
+    def _captions(self, subject: EvalModel, images: list[torch.Tensor]) -> list[str]:
         model, tokenizer = subject.model, subject.tokenizer
         pixels = torch.stack(images).to(subject.device)
         described = model.describe(model.encode_image(subject.preprocess.normalise(pixels)))

@@ -15,8 +15,8 @@ from vlp.config import Data
 from vlp.data.sentences import Sentences
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import BadSample, UserError
-from vlp.evaluation import Result, Subject, evaluating, merge
-from vlp.metrics import bootstrap
+from vlp.tasks.base import EvalModel, Result, evaluating, merge
+from vlp.tasks.metrics import bootstrap
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TextAccuracy:
         if not len(self.source.open()):
             raise UserError(f"{self.source.path} holds no text; give other data")
 
-    def __call__(self, subject: Subject) -> Result:
+    def __call__(self, subject: EvalModel) -> Result:
         """Metric: ``accuracy``."""
         began = time.monotonic()
         if getattr(subject.model, "classifier", None) is None or subject.model.text is None:
@@ -72,7 +72,7 @@ class TextAccuracy:
             seconds=time.monotonic() - began,
         )
 
-    def _right(self, subject: Subject, samples: list) -> torch.Tensor:
+    def _right(self, subject: EvalModel, samples: list) -> torch.Tensor:
         """(n,) int64, 1 where the classifier is right."""
         ids, mask, _ = subject.tokenizer([sample.captions[0] for sample in samples], subject.data.max_length)
         encoded = subject.model.encode_text(ids.to(subject.device), mask.to(subject.device))

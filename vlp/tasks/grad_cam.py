@@ -21,7 +21,7 @@ from vlp.data.image import decode
 from vlp.data.order import stream
 from vlp.data.shards import ShardReader
 from vlp.errors import BadSample, UserError
-from vlp.evaluation import Subject, evaluating
+from vlp.tasks.base import EvalModel, evaluating
 from vlp.types import Encoded
 
 # words that nothing in a picture stands for
@@ -125,7 +125,7 @@ class WordMaps:
     maps: list[tuple[str, np.ndarray]]
 
 
-def word_maps(subject: Subject, pixels: np.ndarray, caption: str, layer: int, most: int) -> WordMaps:
+def word_maps(subject: EvalModel, pixels: np.ndarray, caption: str, layer: int, most: int) -> WordMaps:
     """Of the first ``most`` words of the caption that something in a picture can stand for."""
     model, data, device = subject.model, subject.data, subject.device
     size, interpolation = subject.preprocess.size, subject.preprocess.interpolation
@@ -146,7 +146,7 @@ def word_maps(subject: Subject, pixels: np.ndarray, caption: str, layer: int, mo
 
 
 def draw_words(
-    subject: Subject,
+    subject: EvalModel,
     source: str,
     path: Path,
     words: tuple[str, ...] = (),
@@ -190,7 +190,7 @@ def draw_words(
     return [row.caption for row in rows]
 
 
-def _words(subject: Subject, caption: str) -> set[str]:
+def _words(subject: EvalModel, caption: str) -> set[str]:
     return {word.lower() for word, _ in subject.tokenizer.words(caption)}
 
 

@@ -18,14 +18,14 @@ from torch import Tensor
 from vlp.config import Data
 from vlp.data.annotated import Annotated, AnnotatedReader
 from vlp.data.augment import Resize
-from vlp.data.by_picture import ByPicture, Pictured
+from vlp.data.by_image import ByPicture, Pictured
 from vlp.data.shards import RawSample
 from vlp.data.stream import evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import BadSample, UserError
-from vlp.evaluation import Result, Subject, evaluating
-from vlp.metrics import bootstrap
+from vlp.tasks.base import EvalModel, Result, evaluating
 from vlp.tasks.grad_cam import choose_layer, enlarged, grad_cam, mean_over
+from vlp.tasks.metrics import bootstrap
 
 Box = tuple[float, float, float, float]
 
@@ -68,7 +68,7 @@ class Grounding:
             raise UserError(f"{self.data} holds no line; give other data")
 
     def evaluated(self, data: Data) -> AnnotatedReader:
-        """The annotations, see `vlp.leaks`."""
+        """The annotations, see `vlp.tasks.contamination`."""
         return self._source().open()
 
     def _source(self) -> Annotated:
@@ -78,7 +78,7 @@ class Grounding:
             )
         return Annotated(self.data, self.images, (self.image,), split=self.split)
 
-    def __call__(self, subject: Subject) -> Result:
+    def __call__(self, subject: EvalModel) -> Result:
         """Metrics: ``pointing``, beside what a random point (``pointing_chance``) and the centre (``pointing_centre``) would
         have; and of lines with proposals ``accuracy``, beside a random one and the best one there is (``_chance``, ``_best``).
         """
@@ -124,7 +124,7 @@ class Grounding:
             seconds=time.monotonic() - began,
         )
 
-    def _maps(self, subject: Subject, pictures: list[Pictured], layer: int):
+    def _maps(self, subject: EvalModel, pictures: list[Pictured], layer: int):
         """Each line with the (height, width) of its picture and its (h, w) map."""
         if not pictures:
             return

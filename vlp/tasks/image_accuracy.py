@@ -16,9 +16,9 @@ from torch import Tensor
 from vlp.config import Data
 from vlp.data.labelled import FORMS, Labelled, read_labelled
 from vlp.errors import UserError
-from vlp.evaluation import Result, Subject
 from vlp.forward import Forward
-from vlp.metrics import bootstrap
+from vlp.tasks.base import EvalModel, Result
+from vlp.tasks.metrics import bootstrap
 from vlp.tasks.mistakes import confused
 from vlp.tasks.probe import encode_pictures
 from vlp.types import Batch
@@ -48,7 +48,7 @@ class ImageAccuracy:
         self._read()
 
     def evaluated(self, data: Data) -> list[Path]:
-        """Those of the pictures that are files of their own, see `vlp.leaks`."""
+        """Those of the pictures that are files of their own, see `vlp.tasks.contamination`."""
         return [picture for picture, _ in self._read()[0] if isinstance(picture, Path)]
 
     def _read(self) -> tuple[Labelled, list[str]]:
@@ -56,7 +56,7 @@ class ImageAccuracy:
             raise UserError(f"there are no pictures to classify: give data=FOLDER with {FORMS}")
         return read_labelled(Path(self.data), self.split)
 
-    def __call__(self, subject: Subject) -> Result:
+    def __call__(self, subject: EvalModel) -> Result:
         """Metrics: ``top1``, and ``top5`` where there are more than five classes."""
         began = time.monotonic()
         pictures, names = self._read()

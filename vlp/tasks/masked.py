@@ -19,10 +19,10 @@ from vlp.config import Data
 from vlp.data.formats import read_pairs
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
-from vlp.evaluation import Result, Subject, evaluating
 from vlp.forward import Forward
-from vlp.metrics import Interval, bootstrap
-from vlp.sampling import TextMasking
+from vlp.objectives.masking import TextMasking
+from vlp.tasks.base import EvalModel, Result, evaluating
+from vlp.tasks.metrics import Interval, bootstrap
 from vlp.types import Batch
 
 
@@ -66,7 +66,7 @@ class MaskedPrediction:
             raise UserError(f"{path} holds no text; give data=FILE with one a line, or annotations with captions")
         return [text for text in texts if text]
 
-    def __call__(self, subject: Subject) -> Result:
+    def __call__(self, subject: EvalModel) -> Result:
         """Metrics: ``accuracy`` over masked tokens; ``perplexity``, exp of their mean cross-entropy, lower is better."""
         began = time.monotonic()
         texts = self._read()
@@ -97,7 +97,7 @@ class MaskedPrediction:
             seconds=time.monotonic() - began,
         )
 
-    def _predict(self, subject: Subject, input_ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[np.ndarray, ...]:
+    def _predict(self, subject: EvalModel, input_ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[np.ndarray, ...]:
         """Of each masked token (labels >= 0) of this process's batches: its text, 1 where it was told, nats."""
         by_length = mask.sum(1).argsort(stable=True)  # little padding
         found = [(np.empty(0, np.int64), np.empty(0), np.empty(0))]

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from vlp.config import Data
 from vlp.data.shards import ShardReader
-from vlp.data.stream import InOrder, evaluation_batches
+from vlp.data.stream import EvalDataset, evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
-from vlp.evaluation import Result, Subject, evaluating
-from vlp.metrics import bootstrap
+from vlp.tasks.base import EvalModel, Result, evaluating
+from vlp.tasks.metrics import bootstrap
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class MinimalPairs:
             raise UserError(f"{self._source(data)} holds no scenes with a minimal pair; make some with vlp data world")
 
     def evaluated(self, data: Data) -> str:
-        """The shards, see `vlp.leaks`."""
+        """The shards, see `vlp.tasks.contamination`."""
         return self._source(data)
 
     def _source(self, data: Data) -> str:
@@ -53,11 +53,11 @@ class MinimalPairs:
             raise UserError("minimal-pairs has no data: give data=FOLDER, made by vlp data world")
         return str(Path(world) / self.split)
 
-    def __call__(self, subject: Subject) -> Result:
+    def __call__(self, subject: EvalModel) -> Result:
         """Metrics: ``accuracy``, and by what has been exchanged: ``accuracy_order``, ``_shape``, ``_colour``."""
         began = time.monotonic()
         data, source = subject.data, self._source(subject.data)
-        dataset = InOrder(source, data.resize, subject.preprocess, data.max_pixels)
+        dataset = EvalDataset(source, data.resize, subject.preprocess, data.max_pixels)
         own, bad = [], []
         with evaluating(subject.model):
             for samples, unusable in evaluation_batches(
@@ -89,11 +89,11 @@ class MinimalPairs:
         )
 
 
-def _matches(subject: Subject) -> bool:
+def _matches(subject: EvalModel) -> bool:
     return getattr(subject.model, "itm", None) is not None
 
 
-def scores(subject: Subject, pixels: Tensor, texts: list[str]) -> Tensor:
+def scores(subject: EvalModel, pixels: Tensor, texts: list[str]) -> Tensor:
     """(B, 3, H, W) pictures and n texts, whole rounds of the pictures, to (n,) scores on the CPU.
 
     Raises:

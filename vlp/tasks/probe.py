@@ -21,8 +21,8 @@ from vlp.data.labelled import FORMS, Labelled, Pictures, read_train_and_test
 from vlp.data.stream import evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
-from vlp.evaluation import Result, Subject, evaluating, merge, need_alone
-from vlp.metrics import bootstrap
+from vlp.tasks.base import EvalModel, Result, evaluating, merge, need_alone
+from vlp.tasks.metrics import bootstrap
 from vlp.tasks.mistakes import confused
 from vlp.types import Encoded
 
@@ -54,7 +54,7 @@ class _Classes:
         self._read()
 
     def evaluated(self, data: Data) -> list[Path]:
-        """Those of the test pictures that are files of their own, see `vlp.leaks`."""
+        """Those of the test pictures that are files of their own, see `vlp.tasks.contamination`."""
         return [picture for picture, _ in self._read()[1] if isinstance(picture, Path)]
 
     def _read(self) -> tuple[Labelled, Labelled, list[str]]:
@@ -62,7 +62,7 @@ class _Classes:
             raise UserError(f"there are no pictures to classify: give data=FOLDER with {FORMS}")
         return read_train_and_test(Path(self.data), self.train_split, self.split)
 
-    def __call__(self, subject: Subject) -> Result:
+    def __call__(self, subject: EvalModel) -> Result:
         """Metrics: ``top1``, and ``top5`` where there are more than five classes."""
         began = time.monotonic()
         train, test, classes = self._read()
@@ -171,7 +171,7 @@ class EncodedPictures:
 
 
 def encode_pictures(
-    subject: Subject, pictures: Labelled, features: Features | Callable[[Tensor], Tensor], batch_size: int
+    subject: EvalModel, pictures: Labelled, features: Features | Callable[[Tensor], Tensor], batch_size: int
 ) -> EncodedPictures:
     """The same for any number of processes, which share the batches out.
 
@@ -184,7 +184,7 @@ def encode_pictures(
     preprocess = getattr(subject, "preprocess", None)
     if preprocess is None:
         raise UserError("pictures cannot be classified: this run has no image tower; evaluate it with sts")
-    dataset = Pictures(pictures, subject.data, preprocess)
+    dataset = Pictures(pictures, subject.data.resize, subject.data.max_pixels, preprocess)
     own, bad = [], []
 
     def of_tower(image: Tensor) -> Tensor:

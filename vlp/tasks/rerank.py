@@ -17,12 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlp.data.stream import InOrder, evaluation_batches
+from vlp.data.stream import EvalDataset, evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
-from vlp.evaluation import Result, Subject, evaluating, merge, need_both, protocol_name
-from vlp.metrics import ranks
+from vlp.tasks.base import EvalModel, Result, evaluating, merge, need_both, protocol_name
 from vlp.tasks.examples import Found
+from vlp.tasks.metrics import ranks
 from vlp.tasks.retrieval import Retrieval, recalls
 from vlp.types import Encoded
 
@@ -43,7 +43,7 @@ class Rerank(Retrieval):
     score: Literal["itm", "itm+itc"] = "itm"
     text_batch: int = 256
 
-    def __call__(self, subject: Subject) -> Result:
+    def __call__(self, subject: EvalModel) -> Result:
         """Metrics: as `Retrieval`'s; behind ``itc_`` the same without re-ranking."""
         began = time.monotonic()
         if getattr(subject.model, "itm", None) is None:
@@ -54,7 +54,7 @@ class Rerank(Retrieval):
             )
         need_both(subject, "rerank")
         data, source = subject.data, self._source(subject.data)
-        dataset = InOrder(source, data.resize, subject.preprocess, data.max_pixels)
+        dataset = EvalDataset(source, data.resize, subject.preprocess, data.max_pixels)
         with evaluating(subject.model):
             pictures = encode_pictures(subject, dataset, self.batch_size)
             if not pictures.rows:
@@ -82,8 +82,8 @@ class Rerank(Retrieval):
 
     def _match(
         self,
-        subject: Subject,
-        dataset: InOrder,
+        subject: EvalModel,
+        dataset: EvalDataset,
         rows: list[int],
         shortlist: Shortlist,
         texts: Texts,
@@ -196,7 +196,7 @@ class Pictures:
     bad: list[dict]
 
 
-def encode_pictures(subject: Subject, dataset: InOrder, batch_size: int) -> Pictures:
+def encode_pictures(subject: EvalModel, dataset: EvalDataset, batch_size: int) -> Pictures:
     """The batches are the same for any number of processes, which share them out."""
     own, bad = [], []
     for samples, unusable in evaluation_batches(dataset, batch_size, subject.data.workers, subject.rank, world_size()):
@@ -249,7 +249,7 @@ class Texts:
         return Encoded(tokens, mask.to(device), self.embeds[texts].to(device), inputs=tokens)
 
 
-def encode_distinct(subject: Subject, texts: list[str], batch_size: int) -> Texts:
+def encode_distinct(subject: EvalModel, texts: list[str], batch_size: int) -> Texts:
     """Each text once, by one of the processes, in batches of similar length that do not depend on their number."""
     input_ids, mask, _ = subject.tokenizer(texts, subject.data.max_length)
     lengths, own, widths = mask.sum(1), [], (0, 0)

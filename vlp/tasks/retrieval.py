@@ -13,9 +13,9 @@ from torch import Tensor
 from vlp.config import Data
 from vlp.data.shards import ShardReader
 from vlp.errors import UserError
-from vlp.evaluation import Result, Subject, encode_pairs, need_both, protocol_name
-from vlp.metrics import Interval, bootstrap, ranks, top
+from vlp.tasks.base import EvalModel, Result, encode_pairs, need_both, protocol_name
 from vlp.tasks.examples import Found
+from vlp.tasks.metrics import Interval, bootstrap, ranks, top
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Retrieval:
 
     Args:
         data: shards; None = ``data.val`` of the experiment.
-        setting: of the protocol's name, where the run does not tell: see `vlp.evaluation.protocol_name`.
+        setting: of the protocol's name, where the run does not tell: see `vlp.tasks.base.protocol_name`.
         batch_size: pictures encoded at a time.
         ks: recalls are reported at these ranks.
         resamples: of the bootstrap, over pictures.
@@ -51,10 +51,10 @@ class Retrieval:
         return source
 
     def evaluated(self, data: Data) -> str:
-        """The shards, see `vlp.leaks`."""
+        """The shards, see `vlp.tasks.contamination`."""
         return self._source(data)
 
-    def __call__(self, subject: Subject) -> Result:
+    def __call__(self, subject: EvalModel) -> Result:
         """Metrics: ``i2t_r@k``, ``t2i_r@k`` and their mean ``mean_r@k`` for each k, and ``mean_recall`` over all of them."""
         began = time.monotonic()
         need_both(subject, "retrieval")

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from vlp.config import Data
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
-from vlp.evaluation import Result, Subject, evaluating, need_alone
 from vlp.losses.geometry import uniformity
-from vlp.metrics import Interval, bootstrap, percentiles, resampled_spearman, spearman
+from vlp.tasks.base import EvalModel, Result, evaluating, need_alone
+from vlp.tasks.metrics import Interval, bootstrap, percentiles, resampled_spearman, spearman
 from vlp.tasks.probe import Features, chosen, gather_rows
 
 Pairs = list[tuple[float, str, str]]  # (score, sentence, sentence)
@@ -75,7 +75,7 @@ class SentenceSimilarity:
             )
         return files
 
-    def __call__(self, subject: Subject) -> Result:
+    def __call__(self, subject: EvalModel) -> Result:
         """Metrics: Spearman's rho of each task and their ``mean``; ``alignment`` and ``uniformity``, lower is better."""
         began = time.monotonic()
         files = self._read()
@@ -124,7 +124,7 @@ class SentenceSimilarity:
     def _tokens(self, data: Data) -> int:
         return data.max_length if self.max_length is None else self.max_length
 
-    def _encode(self, subject: Subject, sentences: list[str]) -> tuple[Tensor, int]:
+    def _encode(self, subject: EvalModel, sentences: list[str]) -> tuple[Tensor, int]:
         """(s, D) unit-norm features, and how many sentences were cut; the same for any number of processes."""
         order = sorted(range(len(sentences)), key=lambda n: len(sentences[n]))  # little padding
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlp.data.locations import write_atomically
 from vlp.errors import UserError
+from vlp.files import write_atomically
 
 
 def need_ids(ids: Sequence[Any], field: str) -> None:

@@ -17,18 +17,18 @@ import torch
 
 from vlp.config import Data
 from vlp.data.annotated import Annotated, AnnotatedReader, read_list, to_evaluate, word
-from vlp.data.by_picture import ByPicture
+from vlp.data.by_image import ByPicture
 from vlp.data.shards import RawSample
 from vlp.data.stream import evaluation_batches
+from vlp.data.vqa_answers import accuracy
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
-from vlp.evaluation import Result, Subject, evaluating, need_reader
-from vlp.metrics import Interval, bootstrap
 from vlp.tasks.answering import Say, classifying, ranking, writing
+from vlp.tasks.base import EvalModel, Result, evaluating, need_reader
+from vlp.tasks.metrics import Interval, bootstrap
 from vlp.tasks.mistakes import SHOWN, mistakes, mixed_up
 from vlp.tasks.question_prior import QuestionPrior
 from vlp.tasks.submission import check_submission, need_ids, write_submission
-from vlp.tasks.vqa_answers import accuracy
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Vqa:
             need_ids(reader.column("question_id"), "question_id")
 
     def evaluated(self, data: Data) -> AnnotatedReader:
-        """The annotations, see `vlp.leaks`."""
+        """The annotations, see `vlp.tasks.contamination`."""
         return self._source(data).open()
 
     def _source(self, data: Data) -> Annotated:
@@ -88,7 +88,7 @@ class Vqa:
             raise UserError("vqa needs the field of the question: set text of the annotations that were trained on")
         return source
 
-    def __call__(self, subject: Subject) -> Result:
+    def __call__(self, subject: EvalModel) -> Result:
         """Metrics: ``accuracy`` (also ``accuracy_TYPE`` of each answer type), of the ``prior`` that has not seen the pictures, and
         ``answerable``: what a model that always chose the best of its list would reach. None where no answers are known."""
         began = time.monotonic()
@@ -128,7 +128,7 @@ class Vqa:
             seconds=time.monotonic() - began,
         )
 
-    def _how(self, subject: Subject) -> str:
+    def _how(self, subject: EvalModel) -> str:
         decoder = getattr(subject.model, "decoder", None)
         can = ["rank", "write"] if decoder is not None and decoder.source == "fusion" else []
         can += ["classify"] if getattr(subject.model, "classifier", None) is not None else []
@@ -139,7 +139,7 @@ class Vqa:
             )
         return self.how or can[0]
 
-    def _list(self, source: Annotated, prior: QuestionPrior | None, how: str, subject: Subject) -> list[str]:
+    def _list(self, source: Annotated, prior: QuestionPrior | None, how: str, subject: EvalModel) -> list[str]:
         """The answers that are ranked or classified. Raises UserError where there is no list of them, or not of the model."""
         if self.answers:
             known = read_list(self.answers)
@@ -156,12 +156,12 @@ class Vqa:
             )
         return list(known)
 
-    def _say(self, how: str, subject: Subject, known: list[str]) -> Say:
+    def _say(self, how: str, subject: EvalModel, known: list[str]) -> Say:
         if how == "rank":
             return ranking(subject, known, self.k, self.double_first)
         return writing(subject, self.beams, self.max_answer) if how == "write" else classifying(subject, known)
 
-    def _answer(self, subject: Subject, pictured: list, say: Say) -> list[tuple[RawSample, str]]:
+    def _answer(self, subject: EvalModel, pictured: list, say: Say) -> list[tuple[RawSample, str]]:
         """The answers to all questions of a batch of pictures."""
         pixels = torch.stack([picture.images[0] for picture in pictured]).to(subject.device)
         image = subject.model.encode_image(subject.preprocess.normalise(pixels))
@@ -196,7 +196,7 @@ class Vqa:
         known: list[str],
         source: Annotated,
         prior: QuestionPrior | None,
-        subject: Subject,
+        subject: EvalModel,
     ) -> tuple[dict[str, Interval], dict[str, Any]]:
         score = self._score(lines, source, subject)
         told = [n for n, line in enumerate(lines) if line.answers]
@@ -227,7 +227,9 @@ class Vqa:
         }
         return metrics, details
 
-    def _score(self, lines: list[RawSample], source: Annotated, subject: Subject) -> Callable[[RawSample, str], float]:
+    def _score(
+        self, lines: list[RawSample], source: Annotated, subject: EvalModel
+    ) -> Callable[[RawSample, str], float]:
         """From 0 to 1, how right an answer to the question of a line is."""
         if self._metric(lines, source) == "vqa":
             return lambda line, answer: accuracy(answer, _said(line, source))

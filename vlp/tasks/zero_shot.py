@@ -16,8 +16,8 @@ from vlp.config import Data
 from vlp.data.benchmarks import CifarPicture
 from vlp.data.labelled import FORMS, Labelled, read_labelled
 from vlp.errors import UserError
-from vlp.evaluation import Result, Subject, encode_texts, evaluating, need_both
-from vlp.metrics import bootstrap
+from vlp.tasks.base import EvalModel, Result, encode_texts, evaluating, need_both
+from vlp.tasks.metrics import bootstrap
 from vlp.tasks.mistakes import confused
 from vlp.tasks.probe import encode_pictures
 
@@ -59,7 +59,7 @@ class ZeroShot:
             raise UserError(NO_TEXT)
 
     def evaluated(self, data: Data) -> list[Path]:
-        """Those of the pictures that are files of their own, see `vlp.leaks`."""
+        """Those of the pictures that are files of their own, see `vlp.tasks.contamination`."""
         return [picture for picture, _ in self._read()[0] if isinstance(picture, Path)]
 
     def _read(self) -> tuple[Labelled, list[str], str]:
@@ -71,7 +71,7 @@ class ZeroShot:
         templates_of(prompts)
         return pictures, class_names(classes, self.names), prompts
 
-    def __call__(self, subject: Subject) -> Result:
+    def __call__(self, subject: EvalModel) -> Result:
         """Metrics: ``top1``, and ``top5`` where there are more than five classes."""
         began = time.monotonic()
         pictures, names, prompts = self._read()
@@ -172,7 +172,7 @@ def _cifar() -> list[str]:
 PROMPTS = {"openai": _openai, "simple": _simple, "cifar": _cifar, "photo": lambda: ["a photo of a {}."]}
 
 
-def class_embedding(subject: Subject, name: str, templates: list[str]) -> Tensor:
+def class_embedding(subject: EvalModel, name: str, templates: list[str]) -> Tensor:
     """(E,) unit-norm mean of the prompts' embeddings."""
     embeds = encode_texts(subject, [t.replace("{}", name) for t in templates])
     return torch.nn.functional.normalize(embeds.mean(0), dim=0)

@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 
 from vlp.data.formats import Pair
-from vlp.data.locations import write_atomically
 from vlp.data.pack import pack
 from vlp.data.world.pairs import paired
 from vlp.data.world.scenes import Scene, World
 from vlp.data.world.sentences import captions
 from vlp.errors import UserError
+from vlp.files import write_atomically
 
 ANNOTATIONS = ("questions", "statements", "grounding", "pairs")  # .jsonl
 FIRST_VAL = 1_000_000_000  # number of the first scene of val, so that val stays the same whatever the size of train

@@ -1,0 +1,74 @@
+"""What is made again gives the same gradients, at the price that is named."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlp.encoders.activation_checkpointing import recomputed, set_recomputed
+from vlp.encoders.image import TimmImage
+from vlp.errors import UserError
+
+
+@pytest.mark.parametrize("how", ["cheap", "full"])
+def test_gradients_dropout_included_are_those_of_keeping_everything(how):
+    blocks = nn.Sequential(
+        *(
+            nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 24), nn.GELU(), nn.Dropout(0.5), nn.Linear(24, 6))
+            for _ in range(2)
+        )
+    )
+    again = copy.deepcopy(blocks)
+    set_recomputed(again, how)
+    x = torch.randn(3, 6)
+    gradients = []
+    for model in (blocks, again, copy.deepcopy(again)):  # a copy runs its own parameters
+        torch.manual_seed(0)
+        gradients.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+    for found in gradients[1:]:
+        torch.testing.assert_close(found, gradients[0])
+
+
+@pytest.mark.parametrize("how", ["cheap", "full"])
+def test_second_pass_through_the_same_weights_under_autocast(how):
+    """Its casts are in autocast's cache by then, and are not when the backward pass makes them again."""
+    block = timm.create_model("test_vit").blocks[0]
+    x, gradients = torch.randn(2, 5, 64), []
+    for kind in ("none", how):
+        model = copy.deepcopy(block)
+        with torch.autocast("cpu", torch.bfloat16):
+            first = recomputed(model, kind, x)
+            second = recomputed(model, kind, first + x)
+        (first.float().square().sum() + second.float().square().sum()).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert torch.is_autocast_cache_enabled()
+    for kept, again in zip(*gradients):
+        torch.testing.assert_close(again, kept, rtol=0.05, atol=0.02 * float(kept.abs().max()))
+
+
+def test_cheap_runs_no_matrix_product_a_second_time():
+    block = timm.create_model("test_vit").blocks[0]
+    counted = []
+    for how in ("none", "cheap", "full"):
+        x = torch.randn(2, 5, 64, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            recomputed(block, how, x).sum().backward()
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] < counted[2]
+
+
+def test_nothing_is_kept_where_nothing_is_differentiated():
+    calls = []
+    block = nn.Linear(3, 3)
+    block.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        recomputed(block, "full", torch.randn(2, 3))
+    assert calls == [1]
+
+
+def test_tower_without_blocks_of_products_refuses_the_cheap_form():
+    with pytest.raises(UserError, match="set it to full, or none"):
+        TimmImage("test_resnet", image_size=64).build().set_checkpointing("cheap")

@@ -1,0 +1,397 @@
+"""`vlp eval` on published weights: every form is opened strictly, and scores as the library that it comes from does."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import COLOURS
+from tests.models.test_albef import SPEC, published
+from vlp.cli import main
+from vlp.encoders.decoder import Decoder
+from vlp.encoders.mome import Mome
+from vlp.errors import UserError
+from vlp.loading.load_model import LoadOptions, load_model
+from vlp.models.vlmo import Vlmo
+from vlp.weights.albef import AlbefCheckpoint, export_albef
+from vlp.weights.vlmo import VlmoCheckpoint, export_vlmo
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "the", "##s", *COLOURS]
+TEXTS = ["a red photo", "the blue photos of a green", "black"]
+TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT |= {"vocab_size": 32, "max_position_embeddings": 12, "pad_token_id": 0}
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+EFFICIENT = {
+    "width_coefficient": 0.2,
+    "depth_coefficient": 0.2,
+    "hidden_dim": 64,  # of the last of its blocks
+    "image_size": 32,
+    "initializer_range": 0.2,  # with smaller weights nothing of the picture is left at the end
+}
+
+
+def clip():
+    ids = {"bos_token_id": 2, "eos_token_id": 3, "projection_dim": 10}
+    config = transformers.CLIPConfig(
+        text_config=TEXT | ids, vision_config=VISION | {"image_size": 32, "patch_size": 16}, projection_dim=10
+    )
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+    return transformers.CLIPModel(config), processor
+
+
+def align():
+    config = transformers.AlignConfig(text_config=TEXT, vision_config=EFFICIENT, projection_dim=64)
+    processor = transformers.EfficientNetImageProcessor(
+        size={"height": 40, "width": 40},
+        crop_size={"height": 32, "width": 32},
+        do_center_crop=True,
+        rescale_factor=1 / 127.5,
+        rescale_offset=True,
+        include_top=False,
+    )
+    return transformers.AlignModel(config), processor
+
+
+def siglip():
+    vision = VISION | {"image_size": 32, "patch_size": 16}
+    config = transformers.SiglipConfig(text_config=TEXT | {"projection_size": 16}, vision_config=vision)
+    return transformers.SiglipModel(config), transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
+
+
+def siglip2():
+    vision = VISION | {"num_patches": 4, "patch_size": 16}
+    config = transformers.Siglip2Config(text_config=TEXT | {"projection_size": 16}, vision_config=vision)
+    return transformers.Siglip2Model(config), transformers.Siglip2ImageProcessor(patch_size=16, max_num_patches=4)
+
+
+KINDS = {"clip": clip, "align": align, "siglip": siglip, "siglip2": siglip2}
+
+
+@pytest.fixture(params=KINDS)
+def folder(request, tmp_path) -> Path:
+    """A tiny model of transformers as it saves itself, its numbers far from their first values."""
+    torch.manual_seed(0)
+    model, processor = KINDS[request.param]()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    if request.param == "align":  # nor without statistics of its batch norms
+        model.train().get_image_features(pixel_values=torch.randn(16, 3, 32, 32))
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    transformers.BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    """Square, since Siglip2's own pictures keep their shape and ours do not."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+    return coarse.resize((80, 80), Image.Resampling.BICUBIC)
+
+
+def unit(features) -> torch.Tensor:
+    return torch.nn.functional.normalize(getattr(features, "pooler_output", features), dim=-1)
+
+
+def test_transformers_folders_embed_as_their_own_classes_do(folder, photo):
+    subject = load_model(str(folder)).subject
+    own = transformers.AutoModel.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    given = transformers.AutoImageProcessor.from_pretrained(folder)(images=[photo], return_tensors="pt")
+    padding = {"padding": "max_length", "max_length": 12} if "siglip" in own.config.model_type else {"padding": True}
+    texts = tokenizer(TEXTS, return_tensors="pt", **padding)
+    if "siglip" in own.config.model_type:  # its own tokenizer gives no mask
+        texts = {"input_ids": texts["input_ids"]}
+    with torch.no_grad():
+        image, text = unit(own.get_image_features(**given)), unit(own.get_text_features(**texts))
+        ids, mask, cut = subject.tokenizer(TEXTS, subject.data.max_length)
+        ours = subject.model.encode_text(ids, mask).embed
+        pixels = subject.data.resize(np.array(photo), subject.preprocess.size, subject.preprocess.interpolation)
+        normal = subject.preprocess.normalise(pixels[None])
+        found = subject.model.encode_image(normal).embed
+    assert cut == 0
+    torch.testing.assert_close(ours, text, rtol=0, atol=2e-6)
+    theirs = given["pixel_values"]
+    if theirs.ndim == 4:  # its pixels, to what two ways of resizing differ by
+        tolerance = 2 / 255 / min(subject.preprocess.std)
+        torch.testing.assert_close(normal, theirs.float(), rtol=0, atol=tolerance)
+        with torch.no_grad():
+            torch.testing.assert_close(subject.model.encode_image(theirs).embed, image, rtol=0, atol=2e-6)
+    torch.testing.assert_close(found @ ours.T, image @ text.T, rtol=0, atol=0.02)
+    scale = own.temperature.reciprocal() if hasattr(own, "temperature") else own.logit_scale.exp()
+    assert float(subject.model.scale.detach()) == pytest.approx(float(scale.detach()), rel=1e-5)
+
+
+def test_knn_probe_and_sts_take_them_too(folder, tmp_path, monkeypatch):
+    """The nearest neighbour and the distance of a pair are those of the embeddings, one after the other."""
+    rng, labels = np.random.default_rng(0), []
+    for n in range(16):
+        name, split = f"p{n}.png", "train" if n < 8 else "val"
+        noise = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        noise.resize((40, 40), Image.Resampling.BICUBIC).save(tmp_path / name)
+        labels.append({"image": name, "label": n % 2, "name": f"class {n % 2}", "split": split})
+    twins = [line | {"image": f"twin-{line['image']}", "split": "twins"} for line in labels[:8]]
+    for line in twins:
+        (tmp_path / line["image"]).write_bytes((tmp_path / line["image"].removeprefix("twin-")).read_bytes())
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in labels + twins))
+    pairs = [(4.5, *TEXTS[:2]), (1.0, *TEXTS[1:]), (2.0, TEXTS[0], TEXTS[2])]
+    (tmp_path / "stsb-test.tsv").write_text("".join(f"{score}\t{a}\t{b}\n" for score, a, b in pairs))
+    (tmp_path / "sts12.tsv").write_text(f"5\t{TEXTS[0]}\t{TEXTS[0]}\n1\t{TEXTS[0]}\t{TEXTS[1]}\n")
+    monkeypatch.chdir(tmp_path)
+    sts = ["tasks=stsb-test,sts12", "geometry=stsb-test", "resamples=5", "features=embed"]
+    for task, more in (
+        ("knn", ["k=1", "features=embed"]),
+        ("probe", ["folds=2", "l2=1e-9", "split=twins"]),
+        ("sts", sts),
+    ):
+        assert main(["eval", str(folder), task, f"data={tmp_path}", *more]) == 0
+    found = {
+        name: json.loads(next(tmp_path.glob(f"runs/eval/*/eval/{name}*.json")).read_text())["metrics"]
+        for name in ("knn", "probe", "sts")
+    }
+    subject = load_model(str(folder)).subject
+    with torch.no_grad():
+        images = []
+        for line in labels:
+            pixels = np.array(Image.open(tmp_path / line["image"]))
+            pixels = subject.data.resize(pixels, subject.preprocess.size, subject.preprocess.interpolation)
+            images.append(subject.model.encode_image(subject.preprocess.normalise(pixels[None])).embed[0])
+        texts = torch.cat(
+            [subject.model.encode_text(*subject.tokenizer([t], subject.data.max_length)[:2]).embed for t in TEXTS]
+        )
+    nearest = [max(range(8), key=lambda k: float(images[n] @ images[k])) for n in range(8, 16)]
+    hits = sum(labels[k]["label"] == labels[n]["label"] for n, k in enumerate(nearest, start=8))
+    assert found["knn"]["top1"]["value"] == pytest.approx(hits / 8)
+    assert found["probe"]["top1"]["value"] > 0.5  # of copies of what it was fitted to, by a random tower
+    assert found["sts"]["sts12"]["value"] == pytest.approx(1)  # a sentence is nearer to itself than to another
+    # of the one pair that scores above 4
+    distance = float((texts[0] - texts[1]).square().sum())
+    assert found["sts"]["alignment"]["value"] == pytest.approx(distance, rel=1e-3, abs=1e-6)
+
+
+def test_siglip2_sees_patches_as_it_cuts_them(tmp_path, photo):
+    from vlp.loading.transformers import patches_of
+
+    pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None, :, :32, :48].float()
+    own = transformers.Siglip2ImageProcessor(
+        patch_size=16, max_num_patches=6, do_resize=False, do_rescale=False, do_normalize=False
+    )
+    given = own(images=[pixels[0]], return_tensors="pt")
+    patches, shape = patches_of(pixels, 16)
+    assert shape == tuple(given["spatial_shapes"][0].tolist()) == (2, 3)
+    assert torch.equal(patches[0], given["pixel_values"][0].float())
+
+
+def test_weights_that_do_not_fit_are_refused(folder):
+    state = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in state.items() if "text_model" not in k}, folder / "model.safetensors")
+    with pytest.raises(UserError, match="the weights lack text_model"):
+        load_model(str(folder))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="fetch the weights too"):
+        load_model(str(folder))
+
+
+# --- ALBEF's files -----------------------------------------------------------------------------------------------------
+
+
+def test_sizes_and_heads_of_an_albef_file_are_those_of_its_tensors(tmp_path):
+    """The published numbers of re-ranking, from nothing but the file and the width of a head."""
+    reference, *_, given, _ = published("albef_retrieval")
+    state = load_file(Path(__file__).parents[2] / "shared/parity/albef_retrieval/weights.safetensors")
+    save_file(state, tmp_path / "ALBEF.safetensors")
+    opened = load_model(str(tmp_path / "ALBEF.safetensors"), opening=LoadOptions(head_width=16))
+    model = opened.subject.model
+    assert model.itm is not None and model.itc and model.mlm is None
+    assert opened.reports["model"].new == () and opened.reports["model"].unexpected == ()
+    with torch.no_grad():
+        for of in (reference.eval(), model):
+            image, text = (
+                of.encode_image(given["image"]),
+                of.encode_text(given["input_ids"], given["attention_mask"] > 0),
+            )
+            found = of.match(of.project(image), text, torch.arange(6)), image.embed, text.embed
+            if of is reference:
+                expected = found
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "fusion"),
+    [
+        ({"decoder": Decoder(layers=2), "itc": False, "itm": False}, {}),  # VQA
+        ({"classes": 3, "itc": False, "itm": False}, {}),  # visual entailment
+        ({"classes": 2, "itc": False, "itm": False}, {"images": 2}),  # NLVR2
+        ({"assignment": True, "itm": False}, {"images": 2}),
+    ],
+)
+def test_every_head_that_a_file_has_is_there(tmp_path, heads, fusion):
+    torch.manual_seed(0)
+    spec = replace(SPEC, fusion=replace(SPEC.fusion, **fusion), mlm=False, **heads)
+    own = spec.build().eval()
+    exported = export_albef(AlbefCheckpoint(own.state_dict()))
+    save_file({k: v.contiguous().clone() for k, v in exported.items()}, tmp_path / "x.safetensors")
+    model = load_model(str(tmp_path / "x.safetensors"), opening=LoadOptions(head_width=16)).subject.model
+    ours, theirs = model.state_dict(), own.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.fixture
+def albef_file(tmp_path) -> Path:
+    """An exported toy; its vocabulary beside it."""
+    torch.manual_seed(0)
+    state = SPEC.build().state_dict()
+    save_file(
+        {k: v.contiguous().clone() for k, v in export_albef(AlbefCheckpoint(state)).items()},
+        tmp_path / "ALBEF.safetensors",
+    )
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    return tmp_path / "ALBEF.safetensors"
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    for n in range(10):
+        colour = list(COLOURS)[n % 5]
+        path = tmp_path / "pictures" / colour / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((32, 32, 3), COLOURS[colour], dtype=np.uint8)).save(path)
+    return tmp_path / "pictures"
+
+
+def test_albef_file_has_no_tokenizer_and_says_so(albef_file, pictures, capsys, monkeypatch):
+    monkeypatch.chdir(albef_file.parent)
+    task = [str(albef_file), "zero-shot", f"data={pictures}", "prompts=a {}", "head_width=16", "resamples=5"]
+    assert main(["eval", *task]) == 2
+    assert "give tokenizer=FOLDER" in capsys.readouterr().err
+    assert main(["eval", *task, f"tokenizer={albef_file.parent / 'vocab.txt'}"]) == 0
+    out = capsys.readouterr().out
+    assert "model weights:" in out and "loaded" in out
+    result = json.loads(Path("runs/eval/ALBEF/eval/zero-shot-pictures.json").read_text())
+    assert result["step"] is None and len(result["checkpoint_sha256"]) == 64 and result["n"]["images"] == 10
+
+
+def test_albef_is_seen_at_other_pixels_where_asked(albef_file):
+    opened = load_model(str(albef_file), opening=LoadOptions(image_size=64, head_width=16, max_length=9))
+    assert opened.subject.preprocess.size == (64, 64) and opened.subject.data.max_length == 9
+    assert opened.reports["model"].resized == ("image.model.pos_embed",)
+    assert (
+        opened.subject.data.clean and opened.subject.data.sep is False and opened.subject.data.resize.mode == "squash"
+    )
+
+
+# --- VLMo's files ------------------------------------------------------------------------------------------------------
+
+MOME = Mome(48, 3, 4, 96, vl_from=2, drop_path=0.0, text_dropout=0.0, image_size=32, vocab_size=30, max_text_length=196)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Vlmo(MOME, embed_size=48),
+        Vlmo(MOME, itc=False, itc_vl=False, itm=False, mlm=False, classes=7),  # VQA
+        Vlmo(replace(MOME, image_kinds=2), itc=False, itc_vl=False, itm=False, mlm=False, classes=2, images=2),  # NLVR2
+        Vlmo(replace(MOME, positions="absolute", layer_scale=None, max_text_length=20), itm=False, mlm=False),
+    ],
+)
+def test_sizes_experts_and_heads_of_a_vlmo_file_are_those_of_its_tensors(tmp_path, spec):
+    torch.manual_seed(0)
+    own = spec.build().eval()
+    exported = export_vlmo(VlmoCheckpoint(own.state_dict()))
+    save_file({k: v.contiguous().clone() for k, v in exported.items()}, tmp_path / "vlmo.safetensors")
+    opened = load_model(str(tmp_path / "vlmo.safetensors"), opening=LoadOptions(head_width=12))
+    model, pixels = opened.subject.model, torch.randn(2, 3, 32, 32)
+    assert model.state_dict().keys() == own.state_dict().keys()
+    with torch.no_grad():
+        ids, mask = torch.randint(3, 30, (2, 9)), torch.ones(2, 9, dtype=torch.bool)
+        torch.testing.assert_close(model.encode_image(pixels).embed, own.encode_image(pixels).embed)
+        torch.testing.assert_close(model.encode_text(ids, mask).embed, own.encode_text(ids, mask).embed)
+    assert opened.reports["model"].new == ()
+    assert opened.subject.data.max_length == min(40, spec.encoder.max_text_length)
+
+
+@pytest.mark.parametrize("lost", ["_imag.", "patch_embed", "word_embeddings", "token_type_embeddings"])
+def test_vlmo_file_that_lacks_a_part_is_one_line(tmp_path, capsys, lost):
+    exported = export_vlmo(VlmoCheckpoint(Vlmo(MOME, embed_size=48).build().state_dict()))
+    kept = {key: value.contiguous().clone() for key, value in exported.items() if lost not in key}
+    assert len(kept) < len(exported)
+    save_file(kept, tmp_path / "vlmo.safetensors")
+    assert main(["eval", str(tmp_path / "vlmo.safetensors"), "retrieval", "data=x", "head_width=12"]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "vlmo.safetensors lacks" in err, err
+
+
+def test_texts_longer_than_the_positions_are_one_line(tmp_path, albef_file, capsys):
+    for file, longest, width in ((albef_file, 40, 16), (tmp_path / "vlmo.safetensors", 196, 12)):
+        if not file.exists():
+            exported = export_vlmo(VlmoCheckpoint(Vlmo(MOME, embed_size=48).build().state_dict()))
+            save_file({k: v.contiguous().clone() for k, v in exported.items()}, file)
+        given = [str(file), "retrieval", "data=x", "max_length=300", f"head_width={width}"]
+        assert main(["eval", *given]) == 2
+        assert f"max_length=300 but the text tower takes {longest} tokens; lower it" in capsys.readouterr().err
+
+
+# --- open_clip, and what is none of all this -----------------------------------------------------------------------------
+
+
+def test_open_clip_file_scores_as_open_clip_does(tmp_path, monkeypatch, photo):
+    config = json.loads((Path(open_clip.__file__).parent / "model_configs" / "ViT-B-32.json").read_text())
+    config["embed_dim"] = 16
+    config["vision_cfg"] |= {"layers": 1, "width": 64, "image_size": 64}
+    config["text_cfg"] |= {"layers": 1, "width": 64, "heads": 1}
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "configs" / "tiny.json")
+    torch.manual_seed(0)
+    own, _, transform = open_clip.create_model_and_transforms("tiny")
+    torch.save(own.state_dict(), tmp_path / "tiny.pt")
+    subject = load_model(f"open_clip:tiny/{tmp_path}/tiny.pt").subject
+    with torch.no_grad():
+        image = own.eval().encode_image(transform(photo)[None], normalize=True)
+        text = own.encode_text(open_clip.get_tokenizer("tiny")(TEXTS), normalize=True)
+        ids, mask, _ = subject.tokenizer(TEXTS, subject.data.max_length)
+        pixels = subject.data.resize(np.array(photo), subject.preprocess.size, "bicubic")
+        ours = subject.model.encode_image(subject.preprocess.normalise(pixels[None])).embed
+        found = subject.model.encode_text(ids, mask).embed
+    torch.testing.assert_close(found, text, rtol=0, atol=2e-6)
+    torch.testing.assert_close(ours @ found.T, image @ text.T, rtol=0, atol=5e-3)
+
+
+def test_what_is_nothing_known_is_one_line_that_says_what_it_can_be(tmp_path, capsys):
+    save_file({"head.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+
+    class Harm:
+        def __reduce__(self):
+            return print, ("run",)
+
+    torch.save({"a": Harm()}, tmp_path / "harm.pth")
+    for what, message in (
+        (tmp_path / "nothing", "no such file or folder"),
+        (tmp_path / "x.safetensors", "which is no model known here; it can be a run's folder"),
+        (tmp_path / "bert", "a folder of a bert model that cannot be evaluated"),
+        (tmp_path, "cannot be evaluated; it can be a run's folder"),
+        (tmp_path / "harm.pth", "would run code on loading"),
+        ("open_clip:ViT-B-33", "open_clip has no model"),
+    ):
+        assert main(["eval", str(what), "retrieval", "data=x"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and len(err.splitlines()) == 1 and message in err, err
+    assert main(["eval", str(tmp_path / "x.safetensors"), "knn", "--checkpoint", "3"]) == 2
+    assert "--checkpoint is for runs" in capsys.readouterr().err
+
+
+def test_what_belongs_to_the_weights_cannot_be_given(folder, capsys):
+    assert main(["eval", str(folder), "zero-shot", "tokenizer=x"]) == 2
+    assert "leave it out" in capsys.readouterr().err

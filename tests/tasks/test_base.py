@@ -1,0 +1,110 @@
+"""What every evaluation is asked before it starts, and under which name its result is kept."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.conftest import TOY, toy_overrides
+from tests.models.test_albef import SPEC
+from tests.tasks.fakes import subject
+from vlp.cli import main
+from vlp.data.annotated import Annotated
+from vlp.encoders.mome import Mome
+from vlp.errors import UserError
+from vlp.models.single import Single
+from vlp.models.vlmo import Vlmo
+from vlp.tasks.annotated_classes import Classes
+from vlp.tasks.base import result_name
+from vlp.tasks.probe import Knn
+from vlp.tasks.rerank import Rerank
+from vlp.tasks.sentence_similarity import SentenceSimilarity
+from vlp.tasks.vqa import Vqa
+from vlp.training.validation import check_limits
+
+MOME = Mome(32, 2, 2, 64, vl_from=1, image_size=32, vocab_size=99, max_text_length=16)
+TOGETHER = Vlmo(MOME, itc=False, itc_vl=False, itm=False, mlm=False, classes=2)
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        (Knn(k=0), "k"),
+        (Knn(batch_size=0), "batch_size"),
+        (Vqa(questions=0), "questions"),
+        (Rerank(text_batch=0), "text_batch"),
+        (SentenceSimilarity(resamples=-1), "resamples"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_opened(task, name):
+    with pytest.raises(UserError, match=rf"^sts-dev\.{name} is -?\d; set it to at least \d"):
+        check_limits(task, "sts-dev.")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["batch_size=0", "resamples=-1", "ks=", "ks=0,1", "workers=-1", "max_length=0", "image_size=0", "head_width=0"],
+)
+def test_wrong_number_on_the_command_line_is_one_line(wrong, tmp_path, capsys):
+    assert main(["eval", str(tmp_path / "nothing"), "retrieval", "data=x", wrong]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and wrong.partition("=")[0] in err
+
+
+def test_wrong_number_of_an_evaluation_within_a_training_is_one_line(world, tmp_path, capsys):
+    assert main(["train", str(TOY), *toy_overrides(world, tmp_path), "evaluate.retrieval.batch_size=0"]) == 2
+    assert "evaluate.retrieval.batch_size is 0; set it to at least 1" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("task", [Knn, SentenceSimilarity])
+def test_what_is_read_together_only_has_no_features_of_its_own(task, monkeypatch):
+    """A VLMo that was fine-tuned to classify pairs: its first token, which no layer has seen, is not a feature."""
+    monkeypatch.setattr(task, "_read", lambda self: ({}, {}, []) if task is Knn else {})
+    monkeypatch.setattr("vlp.tasks.sentence_similarity.NO_TEXT", "")
+    with pytest.raises(UserError, match="reads pictures and texts together only"):
+        task()(subject(TOGETHER.build()))
+
+
+def test_model_that_looks_at_another_number_of_pictures_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_text('{"image": "a.png", "image1": "b.png", "text": "?", "label": "no"}\n')
+    twins = subject(replace(SPEC, fusion=replace(SPEC.fusion, images=2), itm=False, mlm=False, classes=2).build())
+    single = subject(replace(SPEC, itm=False, mlm=False, classes=2).build())
+    given = {"data": str(tmp_path / "x.jsonl"), "label": "label", "classes": ("no", "yes")}
+    for of, fields, message in (
+        (twins, ("image",), "gives 1 picture with each text, and this model looks at 2"),
+        (single, ("image", "image1"), "gives 2 pictures with each text, and this model looks at 1"),
+        (subject(TOGETHER.build()), ("image", "image1"), "looks at 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Classes(image=fields, **given)(of)
+    with pytest.raises(UserError, match="vqa gives 1 picture"):
+        Vqa(data=given["data"])(twins)
+
+
+@pytest.mark.parametrize("task", [Classes, Vqa])
+def test_model_that_reads_nothing_is_refused(tmp_path, task):
+    (tmp_path / "x.jsonl").write_text('{"image": "a.png", "text": "?", "label": "no", "answers": ["no"]}\n')
+    blind = replace(subject(Single(image=SPEC.image, classes=2).build()), tokenizer=None)
+    source = Annotated(str(tmp_path / "x.jsonl"), label="label", classes=("no", "yes"))
+    blind = replace(blind, data=replace(blind.data, train=(source,)))
+    with pytest.raises(UserError, match="needs a model of pictures and texts"):
+        task(data=source.path)(blind)
+
+
+def test_what_was_asked_otherwise_is_kept_in_a_file_of_its_own():
+    names = [
+        result_name("rerank", "data/flickr8k/val", given)
+        for given in (
+            [],
+            ["k=16", "batch_size=8"],
+            ["k=16", "score=itm+itc"],
+            ["data=data/flickr8k/val", "resamples=9"],
+        )
+    ]
+    assert names == [
+        "rerank-flickr8k-val",
+        "rerank-flickr8k-val-k=16",
+        "rerank-flickr8k-val-k=16-score=itm+itc",
+        names[0],
+    ]
+    assert result_name("zero-shot", None, ["split=../a b"]) == "zero-shot-split=.._a_b"

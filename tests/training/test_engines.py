@@ -1,0 +1,201 @@
+"""The same training in one process, under DDP and under ZeRO-2, and back and forth between them; and no launch that silently
+does something else."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, TOY, command, environment, toy_overrides, vlp
+from tests.processes import free_port, losses, records, resume, run, start, tensors, train, wait_for_step
+from vlp.weights.checkpoints import all_steps
+
+ENGINES = {"single": {"world": 1}, "ddp": {"world": 2}, "zero2": {"world": 2, "engine": "deepspeed"}}
+# Dropout draws by process, so it is off. Clipping is on: the first gradient norms are above 1.
+SAME = ("model.text.dropout=0.0", "train.clip_norm=0.5", "train.ema_decay=0.9", "train.steps=20", "save.every=8")
+CUT = 11
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def folder_of(output: Path, engine: str, more: tuple = ()) -> Path:
+    return output / "-".join((engine, *more)).replace("=", "")
+
+
+@pytest.fixture(scope="module")
+def trained(world, output):
+    """engine, overrides -> folder of a whole run."""
+
+    def get(engine: str, *more: str) -> Path:
+        folder = folder_of(output, engine, more)
+        if not folder.exists():
+            train(*toy_overrides(world, output), *SAME, *more, f"name={folder.name}", **ENGINES[engine])
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def stopped(world, output):
+    """engine -> a new copy of a run that was asked to stop after step ``CUT``."""
+    kept = {}
+
+    def get(engine: str, name: str) -> Path:
+        if engine not in kept:
+            kept[engine] = output / f"stopped-{engine}"
+            arguments = (*toy_overrides(world, output), *SAME, f"name={kept[engine].name}")
+            running = start("train", TOY, *arguments, **ENGINES[engine])
+            wait_for_step(running, kept[engine], CUT)
+            running.signal(signal.SIGTERM)
+            done = running.wait()
+            assert not any(done.codes), done.errors
+            assert CUT <= len(losses(kept[engine])) < 20
+        return Path(shutil.copytree(kept[engine], output / name))
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("train.accumulation=2",)], ids=["plain", "accumulation"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_losses_of_twenty_steps_are_those_of_one_process(trained, engine, more):
+    one, two = trained("single", *more), trained(engine, *more)
+    assert len(losses(one)) == 20
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    norms = [[r["gradient_norm"] for r in records(folder)] for folder in (one, two)]
+    assert max(norms[0]) > 0.5  # clipping did something
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2)
+    temperatures = [[r["temperature"] for r in records(folder)] for folder in (one, two)]
+    assert temperatures[1] == pytest.approx(temperatures[0], rel=1e-5)
+
+
+def test_accumulated_micro_batches_have_negatives_of_their_own(trained):
+    """So accumulation is another loss: it is compared with itself above."""
+    losses_of_8, losses_of_4 = losses(trained("single")), losses(trained("single", "train.accumulation=2"))
+    assert losses_of_4[0] < losses_of_8[0] - 0.3  # about log 4 where it was log 8
+
+
+def test_bfloat16_is_finite_and_close(trained):
+    exact, rounded = losses(trained("single")), losses(trained("single", "train.precision=bf16"))
+    assert exact != rounded
+    assert rounded == pytest.approx(exact, abs=0.05)
+
+
+@pytest.mark.slow
+def test_zero2_is_continued_as_if_it_had_not_stopped(trained, stopped):
+    whole, folder = trained("zero2"), stopped("zero2", "zero2-to-zero2")
+    resume(folder, **ENGINES["zero2"])
+    assert losses(folder) == pytest.approx(losses(whole), abs=1e-6)
+    for name in ("model", "average"):
+        expected, found = tensors(whole, name), tensors(folder, name)
+        assert all(torch.allclose(found[k], expected[k], atol=1e-6) for k in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "before, after", [("zero2", "ddp"), ("zero2", "single"), ("ddp", "zero2"), ("single", "zero2")]
+)
+def test_checkpoint_of_one_engine_is_continued_by_another(trained, stopped, before, after):
+    folder = stopped(before, f"{before}-to-{after}")
+    resume(folder, **ENGINES[after])
+    assert losses(folder) == pytest.approx(losses(trained("single")), abs=1e-5)
+
+
+def launched(name: str) -> tuple[str, ...]:
+    return ("--config_file", str(ROOT / "launch" / name), "--main_process_port", str(free_port()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher, engine", [("cpu1.yaml", "single"), ("cpu2.yaml", "ddp"), ("zero2_cpu2.yaml", "zero2")]
+)
+def test_accelerate_launch_with_the_config_of_launch(world, output, trained, launcher, engine):
+    """What users type; the other tests give the processes this launcher's environment themselves."""
+    asked = {"single": "single", "ddp": "ddp", "zero2": "deepspeed"}[engine]
+    arguments = [*toy_overrides(world, output), *SAME, f"name=launched-{engine}", f"train.engine={asked}"]
+    done = vlp("train", TOY, *arguments, f"train.processes={ENGINES[engine]['world']}", launch=launched(launcher))
+    assert done.returncode == 0, done.stderr
+    expected = losses(trained(engine))
+    assert losses(output / f"launched-{engine}") == (
+        pytest.approx(expected, abs=1e-6) if engine == "zero2" else expected
+    )
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_saves_on_all_processes(world, output):
+    """The launcher passes it on, waits, and ends with its own exit code and traceback, which are not ours to choose."""
+    folder = output / "launcher"
+    arguments = [*toy_overrides(world, output), "train.steps=2000", f"name={folder.name}"]
+    with open(output / "launcher.err", "w") as err:
+        launcher = subprocess.Popen(
+            command("train", TOY, *arguments, launch=launched("cpu2.yaml")), env=environment(), cwd=ROOT, stderr=err
+        )
+    end = time.monotonic() + 120
+    while not (folder / "log.jsonl").exists() or len(records(folder)) < 4:
+        assert launcher.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    os.kill(launcher.pid, signal.SIGTERM)
+    launcher.wait(60)
+    stopped = len(losses(folder))
+    assert 4 <= stopped < 2000
+    assert f"stopped at step {stopped} and saved" in (output / "launcher.err").read_text()
+    assert all_steps(folder / "checkpoints")[0].name == f"step-{stopped:08d}"
+
+
+# what the launcher sets and what was meant, where accelerate goes on with something else (environments recorded from it)
+SILENTLY_WRONG = {
+    "--cpu --num_processes 2": (
+        {"world": 1, "environment": {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}},
+        (),
+        "starts a single one",
+    ),
+    "--use_deepspeed with ACCELERATE_USE_CPU": (
+        {"world": 2, "engine": "deepspeed", "environment": {"ACCELERATE_USE_CPU": "true"}},
+        (),
+        "DeepSpeed was asked for but does not run",
+    ),
+    "--use_fsdp": ({"world": 2, "environment": {"ACCELERATE_USE_FSDP": "true"}}, (), "asks for FSDP"),
+    "--use_fsdp with ACCELERATE_USE_CPU": (
+        {"world": 2, "environment": {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "true"}},
+        (),
+        "asks for FSDP",
+    ),
+    "two processes wanted, one started": ({"world": 1}, ("train.processes=2",), "train.processes is 2 but 1 run"),
+    "one process wanted, two started": ({"world": 2}, ("train.processes=1",), "train.processes is 1 but 2 run"),
+    "ZeRO wanted, DDP started": (
+        {"world": 2},
+        ("train.engine=deepspeed",),
+        "train.engine is 'deepspeed' but 'ddp' runs",
+    ),
+    "batch that cannot be shared out": (
+        {"world": 2},
+        ("data.batch_size=6", "train.accumulation=2"),
+        "a micro-batch of 3",
+    ),
+    "LAMB under ZeRO": ({"world": 2, "engine": "deepspeed"}, (), "Lamb needs whole parameters"),
+    "skipping half a ZeRO step": (
+        {"world": 2, "engine": "deepspeed"},
+        ("train.nonfinite=skip", "train.accumulation=2"),
+        "needs train.accumulation=1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SILENTLY_WRONG)
+def test_launch_that_would_do_something_else_stops_in_one_line(world, tmp_path, case):
+    how, overrides, message = SILENTLY_WRONG[case]
+    toy = TOY.with_name("toy_lamb.py") if "LAMB" in case else TOY
+    done = run("train", toy, *toy_overrides(world, tmp_path), *overrides, **how)
+    assert done.codes == [2] * how["world"], done.errors
+    for error in done.errors:
+        said = [line for line in error.splitlines() if line.startswith("vlp: ")]
+        assert len(said) == 1 and message in said[0] and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []

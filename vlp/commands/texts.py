@@ -1,0 +1,77 @@
+"""``vlp data triples`` and ``vlp data paraphrase``: the tables that sentence methods train on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from itertools import chain
+from pathlib import Path
+
+from vlp.errors import UserError
+
+
+def add_text_commands(actions) -> None:
+    triples = actions.add_parser(
+        "triples", help="NLI lines -> sentence, entailed, contradicted (for supervised SimCSE)"
+    )
+    triples.add_argument("files", type=Path, nargs="+", help="lines label<TAB>premise<TAB>hypothesis")
+    triples.add_argument("output", type=Path, metavar="OUT.tsv")
+    triples.set_defaults(run=run_triples)
+
+    paraphrase = actions.add_parser("paraphrase", help="sentences -> sentence, paraphrase (for CERT); resumable")
+    paraphrase.add_argument(
+        "input", type=Path, help="a sentence a line; with --same-picture, annotations with captions"
+    )
+    paraphrase.add_argument("output", type=Path, metavar="OUT.tsv")
+    how = paraphrase.add_mutually_exclusive_group(required=True)
+    how.add_argument(
+        "--translator",
+        nargs="+",
+        metavar="T",
+        help="applied in turn, there and back: module:function (list of texts -> list of texts), or a MarianMT folder",
+    )
+    how.add_argument("--same-picture", action="store_true", help="captions of one picture paraphrase each other")
+    paraphrase.add_argument("--split", help="of the annotations, where they have one")
+    paraphrase.add_argument("--batch-size", type=int, default=32, help="sentences translated at a time")
+    paraphrase.set_defaults(run=run_paraphrase)
+
+
+def run_triples(options: argparse.Namespace) -> int:
+    from vlp.data.sentences import nli_triples
+    from vlp.files import write_atomically
+
+    triples = list(chain.from_iterable(map(nli_triples, map(_existing, options.files))))
+    if not triples:
+        raise UserError(f"no premise in {options.files[0]} has both an entailment and a contradiction; give NLI data")
+    lines = ["\t".join(cells) for cells in [("sentence", "entailed", "contradicted"), *triples]]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.output, "".join(f"{line}\n" for line in lines).encode())
+    print(f"{len(triples):,} triples in {options.output}")
+    return 0
+
+
+def run_paraphrase(options: argparse.Namespace) -> int:
+    from vlp.commands.progress import progress_bar
+    from vlp.data.formats import read_pairs
+    from vlp.data.paraphrase import back_translate, pair_captions
+
+    if options.same_picture:
+        groups = [pair.captions for pair in read_pairs(options.input, split=options.split)]
+        print(f"{pair_captions(groups, options.output):,} pairs in {options.output}")
+        return 0
+    lines = _existing(options.input).read_text(encoding="utf-8").split("\n")
+    sentences = [line.strip() for line in lines if line.strip()]
+    if not sentences:
+        raise UserError(f"{options.input} holds no sentence; give a file with one a line")
+    sys.path.insert(0, os.getcwd())  # where the user's own translator is
+    with progress_bar("translating") as progress:
+        back_translate(sentences, options.translator, options.output, options.batch_size, progress)
+    print(f"{len(sentences):,} paraphrases in {options.output}")
+    return 0
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    return path

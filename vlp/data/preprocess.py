@@ -1,0 +1,49 @@
+"""Input format of an image tower: size, normalisation and interpolation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Triple = tuple[float, float, float]
+
+
+Interpolation = Literal["bicubic", "bilinear"]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How pixels have to look for a tower: it belongs to the weights and travels with them.
+
+    Args:
+        size: (H, W) in pixels.
+        mean: per channel, of values in [0, 1].
+        std: per channel, of values in [0, 1].
+        interpolation: with which the pictures are resized.
+    """
+
+    size: tuple[int, int]
+    mean: Triple
+    std: Triple
+    interpolation: Interpolation
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """``(image / 255 - mean) / std``, on the device of the image, once a batch.
+
+        Args:
+            image: (B, 3, H, W) uint8.
+
+        Returns:
+            (B, 3, H, W) float32.
+
+        Raises:
+            ValueError: if the image is not uint8, which usually means that it has been normalised before.
+        """
+        if image.dtype != torch.uint8:
+            raise ValueError(f"normalise takes uint8 images, not {image.dtype}")
+        std = torch.tensor(self.std, device=image.device).view(3, 1, 1)
+        mean = torch.tensor(self.mean, device=image.device).view(3, 1, 1)
+        return image.float().mul_(1 / (255 * std)).sub_(mean / std)

@@ -1,0 +1,202 @@
+"""Random choices of a step: which tokens and which patches are masked.
+
+Every draw comes from torch's generator on the device of its inputs, which the trainer seeds for each step, and nothing
+waits for the device unless it says so.
+
+B texts or pictures, L tokens, V vocabulary, P = h x w patches, M predicted positions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vlp.errors import UserError
+from vlp.losses.masked import IGNORED
+from vlp.types import MaskedIds, Vocabulary
+
+
+@dataclass(frozen=True)
+class TextMasking:
+    """BERT's corruption (Devlin et al. 2019, sec. 3.1): some tokens are chosen, and of these most become ``[MASK]``.
+
+    Args:
+        probability: share of the tokens that are chosen, specials not counted.
+        of: "token" = each by itself; "word" = all pieces of a word or none, each word by itself; "span" = runs of whole
+            words (SpanBERT, Joshi et al. 2020, sec. 3.1), replaced alike, until the share of a text, rounded up, is
+            reached, which cuts the last one.
+        mask_share: of the chosen ones, become ``[MASK]``.
+        random_share: of the chosen ones, become another token; the rest stay as they are, and are predicted too.
+        spared: never chosen: "special" = ``[PAD]``, ``[CLS]``, ``[SEP]`` and their like; "first" = padding and the first
+            token alone, as ALBEF's code has it.
+        random_from: what another token is drawn from, evenly: "words" = all that are not special; "all" = the whole
+            vocabulary, as published by BERT, ALBEF and others.
+        capacity: share of the (B, L) positions, padding counted, that can be predicted. There are exactly so many
+            positions then, most of them of use, and nothing waits for the device; what is chosen beyond is left as it
+            is. None = exactly the chosen ones, for whose number a GPU's host waits once; a CPU loses nothing.
+    """
+
+    probability: float = 0.15
+    of: Literal["token", "word", "span"] = "token"
+    mask_share: float = 0.8
+    random_share: float = 0.1
+    spared: Literal["special", "first"] = "special"
+    random_from: Literal["words", "all"] = "words"
+    capacity: float | None = None
+
+    def check(self, name: str) -> None:
+        """Raises UserError, naming the field of ``name``, for shares that cannot be."""
+        shares = {"probability": self.probability, "mask_share": self.mask_share, "random_share": self.random_share}
+        shares |= {"mask_share + random_share": self.mask_share + self.random_share, "capacity": self.capacity or 0}
+        for field, share in shares.items():
+            if not 0 <= share <= 1:
+                raise UserError(f"{name}.{field} is {share:g}; it is a share, from 0 to 1")
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        vocabulary: Vocabulary,
+        generator: torch.Generator | None = None,
+    ) -> MaskedIds:
+        """Masks (B, L) int64 ids with their (B, L) bool mask.
+
+        Raises:
+            UserError: if the tokenizer has no ``[MASK]``.
+        """
+        if vocabulary.mask_id is None:
+            raise UserError("masked language modelling needs a tokenizer with [MASK]; use BERT's, or train one")
+        if self.spared == "special":
+            maskable = attention_mask & ~vocabulary.special[input_ids]
+        else:
+            maskable = attention_mask.clone()
+            maskable[:, 0] = False
+        chosen, fate = self._choose(input_ids, maskable, vocabulary, generator)
+        if self.capacity is not None:
+            size = math.ceil(self.capacity * input_ids.numel())
+            chosen &= (chosen.flatten().cumsum(0) <= size).view_as(chosen)
+        others = self._others(input_ids, vocabulary, generator)
+        masked = input_ids.masked_fill(chosen & (fate < self.mask_share), vocabulary.mask_id)
+        is_random = chosen & (fate >= self.mask_share) & (fate < self.mask_share + self.random_share)
+        masked = torch.where(is_random, others, masked)
+        if self.capacity is None:
+            positions = chosen.flatten().nonzero()[:, 0]
+            return MaskedIds(masked, positions, input_ids.flatten()[positions])
+        positions = chosen.flatten().byte().argsort(descending=True, stable=True)[:size]
+        filler = ~chosen.flatten()[positions]
+        labels = input_ids.flatten()[positions].masked_fill(filler, IGNORED)
+        return MaskedIds(masked, positions.masked_fill(filler, 0), labels)
+
+    def _choose(self, input_ids, maskable, vocabulary, generator) -> tuple[Tensor, Tensor]:
+        """(B, L) bool, which are chosen; (B, L) in [0, 1), what decides on their replacement."""
+        word = (~vocabulary.continues[input_ids]).cumsum(1)  # its number in the text
+        if self.of == "span":
+            return choose_spans(maskable, word, self.probability, generator)
+        rows, length = maskable.shape
+        draws = torch.rand(rows, length + 1, generator=generator, device=maskable.device)
+        if self.of == "word":
+            draws = draws.gather(1, word)
+        chosen = (draws[:, :length] < self.probability) & maskable
+        return chosen, torch.rand(rows, length, generator=generator, device=maskable.device)
+
+    def _others(self, input_ids, vocabulary, generator) -> Tensor:
+        """(B, L) ids to put in the place of chosen ones."""
+        device = input_ids.device
+        if self.random_from == "all":
+            return torch.randint(vocabulary.size, input_ids.shape, generator=generator, device=device)
+        words = (~vocabulary.special).float()
+        return torch.multinomial(words, input_ids.numel(), True, generator=generator).view_as(input_ids)
+
+
+def choose_spans(
+    maskable: Tensor,
+    word: Tensor,
+    probability: float,
+    generator: torch.Generator | None = None,
+    geometric: float = 0.2,
+    longest: int = 10,
+) -> tuple[Tensor, Tensor]:
+    """Spans of words until ``ceil(probability * n)`` of a text's n maskable tokens are chosen (Joshi et al. 2020).
+
+    A span begins with the word of an evenly drawn token and has l words, ``p(l) ~ (1 - geometric)^(l - 1)`` up to
+    ``longest``: 3.8 on average. A token in an earlier span begins none. The last span is cut where the number is reached,
+    as published. The draws are several times as many as a text needs on average; of very short texts a few get less.
+
+    Args:
+        maskable: (B, L) bool.
+        word: (B, L) int64 number of the word that a token belongs to.
+
+    Returns:
+        (B, L) bool, which are chosen; (B, L) in [0, 1), equal within a span, for the choice of its replacement.
+    """
+    rows, length = maskable.shape
+    device = maskable.device
+    rounds = math.ceil(probability * length) + 4
+    shares = (1 - geometric) ** torch.arange(longest, device=device)
+    words = torch.multinomial(shares, rows * rounds, True, generator=generator).view(rows, rounds) + 1
+    count = maskable.sum(1, keepdim=True)
+    places = (torch.rand(rows, rounds, generator=generator, device=device) * count).long()  # among the maskable
+    begins = torch.searchsorted(maskable.cumsum(1), places + 1).clamp(max=length - 1)
+    found = torch.full_like(word, rounds)  # the round in which a token was first in a span
+    for r in range(rounds):
+        begin = begins[:, r : r + 1]
+        first, is_free = word.gather(1, begin), found.gather(1, begin) == rounds
+        inside = (word >= first) & (word < first + words[:, r : r + 1]) & is_free & maskable
+        found = torch.where(inside & (found == rounds), r, found)
+    rank = found * length + torch.arange(length, device=device)
+    budget = (probability * count - 1e-6).ceil().long()  # not one more for 0.15 * 20 = 3.0000001
+    last = rank.sort(1).values.gather(1, (budget - 1).clamp(min=0))
+    chosen = (rank <= last) & (found < rounds) & (budget > 0)
+    fates = torch.rand(rows, rounds + 1, generator=generator, device=device)
+    return chosen, fates.gather(1, found)
+
+
+def block_masks(
+    count: int,
+    grid: tuple[int, int],
+    share: float,
+    min_patches: int = 16,
+    min_aspect: float = 0.3,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+    rounds: int = 16,
+) -> Tensor:
+    """Patches to be masked, in blocks (BEiT, Bao et al. 2022, algorithm 1).
+
+    Blocks of ``min_patches`` to as many patches as are still missing, of an aspect ratio between ``min_aspect`` and its
+    inverse (evenly in the logarithm, as published), are put anywhere until ``share`` of the patches is covered. The
+    algorithm's last block makes the number of masked patches differ between pictures; here it is cut, from below, so
+    that all pictures have exactly ``round(share * P)``, a number that is known without waiting for the device.
+
+    Args:
+        count: B.
+        grid: (h, w) patches.
+
+    Returns:
+        (B, T) int64, numbers of the patches row by row, ascending.
+    """
+    height, width = grid
+    target = max(1, round(share * height * width))
+
+    def draw() -> Tensor:
+        return torch.rand(count, 1, generator=generator, device=device)
+
+    patch = torch.arange(height * width, device=device)
+    y, x = patch // width, patch % width
+    found = torch.full((count, height * width), rounds, device=device)  # the round in which a block covered the patch
+    for r in range(rounds):
+        missing = target - (found < rounds).sum(1, keepdim=True)
+        area = min_patches + draw() * (missing - min_patches).clamp(min=0)
+        aspect = (math.log(min_aspect) * (2 * draw() - 1)).exp()
+        h = (area * aspect).sqrt().round().clamp(1, height)
+        w = (area / aspect).sqrt().round().clamp(1, width)
+        top, left = (draw() * (height - h + 1)).floor(), (draw() * (width - w + 1)).floor()
+        inside = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)
+        found = torch.where(inside & (found == rounds), r, found)
+    # by round, then row by row; should all rounds together cover too little, the rest is taken from the top
+    order = found * (height * width) + patch
+    return order.topk(target, dim=1, largest=False).indices.sort(1).values

@@ -1,0 +1,84 @@
+"""Results of several runs side by side: which folders are runs, and which numbers may share a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlp.errors import UserError
+from vlp.tasks.metrics import Interval
+
+HEADLINES = {
+    "retrieval": "mean_recall",
+    "rerank": "mean_recall",
+    "zero-shot": "top1",
+    "knn": "top1",
+    "probe": "top1",
+    "image-accuracy": "top1",
+    "sts": "mean",
+}
+LOWER_IS_BETTER = ("alignment", "uniformity")
+
+
+@dataclass
+class Table:
+    """One protocol on one data set.
+
+    Args:
+        results: run name -> its newest result, as `vlp.report.run.read_results` reads it.
+    """
+
+    task: str
+    data: str
+    protocol: str
+    results: dict[str, dict]
+
+    @property
+    def metrics(self) -> list[str]:
+        return list(dict.fromkeys(metric for result in self.results.values() for metric in result["metrics"]))
+
+    def best(self, metric: str) -> str | None:
+        """The run with the best value; None where there is nothing to compare."""
+        values = {name: r["metrics"][metric].value for name, r in self.results.items() if metric in r["metrics"]}
+        if len(values) < 2:
+            return None
+        return (min if metric in LOWER_IS_BETTER else max)(values, key=values.get)
+
+    def headline(self) -> tuple[str, dict[str, Interval]]:
+        """What the score is called, and its value for each run."""
+        metric = HEADLINES.get(self.task, self.metrics[0])
+        found = {name: r["metrics"][metric] for name, r in self.results.items() if metric in r["metrics"]}
+        return f"{self.task} {metric}", found
+
+
+def find_runs(folders: list[Path]) -> list[Path]:
+    """Those that are runs, or weights with evaluations, and what of this kind lies in the others.
+
+    Raises:
+        UserError: if there is none, or a run is given twice.
+    """
+
+    def is_run(folder: Path) -> bool:
+        return (folder / "experiment.json").is_file() or any(folder.glob("eval/*.json"))
+
+    for folder in folders:
+        if not folder.exists():
+            raise UserError(f"no folder {folder}; name runs, or a folder of runs")
+    found = [
+        run for folder in folders for run in ([folder] if is_run(folder) else sorted(filter(is_run, folder.glob("*/"))))
+    ]
+    if not found:
+        raise UserError(f"{folders[0]} is not a run: it has no experiment.json, and no evaluations")
+    if len({folder.resolve() for folder in found}) < len(found):
+        raise UserError("a run is given twice; name each once")
+    return found
+
+
+def tabulate(results: dict[str, list[dict]]) -> list[Table]:
+    """Results of the same task, data and protocol together; of a run's several the newest."""
+    tables: dict[tuple, Table] = {}
+    for name, found in results.items():
+        for result in sorted(found, key=lambda r: r["time"]):
+            key = result["task"], result["data"], result["protocol"]
+            tables.setdefault(key, Table(*key, {})).results[name] = result
+    return sorted(tables.values(), key=lambda table: (-len(table.results), table.task, table.data))

@@ -1,0 +1,60 @@
+"""Check the values of a spec against the types of its fields, and describe those types in words."""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal
+
+from vlp.errors import UserError
+
+
+def describe_type(hint: Any) -> str:
+    """What a field takes, in words."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
+    names[Any] = "anything"
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(o) for o in options)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, options))}"
+    if origin is tuple:
+        each = "any number of" if options[-1] is ... else str(len(options))
+        return f"a tuple ({each} x {describe_type(options[0])})"
+    if origin is dict:
+        return f"a dict of texts to {describe_type(options[1])}"
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def check_types(value: Any, key: str = "") -> None:
+    """Raises UserError for the first field, at any depth, whose value is not of the type that it is declared with."""
+    if is_dataclass(value):
+        hints = typing.get_type_hints(type(value))
+        for field in fields(value):
+            inner, name = getattr(value, field.name), f"{key}.{field.name}".lstrip(".")
+            if not fits(inner, hints[field.name]):
+                raise UserError(f"{name} is {inner!r}; it takes {describe_type(hints[field.name])}")
+            check_types(inner, name)
+    elif isinstance(value, (dict, tuple)):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            check_types(inner, f"{key}.{name}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether ``value`` is of the type; a whole number is also a number, but true and false are neither."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in options)
+    if origin is Literal:
+        return value in options
+    if origin is tuple:
+        each = options[:1] * len(value) if options[-1] is ... and isinstance(value, tuple) else options
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(fits, value, each))
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, options[0]) and fits(v, options[1]) for k, v in value.items())
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)

@@ -1,0 +1,162 @@
+"""Checkpoints: a folder of safetensors and JSON, the same for every engine, checked by checksum before anything is loaded.
+
+    step-00000500/ model.safetensors  optimizer.safetensors  average.safetensors  state.json  manifest.json
+
+The folder is written under another name, synced, and renamed, so that one that has its name is whole; manifest.json holds
+the SHA-256 of every file, so that one that was damaged later is noticed. Nothing in it is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from vlp.data.shards import write_atomically
+from vlp.errors import UserError
+from vlp.files import file_hash
+from vlp.weights.checkpoints import Tensors, all_steps, best_path
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save(folder: Path, step: int, files: dict[str, Tensors], state: dict) -> Path:
+    """Writes ``folder/step-STEP``: a safetensors file for each entry of ``files``, and the counters.
+
+    Raises:
+        UserError: if the folder cannot be written (disk full, no permission); what was there before stays.
+    """
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".step-{step:08d}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".step-*.tmp"):  # of a run that was killed while it saved
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir()
+        for name, tensors in files.items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        hashes = {path.name: file_hash(path) for path in sorted(temporary.iterdir())}
+        (temporary / "manifest.json").write_text(json.dumps({"step": step, "sha256": hashes}, indent=1))
+        for path in temporary.iterdir():
+            _sync(path)
+        _sync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _sync(folder)
+    except (OSError, SafetensorError) as e:
+        full = getattr(e, "errno", None) == errno.ENOSPC or "No space" in str(e)
+        advice = "free some space" if full else "check that the folder can be written"
+        raise UserError(
+            f"cannot save {final}: {getattr(e, 'strerror', None) or e}; {advice}, then resume the run"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def prune(folder: Path, keep: int, step: int) -> None:
+    """Removes all but the newest ``keep`` checkpoints up to ``step``, and the best one.
+
+    A later one is damaged: the run went on from one before it.
+    """
+    newest = [path for path in all_steps(folder) if int(path.name[5:]) <= step][:keep]
+    for path in all_steps(folder):
+        if path not in newest and path != best_path(folder):
+            # renamed first, so that a half-removed checkpoint does not keep its name
+            gone = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            os.replace(path, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def mark_best(folder: Path, step: int, metric: str, value: float) -> None:
+    write_atomically(folder / "best.json", json.dumps({"step": step, "metric": metric, "value": value}).encode())
+
+
+# Optimizer state in one form for every engine: "KEY/PARAMETER" -> tensor, full-sized, by the parameter's name.
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, zero: bool) -> Tensors:
+    """State of every trained parameter.
+
+    Args:
+        model: unwrapped.
+        optimizer: torch's own, or DeepSpeed's ZeRO optimizer if ``zero``; then every process must call this.
+    """
+    if zero:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        inner = next(iter(optimizer.optimizer.state.values()), {})
+        if inner:
+            _link_state(optimizer)
+        keys = [k for k, v in inner.items() if v.ndim > 0] if inner else []
+        tensors = {f"{k}/{n}": safe_get_full_optimizer_state(p, k) for n, p in _trained(model) for k in keys}
+        if "step" in inner:  # SGD counts none
+            tensors |= {f"step/{n}": inner["step"].clone() for n, _ in _trained(model)}
+        return tensors | {f"master/{n}": safe_get_full_fp32_param(p) for n, p in _trained(model)}
+    state = {n: optimizer.state[p] for n, p in _trained(model) if p in optimizer.state}
+    return {f"{k}/{n}": v for n, values in state.items() for k, v in values.items()}
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, zero: bool, tensors: Tensors) -> None:
+    """Inverse of `optimizer_tensors`, across engines and numbers of processes."""
+    by_parameter: dict[str, Tensors] = {}
+    for name, tensor in tensors.items():
+        key, _, parameter = name.partition("/")
+        by_parameter.setdefault(parameter, {})[key] = tensor
+    if zero:
+        _load_zero(model, optimizer, by_parameter)
+        return
+    for name, p in _trained(model):
+        values = {k: v for k, v in by_parameter.get(name, {}).items() if k != "master"}
+        if values:
+            # the step count stays where torch keeps it; the rest has the parameter's memory layout, as fused steps assume
+            optimizer.state[p] = {
+                k: v.clone() if v.shape != p.shape or k == "step" else torch.empty_like(p).copy_(v)
+                for k, v in values.items()
+            }
+
+
+def _link_state(optimizer) -> None:
+    """Lets ZeRO's state be asked for by parameter. DeepSpeed does so itself after the first step, but of the first
+    parameter group only: the others have no state yet when it looks (deepspeed 0.19.8)."""
+    optimizer._hp_optimizer_states_linked = False
+    optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _load_zero(model: nn.Module, optimizer, by_parameter: dict[str, Tensors]) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    example = next(iter(by_parameter.values()), {})
+    keys = [k for k, v in example.items() if k not in ("step", "master")]
+    if keys:
+        # ZeRO has no state before its first step, and only state that exists can be set
+        for flat in optimizer.single_partition_of_fp32_groups:
+            state = optimizer.optimizer.state[flat] = {k: torch.zeros_like(flat) for k in keys}
+            if "step" in example:
+                state["step"] = example["step"].clone()
+        _link_state(optimizer)
+    for name, p in _trained(model):
+        for key in keys:
+            safe_set_full_optimizer_state(p, by_parameter[name][key].to(p.device), key)
+        if "master" in by_parameter.get(name, {}):
+            safe_set_full_fp32_param(p, by_parameter[name]["master"].to(p.device))

@@ -1,0 +1,136 @@
+"""What a run says: a JSON line a step, a live console, and, if asked, TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vlp.config import Experiment, Logging
+from vlp.errors import UserError
+from vlp.specs.json import dump
+
+
+def truncate_log(path: Path, step: int) -> None:
+    """Drops the lines after ``step``, and a last line that a kill cut short, so that every step has one line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a file of JSON lines, without a last one that a kill cut short."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def peak_memory_mib() -> float:
+    """Peak resident memory of this process, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def require(settings: Logging) -> None:
+    """Raises UserError where what is to be logged to is not installed."""
+    for package, wanted in (("tensorboard", settings.tensorboard), ("wandb", settings.wandb is not None)):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"log.{package} needs a package that is not installed; pip install 'vlp[{package}]'")
+
+
+def _tensorboard(settings: Logging, folder: Path):
+    if not settings.tensorboard:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _wandb(experiment: Experiment):
+    if experiment.log.wandb is None:
+        return None
+    import wandb
+
+    return wandb.init(
+        project=experiment.log.wandb,
+        name=experiment.name,
+        id=experiment.name,
+        resume="allow",
+        config=json.loads(dump(experiment)),
+    )
+
+
+class RunLog:
+    """The log of the main process; the others have none."""
+
+    def __init__(self, experiment: Experiment, step: int, total_steps: int):
+        self.lines = open(experiment.folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115 - closed in close()
+        self.tensorboard = _tensorboard(experiment.log, experiment.folder)
+        self.wandb = _wandb(experiment)
+        self.console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[last]}"),
+        )
+        self.progress = Progress(
+            *columns, console=self.console, refresh_per_second=2, disable=not self.console.is_terminal
+        )
+        self.task = self.progress.add_task(experiment.name, completed=step, total=total_steps, last="")
+        self.progress.start()
+        self.total_steps, self.said = total_steps, time.monotonic()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def step(self, record: dict) -> None:
+        """Writes one step; ``record`` holds ``step`` and numbers by name."""
+        # JSON has no NaN: the loss of a skipped step is null
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.lines.write(json.dumps(finite) + "\n")
+        numbers = {k: v for k, v in record.items() if k not in ("step", "time") and isinstance(v, (int, float))}
+        if self.tensorboard:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, record["step"])
+        if self.wandb:
+            self.wandb.log(numbers, step=record["step"])
+        last = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['samples_per_second']:.0f} samples/s"
+        self.progress.update(self.task, completed=record["step"], last=last)
+        # where no bar can be drawn (a file, a scheduler's log), a line now and then
+        if not self.console.is_terminal and (time.monotonic() - self.said > 10 or record["step"] == self.total_steps):
+            self.said = time.monotonic()
+            left = (self.total_steps - record["step"]) * record["seconds"]
+            self.say(
+                f"step {record['step']}/{self.total_steps}  {last}  wait {record['data_wait']:.0%}  about {left / 60:.1f} min left"
+            )
+
+    def close(self) -> None:
+        self.progress.stop()
+        self.lines.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+        sys.stderr.flush()

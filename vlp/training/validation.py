@@ -1,0 +1,134 @@
+"""What can be said against an experiment before anything is built or written."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from vlp.config import Experiment
+from vlp.errors import UserError
+from vlp.specs.json import dump, from_plain
+from vlp.specs.types import check_types
+from vlp.training import grad_cache, split_backward
+from vlp.training.logging import require
+
+# dotted key -> smallest and largest value; None (the setting is off) passes
+LIMITS = {
+    "data.batch_size": (1, math.inf),
+    "data.max_length": (2, math.inf),  # [CLS] and a token
+    "data.workers": (0, math.inf),
+    "data.max_bad_fraction": (0, 1),
+    "train.accumulation": (1, math.inf),
+    "train.clip_norm": (1e-12, math.inf),
+    "train.ema_decay": (0, 1),
+    "train.threads": (1, math.inf),
+    "momentum.decay": (0, 1),
+    "model.embed_size": (1, math.inf),
+    "optim.lr": (0, math.inf),
+    "optim.eps": (0, math.inf),
+    "optim.weight_decay": (0, math.inf),
+    "seed": (0, math.inf),
+    "evaluate_every": (0, math.inf),
+    "save.every": (1, math.inf),
+    "save.keep": (1, math.inf),
+    "log.geometry_every": (0, math.inf),
+}
+# fields of tasks, and of `vlp.loading.load_model.LoadOptions`, by name: what they mean is the same wherever they are
+OF_TASKS = {
+    "batch_size": (1, math.inf),
+    "beams": (1, math.inf),
+    "examples": (0, math.inf),
+    "head_width": (1, math.inf),
+    "image_size": (1, math.inf),
+    "k": (1, math.inf),
+    "max_answer": (1, math.inf),
+    "max_length": (2, math.inf),
+    "questions": (1, math.inf),
+    "resamples": (0, math.inf),
+    "text_batch": (1, math.inf),
+    "workers": (0, math.inf),
+}
+
+
+def validate(experiment: Experiment) -> None:
+    """Raises UserError for values of a wrong type, out of range, or that do not go together."""
+    check_types(experiment)
+    _check_json(experiment)
+    for key, (least, most) in LIMITS.items():
+        value: Any = experiment
+        for name in key.split("."):
+            value = getattr(value, name, None)
+        _within(key, value, least, most)
+    for beta in getattr(experiment.optim, "betas", ()):
+        if not 0 <= beta < 1:
+            raise UserError(f"optim.betas has {beta}; give numbers from 0 to below 1")
+    if not experiment.name:
+        raise UserError("the run has no name; set name=NAME, which its folder gets")
+    data, train = experiment.data, experiment.train
+    if data.batch_size % train.accumulation:
+        raise UserError(
+            f"data.batch_size={data.batch_size} is not a multiple of train.accumulation={train.accumulation}"
+        )
+    if not data.train:
+        raise UserError("data.train names no data; set data.train=SHARDS")
+    if not experiment.objectives:
+        raise UserError("the experiment has no objective; add one to objectives")
+    objectives = list(experiment.objectives.values())
+    if any(a == b for n, a in enumerate(objectives) for b in objectives[:n]):
+        raise UserError("objectives has the same objective twice; give it once, with the weight of both")
+    for objective in objectives:
+        if hasattr(objective, "check"):
+            objective.check(experiment)
+    if train.backward == "per_loss":
+        split_backward.check(experiment)
+    if train.grad_cache:
+        grad_cache.check(experiment)
+    if train.mix:
+        check_mixup(experiment)
+    for name, task in experiment.evaluate.items():
+        if not callable(task):
+            raise UserError(f"evaluate.{name} is not a task; the tasks are in vlp.tasks")
+        check_limits(task, f"evaluate.{name}.")
+    best = experiment.save.best
+    if best is not None and best.split("/")[0] not in experiment.evaluate:
+        raise UserError(
+            f"save.best={best!r} names no task of evaluate ({', '.join(experiment.evaluate) or 'there is none'})"
+        )
+    require(experiment.log)
+
+
+def _within(key: str, value: Any, least: float, most: float) -> None:
+    if value is not None and not least <= value <= most:
+        raise UserError(
+            f"{key} is {value}; set it to {f'at least {least:g}' if value < least else f'at most {most:g}'}"
+        )
+
+
+def check_limits(task: Any, prefix: str = "") -> None:
+    """Raises UserError for the first field of a task, or of an `LoadOptions`, that is out of `OF_TASKS`' range or an empty list."""
+    for field in fields(task) if is_dataclass(task) else ():
+        value = getattr(task, field.name)
+        if field.name in OF_TASKS:
+            _within(prefix + field.name, value, *OF_TASKS[field.name])
+        if field.name == "ks" and not (value and min(value) >= 1):
+            raise UserError(f"{prefix}ks is {value}; give one rank or more, each at least 1")
+
+
+def _check_json(experiment: Experiment) -> None:
+    """A run is rebuilt from its experiment.json, so that must hold everything."""
+    try:
+        from_plain(json.loads(dump(experiment)))
+    except TypeError as e:
+        raise UserError(f"the experiment cannot be kept as JSON ({e}); use numbers, texts, tuples and dicts") from None
+
+
+def check_mixup(experiment: Experiment) -> None:
+    mix = experiment.train.mix
+    if getattr(experiment.model, "classes", None) is None:
+        raise UserError("train.mix mixes classes, and the model has none; set model.classes, or train.mix to none")
+    if min(mix.mixup, mix.cutmix) < 0 or max(mix.mixup, mix.cutmix) == 0:
+        raise UserError(f"train.mix has mixup={mix.mixup:g}, cutmix={mix.cutmix:g}; one must be above 0, none below")
+    if experiment.data.batch_size // experiment.train.accumulation % 2:
+        raise UserError("train.mix mixes pairs; make data.batch_size / train.accumulation even")

@@ -1,0 +1,234 @@
+"""VLMo's published checkpoints, in and out, and BEiT's image weights in.
+
+The official files (stages 2 and 3 of base, base_plus and large; fine-tuned on VQA, NLVR2 and retrieval) name things alike, and
+differ in what they hold. Ours are those of `vlp.models.vlmo`. What differs in more than the name:
+
+  relative_position_bias_table   one table: rows of images, 2 rows across modalities, 392 rows of texts; a column for each head
+                                 of each layer. Ours are three: encoder.positions.image, .cross and .text.
+  token_type_embeddings          row 0 is encoder.text.kind, the others are encoder.image.kind.
+  text_embeddings.position_embeddings   is in every file, but unused where positions are relative: kept as `unused`.
+
+BEiT v1's files hold an image encoder: attention, image experts, and a table that all layers share or one for each. BEiT-3's do
+not fit: its attention has weights for each modality too, and norms that VLMo lacks.
+
+D width, h x w patches, M positions of texts, C = layers * heads.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlp.errors import UserError
+from vlp.weights.reading import read_weights
+from vlp.weights.run import is_run, run_state
+
+TEXT_POSITIONS = 196  # M of every published table, whatever the texts of a stage were cut to
+NAMES = {
+    "transformer.patch_embed.proj.": "encoder.image.patches.",
+    "transformer.cls_token": "encoder.image.cls_token",
+    "transformer.pos_embed": "encoder.image.positions",
+    "transformer.norm.": "encoder.norm.",
+    "text_embeddings.word_embeddings.": "encoder.text.words.",
+    "text_embeddings.token_type_embeddings.": "encoder.text.token_types.",
+    "text_embeddings.position_embeddings.": "encoder.text.positions.",
+    "text_embeddings.LayerNorm.": "encoder.text.norm.",
+    "itc_image_proj.fc.": "itc.image.",
+    "itc_text_proj.fc.": "itc.text.",
+    "itc_vl_image_proj.fc.": "vl.image.",
+    "itc_vl_text_proj.fc.": "vl.text.",
+    "logit_scale": "itc.logit_scale",
+    "logit_vl_scale": "vl.logit_scale",
+    "pooler.dense.": "pooler.0.",
+    "itm_score.fc.": "itm.",
+    "mlm_score.transform.dense.": "mlm.dense.",
+    "mlm_score.transform.LayerNorm.": "mlm.norm.",
+    "mlm_score.bias": "mlm.bias",
+    "mlm_score.decoder.": "words.",
+    "vqa_classifier.": "classifier.",
+    "nlvr2_classifier.": "classifier.",
+}
+BLOCK = {
+    "norm1.": "norm.",
+    "attn.qkv.": "attention.qkv.",
+    "attn.q_bias": "attention.q_bias",
+    "attn.v_bias": "attention.v_bias",
+    "attn.proj.": "attention.out.",
+    "gamma_1": "gamma_1",
+    "gamma_2": "gamma_2",
+    **{
+        f"{old}_{short}.{theirs}": f"experts.{name}.{ours}"
+        for short, name in {"imag": "image", "text": "text", "vl": "vl"}.items()
+        for old, theirs, ours in (("norm2", "", "norm."), ("mlp", "fc1.", "expand."), ("mlp", "fc2.", "contract."))
+    },
+}
+BEIT_BLOCK = {"norm2.": "norm2_imag.", "mlp.": "mlp_imag."}
+TABLE, KINDS, DEAD = (
+    "relative_position_bias_table",
+    "token_type_embeddings.weight",
+    "text_embeddings.position_embeddings.weight",
+)
+DERIVED = re.compile(r"(.*relative_position_index|text_embeddings\.position_ids)$")  # numbers from 0
+# dimensions of size 1 that they have in front and we have not; a scale has one here, since engines refuse 0-dim ones
+SINGLE = {"encoder.image.cls_token": 2, "encoder.image.positions": 1, "itc.logit_scale": -1, "vl.logit_scale": -1}
+
+
+@dataclass
+class VlmoCheckpoint:
+    """Everything in a file.
+
+    Args:
+        student: the model's tensors, by our names.
+        unused: what the official files hold besides, by their names: positions that relative ones stand in for, and indices.
+    """
+
+    student: dict[str, Tensor]
+    unused: dict[str, Tensor] = field(default_factory=dict)
+
+
+def load_vlmo(source: str | Path | Mapping[str, Tensor]) -> VlmoCheckpoint:
+    """A checkpoint of VLMo or of BEiT, official, or the newest of a run of ours, by our names; only shapes of single rows change.
+
+    Args:
+        source: a file, see `vlp.weights.reading.read_weights`, the folder of a run, or what a file holds.
+
+    Raises:
+        UserError: if the file cannot be read without running code, or is of another model.
+    """
+    if not isinstance(source, Mapping) and is_run(str(source)):
+        return VlmoCheckpoint(run_state(str(source)))
+    state, name = (
+        (dict(source), "the checkpoint") if isinstance(source, Mapping) else (read_weights(source), str(source))
+    )
+    if any(key.startswith("beit3.") for key in state):
+        raise UserError(
+            f"{name} is BEiT-3's, whose attention has weights for each modality; VLMo shares them: use BEiT v1's"
+        )
+    if "blocks.0.attn.q_bias" in state:
+        state = _from_beit(state)
+    if "transformer.blocks.0.attn.qkv.weight" not in state:
+        some = ", ".join(list(state)[:3])
+        raise UserError(
+            f"{name} is no checkpoint of VLMo or BEiT: those have blocks with attn.qkv; this one has {some}, ..."
+        )
+    checkpoint = VlmoCheckpoint({})
+    if TABLE in state:
+        checkpoint.student |= _split(state.pop(TABLE), name)
+        checkpoint.unused = {DEAD: state.pop(DEAD)} if DEAD in state else {}
+    if KINDS in state:
+        kinds = state.pop(KINDS)
+        checkpoint.student |= {"encoder.text.kind": kinds[0], "encoder.image.kind.weight": kinds[1:]}
+    for key, value in state.items():
+        if DERIVED.search(key):
+            checkpoint.unused[key] = value
+            continue
+        ours = _ours(key)
+        if ours is None:
+            raise UserError(f"{name} holds {key}, which no checkpoint of VLMo has; choose another file")
+        checkpoint.student[ours] = _without(value, SINGLE.get(ours, 0))
+    return checkpoint
+
+
+def _ours(key: str) -> str | None:
+    if found := re.match(r"transformer\.blocks\.(\d+)\.(.*)", key):
+        rest = next(
+            (ours + found[2].removeprefix(old) for old, ours in BLOCK.items() if found[2].startswith(old)), None
+        )
+        return rest and f"encoder.layers.{found[1]}.{rest}"
+    # heads of BEiT's own have our name already
+    known = {**NAMES, "mim.": "mim."}
+    return next((ours + key.removeprefix(old) for old, ours in known.items() if key.startswith(old)), None)
+
+
+def _split(table: Tensor, name: str) -> dict[str, Tensor]:
+    """The official table of images, both ways across, and texts; or of images alone."""
+    for text in (2 + 2 * TEXT_POSITIONS, 0):
+        rows = len(table) - text
+        if rows > 3 and math.isqrt(rows - 3) ** 2 == rows - 3 and math.isqrt(rows - 3) % 2:
+            image, cross, rest = table.split([rows, min(text, 2), max(text - 2, 0)])
+            parts = {"image": image, "cross": cross, "text": rest}
+            return {f"encoder.positions.{part}": each for part, each in parts.items() if len(each)}
+    raise UserError(f"{name} has a table of {len(table)} relative positions, which is of no square image")
+
+
+def _from_beit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """BEiT's names to VLMo's. Where it was fine-tuned, the norm is that of the pooled patches, and the classifier is left out."""
+    layers = 1 + max(int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key)))
+    heads = {"head.weight", "head.bias"}
+    beit, tables = {}, {}
+    for key, value in state.items():
+        if key.endswith("relative_position_bias_table"):
+            found = re.match(r"blocks\.(\d+)\.", key)
+            tables |= {int(found[1]): value} if found else dict.fromkeys(range(layers), value)
+        elif found := re.match(r"blocks\.(\d+)\.(.*)", key):
+            old = next((each for each in BEIT_BLOCK if found[2].startswith(each)), "")
+            beit[f"transformer.blocks.{found[1]}.{BEIT_BLOCK.get(old, '')}{found[2].removeprefix(old)}"] = value
+        elif key == "mask_token":
+            beit["mim.mask_token"] = value.flatten()
+        elif key.startswith("lm_head."):
+            beit[key.replace("lm_head.", "mim.predict.")] = value
+        elif key not in heads:
+            beit["transformer." + re.sub(r"^fc_norm\.", "norm.", key)] = value
+    if tables:
+        beit[TABLE] = torch.cat([tables[layer] for layer in range(layers)], 1)
+    width = state["blocks.0.attn.q_bias"].shape[0]
+    beit[KINDS] = torch.zeros(2, width)  # BEiT tells no kinds apart
+    return beit
+
+
+def export_vlmo(checkpoint: VlmoCheckpoint) -> dict[str, Tensor]:
+    """The inverse of `load_vlmo` on VLMo's own files: official names, for the official code.
+
+    Raises:
+        ValueError: for what VLMo has no place for, such as the head for masked patches, positions of a rectangle, or of another
+            number of tokens than 196; and for a part of a model.
+    """
+    student, official = dict(checkpoint.student), dict(checkpoint.unused)
+    tables = [student.pop(f"encoder.positions.{part}", None) for part in ("image", "cross", "text")]
+    if any(table is not None for table in tables):
+        _check_tables(*tables)
+        official[TABLE] = torch.cat([table for table in tables if table is not None])
+    kinds = [student.pop(key, None) for key in ("encoder.text.kind", "encoder.image.kind.weight")]
+    if all(kind is not None for kind in kinds):
+        official[KINDS] = torch.cat([kinds[0][None], kinds[1]])
+    theirs = {ours: old for old, ours in NAMES.items()}
+    if "classifier.0.weight" in student:  # of one pooled state or of two
+        theirs["classifier."] = "vqa_classifier." if _single(student) else "nlvr2_classifier."
+    blocks = {ours: old for old, ours in BLOCK.items()}
+    for key, value in student.items():
+        if found := re.match(r"encoder\.layers\.(\d+)\.(.*)", key):
+            old = next(old + found[2].removeprefix(ours) for ours, old in blocks.items() if found[2].startswith(ours))
+            official[f"transformer.blocks.{found[1]}.{old}"] = value
+            continue
+        ours = next((ours for ours in theirs if key.startswith(ours)), None)
+        if ours is None:
+            raise ValueError(f"VLMo has no place for {key}")
+        official[theirs[ours] + key.removeprefix(ours)] = _without(value, -SINGLE.get(key, 0))
+    return official
+
+
+def _check_tables(image: Tensor | None, cross: Tensor | None, text: Tensor | None) -> None:
+    """Their one table is read by the number of its rows: (2 s - 1)^2 + 3 of images, 2 between, 2 * 196 of texts."""
+    if image is None or cross is None or text is None:
+        raise ValueError(
+            "VLMo's files hold the positions of images, of texts, and between them, and this model lacks some"
+        )
+    if len(text) != 2 * TEXT_POSITIONS or (math.isqrt(len(image) - 3) ** 2 != len(image) - 3 or len(cross) != 2):
+        raise ValueError(
+            f"VLMo's files have positions for square images and {TEXT_POSITIONS} tokens, not {len(image)} and {len(text)} distances"
+        )
+
+
+def _without(value: Tensor, single: int) -> Tensor:
+    """Without so many dimensions in front, or with so many more where it is below 0."""
+    return value.reshape(value.shape[single:]) if single > 0 else value.reshape((1,) * -single + value.shape)
+
+
+def _single(student: Mapping[str, Tensor]) -> bool:
+    return student["classifier.0.weight"].shape[1] == student["encoder.norm.weight"].shape[0]
