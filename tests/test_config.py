@@ -77,9 +77,9 @@ def test_override_is_read_as_the_type_that_belongs_there(toy, assignment, expect
 
 
 def changed_all(old: Experiment, new: Experiment) -> list[str]:
-    from vlp.specs.json import _flat
+    from vlp.specs.json import flatten
 
-    a, b = _flat(to_plain(old)), _flat(to_plain(new))
+    a, b = flatten(to_plain(old)), flatten(to_plain(new))
     return [k for k in {**a, **b} if a.get(k) != b.get(k)]
 
 

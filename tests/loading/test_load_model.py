@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import COLOURS
+from tests.conftest import COLOURS, SHARED
 from tests.models.test_albef import SPEC, published
 from vlp.cli import main
 from vlp.encoders.decoder import Decoder
@@ -207,7 +207,7 @@ def test_weights_that_do_not_fit_are_refused(folder):
 def test_sizes_and_heads_of_an_albef_file_are_those_of_its_tensors(tmp_path):
     """The published numbers of re-ranking, from nothing but the file and the width of a head."""
     reference, *_, given, _ = published("albef_retrieval")
-    state = load_file(Path(__file__).parents[2] / "shared/parity/albef_retrieval/weights.safetensors")
+    state = load_file(SHARED / "parity/albef_retrieval/weights.safetensors")
     save_file(state, tmp_path / "ALBEF.safetensors")
     opened = load_model(str(tmp_path / "ALBEF.safetensors"), opening=LoadOptions(head_width=16))
     model = opened.subject.model

@@ -15,8 +15,8 @@ from vlp.sweeps.ablation import ablate, interval, load_ablation, results
 CONFIG = """
 from dataclasses import replace
 from tests.fixtures.toy import config as toy
-from vlp.ablation import Ablation
-from vlp.config import override
+from vlp.sweeps.ablation import Ablation
+from vlp.specs.overrides import override
 from vlp.objectives.itc import ImageTextContrast
 
 def config():
@@ -73,7 +73,7 @@ def test_what_is_no_ablation_is_refused_in_one_line(tmp_path, capsys, text, comp
 STAGED = """
 from dataclasses import replace
 from tests.fixtures.toy_stages import config as stages
-from vlp.ablation import Ablation
+from vlp.sweeps.ablation import Ablation
 
 def config():
     staged = stages()

@@ -142,7 +142,7 @@ def test_result_is_the_same_file_for_one_process_and_two(world, tmp_path):
 
 @pytest.mark.slow
 def test_five_thousand_pictures_and_their_captions_fit_in_a_gigabyte():
-    script = ROOT / "tests" / "bench" / "retrieval_memory.py"
+    script = ROOT / "benchmarks" / "retrieval_memory.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment(), check=True)
     measured = json.loads(done.stdout)
     assert measured["peak_growth_mib"] < 1024

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlp.errors import UserError
-from vlp.specs.names import class_of, current_fields, name_of
+from vlp.specs.names import class_of, current_fields, is_type_name, name_of
 
 
 def to_plain(value: Any) -> Any:
@@ -33,8 +33,8 @@ def from_plain(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     fields = {k: from_plain(v) for k, v in value.items() if k != "type"}
-    if "type" not in value:
-        return fields
+    if not is_type_name(value.get("type")):
+        return {k: from_plain(v) for k, v in value.items()}
     cls = class_of(value["type"])
     try:
         return cls(**current_fields(cls, fields))

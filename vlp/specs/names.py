@@ -87,6 +87,11 @@ def name_of(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
+def is_type_name(value: Any) -> bool:
+    """Return whether a ``type`` in JSON names a class; a plain dict may have an entry of that name too."""
+    return isinstance(value, str) and (value in TYPES or ":" in value)
+
+
 def class_of(name: str) -> type:
     """Return the class that `name_of` named, also of a file from before short names."""
     module, _, short = name.rpartition(":")

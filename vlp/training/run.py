@@ -204,7 +204,7 @@ class Run:
 
     def _restore(self, whole: Path) -> None:
         checkpoints.load_model(self.model, checkpoints.read(whole, "model"), whole)
-        self.state.load(checkpoints.read_state(whole), partial(checkpoint.read, whole))
+        self.state.load(checkpoints.read_state(whole), partial(checkpoints.read, whole))
 
     def restore_optimizer(self, optimizer, zero: bool) -> None:
         """After the engine has wrapped everything: ZeRO has made its own copies by then."""
