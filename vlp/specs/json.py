@@ -13,14 +13,15 @@ from vlp.specs.names import class_of, current_fields, is_type_name, name_of
 
 
 def to_plain(value: Any) -> Any:
-    """Return a JSON-able form; a dataclass carries its class as ``type``."""
+    """Return a JSON-able form; a dataclass carries its class as ``type``, and a dict that has a key ``type`` is wrapped."""
     if is_dataclass(value):
         return {
             "type": name_of(type(value)),
             **{f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)},
         }
     if isinstance(value, dict):
-        return {k: to_plain(v) for k, v in value.items()}
+        items = {k: to_plain(v) for k, v in value.items()}
+        return {"type": "dict", "items": items} if "type" in value else items
     if isinstance(value, (list, tuple)):
         return [to_plain(v) for v in value]
     return value
@@ -32,6 +33,8 @@ def from_plain(value: Any) -> Any:
         return tuple(from_plain(v) for v in value)
     if not isinstance(value, dict):
         return value
+    if value.get("type") == "dict":
+        return {k: from_plain(v) for k, v in value["items"].items()}
     fields = {k: from_plain(v) for k, v in value.items() if k != "type"}
     if not is_type_name(value.get("type")):
         return {k: from_plain(v) for k, v in value.items()}
