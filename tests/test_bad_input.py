@@ -151,8 +151,9 @@ def test_wrong_type_in_the_config_file(world, tmp_path, capfd):
 
 def test_class_that_a_resumed_run_could_not_find_again(world, tmp_path, capfd):
     text = TOY.read_text() + (
-        "\n\nfrom dataclasses import dataclass, replace\n\n@dataclass(frozen=True)\nclass Mine(ImageTextContrast):\n    x: int = 0\n"
-        "\n\nplain = config\n\n\ndef config():\n    return replace(plain(), objectives={'mine': Mine()})\n"
+        "\n\nfrom dataclasses import dataclass, replace\n\nplain = config\n\n\ndef config():\n"
+        "    @dataclass(frozen=True)\n    class Mine(ImageTextContrast):\n        x: int = 0\n\n"
+        "    return replace(plain(), objectives={'mine': Mine()})\n"
     )
     (tmp_path / "mine.py").write_text(text)
     said = refused(capfd, "train", tmp_path / "mine.py", *toy_overrides(world, tmp_path / "runs"))

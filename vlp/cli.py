@@ -12,6 +12,7 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
+from vlp.commands import configs, show
 from vlp.commands.annotations import add_annotation_commands
 from vlp.commands.dedup import add_dedup_command
 from vlp.commands.progress import progress_bar
@@ -67,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train an experiment, or continue a run")
-    train.add_argument("config", nargs="?", help="a Python config, or an experiment.json")
+    train.add_argument("config", nargs="?", help="a Python config, FILE.py:NAME for another function of it, or an experiment.json")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.batch_size=256 optim.lr=5e-4")
     train.add_argument("--resume", metavar="RUN", help="continue this run folder where it stopped")
     train.set_defaults(run=run_train)
@@ -98,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     cam.set_defaults(run=run_gradcam)
 
     ablate = commands.add_parser("ablate", help="train variants over seeds, and tabulate what each change is worth")
-    ablate.add_argument("config", help="a Python file whose config() returns a vlp.sweeps.ablation.Ablation")
+    ablate.add_argument("config", help="a Python config, or FILE.py:NAME, that returns a vlp.sweeps.ablation.Ablation")
     ablate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seeds=0,1 train.steps=100")
     ablate.set_defaults(run=run_ablate)
 
@@ -120,6 +121,8 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=7860)
     serve.set_defaults(run=run_serve)
 
+    show.add_parser(commands)
+    configs.add_parser(commands)
     add_data_commands(
         commands.add_parser("data", help="make and inspect shards").add_subparsers(required=True, metavar="ACTION")
     )

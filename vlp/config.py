@@ -6,12 +6,7 @@ resumed and evaluated without the file and without the weights that it started f
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import re
-import runpy
-from collections.abc import Iterator
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +20,8 @@ from vlp.errors import UserError
 from vlp.optim.ema import MomentumConfig
 from vlp.optim.optimizers import AdamW
 from vlp.optim.schedule import Schedule
+from vlp.specs.config_file import call_config
 from vlp.specs.json import flatten, read, to_plain
-from vlp.specs.overrides import suggest
 
 
 @dataclass(frozen=True)
@@ -187,56 +182,20 @@ class Experiment:
 FREE_ON_RESUME = ("name", "output", "data.workers", "train.processes", "train.engine", "train.threads", "save", "log")
 
 
-def load_config(path: str, *kinds: type) -> Any:
-    """What ``config()`` of a Python file returns, an `Experiment` or, where given, one of ``kinds``; or the experiment of a JSON
-    file that `dump` wrote.
+def load_config(config: str, *kinds: type) -> Any:
+    """Return the experiment of a config: ``FILE.py``, ``FILE.py:NAME``, or a JSON file that `vlp.specs.json.dump` wrote.
+
+    Args:
+        config: Python file, and the name of a function in it if that is not ``config``.
+        kinds: Classes of which the function's result must be an instance. The default is `Experiment`.
 
     Raises:
-        UserError: where there is no such file, it has no ``config``, or it names a field that does not exist.
+        UserError: If there is no such file or function, the file names a field that does not exist, or the function
+            returns something else.
     """
-    kinds = kinds or (Experiment,)
-    if not Path(path).is_file():
-        raise UserError(f"no config file {path}; the ones that come with vlp are in configs/")
-    if path.endswith(".json"):
-        return load_json(Path(path))
-    try:
-        namespace = runpy.run_path(path)
-        if not callable(namespace.get("config")):
-            raise UserError(f"{path} does not define config(); it must return a {_names(kinds)}")
-        made = namespace["config"]()
-    except (SyntaxError, ImportError) as e:
-        raise UserError(f"{path}: {e}") from None
-    except TypeError as e:
-        raise UserError(f"{path}: {_explain_type_error(e)}") from e
-    if not isinstance(made, kinds):
-        raise UserError(
-            f"config() of {path} returns a {type(made).__name__}, not a {_names(kinds)}; an Experiment or Stages are for "
-            f"vlp train, an Ablation for vlp ablate"
-        )
-    return made
-
-
-def _names(kinds: tuple[type, ...]) -> str:
-    return " or ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
-
-
-def _explain_type_error(e: TypeError) -> str:
-    """Adds a suggestion to a dataclass's complaint of a keyword that it does not know; re-raises any other error."""
-    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(e))
-    classes = {c.__name__: c for c in _classes() if is_dataclass(c)} if found else {}
-    if not found or found[1] not in classes:
-        raise e
-    return f"{found[1]} has no field {found[2]!r}{suggest(found[2], [f.name for f in dataclasses.fields(classes[found[1]])])}"
-
-
-def _classes() -> Iterator[type]:
-    # type(), since isinstance() asks the object, and some of other packages answer with a warning
-    return (
-        c
-        for module in list(importlib.sys.modules.values())
-        for c in list(vars(module).values())
-        if issubclass(type(c), type)
-    )
+    if config.endswith(".json") and Path(config).is_file():
+        return load_json(Path(config))
+    return call_config(config, kinds or (Experiment,))
 
 
 def load_json(path: Path) -> Experiment:

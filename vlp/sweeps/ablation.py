@@ -48,6 +48,22 @@ class Ablation:
     def folder(self) -> Path:
         return Path(self.output) / self.name
 
+    def overridden(self, assignments: list[str]) -> Ablation:
+        """Return the ablation with each ``dotted.key=value`` applied in turn.
+
+        ``seeds``, ``name`` and ``output`` are fields of the ablation. Every other key is one of all experiments.
+
+        Raises:
+            UserError: For an unknown key or a value of a wrong type.
+        """
+        own = [a for a in assignments if a.partition("=")[0] in ("seeds", "name", "output")]
+        rest = [a for a in assignments if a not in own]
+        variants = {
+            name: variant.overridden(rest) if isinstance(variant, Stages) else override(variant, rest)
+            for name, variant in self.variants.items()
+        }
+        return replace(override(self, own), variants=variants)
+
     def chains(self) -> dict[str, list[list[Experiment]]]:
         """Variant -> for every seed what is trained, one after the other."""
         return {
@@ -67,24 +83,13 @@ def _seeded(what: Experiment | Stages, name: str, output: str, seed: int) -> lis
     return Stages(name, stages, output).runs()
 
 
-def load_ablation(path: str, overrides: list[str]) -> Ablation:
-    """The ablation of a Python file with ``def config() -> Ablation``.
-
-    Args:
-        overrides: ``seeds=0,1``, ``name=...`` and ``output=...`` are of the ablation, every other key of all experiments.
+def load_ablation(config: str, overrides: list[str]) -> Ablation:
+    """Return the ablation of a config, ``FILE.py`` or ``FILE.py:NAME``, with overrides: see `Ablation.overridden`.
 
     Raises:
-        UserError: if there is no such file, or it holds no ablation.
+        UserError: If there is no such file or function, or it does not return an ablation.
     """
-    ablation = load_config(path, Ablation)
-    own = [o for o in overrides if o.partition("=")[0] in ("seeds", "name", "output")]
-    rest = [o for o in overrides if o not in own]
-    ablation = override(ablation, own)
-    variants = {
-        name: what.overridden(rest) if isinstance(what, Stages) else override(what, rest)
-        for name, what in ablation.variants.items()
-    }
-    return replace(ablation, variants=variants)
+    return load_config(config, Ablation).overridden(overrides)
 
 
 def ablate(ablation: Ablation, say=print) -> bool:

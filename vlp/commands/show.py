@@ -1,0 +1,36 @@
+"""``vlp show``: print the experiment that a config defines."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def add_parser(commands) -> None:
+    show = commands.add_parser("show", help="print the experiment of a config with every value, resolved")
+    show.add_argument("config", help="a Python config, FILE.py:NAME for another function of it, or an experiment.json")
+    show.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.batch_size=256 optim.lr=5e-4")
+    show.add_argument("--json", action="store_true", help="print the JSON that a run folder stores")
+    show.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from vlp.config import Experiment, load_config
+    from vlp.errors import UserError
+    from vlp.specs.json import dump
+    from vlp.specs.overrides import override
+    from vlp.specs.text import to_text
+    from vlp.sweeps.ablation import Ablation
+    from vlp.sweeps.stages import Stages
+
+    spec = load_config(options.config, Experiment, Stages, Ablation)
+    if isinstance(spec, Experiment):
+        spec = override(spec, options.overrides)
+        try:
+            spec = spec.resolved()
+        except UserError as e:
+            print(f"vlp: shown as written, not resolved: {e}", file=sys.stderr)
+    else:  # a later stage can be resolved when the one before is trained
+        spec = spec.overridden(options.overrides)
+    print(dump(spec) if options.json else to_text(spec))
+    return 0
