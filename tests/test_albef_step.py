@@ -20,10 +20,10 @@ OBJECTIVES = {
 def test_losses_and_every_gradient_are_those_of_the_passes_one_by_one():
     batch = pairs()
     batch.index = torch.arange(ROWS)
-    around = StepContext({OBJECTIVES["itc"]: queue_of(7, 5)}, progress=1.0)
+    context = StepContext({OBJECTIVES["itc"]: queue_of(7, 5)}, progress=1.0)
     model, momentum = networks()
     with drawn_by_row():
-        losses, total, f = Pretrainer(model, OBJECTIVES)(batch, momentum, around)
+        losses, total, f = Pretrainer(model, OBJECTIVES)(batch, momentum, context)
         masked = f.masked(OBJECTIVES["mlm"].masking)
     total.backward()
     labels = torch.full_like(batch.input_ids, IGNORED)
@@ -35,7 +35,7 @@ def test_losses_and_every_gradient_are_those_of_the_passes_one_by_one():
         batch,
         masked.input_ids,
         labels,
-        around.memory[OBJECTIVES["itc"]],
+        context.queues[OBJECTIVES["itc"]],
         pick=lambda weights: weights.argmax(),
     )
     sum(expected.values()).backward()

@@ -159,7 +159,7 @@ def batch_of(experiment: Experiment, model, rows: int) -> Batch:
     if any(getattr(source, "answers", None) for source in data.train):
         ids = torch.randint(5, 90, (rows, 4))
         answers = Answers(ids, torch.ones_like(ids).bool(), torch.ones(rows), torch.arange(rows))
-    return replace(first, row=torch.arange(rows), labels=labels, answers=answers, others=tuple(others))
+    return replace(first, row=torch.arange(rows), labels=labels, answers=answers, views=tuple(others))
 
 
 def vocabulary_of(model) -> Vocabulary | None:
@@ -191,22 +191,22 @@ def test_it_builds_without_its_weights_and_takes_a_step(experiment):
         model.set_checkpointing(experiment.train.activation_checkpointing)
     pretrainer = Pretrainer(model.train(), experiment.objectives)
     memories = {
-        objective: objective.start(model, 20, torch.device("cpu"), torch.Generator().manual_seed(0))
+        objective: objective.init_queue(model, 20, torch.device("cpu"), torch.Generator().manual_seed(0))
         for objective in experiment.objectives.values()
-        if hasattr(objective, "start")
+        if hasattr(objective, "init_queue")
     }
-    around = StepContext(memories, vocabulary_of(model))
+    context = StepContext(memories, vocabulary_of(model))
 
     def losses_of_a_batch() -> tuple:
         rows = max([8, *(2 * getattr(objective, "groups", 1) for objective in experiment.objectives.values())])
         with torch.autocast("cpu", torch.bfloat16, enabled=experiment.train.precision == "bf16"):
-            return pretrainer(batch_of(experiment, model, rows), momentum, around)
+            return pretrainer(batch_of(experiment, model, rows), momentum, context)
 
     if memories:  # a queue may start empty, and then there is nothing to learn
         with torch.no_grad():
             _, _, f = losses_of_a_batch()
             for objective, memory in memories.items():
-                memory.push(**objective.remember(f))
+                memory.push(**objective.enqueue(f))
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad and p.numel() < 1e5}
     losses, total, _ = losses_of_a_batch()
     assert losses.keys() == experiment.objectives.keys() and total.isfinite()

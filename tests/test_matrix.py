@@ -181,7 +181,7 @@ def batch(spec: Experiment, model) -> Batch:
     index = torch.tensor([0, 1, 2, 3, 4, 5, 6, 1])
     labels = None if getattr(spec.model, "classes", None) is None else torch.arange(ROWS) % 3
     others = tuple(view() for _ in (*spec.data.views, *spec.data.text_views))
-    return replace(view(), row=torch.arange(ROWS), labels=labels, others=others)
+    return replace(view(), row=torch.arange(ROWS), labels=labels, views=others)
 
 
 def take_step(spec: Experiment) -> None:
@@ -193,17 +193,19 @@ def take_step(spec: Experiment) -> None:
     momentum = EMA(model, spec.momentum.decay, spec.momentum.mode).network if spec.momentum else None
     generator = torch.Generator().manual_seed(0)
     memories = {
-        o: o.start(model, 20, torch.device("cpu"), generator) for o in spec.objectives.values() if hasattr(o, "start")
+        o: o.init_queue(model, 20, torch.device("cpu"), generator)
+        for o in spec.objectives.values()
+        if hasattr(o, "init_queue")
     }
     special = torch.arange(WORDS) < 5
-    around = StepContext(memories, Vocabulary(WORDS, 4, special, torch.zeros_like(special)))
+    context = StepContext(memories, Vocabulary(WORDS, 4, special, torch.zeros_like(special)))
     pretrainer = Pretrainer(model, spec.objectives)
     if memories:  # an empty queue has nothing to tell apart
         with torch.no_grad():
-            _, _, f = pretrainer(batch(spec, model), momentum, around)
+            _, _, f = pretrainer(batch(spec, model), momentum, context)
             for objective, memory in memories.items():
-                memory.push(**objective.remember(f))
-    losses, total, _ = pretrainer(batch(spec, model), momentum, around)
+                memory.push(**objective.enqueue(f))
+    losses, total, _ = pretrainer(batch(spec, model), momentum, context)
     assert losses.keys() == spec.objectives.keys() and total.isfinite()
     total.backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -87,8 +87,8 @@ class Published:
         batch = Batch(
             torch.arange(8), self.given["image"], self.given["input_ids"], self.given["attention_mask"].bool()
         )
-        self.around = StepContext({PUBLISHED["itc"]: self.queue}, progress=1.0)
-        given = batch, self.momentum.network, self.around
+        self.context = StepContext({PUBLISHED["itc"]: self.queue}, progress=1.0)
+        given = batch, self.momentum.network, self.context
         self.losses, self.total, self.f = Pretrainer(self.model, PUBLISHED)(*given)
 
     def build(self, state: dict[str, Tensor]) -> AlbefModel:
@@ -159,7 +159,7 @@ def test_every_gradient_is_the_published_one(published):
 
 def test_queues_after_the_step_are_the_published_ones(published):
     with torch.no_grad():
-        rows = PUBLISHED["itc"].remember(published.f)
+        rows = PUBLISHED["itc"].enqueue(published.f)
     before = {name: published.queue[name].clone() for name in ("image", "text")}
     published.queue.push(**rows)
     for name, old in before.items():

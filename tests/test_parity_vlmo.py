@@ -109,7 +109,7 @@ def test_losses_are_the_published_ones(published):
 
 def test_embeddings_similarities_and_logits_are_the_published_ones(published):
     f, expected = published.f, published.expected
-    for prefix, bundle in (("", f), ("vl_", f.through("vl"))):
+    for prefix, bundle in (("", f), ("vl_", f.with_head("vl"))):
         close(bundle.image.embed, unit(expected[f"itc_{prefix}image_proj_out"]))
         close(bundle.text.embed, unit(expected[f"itc_{prefix}text_proj_out"]))
         i2t = bundle.model.scale * bundle.image.embed @ bundle.text.embed.T

@@ -41,13 +41,13 @@ class StepContext:
     """What a step has besides model and batch.
 
     Args:
-        memory: objective -> its queue or bank, as it was before the step.
+        queues: objective -> its queue or bank, as it was before the step.
         vocabulary: of the run's tokenizer; None where there is no text.
         progress: in epochs, for ramps.
         step: optimizer steps done.
     """
 
-    memory: Mapping[Any, Any] = field(default_factory=dict)
+    queues: Mapping[Any, Any] = field(default_factory=dict)
     vocabulary: Vocabulary | None = None
     progress: float = 0.0
     step: int = 0
@@ -64,22 +64,22 @@ class Forward:
         momentum: the momentum encoder's bundle of the same batch; its parameters take no gradient. None = there is none.
     """
 
-    def __init__(self, model, batch: Batch, momentum: Forward | None = None, around: StepContext = StepContext()):
-        self.model, self.batch, self.momentum, self.around = model, batch, momentum, around
-        self._peers: tuple[Forward, ...] = ()  # not (self,): a bundle that refers to itself outlives its step
+    def __init__(self, model, batch: Batch, momentum: Forward | None = None, context: StepContext = StepContext()):
+        self.model, self.batch, self.momentum, self.context = model, batch, momentum, context
+        self._micro_batches: tuple[Forward, ...] = ()  # not (self,): a bundle that refers to itself outlives its step
         self._masked: dict[Callable[..., MaskedIds], MaskedIds] = {}
 
     @cached_property
-    def others(self) -> tuple[Forward, ...]:
+    def views(self) -> tuple[Forward, ...]:
         """The bundles of the further views."""
-        teachers = self.momentum.others if self.momentum else (None,) * len(self.batch.others)
-        return tuple(self.beside(b, t) for b, t in zip(self.batch.others, teachers))
+        teachers = self.momentum.views if self.momentum else (None,) * len(self.batch.views)
+        return tuple(self.for_view(b, t) for b, t in zip(self.batch.views, teachers))
 
-    def beside(self, batch: Batch, momentum: Forward | None) -> Forward:
+    def for_view(self, batch: Batch, momentum: Forward | None) -> Forward:
         """A bundle of the same model in the same step."""
-        return Forward(self.model, batch, momentum, self.around)
+        return Forward(self.model, batch, momentum, self.context)
 
-    def through(self, head: Head) -> Forward:
+    def with_head(self, head: Head) -> Forward:
         """This bundle as contrastive losses see it by the model's "first" head, or by its second, "vl"."""
         return self if head == "first" else HeadView(self)
 
@@ -108,31 +108,31 @@ class Forward:
     @cached_property
     def images(self) -> tuple[Encoded, ...]:
         """All views of the pictures in one pass, so that a BatchNorm sees them together (as SimCLR's does)."""
-        views = [self.batch.image, *(b.image for b in self.batch.others)]
+        views = [self.batch.image, *(b.image for b in self.batch.views)]
         return _split(self.encode(self.model.encode_image, torch.cat(views)), len(views))
 
     @cached_property
     def texts(self) -> tuple[Encoded, ...]:
         """All views of the texts in one pass. Each row has its own dropout: two equal texts are two views."""
-        views = [self.batch, *self.batch.others]
+        views = [self.batch, *self.batch.views]
         longest = max(b.input_ids.shape[1] for b in views)
         ids = [F.pad(b.input_ids, (0, longest - b.input_ids.shape[1])) for b in views]
         mask = [F.pad(b.attention_mask, (0, longest - b.attention_mask.shape[1])) for b in views]
         return _split(self.encode(self.model.encode_text, torch.cat(ids), torch.cat(mask)), len(views))
 
     @property
-    def peers(self) -> tuple[Forward, ...]:
+    def micro_batches(self) -> tuple[Forward, ...]:
         """The bundles of the micro-batches that losses take as one batch, this one among them; see `vlp.training.grad_cache`."""
-        return self._peers or (self,)
+        return self._micro_batches or (self,)
 
-    @peers.setter
-    def peers(self, peers: tuple[Forward, ...]) -> None:
-        self._peers = peers
+    @micro_batches.setter
+    def micro_batches(self, micro_batches: tuple[Forward, ...]) -> None:
+        self._micro_batches = micro_batches
 
     def masked(self, masking: Callable[..., MaskedIds]) -> MaskedIds:
         """The texts with masks, drawn when first asked for; the momentum encoder is to read the same."""
         if masking not in self._masked:
-            self._masked[masking] = masking(self.batch.input_ids, self.batch.attention_mask, self.around.vocabulary)
+            self._masked[masking] = masking(self.batch.input_ids, self.batch.attention_mask, self.context.vocabulary)
         return self._masked[masking]
 
     def gathered(self, what: Callable[[Forward], Tensor], among: Among = "all") -> Tensor:
@@ -144,13 +144,13 @@ class Forward:
             among: "all" processes, or this "process" alone, without communication.
         """
         gather = gather_with_gradient if among == "all" else lambda x: x
-        parts = [gather(what(peer)) for peer in self.peers]
+        parts = [gather(what(micro_batch)) for micro_batch in self.micro_batches]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def rows(self, among: Among = "all") -> Tensor:
         """(B,) where the rows of this bundle are among the `gathered` ones."""
         size, places, place = len(self.batch), *((world_size(), rank()) if among == "all" else (1, 0))
-        first = (self.peers.index(self) * places + place) * size
+        first = (self.micro_batches.index(self) * places + place) * size
         return torch.arange(first, first + size, device=self.batch.index.device)
 
     @cached_property
@@ -171,23 +171,25 @@ class Forward:
     def losses(self, objectives: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
         """The losses by name, and sum(weight * loss)."""
         losses = {name: objective(self) for name, objective in objectives.items()}
-        self.forget()
+        self.free_activations()
         return losses, sum(o.weight * losses[name] for name, o in objectives.items())
 
-    def forget(self) -> None:
+    def free_activations(self) -> None:
         """Drops what only losses read. From then on their graph alone holds it, and lets go of it in the backward."""
         for bundle in filter(None, (self, self.momentum)):
             for name in ("projected", "fused"):
                 vars(bundle).pop(name, None)
 
-    def ran(self) -> dict[str, Tensor]:
+    def cached_embeddings(self) -> dict[str, Tensor]:
         """(B, E) embeddings that were made on the way, by name, for measures; none is computed for this."""
         made = vars(self)
         found = {name: made[name].embed for name in ("image", "text") if name in made}
         for name in ("images", "texts"):
             found |= {f"view_{i}": view.embed for i, view in enumerate(made.get(name, ()))}
         if self.momentum and not len(found) > 1:
-            taught = [e for teacher in (self.momentum, *self.momentum.others) for e in teacher.ran().values()]
+            taught = [
+                e for teacher in (self.momentum, *self.momentum.views) for e in teacher.cached_embeddings().values()
+            ]
             found |= dict(zip(["key"], taught))
         return found
 
@@ -197,7 +199,7 @@ class HeadView(Forward):
 
     def __init__(self, first: Forward):
         momentum = HeadView(first.momentum) if first.momentum else None
-        super().__init__(first.model.vl, first.batch, momentum, first.around)
+        super().__init__(first.model.vl, first.batch, momentum, first.context)
         self.first = first
 
     @property
@@ -209,8 +211,10 @@ class HeadView(Forward):
         return self.first.text.vl
 
     @property
-    def peers(self) -> tuple[Forward, ...]:
-        return tuple(self if peer is self.first else HeadView(peer) for peer in self.first.peers)
+    def micro_batches(self) -> tuple[Forward, ...]:
+        return tuple(
+            self if micro_batch is self.first else HeadView(micro_batch) for micro_batch in self.first.micro_batches
+        )
 
 
 def _split(encoded: Encoded, views: int) -> tuple[Encoded, ...]:

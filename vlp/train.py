@@ -40,10 +40,10 @@ class Pretrainer(nn.Module):
         self.model, self.objectives, self.bundle = model, objectives, bundle
 
     def forward(
-        self, batch: Batch, momentum: nn.Module | None, around: StepContext
+        self, batch: Batch, momentum: nn.Module | None, context: StepContext
     ) -> tuple[dict[str, Tensor], Tensor, Forward]:
         """The losses by name, sum(weight * loss), and the bundle that they were computed from."""
-        f = self.bundle(self.model, batch, Forward(momentum, batch, around=around) if momentum else None, around)
+        f = self.bundle(self.model, batch, Forward(momentum, batch, context=context) if momentum else None, context)
         return *f.losses(self.objectives), f
 
 
@@ -170,7 +170,7 @@ class Trainer:
                 finite = finite and all(map(math.isfinite, agreed.losses.values()))
                 if finite:
                     self.accelerator.backward(total)
-                    remembered.append(self._to_remember(f))
+                    remembered.append(self._to_enqueue(f))
             for name, value in agreed.losses.items():
                 losses[name] = losses.get(name, 0.0) + value / experiment.train.accumulation
         if experiment.train.grad_cache and finite:
@@ -196,7 +196,7 @@ class Trainer:
     def _bundles(self, batches: list[Batch]) -> list[CachedForward]:
         state = self.run.state
         momentum = state.momentum.network if state.momentum else None
-        return grad_cache.bundles(self.run.model, batches, momentum, self.surroundings())
+        return grad_cache.bundles(self.run.model, batches, momentum, self.context())
 
     def _replay(self, cached: list[CachedForward]) -> None:
         """The second forward of the towers, and what DDP would have done: the losses went past its wrapper."""
@@ -215,9 +215,9 @@ class Trainer:
         return experiment.train.mix(batch, experiment.model.classes, key)
 
     def _normalise(self, batch: Batch) -> Batch:
-        others = tuple(map(self._normalise, batch.others))
+        views = tuple(map(self._normalise, batch.views))
         image = batch.image if batch.image is None else self.run.model.preprocess.normalise(batch.image)
-        return replace(batch, image=image, others=others)
+        return replace(batch, image=image, views=views)
 
     def _losses(self, given: Batch | CachedForward) -> tuple[dict[str, Tensor], Tensor, Forward | None, str]:
         """Losses, total, bundle, and what a loss complained of; a loss that refuses its input is not finite."""
@@ -228,23 +228,23 @@ class Trainer:
                 return losses, total, given, ""
             state = self.run.state
             momentum = state.momentum.network if state.momentum else None
-            losses, total, f = self.pretrainer(given, momentum, self.surroundings())
+            losses, total, f = self.pretrainer(given, momentum, self.context())
             return losses, total, f, ""
         except NonFiniteLoss as e:
             nan = torch.tensor(math.nan, device=self.accelerator.device)
             return dict.fromkeys(self.experiment.objectives, nan), nan, None, str(e)
 
-    def surroundings(self) -> StepContext:
+    def context(self) -> StepContext:
         state = self.run.state
-        memory = {self.experiment.objectives[name]: memory for name, memory in state.memory.items()}
-        return StepContext(memory, self.run.vocabulary, state.position / self.run.epoch_samples, state.step)
+        queues = {self.experiment.objectives[name]: queue for name, queue in state.queues.items()}
+        return StepContext(queues, self.run.vocabulary, state.position / self.run.epoch_samples, state.step)
 
     @torch.no_grad()
-    def _to_remember(self, f: Forward) -> dict[str, dict[str, Tensor]]:
+    def _to_enqueue(self, f: Forward) -> dict[str, dict[str, Tensor]]:
         """What each memory gets of a micro-batch, from all processes. Kept until the step is done: one that is skipped
         leaves no trace, and micro-batches do not see each other's rows."""
         with self.accelerator.autocast():
-            return {name: self.experiment.objectives[name].remember(f) for name in self.run.state.memory}
+            return {name: self.experiment.objectives[name].enqueue(f) for name in self.run.state.queues}
 
     def agree(self, losses: dict[str, Tensor], bad: list[dict], interrupted: Interrupted) -> StepConsensus:
         """Every process takes the same decision: engines differ in what a NaN on one process does."""
@@ -287,7 +287,7 @@ class Trainer:
             average.update(self.run.model)
         for micro in remembered:
             for name, rows in micro.items():
-                state.memory[name].push(**rows)
+                state.queues[name].push(**rows)
 
     def _record(self, losses: dict, lr: float, norm: float, f: Forward | None, began: float) -> dict:
         state, experiment = self.run.state, self.experiment
@@ -313,7 +313,7 @@ class Trainer:
 def geometry(f: Forward) -> dict[str, float]:
     """Where the embeddings of a step lie: uniformity of each kind, alignment and gap of the first two, if they are of one space:
     a model without contrast has first tokens of different widths."""
-    embeds = {name: embed.detach() for name, embed in f.ran().items()}
+    embeds = {name: embed.detach() for name, embed in f.cached_embeddings().items()}
     record = {f"geometry/uniformity_{name}": float(uniformity(embed)) for name, embed in embeds.items()}
     x, y, *_ = [*embeds.values(), None, None]
     if y is not None and x.shape == y.shape:

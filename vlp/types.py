@@ -46,7 +46,7 @@ class Batch:
         targets: (B, C) float32 share of each class, where more than one may be true; see `vlp.losses.classification`.
         answers: to the questions that the texts are.
         row: (B,) int64 number of the sample among all samples of the run's sources, from 0: its slot in a bank.
-        others: further views of the same samples (a second crop, a paraphrase, a hard negative, NLVR2's second
+        views: further views of the same samples (a second crop, a paraphrase, a hard negative, NLVR2's second
             picture), in the order of the data.
         keys: B names ``source/number/key`` (the sample's number within its source) for logs and error messages; they never reach a device.
     """
@@ -59,7 +59,7 @@ class Batch:
     targets: Tensor | None = None
     answers: Answers | None = None
     row: Tensor | None = None
-    others: tuple[Batch, ...] = ()
+    views: tuple[Batch, ...] = ()
     keys: Sequence[str] = ()
 
     def to(self, device: torch.device) -> Batch:
@@ -68,9 +68,9 @@ class Batch:
                 return value.to(device, non_blocking=True)
             return value.to(device) if isinstance(value, Answers) else value
 
-        others = tuple(other.to(device) for other in self.others)
+        views = tuple(view.to(device) for view in self.views)
         moved = {f.name: move(getattr(self, f.name)) for f in fields(self)}
-        return Batch(**moved | {"others": others})
+        return Batch(**moved | {"views": views})
 
     def __len__(self) -> int:
         return len(self.index)

@@ -200,7 +200,7 @@ def test_second_picture_is_the_next_view(folder, world, tmp_path):
     batch = TrainDataset((source,), (Resize(),), PREPROCESS, tokenizer, 16, 10_000, 0).__getitems__(range(2)).batch
     order = [int(key.split("/")[1]) for key in batch.keys]
     assert batch.image[:, 0, 0, 0].tolist() == [(0, 80)[row] for row in order]
-    assert batch.others[0].image[:, 0, 0, 0].tolist() == [(40, 0)[row] for row in order]
+    assert batch.views[0].image[:, 0, 0, 0].tolist() == [(40, 0)[row] for row in order]
     assert batch.labels.tolist() == [(1, 0)[row] for row in order]
 
 

@@ -72,7 +72,7 @@ def test_views_of_a_sample_are_the_same_for_a_seed_and_others_in_the_next_epoch(
 
     def by_key(dataset, positions):
         loaded = dataset.__getitems__(list(positions))
-        same, twice = loaded.batch.others
+        same, twice = loaded.batch.views
         assert (same.input_ids == loaded.batch.input_ids).all()
         rows = [ids[mask].tolist() for ids, mask in zip(twice.input_ids, twice.attention_mask)]
         return dict(zip(loaded.batch.keys, rows)), loaded

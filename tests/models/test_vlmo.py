@@ -8,9 +8,9 @@ import torch
 from tests.objectives.fusing import (
     ROWS,
     WIDTH,
-    around_of,
     assert_same,
     cached_step,
+    context_of,
     drawn_by_row,
     networks,
     pairs,
@@ -179,7 +179,7 @@ def test_classifier_sees_each_picture_with_the_text():
     model = randomised(replace(SPEC, **NOTHING, classes=5, images=2, encoder=encoder)).eval()
     batch = apart()
     second = Batch(batch.index, batch.image.flip(0))
-    both = replace(batch, others=(second,))
+    both = replace(batch, views=(second,))
     logits = model.classify(Forward(model, both))
     assert logits.shape == (ROWS, 5)
     text = model.encode_text(batch.input_ids, batch.attention_mask)
@@ -267,9 +267,9 @@ def test_inputs_beyond_the_positions_are_refused():
 def test_momentum_encoder_teaches_the_second_head_too():
     objectives = {"itc_vl": MomentumContrast(queue_size=7, ramp_epochs=0.0, distill=1.0, head="vl")}
     model, momentum = networks(SPEC)
-    f = Forward(model, apart(), Forward(momentum, apart()), around_of(objectives))
+    f = Forward(model, apart(), Forward(momentum, apart()), context_of(objectives))
     itc = objectives["itc_vl"]
-    i2t, _ = itc.similarity(f.through("vl"), f.through("vl").momentum)
+    i2t, _ = itc.similarity(f.with_head("vl"), f.with_head("vl").momentum)
     keys = momentum.encode_text(apart().input_ids, apart().attention_mask).vl.embed
     own = momentum.encode_image(apart().image).vl.embed
     torch.testing.assert_close(i2t[:, :ROWS], model.vl.scale * own @ keys.T)

@@ -151,11 +151,11 @@ def text_stage(first: VlmoModel, plan: tuple[str, ...], optim=DECAYING) -> VlmoM
         parameter.requires_grad_(not any(starts_with(name, prefix) for prefix in plan))
     optimizer = optim.build(parameter_groups(model, optim.weight_decay))
     special = torch.arange(60) < 5
-    around = StepContext({}, Vocabulary(60, 4, special, torch.zeros_like(special)))
+    context = StepContext({}, Vocabulary(60, 4, special, torch.zeros_like(special)))
     step = Pretrainer(model, {"mlm": MaskedText()})
     for _ in range(3):
         ids = torch.randint(5, 60, (8, 10))
-        _, total, _ = step(Batch(torch.arange(8), None, ids, torch.ones_like(ids).bool()), None, around)
+        _, total, _ = step(Batch(torch.arange(8), None, ids, torch.ones_like(ids).bool()), None, context)
         total.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -61,8 +61,10 @@ def queue_of(size: int, filled: int) -> Queue:
     return queue
 
 
-def around_of(objectives: dict, filled: int = 5, progress: float = 0.5) -> StepContext:
-    memory = {o: queue_of(o.queue_size, min(filled, o.queue_size)) for o in objectives.values() if hasattr(o, "start")}
+def context_of(objectives: dict, filled: int = 5, progress: float = 0.5) -> StepContext:
+    memory = {
+        o: queue_of(o.queue_size, min(filled, o.queue_size)) for o in objectives.values() if hasattr(o, "init_queue")
+    }
     return StepContext(memory, progress=progress)
 
 
@@ -77,8 +79,8 @@ def networks(spec: Any = None, **how) -> tuple[nn.Module, nn.Module]:
 
 def bundle(batch: Batch, objectives: dict, model: nn.Module | None = None, **how) -> Forward:
     made, momentum = networks()
-    around = around_of(objectives, **how)
-    return Forward(model or made, batch, Forward(momentum, batch, around=around), around)
+    context = context_of(objectives, **how)
+    return Forward(model or made, batch, Forward(momentum, batch, context=context), context)
 
 
 @contextmanager
@@ -112,11 +114,11 @@ def step(
     pretrainer = Pretrainer(model, objectives, bundle)
     called = DistributedDataParallel(pretrainer, find_unused_parameters=True) if world > 1 else pretrainer
     with drawn_by_row():
-        losses, total, f = called(batch, momentum, around_of(objectives))
+        losses, total, f = called(batch, momentum, context_of(objectives))
         total.backward()
     means = all_reduce_sum([loss.item() for loss in losses.values()], CPU)
     with torch.no_grad():
-        kept = {name: o.remember(f) for name, o in objectives.items() if hasattr(o, "remember")}
+        kept = {name: o.enqueue(f) for name, o in objectives.items() if hasattr(o, "enqueue")}
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: mean / world for name, mean in zip(losses, means)}, gradients, kept
 
@@ -131,12 +133,12 @@ def cached_step(
         first = n * size + rank * size // world
         batches.append(shortened(part_of(pairs(), slice(first, first + size // world))))
     model, momentum = networks(spec, **how)
-    found = bundles(model, batches, momentum, around_of(objectives))
+    found = bundles(model, batches, momentum, context_of(objectives))
     sums, kept = dict.fromkeys(objectives, 0.0), {}
     with drawn_by_row():
         for f in found:
             losses = {name: objective(f) for name, objective in objectives.items()}
-            f.forget()
+            f.free_activations()
             (sum(objectives[name].weight * loss for name, loss in losses.items()) / parts).backward()
             sums = {name: total + losses[name].item() / parts for name, total in sums.items()}
         for f in found:
@@ -145,7 +147,7 @@ def cached_step(
     means = all_reduce_sum(list(sums.values()), CPU)
     with torch.no_grad():
         for name, objective in objectives.items():
-            rows = [objective.remember(f) for f in found] if hasattr(objective, "remember") else []
+            rows = [objective.enqueue(f) for f in found] if hasattr(objective, "enqueue") else []
             kept |= {name: {column: torch.cat([row[column] for row in rows]) for column in rows[0]}} if rows else {}
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: mean / world for name, mean in zip(sums, means)}, gradients, kept

@@ -87,7 +87,7 @@ def test_a_classifier_beside_it_reads_the_same_pass_of_fusion():
     assert len(passes) == 1
     torch.testing.assert_close(beside, alone)
     torch.testing.assert_close(answer, AnswerGeneration()(Forward(model, batch)))
-    f.forget()
+    f.free_activations()
     assert "fused" not in vars(f)
 
 
@@ -145,7 +145,7 @@ def experiment(objective, **fields) -> Experiment:
 
 
 def test_what_is_missing_is_said():
-    AnswerGeneration().check(experiment(AnswerGeneration()))
+    AnswerGeneration().validate(experiment(AnswerGeneration()))
     for fields, message in (
         ({"model": tiny()}, "model.decoder=Decoder"),
         ({"model": tiny(decoder=Decoder(source="image"))}, "source='fusion'"),
@@ -153,14 +153,14 @@ def test_what_is_missing_is_said():
         ({"data": Data(train=(Annotated("x"),))}, "answers=FIELD"),
     ):
         with pytest.raises(UserError, match=message):
-            AnswerGeneration().check(experiment(AnswerGeneration(), **fields))
+            AnswerGeneration().validate(experiment(AnswerGeneration(), **fields))
     with pytest.raises(UserError, match="momentum"):
-        AnswerGeneration(distill=0.4).check(experiment(AnswerGeneration()))
-    AnswerGeneration(distill=0.4).check(experiment(AnswerGeneration(), momentum=MomentumConfig()))
+        AnswerGeneration(distill=0.4).validate(experiment(AnswerGeneration()))
+    AnswerGeneration(distill=0.4).validate(experiment(AnswerGeneration(), momentum=MomentumConfig()))
     with pytest.raises(UserError, match="from 0 to 1"):
-        AnswerGeneration(distill=1.4).check(experiment(AnswerGeneration()))
+        AnswerGeneration(distill=1.4).validate(experiment(AnswerGeneration()))
     with pytest.raises(UserError, match="source='image'"):
-        Captioning().check(experiment(Captioning()))
+        Captioning().validate(experiment(Captioning()))
     with pytest.raises(UserError, match="data.sep=true"):
         model, data = tiny(decoder=Decoder(source="image")), Data(train=(Source("x"),), sep=False)
-        Captioning().check(experiment(Captioning(), model=model, data=data))
+        Captioning().validate(experiment(Captioning(), model=model, data=data))

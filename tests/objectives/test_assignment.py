@@ -98,4 +98,4 @@ def test_a_batch_of_two_always_shows_the_own_image_and_a_batch_of_one_shows_it_t
 )
 def test_what_is_missing_is_said(model, objective, complaint):
     with pytest.raises(UserError, match=complaint):
-        objective.check(Experiment("x", model, {"a": objective}, Data(train=())))
+        objective.validate(Experiment("x", model, {"a": objective}, Data(train=())))

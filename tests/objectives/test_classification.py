@@ -30,9 +30,9 @@ def build(seed=0, spec=SPEC):
 
 
 def bundle(batch, model=None, progress=0.0):
-    around = StepContext(progress=progress)
-    momentum = Forward(build(9).requires_grad_(False), batch, around=around)
-    return Forward(model or build(), batch, momentum, around)
+    context = StepContext(progress=progress)
+    momentum = Forward(build(9).requires_grad_(False), batch, context=context)
+    return Forward(model or build(), batch, momentum, context)
 
 
 def straightforward(model, batch):
@@ -110,17 +110,17 @@ def test_a_single_tower_is_classified_by_its_pooled_state(of):
 )
 def test_what_is_missing_is_said_before_anything_is_built(changed, complaint):
     whole = Experiment("x", SPEC, {"c": Classification()}, Data(train=()), momentum=MomentumConfig())
-    whole.objectives["c"].check(whole)
+    whole.objectives["c"].validate(whole)
     experiment = replace(whole, **changed)
     with pytest.raises(UserError, match=complaint):
-        experiment.objectives["c"].check(experiment)
+        experiment.objectives["c"].validate(experiment)
 
 
 def test_two_pictures_of_a_text_are_read_in_turn_by_twins():
     spec = replace(SPEC, fusion=Fusion(layers=2, images=2), classes=2)
     model, batch = build(spec=spec), labelled()
     second = replace(batch, image=batch.image.flip(0), labels=None)
-    f = Forward(model, replace(batch, labels=LABELS % 2, others=(second,)))
+    f = Forward(model, replace(batch, labels=LABELS % 2, views=(second,)))
     images = [model.project(model.encode_image(image)) for image in (batch.image, second.image)]
     text = model.encode_text(batch.input_ids, batch.attention_mask)
     expected = model.classifier(model.fuse(InTurn(tuple(images)), text)[:, 0])

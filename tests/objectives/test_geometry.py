@@ -36,7 +36,7 @@ def test_uniformity_is_equation_3_averaged_over_the_sides(sides):
 
 def test_sides_are_the_picture_and_text_or_two_views():
     f = forward_of(Alignment(), views())
-    other = f.batch.others[0]
+    other = f.batch.views[0]
     for sides, (x, y) in {
         "image_text": (f.image, f.text),
         "images": (f.image, f.model.encode_image(other.image)),
@@ -71,11 +71,11 @@ def test_missing_sides_are_said_before_anything_is_built():
     pictures = Experiment("x", Single(image=image), {}, Data(train=(), views=(simclr(),) * 3))
     texts = Experiment("x", Single(text=text), {}, Data(train=(Sentences("a.txt"),)))
     both = Experiment("x", Dual(image=image, text=text), {}, Data(train=()))
-    Alignment().check(pictures)
-    Alignment(sides="texts").check(replace(texts, data=replace(texts.data, text_views=(Same(),))))
+    Alignment().validate(pictures)
+    Alignment(sides="texts").validate(replace(texts, data=replace(texts.data, text_views=(Same(),))))
     two = Sentences("a.tsv", columns=("one", "two"))
-    Alignment(sides="texts").check(replace(texts, data=Data(train=(two,))))
-    Alignment(sides="image_text").check(both)
+    Alignment(sides="texts").validate(replace(texts, data=Data(train=(two,))))
+    Alignment(sides="image_text").validate(both)
     for experiment, sides, missing in (
         (replace(pictures, data=Data(train=())), "images", "at least one further view of each picture, not 0"),
         (texts, "images", "an image tower"),
@@ -86,4 +86,4 @@ def test_missing_sides_are_said_before_anything_is_built():
     ):
         for objective in (Alignment(sides=sides), Uniformity(sides=sides)):
             with pytest.raises(UserError, match=f"{type(objective).__name__} needs {missing}"):
-                objective.check(experiment)
+                objective.validate(experiment)

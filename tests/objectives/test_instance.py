@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.objectives.toys import SAMPLES, WIDTH, assert_two_are_one, forward_of, memory_of, step, views
+from tests.objectives.toys import SAMPLES, WIDTH, assert_two_are_one, forward_of, queues_of, step, views
 from vlp.config import Data, Experiment
 from vlp.encoders.image import TimmImage
 from vlp.errors import UserError
@@ -22,7 +22,7 @@ def parts(objective, seed=5):
     noise = draw_noise(f.batch.row, SAMPLES, objective.noise, may_be_own=objective.noise_may_be_own)
     torch.manual_seed(seed)
     embeds = f.model.encode_image(f.batch.image).embed.detach()
-    return embeds, f.around.memory[objective].rows.double(), f.batch.row.tolist(), noise.tolist(), f
+    return embeds, f.context.queues[objective].rows.double(), f.batch.row.tolist(), noise.tolist(), f
 
 
 def z_of(embeds, bank, temperature) -> float:
@@ -66,13 +66,13 @@ def test_proximal_term_is_lambda_times_the_squared_way_from_the_bank(form):
     assert values[1] - values[0] == pytest.approx(30 * distance, rel=1e-5)
 
 
-def test_memory_of_a_step_is_the_rows_their_embeddings_and_z_once():
+def test_queues_of_a_step_is_the_rows_their_embeddings_and_z_once():
     f = forward_of(NOISE, views(others=0))
     NOISE(f)
-    bank = f.around.memory[NOISE]
+    bank = f.context.queues[NOISE]
     before = bank.rows.clone()
     with torch.no_grad():
-        kept = NOISE.remember(f)
+        kept = NOISE.enqueue(f)
     assert torch.equal(kept["row"], f.batch.row) and torch.equal(kept["embed"], f.image.embed)
     assert kept["partition"].item() == pytest.approx(z_of(f.image.embed, bank.rows.double(), 0.5), rel=1e-5)
     bank.push(**kept)
@@ -81,20 +81,20 @@ def test_memory_of_a_step_is_the_rows_their_embeddings_and_z_once():
     others = [n for n in range(SAMPLES) if n not in f.batch.row]
     assert torch.equal(bank.rows[others], before[others])
     # from now on Z is what the bank has
-    again = forward_of(NOISE, views(others=0, seed=8), memory={NOISE: bank})
+    again = forward_of(NOISE, views(others=0, seed=8), queues={NOISE: bank})
     NOISE(again)
-    assert NOISE.remember(again).keys() == {"row", "embed"}
+    assert NOISE.enqueue(again).keys() == {"row", "embed"}
 
 
 def test_z_is_estimated_anew_every_so_many_steps():
     objective = replace(NOISE, partition_every=3)
-    memory = memory_of(objective, Wide)
-    memory[objective].partition.fill_(4.0)
+    queues = queues_of(objective, Wide)
+    queues[objective].partition.fill_(4.0)
     estimated = []
     for done in range(9):
-        f = forward_of(objective, views(others=0), memory=memory, step=done)
+        f = forward_of(objective, views(others=0), queues=queues, step=done)
         objective(f)
-        estimated.append("partition" in objective.remember(f))
+        estimated.append("partition" in objective.enqueue(f))
     assert estimated == [True, False, False] * 3
 
 
@@ -106,7 +106,7 @@ def test_as_noise_grows_the_gradient_is_that_of_the_full_softmax():
     """With Z of each query's own sum, which one query has: d NCE -> d softmax."""
     gradients = {}
     for objective in (replace(NOISE, noise=200_000), replace(NOISE, form="softmax")):
-        f = forward_of(objective, views(rows=1, others=0), memory=memory_of(objective, Wide))
+        f = forward_of(objective, views(rows=1, others=0), queues=queues_of(objective, Wide))
         torch.manual_seed(0)
         objective(f).backward()
         gradients[objective.form] = f.model.head.weight.grad
@@ -130,12 +130,12 @@ def test_two_processes_agree_on_z(pair):
 def test_nothing_but_the_model_gets_a_gradient():
     f = forward_of(NOISE, views(others=0))
     NOISE(f).backward()
-    assert f.around.memory[NOISE].rows.grad is None and f.model.head.weight.grad.norm() > 0
+    assert f.context.queues[NOISE].rows.grad is None and f.model.head.weight.grad.norm() > 0
 
 
 def test_what_cannot_be_is_said_before_anything_is_built():
     experiment = Experiment("x", Single(image=TimmImage("test_vit")), {}, Data(train=()))
-    InstanceDiscrimination().check(experiment)
+    InstanceDiscrimination().validate(experiment)
     for wrong in ({"noise": 0}, {"bank_momentum": 1.0}):
         with pytest.raises(UserError, match="InstanceDiscrimination has"):
-            InstanceDiscrimination(**wrong).check(experiment)
+            InstanceDiscrimination(**wrong).validate(experiment)

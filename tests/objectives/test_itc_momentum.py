@@ -42,7 +42,7 @@ def by_the_equations(f, queue, distill: float, same_picture: str) -> float:
 def test_loss_is_the_equations_with_distillation_half_way_up_its_ramp(same_picture, filled):
     itc = replace(ITC, same_picture=same_picture)
     f = bundle(pairs(), {"itc": itc}, filled=filled, progress=0.5)
-    queue = f.around.memory[itc]
+    queue = f.context.queues[itc]
     assert len(queue) == filled and (not filled or queue.index[0] == f.batch.index[2])
     assert itc(f).item() == pytest.approx(by_the_equations(f, queue, 0.2, same_picture), rel=1e-9)
 
@@ -53,7 +53,7 @@ def test_loss_is_the_equations_with_distillation_half_way_up_its_ramp(same_pictu
 def test_share_of_the_teacher_grows_over_the_ramp(progress, ramp, share):
     itc = replace(ITC, ramp_epochs=float(ramp))
     f = bundle(pairs(), {"itc": itc}, progress=progress)
-    assert itc(f).item() == pytest.approx(by_the_equations(f, f.around.memory[itc], share, "positive"), rel=1e-9)
+    assert itc(f).item() == pytest.approx(by_the_equations(f, f.context.queues[itc], share, "positive"), rel=1e-9)
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 15, 16, 17])
@@ -67,7 +67,7 @@ def test_queue_of_any_length_serves_batches_of_any_size(size, rows):
             for projection in (network.image_projection, network.text_projection):
                 projection.weight.zero_()
                 projection.bias.fill_(1.0)
-    queue = f.around.memory[itc]
+    queue = f.context.queues[itc]
     for pushed in range(3):
         held = min(size, pushed * rows)
         assert len(queue) == held
@@ -76,7 +76,7 @@ def test_queue_of_any_length_serves_batches_of_any_size(size, rows):
             vars(f).pop(name, None)
         assert itc(f).item() == pytest.approx(math.log(rows + held), rel=1e-6, abs=1e-6)
         with torch.no_grad():
-            queue.push(**itc.remember(f))
+            queue.push(**itc.enqueue(f))
 
 
 def test_gradient_flows_to_the_model_and_its_temperature_alone():
@@ -91,11 +91,11 @@ def test_queue_rows_of_the_future_of_nobody_are_no_positives():
     """A queue that starts full of random vectors has an index that no picture has."""
     itc = replace(ITC, random_start=True)
     model, _ = networks()
-    queue = itc.start(model, 100, CPU, torch.Generator().manual_seed(0))
+    queue = itc.init_queue(model, 100, CPU, torch.Generator().manual_seed(0))
     assert len(queue) == 7 and set(queue.index.tolist()) == {-1}
-    assert len(replace(itc, random_start=False).start(model, 100, CPU, torch.Generator())) == 0
+    assert len(replace(itc, random_start=False).init_queue(model, 100, CPU, torch.Generator())) == 0
     f = bundle(pairs(), {"itc": itc})
-    f.around.memory[itc] = queue
+    f.context.queues[itc] = queue
     targets = itc.targets(f)
     assert targets[:, ROWS:].abs().max() == 0
     expected = torch.eye(ROWS, dtype=torch.float64)
@@ -112,7 +112,7 @@ def test_temperature_out_of_range_counts_as_the_bound(temperature):
     bound = min(max(temperature, f.model.bounds[0]), f.model.bounds[1])
     logits = ITC.similarity(f)[0]
     assert loss.isfinite()
-    cosine = f.image.embed @ torch.cat([f.momentum.text.embed, f.around.memory[ITC]["text"]]).T
+    cosine = f.image.embed @ torch.cat([f.momentum.text.embed, f.context.queues[ITC]["text"]]).T
     torch.testing.assert_close(logits, cosine / bound)
     loss.backward()
     assert all(p.grad.isfinite().all() for p in f.model.parameters() if p.grad is not None)
@@ -151,17 +151,17 @@ def test_empty_queue_and_no_teacher_are_the_contrast_with_momentum_keys():
 
 def test_what_is_missing_is_said_before_anything_is_built():
     experiment = Experiment("x", tiny(), {}, Data(train=()), momentum=MomentumConfig())
-    ITC.check(experiment)
+    ITC.validate(experiment)
     for wrong, message in (
         (replace(experiment, momentum=None), "needs the momentum encoder"),
         (replace(experiment, model=Single(image=tiny().image)), "needs a text tower"),
         (replace(experiment, model=tiny(itc=False)), "model.itc=true"),
     ):
         with pytest.raises(UserError, match=message):
-            ITC.check(wrong)
+            ITC.validate(wrong)
     for wrong in ({"queue_size": 0}, {"distill": 1.5}):
         with pytest.raises(UserError, match=next(iter(wrong))):
-            replace(ITC, **wrong).check(experiment)
+            replace(ITC, **wrong).validate(experiment)
 
 
 def test_queue_shorter_than_the_batch_keeps_its_newest_rows():
@@ -169,8 +169,8 @@ def test_queue_shorter_than_the_batch_keeps_its_newest_rows():
     itc = replace(ITC, queue_size=3)
     f = bundle(pairs(), {"itc": itc}, filled=0)
     with torch.no_grad():
-        queue.push(**itc.remember(f))
+        queue.push(**itc.enqueue(f))
     held = sorted(queue.index.tolist())
     assert held == sorted(f.batch.index[-3:].tolist())
-    f.around.memory[itc] = queue
+    f.context.queues[itc] = queue
     assert itc(f).isfinite() and itc.similarity(f)[0].shape == (ROWS, ROWS + 3)

@@ -187,9 +187,9 @@ def test_two_processes_that_draw_from_their_own_rows_are_the_mean_of_two_batches
 
 def test_what_is_missing_is_said_before_anything_is_built():
     experiment = Experiment("x", tiny(), {}, Data(train=()), momentum=MomentumConfig())
-    ITM.check(experiment)
-    replace(ITM, negatives="uniform").check(replace(experiment, momentum=None, model=tiny(itc=False)))
-    replace(ITM, keys="student").check(replace(experiment, momentum=None))
+    ITM.validate(experiment)
+    replace(ITM, negatives="uniform").validate(replace(experiment, momentum=None, model=tiny(itc=False)))
+    replace(ITM, keys="student").validate(replace(experiment, momentum=None))
     for wrong, message in (
         (replace(experiment, momentum=None), "needs the momentum encoder"),
         (replace(experiment, model=tiny(itm=False)), "model.itm=true"),
@@ -197,6 +197,6 @@ def test_what_is_missing_is_said_before_anything_is_built():
         (replace(experiment, model=Dual(image=tiny().image, text=tiny().text)), "a model that fuses"),
     ):
         with pytest.raises(UserError, match=message):
-            ITM.check(wrong)
+            ITM.validate(wrong)
     with pytest.raises(UserError, match="epsilon is -1"):
-        replace(ITM, epsilon=-1.0).check(experiment)
+        replace(ITM, epsilon=-1.0).validate(experiment)

@@ -111,6 +111,6 @@ def test_what_is_missing_is_said_before_anything_is_built():
         (experiment(model, min_aspect=0.0), "cannot be drawn"),
     ):
         with pytest.raises(UserError, match=complaint):
-            wrong.objectives["mim"].check(wrong)
+            wrong.objectives["mim"].validate(wrong)
     right = experiment(model)
-    right.objectives["mim"].check(right)
+    right.objectives["mim"].validate(right)

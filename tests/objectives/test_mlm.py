@@ -43,8 +43,8 @@ def build(seed=0):
 
 
 def bundle(model, given, momentum=None, progress=0.0):
-    around = StepContext(vocabulary=VOCABULARY, progress=progress)
-    return Forward(model, given, momentum and Forward(momentum, given, around=around), around)
+    context = StepContext(vocabulary=VOCABULARY, progress=progress)
+    return Forward(model, given, momentum and Forward(momentum, given, context=context), context)
 
 
 def run(objective, f, seed=5):
@@ -123,7 +123,7 @@ def test_only_the_asked_views_pass_is_run():
     calls = []
     model, given = build(), batch()
     model.text.register_forward_hook(lambda *_: calls.append("text"))
-    given.others = (batch(),)
+    given.views = (batch(),)
     run(MaskedText(), bundle(model, given))
     assert calls == ["text"]
 
@@ -180,9 +180,9 @@ def test_what_is_missing_is_said_before_anything_is_built():
         (experiment(distill=1.4, momentum=MomentumConfig()), "distill is 1.4"),
     ):
         with pytest.raises(UserError, match=complaint):
-            wrong.objectives["mlm"].check(wrong)
+            wrong.objectives["mlm"].validate(wrong)
     right = experiment(momentum=MomentumConfig(0.995), distill=0.4)
-    right.objectives["mlm"].check(right)
+    right.objectives["mlm"].validate(right)
 
 
 def test_a_random_model_is_as_sure_as_chance():

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.objectives.toys import CPU, ROWS, SAMPLES, WIDTH, assert_two_are_one, forward_of, memory_of, part_of, views
+from tests.objectives.toys import CPU, ROWS, SAMPLES, WIDTH, assert_two_are_one, forward_of, part_of, queues_of, views
 from vlp.config import Data, Experiment
 from vlp.data.augment import simclr
 from vlp.encoders.image import TimmImage
@@ -19,7 +19,7 @@ GROWING = Moco(queue_size=11, random_start=False, temperature=0.3)
 def by_the_equation(f, memory, temperature: float, left_out: bool) -> float:
     """He et al. 2020, eq. 1, row by row."""
     queries = f.model.encode_image(f.batch.image).embed
-    keys = f.momentum.model.encode_image(f.batch.others[0].image).embed
+    keys = f.momentum.model.encode_image(f.batch.views[0].image).embed
     total = 0.0
     for i, query in enumerate(queries.detach()):
         positive = math.exp(float(query @ keys[i]) / temperature)
@@ -37,7 +37,7 @@ def by_the_equation(f, memory, temperature: float, left_out: bool) -> float:
 def test_loss_is_equation_1(same_picture, random_start):
     objective = replace(GROWING, same_picture=same_picture, random_start=random_start)
     f = forward_of(objective, views())
-    memory = f.around.memory[objective]
+    memory = f.context.queues[objective]
     assert len(memory) == (11 if random_start else 3)
     assert random_start or f.batch.index[1] == memory.index[0]  # one row of the queue shows a picture of the batch
     expected = by_the_equation(f, memory, 0.3, same_picture == "left_out")
@@ -48,7 +48,7 @@ def test_loss_is_equation_1(same_picture, random_start):
 def test_empty_queue_gives_0_and_a_defined_gradient(same_picture):
     objective = replace(GROWING, same_picture=same_picture)
     f = forward_of(objective, views())
-    f.around.memory[objective]._filled = 0
+    f.context.queues[objective]._filled = 0
     loss = objective(f)
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-6)
@@ -62,7 +62,7 @@ def test_equal_embeddings_give_log_of_one_and_the_queue():
         for model in (f.model, f.momentum.model):
             model.head.weight.zero_()
             model.head.bias.fill_(1.0)
-    f.around.memory[objective]["key"].fill_(WIDTH**-0.5)
+    f.context.queues[objective]["key"].fill_(WIDTH**-0.5)
     assert objective(f).item() == pytest.approx(math.log(1 + 11), rel=1e-6)
 
 
@@ -72,10 +72,10 @@ def test_queue_gets_the_keys_of_the_momentum_encoder_whatever_its_length(size):
     f = forward_of(objective, views())
     objective(f)
     with torch.no_grad():
-        kept = objective.remember(f)
-    expected = f.momentum.model.encode_image(f.batch.others[0].image).embed
+        kept = objective.enqueue(f)
+    expected = f.momentum.model.encode_image(f.batch.views[0].image).embed
     assert torch.equal(kept["key"], expected) and torch.equal(kept["index"], f.batch.index)
-    queue = objective.start(f.model, SAMPLES, CPU, torch.Generator())
+    queue = objective.init_queue(f.model, SAMPLES, CPU, torch.Generator())
     queue.push(**kept)
     newest = torch.cat([queue["key"], queue["key"]])[queue._pointer : queue._pointer + len(queue)]
     torch.testing.assert_close(newest[-min(size, ROWS) :], expected[-min(size, ROWS) :].float())
@@ -85,16 +85,16 @@ def test_each_network_runs_once_on_its_view_and_only_the_model_gets_a_gradient()
     f = forward_of(GROWING, views())
     GROWING(f).backward()
     with torch.no_grad():
-        GROWING.remember(f)
-    assert "image" in vars(f) and "image" not in vars(f.others[0])
-    assert "image" not in vars(f.momentum) and "image" in vars(f.momentum.others[0])
+        GROWING.enqueue(f)
+    assert "image" in vars(f) and "image" not in vars(f.views[0])
+    assert "image" not in vars(f.momentum) and "image" in vars(f.momentum.views[0])
     assert f.model.head.weight.grad.norm() > 0 and f.momentum.model.head.weight.grad is None
 
 
 def test_shuffled_keys_without_batch_norm_are_the_keys():
     f = forward_of(GROWING, views())
-    plain = f.momentum.model.encode_image(f.batch.others[0].image)
-    encoded = shuffled(f.momentum.model.encode_image, f.batch.others[0].image, 3)
+    plain = f.momentum.model.encode_image(f.batch.views[0].image)
+    encoded = shuffled(f.momentum.model.encode_image, f.batch.views[0].image, 3)
     torch.testing.assert_close(encoded.embed, plain.embed)
     torch.testing.assert_close(encoded.tokens, plain.tokens[:, :1])
 
@@ -148,11 +148,11 @@ def test_groups_are_normalised_apart_and_shuffling_deals_the_keys_out_anew():
     order = torch.randperm(ROWS)
     halves = [f.model.encode_image(part).embed for part in f.batch.image.chunk(2)]
     torch.testing.assert_close(f.image.embed, torch.cat(halves))
-    image = f.batch.others[0].image
+    image = f.batch.views[0].image
     dealt = torch.cat([f.momentum.model.encode_image(part).embed for part in image[order].chunk(2)])
-    torch.testing.assert_close(f.momentum.others[0].image.embed[order], dealt)
+    torch.testing.assert_close(f.momentum.views[0].image.embed[order], dealt)
     assert not torch.allclose(
-        f.momentum.others[0].image.embed,
+        f.momentum.views[0].image.embed,
         torch.cat([f.momentum.model.encode_image(part).embed for part in image.chunk(2)]),
     )
 
@@ -170,9 +170,9 @@ def test_two_processes_with_batch_norm_are_one_with_two_groups(pair, shuffle):
 
 
 def test_parts_of_a_batch_have_the_loss_of_the_whole():
-    batch, memory = views(), memory_of(GROWING, forward_of(GROWING, views()).model)
-    losses = [GROWING(forward_of(GROWING, part_of(batch, slice(i, i + 1)), memory=memory)) for i in range(ROWS)]
-    whole = GROWING(forward_of(GROWING, batch, memory=memory))
+    batch, queues = views(), queues_of(GROWING, forward_of(GROWING, views()).model)
+    losses = [GROWING(forward_of(GROWING, part_of(batch, slice(i, i + 1)), queues=queues)) for i in range(ROWS)]
+    whole = GROWING(forward_of(GROWING, batch, queues=queues))
     assert sum(losses).item() / ROWS == pytest.approx(whole.item(), rel=1e-6)
 
 
@@ -184,11 +184,11 @@ def test_what_is_missing_is_said_before_anything_is_built():
         Data(train=(), views=(simclr(),), batch_size=8),
         momentum=MomentumConfig(),
     )
-    Moco().check(experiment)
+    Moco().validate(experiment)
     with pytest.raises(UserError, match="Moco needs the momentum encoder"):
-        Moco().check(replace(experiment, momentum=None))
+        Moco().validate(replace(experiment, momentum=None))
     with pytest.raises(UserError, match="Moco needs 1 further view of each picture, not 0"):
-        Moco().check(replace(experiment, data=Data(train=())))
+        Moco().validate(replace(experiment, data=Data(train=())))
     for wrong in ({"queue_size": 0}, {"groups": 5}, {"groups": 0}):
         with pytest.raises(UserError, match="1 to 4 groups"):
-            Moco(**wrong).check(experiment)
+            Moco(**wrong).validate(experiment)

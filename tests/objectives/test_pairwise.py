@@ -104,9 +104,9 @@ def test_what_cannot_be_is_said_before_anything_is_built():
     data = Data(train=(), views=(simclr(),), batch_size=8)
     experiment = Experiment("x", Single(image=TimmImage("test_vit")), {}, data)
     for objective in (Triplet(), PairContrast(), NPair()):
-        objective.check(experiment)
+        objective.validate(experiment)
         with pytest.raises(UserError, match=f"{type(objective).__name__} needs at least one further view"):
-            objective.check(replace(experiment, data=Data(train=())))
+            objective.validate(replace(experiment, data=Data(train=())))
     for others in (0, 8):
         with pytest.raises(UserError, match="a micro-batch of 8 has 1 to 7 other rows"):
-            PairContrast(others=others).check(experiment)
+            PairContrast(others=others).validate(experiment)

@@ -55,7 +55,7 @@ def batch_of(views: int) -> Batch:
         ids = torch.randint(1, 40, (B, 4 + view))
         ids[3] = ids[1]
         made.append(Batch(INDEX, input_ids=ids, attention_mask=torch.rand(ids.shape) < 0.8))
-    return replace(made[0], others=tuple(made[1:]))
+    return replace(made[0], views=tuple(made[1:]))
 
 
 def queue_of(rows: int, size: int = 30) -> Queue:
@@ -68,8 +68,8 @@ def queue_of(rows: int, size: int = 30) -> Queue:
 
 def forward_of(objective, views=2, queue=None, momentum=None) -> Forward:
     batch = batch_of(views)
-    around = StepContext({objective: queue} if queue is not None else {})
-    return Forward(Bag(), batch, Forward(momentum, batch, around=around) if momentum else None, around)
+    context = StepContext({objective: queue} if queue is not None else {})
+    return Forward(Bag(), batch, Forward(momentum, batch, context=context) if momentum else None, context)
 
 
 def mean_over_rows(rows) -> float:
@@ -108,7 +108,7 @@ def test_simcse_equals_loops_over_sentences(views, alpha):
 def test_a_sentence_that_comes_twice_does_not_repel_itself():
     model, ids = Bag(), torch.full((2, 3), 7)
     batch = Batch(torch.tensor([5, 5]), input_ids=ids, attention_mask=ids.bool())
-    batch = replace(batch, others=(replace(batch),))
+    batch = replace(batch, views=(replace(batch),))
     loss = SimCse()(Forward(model, batch))
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2))
@@ -123,8 +123,8 @@ def test_unsupervised_simcse_is_one_pass_with_two_dropout_masks():
     model, rows = Single(text=BertText(config=sizes, length_groups=1), head="tanh").build().train(), []
     model.text.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
     batch = batch_of(1)
-    batch = replace(batch, attention_mask=torch.ones_like(batch.attention_mask), others=(replace(batch),))
-    batch = replace(batch, others=(replace(batch, others=()),))
+    batch = replace(batch, attention_mask=torch.ones_like(batch.attention_mask), views=(replace(batch),))
+    batch = replace(batch, views=(replace(batch, views=()),))
     f = Forward(model, batch)
     SimCse()(f).backward()
     assert rows == [2 * B]
@@ -152,7 +152,7 @@ def test_esimcse_equals_loops_over_batch_and_queue():
 
 def test_esimcse_with_an_empty_queue_is_simcse():
     objective = ESimCse()
-    queue = objective.start(Bag(), 100, torch.device("cpu"), torch.Generator())
+    queue = objective.init_queue(Bag(), 100, torch.device("cpu"), torch.Generator())
     assert len(queue) == 0
     found = objective(forward_of(objective, queue=queue))
     assert found.item() == pytest.approx(SimCse()(forward_of(objective)).item(), rel=1e-5)
@@ -163,7 +163,7 @@ def test_esimcse_remembers_the_original_sentence_by_the_momentum_encoder():
     for head in ("momentum", "student"):
         objective = ESimCse(queue_head=head)
         f = forward_of(objective, queue=queue_of(3), momentum=teacher)
-        rows = objective.remember(f)
+        rows = objective.enqueue(f)
         original = teacher.encode_text(f.batch.input_ids, f.batch.attention_mask)
         pooled = (teacher if head == "momentum" else f.model).head(original.tokens[:, 0]).float()
         torch.testing.assert_close(rows["text"].float(), nn.functional.normalize(pooled, dim=-1))
@@ -176,11 +176,11 @@ def test_esimcse_remembers_the_original_sentence_by_the_momentum_encoder():
 @pytest.mark.parametrize("filled", [0, 20])
 def test_cert_equals_loops_over_own_key_and_queue(filled):
     objective, teacher = Cert(queue_size=30), Bag(seed=5)
-    queue = queue_of(20) if filled else objective.start(teacher, 100, torch.device("cpu"), torch.Generator())
+    queue = queue_of(20) if filled else objective.init_queue(teacher, 100, torch.device("cpu"), torch.Generator())
     f = forward_of(objective, queue=queue, momentum=teacher)
     loss = objective(f)
     loss.backward()
-    query, key = f.text.embed.detach(), f.momentum.others[0].text.embed.detach()
+    query, key = f.text.embed.detach(), f.momentum.views[0].text.embed.detach()
     rows = []
     for i in range(B):
         row = [(float(query[i] @ key[i]) / 0.07, True)]  # the keys of other rows take no part
@@ -189,12 +189,12 @@ def test_cert_equals_loops_over_own_key_and_queue(filled):
         )
     assert loss.item() == pytest.approx(mean_over_rows(rows), rel=1e-5, abs=1e-6)
     assert f.model.text.weight.grad.isfinite().all()
-    assert torch.equal(objective.remember(f)["text"], key)
+    assert torch.equal(objective.enqueue(f)["text"], key)
 
 
 def test_cert_starts_with_a_random_queue_if_asked():
     generator = torch.Generator().manual_seed(0)
-    queue = Cert(queue_size=30, random_start=True).start(Bag(), 100, torch.device("cpu"), generator)
+    queue = Cert(queue_size=30, random_start=True).init_queue(Bag(), 100, torch.device("cpu"), generator)
     assert len(queue) == 30 and (queue.index == -1).all()
     torch.testing.assert_close(queue["text"].norm(dim=1), torch.ones(30))
 
@@ -209,13 +209,13 @@ OBJECTIVES = {
 
 
 class Wrapped(nn.Module):
-    def __init__(self, model, objective, around, momentum):
+    def __init__(self, model, objective, context, momentum):
         super().__init__()
-        self.model, self.objective, self.around, self.momentum = model, objective, around, [momentum]
+        self.model, self.objective, self.context, self.momentum = model, objective, context, [momentum]
 
     def forward(self, batch):
-        teacher = Forward(self.momentum[0], batch, around=self.around)
-        f = Forward(self.model, batch, teacher, self.around)
+        teacher = Forward(self.momentum[0], batch, context=self.context)
+        f = Forward(self.model, batch, teacher, self.context)
         return self.objective(f), f
 
 
@@ -225,15 +225,15 @@ def gradients(rank: int, world: int, name: str) -> tuple:
 
     def cut(batch):
         rows = {n: getattr(batch, n)[part] for n in ("index", "input_ids", "attention_mask")}
-        return Batch(**rows, others=tuple(map(cut, batch.others)))
+        return Batch(**rows, views=tuple(map(cut, batch.views)))
 
-    around = StepContext({objective: queue_of(20)} if name != "simcse" else {})
-    wrapped = Wrapped(Bag(), objective, around, Bag(seed=5).requires_grad_(False))
+    context = StepContext({objective: queue_of(20)} if name != "simcse" else {})
+    wrapped = Wrapped(Bag(), objective, context, Bag(seed=5).requires_grad_(False))
     called = DistributedDataParallel(wrapped) if world > 1 else wrapped  # which must live until the backward
     loss, f = called(cut(batch_of(views)))
     loss.backward()
     with torch.no_grad():
-        rows = objective.remember(f) if hasattr(objective, "remember") else {}
+        rows = objective.enqueue(f) if hasattr(objective, "enqueue") else {}
     total = all_reduce_sum([loss.item()], torch.device("cpu"))[0] / world
     return total, {n: p.grad for n, p in wrapped.model.named_parameters()}, rows
 

@@ -29,7 +29,7 @@ def test_loss_is_equation_1_also_where_a_picture_comes_twice(temperature):
     batch = views()
     assert len(set(batch.index.tolist())) == ROWS - 1
     model = Net()
-    z = [row for view in (batch, *batch.others) for row in model.encode_image(view.image).embed.detach()]
+    z = [row for view in (batch, *batch.views) for row in model.encode_image(view.image).embed.detach()]
     objective = SimClr(temperature=temperature)
     assert objective(forward_of(objective, batch)).item() == pytest.approx(by_the_equation(z, temperature), rel=1e-9)
 
@@ -37,7 +37,7 @@ def test_loss_is_equation_1_also_where_a_picture_comes_twice(temperature):
 def test_equal_embeddings_give_log_of_all_other_views():
     batch = views()
     batch = replace(
-        batch, image=torch.zeros_like(batch.image), others=(replace(batch, image=torch.zeros_like(batch.image)),)
+        batch, image=torch.zeros_like(batch.image), views=(replace(batch, image=torch.zeros_like(batch.image)),)
     )
     assert SimClr()(forward_of(SimClr(), batch)).item() == pytest.approx(math.log(2 * ROWS - 1))
 
@@ -60,6 +60,6 @@ def test_what_is_missing_is_said_before_anything_is_built():
     experiment = Experiment("x", Single(image=TimmImage("test_vit")), {"simclr": SimClr()}, Data(train=()))
     for count in (0, 2):
         with pytest.raises(UserError, match=f"SimClr needs 1 further view of each picture, not {count}"):
-            SimClr().check(replace(experiment, data=Data(train=(), views=(simclr(),) * count)))
+            SimClr().validate(replace(experiment, data=Data(train=(), views=(simclr(),) * count)))
     with pytest.raises(UserError, match="SimClr needs an image tower"):
-        SimClr().check(replace(experiment, model=Single(text=BertText(config={}))))
+        SimClr().validate(replace(experiment, model=Single(text=BertText(config={}))))

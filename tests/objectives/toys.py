@@ -50,21 +50,21 @@ def views(rows: int = ROWS, others: int = 1, seed: int = 1) -> Batch:
     def one(further: tuple = ()) -> Batch:
         image = torch.randn(rows, 3, 2, 2, dtype=torch.float64, generator=generator)
         ids = torch.randint(20, (rows, 4), generator=generator)
-        return Batch(index, image, ids, torch.ones_like(ids).bool(), row=torch.arange(rows) * 2, others=further)
+        return Batch(index, image, ids, torch.ones_like(ids).bool(), row=torch.arange(rows) * 2, views=further)
 
     return one(tuple(one() for _ in range(others)))
 
 
 def part_of(batch: Batch, rows: slice) -> Batch:
     tensors = {name: x[rows] for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
-    return replace(batch, **tensors, others=tuple(part_of(other, rows) for other in batch.others))
+    return replace(batch, **tensors, views=tuple(part_of(other, rows) for other in batch.views))
 
 
-def memory_of(objective, model) -> dict:
+def queues_of(objective, model) -> dict:
     """The objective's queue or bank as a run starts it, in float64; a queue that was empty has a few rows."""
-    if not hasattr(objective, "start"):
+    if not hasattr(objective, "init_queue"):
         return {}
-    memory = objective.start(model, SAMPLES, CPU, torch.Generator().manual_seed(3))
+    memory = objective.init_queue(model, SAMPLES, CPU, torch.Generator().manual_seed(3))
     if isinstance(memory, MemoryBank):
         memory.rows = memory.rows.double()
         return {objective: memory}
@@ -75,11 +75,11 @@ def memory_of(objective, model) -> dict:
     return {objective: memory}
 
 
-def forward_of(objective, batch: Batch, norm: bool = False, memory: dict | None = None, step: int = 0) -> Forward:
+def forward_of(objective, batch: Batch, norm: bool = False, queues: dict | None = None, step: int = 0) -> Forward:
     """The bundle that the objective is called with; its momentum encoder has other weights."""
     model, momentum = Net(norm), Net(norm, seed=9).requires_grad_(False)
-    around = StepContext(memory_of(objective, model) if memory is None else memory, step=step)
-    return Forward(model, batch, Forward(momentum, batch, around=around), around)
+    context = StepContext(queues_of(objective, model) if queues is None else queues, step=step)
+    return Forward(model, batch, Forward(momentum, batch, context=context), context)
 
 
 class Wrapped(nn.Module):
@@ -105,7 +105,7 @@ def step(rank: int, world: int, objective, norm: bool = False) -> tuple[float, d
     loss.backward()
     total = all_reduce_sum([loss.item()], CPU)[0] / world
     with torch.no_grad():
-        remembered = objective.remember(f) if hasattr(objective, "remember") else {}
+        remembered = objective.enqueue(f) if hasattr(objective, "enqueue") else {}
     return total, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, remembered
 
 

@@ -8,10 +8,10 @@ import torch
 from tests.conftest import toy_overrides
 from tests.objectives.fusing import (
     ROWS,
-    around_of,
     assert_same,
     bundle,
     cached_step,
+    context_of,
     drawn_by_row,
     networks,
     pairs,
@@ -79,10 +79,10 @@ def test_dropout_is_the_same_in_both_passes():
         model, momentum = networks(dropout=0.3)
         momentum.eval()
         batches = [shortened(part_of(pairs(), part)) for part in (slice(0, 4), slice(4, 8))]
-        around = around_of(ALBEF)
-        found = grad_cache.bundles(model, batches, momentum, around)
+        context = context_of(ALBEF)
+        found = grad_cache.bundles(model, batches, momentum, context)
         if not cached:
-            found = [Held(model, f.batch, f.momentum, around) for f in found]
+            found = [Held(model, f.batch, f.momentum, context) for f in found]
             grad_cache.join(found)
         torch.manual_seed(5)
         with drawn_by_row():
@@ -105,12 +105,12 @@ def test_dropout_is_the_same_in_both_passes():
 
 def test_encodings_have_no_graph_before_the_replay():
     model, momentum = networks()
-    f, _ = grad_cache.bundles(model, [part_of(pairs(), slice(0, 4))] * 2, momentum, around_of(ALBEF))
+    f, _ = grad_cache.bundles(model, [part_of(pairs(), slice(0, 4))] * 2, momentum, context_of(ALBEF))
     assert f.image.tokens.is_leaf and f.image.tokens.grad_fn is None and f.text.embed.requires_grad
     with drawn_by_row():
         loss = sum(objective(f) for objective in ALBEF.values())
     assert "projected" in vars(f)
-    f.forget()
+    f.free_activations()
     assert "projected" not in vars(f)
     loss.backward()
     assert all(p.grad is None for p in model.image.parameters())
@@ -120,14 +120,14 @@ def test_encodings_have_no_graph_before_the_replay():
 
 def test_objective_that_sees_its_own_micro_batch_only_is_refused():
     experiment = Experiment("x", None, {"itc": SigmoidContrast()}, Data(train=()))
-    grad_cache.check(experiment)
+    grad_cache.validate(experiment)
     with pytest.raises(UserError, match=r"objectives.views \(SimClr\) compares the rows of a micro-batch alone"):
-        grad_cache.check(replace(experiment, objectives={"views": SimClr()}))
+        grad_cache.validate(replace(experiment, objectives={"views": SimClr()}))
 
 
 def test_bundle_of_one_has_no_reference_to_itself():
     f = bundle(pairs(), {})
-    assert f.peers == (f,) and f not in vars(f).values() and (f,) not in vars(f).values()
+    assert f.micro_batches == (f,) and f not in vars(f).values() and (f,) not in vars(f).values()
     assert f.rows().tolist() == list(range(ROWS))
 
 

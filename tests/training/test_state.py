@@ -124,15 +124,15 @@ def states() -> TrainState:
     torch.manual_seed(0)
     model = network()
     return TrainState(
-        average=EMA(model, 0.9), momentum=EMA(model, 0.99, "train"), memory={"moco": queue, "instance": bank}
+        average=EMA(model, 0.9), momentum=EMA(model, 0.99, "train"), queues={"moco": queue, "instance": bank}
     )
 
 
 def test_state_of_a_checkpoint_is_the_state_that_was_saved():
     saved, loaded = states(), states()
     saved.step, saved.position, saved.skipped = 7, 56, 1
-    saved.memory["moco"].push(torch.arange(7), key=rows(7))
-    saved.memory["instance"].push(torch.tensor([2]), torch.ones(1, 3), torch.tensor([4.0]))
+    saved.queues["moco"].push(torch.arange(7), key=rows(7))
+    saved.queues["instance"].push(torch.tensor([2]), torch.ones(1, 3), torch.tensor([4.0]))
     for average in (saved.average, saved.momentum):
         average.update(network())
     files = {name: {k: t.clone() for k, t in tensors.items()} for name, tensors in saved.files().items()}
@@ -143,5 +143,5 @@ def test_state_of_a_checkpoint_is_the_state_that_was_saved():
         assert tensors.keys() == files[name].keys()
         assert all(torch.equal(t, files[name][k]) for k, t in tensors.items())
     for state in (saved, loaded):  # and goes on in the same way
-        state.memory["moco"].push(torch.tensor([50, 51]), key=rows(2, 50))
-    assert oldest_first(loaded.memory["moco"]) == oldest_first(saved.memory["moco"]) == [4, 5, 6, 50, 51]
+        state.queues["moco"].push(torch.tensor([50, 51]), key=rows(2, 50))
+    assert oldest_first(loaded.queues["moco"]) == oldest_first(saved.queues["moco"]) == [4, 5, 6, 50, 51]

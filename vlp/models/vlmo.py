@@ -351,7 +351,7 @@ class VlmoModel(nn.Module):
         side into the classifier."""
         text = f.text
         pictures = [f.projected]
-        for number, other in enumerate(f.batch.others[: self.images - 1], start=1):
+        for number, other in enumerate(f.batch.views[: self.images - 1], start=1):
             pictures.append(self.encoder.image(other.image, number))
         if len(pictures) < self.images:
             raise UserError(f"the classifier takes {self.images} images of each sample; the data has {len(pictures)}")

@@ -31,12 +31,12 @@ class AnswerGeneration:
         ramp_epochs: over which a grows linearly from 0; ALBEF's is 1.
     """
 
-    sees_peers: ClassVar[bool] = True  # no row depends on another: see vlp.training.grad_cache
+    supports_grad_cache: ClassVar[bool] = True  # no row depends on another: see vlp.training.grad_cache
     weight: float = 1.0
     distill: float = 0.0
     ramp_epochs: float = 0.0
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError for what is missing."""
         need_image(experiment, "AnswerGeneration")
         need_text(experiment, "AnswerGeneration")
@@ -51,7 +51,7 @@ class AnswerGeneration:
         teacher = f.momentum.model.answer(f.momentum, answers).logits if self.distill else None
         weight = answers.weight[predicted.text]
         count = torch.tensor(float(len(f.batch)), device=weight.device)
-        distill = self.distill * f.around.ramp(self.ramp_epochs)
+        distill = self.distill * f.context.ramp(self.ramp_epochs)
         return masked_cross_entropy(predicted.logits, predicted.labels, teacher, distill, count, weight)
 
 
@@ -66,13 +66,13 @@ class Captioning:
             each "process".
     """
 
-    sees_peers: ClassVar[bool] = True  # see vlp.training.grad_cache
+    supports_grad_cache: ClassVar[bool] = True  # see vlp.training.grad_cache
     weight: float = 1.0
     distill: float = 0.0
     ramp_epochs: float = 0.0
     mean_over: Literal["all", "process"] = "all"
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError for what is missing."""
         need_image(experiment, "Captioning")
         need_text(experiment, "Captioning")
@@ -84,8 +84,8 @@ class Captioning:
     def __call__(self, f: Forward) -> Tensor:
         predicted = f.model.caption(f)
         teacher = f.momentum.model.caption(f.momentum).logits if self.distill else None
-        counts = f.gathered(lambda peer: peer.batch.attention_mask[:, 1:].sum()[None], self.mean_over)
-        distill = self.distill * f.around.ramp(self.ramp_epochs)
+        counts = f.gathered(lambda micro_batch: micro_batch.batch.attention_mask[:, 1:].sum()[None], self.mean_over)
+        distill = self.distill * f.context.ramp(self.ramp_epochs)
         return masked_cross_entropy(predicted.logits, predicted.labels, teacher, distill, counts.float().mean())
 
 

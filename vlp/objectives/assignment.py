@@ -39,7 +39,7 @@ class TextAssignment:
     temperature: float = 0.07
     none: float = 1 / 3
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError for what is missing."""
         need_image(experiment, "TextAssignment")
         need_text(experiment, "TextAssignment")

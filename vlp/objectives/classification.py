@@ -32,14 +32,14 @@ class Classification:
         label_smoothing: share of the true target spread evenly over all classes; of "softmax" alone.
     """
 
-    sees_peers: ClassVar[bool] = True  # no row depends on another: see vlp.training.grad_cache
+    supports_grad_cache: ClassVar[bool] = True  # no row depends on another: see vlp.training.grad_cache
     weight: float = 1.0
     loss: Literal["softmax", "bce"] = "softmax"
     distill: float = 0.0
     ramp_epochs: float = 0.0
     label_smoothing: float = 0.0
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError for what is missing."""
         if getattr(experiment.model, "classes", None) is None:
             raise UserError("Classification needs a classifier; set model.classes to the number of classes")
@@ -57,7 +57,7 @@ class Classification:
         if targets is None:
             targets = one_hot(f.batch.labels, logits.shape[1])
         teacher = f.momentum.model.classify(f.momentum) if self.distill else None
-        distill = self.distill * f.around.ramp(self.ramp_epochs)
+        distill = self.distill * f.context.ramp(self.ramp_epochs)
         if self.loss == "bce":
             return sigmoid_cross_entropy(logits, targets, teacher, distill)
         return softmax_cross_entropy(logits, targets, teacher, distill, self.label_smoothing)

@@ -44,7 +44,7 @@ class Cutoff:
     augmented: float = 1.0
     consistency: float = 1.0
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError for what is missing."""
         model = experiment.model
         classes = getattr(model, "classes", None)

@@ -46,7 +46,7 @@ class Alignment:
     alpha: float = 2.0
     sides: Sides = "images"
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError where the sides are missing."""
         need_sides(experiment, "Alignment", self.sides)
 
@@ -66,7 +66,7 @@ class Uniformity:
     t: float = 2.0
     sides: Sides = "images"
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError where the sides are missing."""
         need_sides(experiment, "Uniformity", self.sides)
 

@@ -51,21 +51,23 @@ def take(f: Forward, encoded: Callable[[Forward], Encoded], rows: Tensor, among:
         rows: (n,) int64 as `Forward.gathered` numbers them.
         among: what can be drawn, as `Forward.gathered` takes it.
     """
-    longest = torch.tensor([max(encoded(peer).fusible.shape[1] for peer in f.peers)], device=rows.device)
+    longest = torch.tensor(
+        [max(encoded(micro_batch).fusible.shape[1] for micro_batch in f.micro_batches)], device=rows.device
+    )
     longest = int((gather(longest) if among == "all" else longest).max())
 
-    def tokens(peer: Forward) -> Tensor:
-        x = encoded(peer).fusible
+    def tokens(micro_batch: Forward) -> Tensor:
+        x = encoded(micro_batch).fusible
         return F.pad(x, (0, 0, 0, longest - x.shape[1]))
 
-    def mask(peer: Forward) -> Tensor:  # as bytes: not every backend sends bools
-        x = encoded(peer).mask.byte()
+    def mask(micro_batch: Forward) -> Tensor:  # as bytes: not every backend sends bools
+        x = encoded(micro_batch).mask.byte()
         return F.pad(x, (0, longest - x.shape[1]))
 
     fusible = f.gathered(tokens, among)[rows]
     return Encoded(
         fusible,
         f.gathered(mask, among)[rows].bool(),
-        f.gathered(lambda peer: encoded(peer).embed, among)[rows],
+        f.gathered(lambda micro_batch: encoded(micro_batch).embed, among)[rows],
         None if encoded(f).inputs is None else fusible,
     )

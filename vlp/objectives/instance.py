@@ -49,7 +49,7 @@ class InstanceDiscrimination:
     proximal: float = 30.0
     partition_every: int = 0
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError for what cannot be."""
         need_image(experiment, "InstanceDiscrimination")
         if self.noise < 1 or not 0 <= self.bank_momentum < 1:
@@ -58,11 +58,11 @@ class InstanceDiscrimination:
                 f"give at least 1 row, and a momentum from 0 to below 1"
             )
 
-    def start(self, model, samples: int, device: torch.device, generator: torch.Generator) -> MemoryBank:
+    def init_queue(self, model, samples: int, device: torch.device, generator: torch.Generator) -> MemoryBank:
         return MemoryBank(samples, model.embed_size, self.bank_momentum, device, generator)
 
     def __call__(self, f: Forward) -> Tensor:
-        queries, bank, rows, scale = f.image.embed, f.around.memory[self].rows, f.batch.row, 1 / self.temperature
+        queries, bank, rows, scale = f.image.embed, f.context.queues[self].rows, f.batch.row, 1 / self.temperature
         if self.form == "softmax":
             loss = instance_softmax_loss(queries, bank, scale, rows)
         else:
@@ -70,7 +70,7 @@ class InstanceDiscrimination:
             loss = nce_loss(queries, bank, scale, rows, noise, self._log_partition(f))
         return loss + self.proximal * alignment(queries, bank[rows]) if self.proximal else loss
 
-    def remember(self, f: Forward) -> dict[str, Tensor]:
+    def enqueue(self, f: Forward) -> dict[str, Tensor]:
         rows = {"row": gather(f.batch.row), "embed": gather(f.image.embed)}
         if self.form == "nce" and self._estimates(f):
             rows["partition"] = self._log_partition(f).exp()
@@ -79,11 +79,11 @@ class InstanceDiscrimination:
     def _estimates(self, f: Forward) -> bool:
         """Whether Z is estimated in this step."""
         every = self.partition_every
-        return bool(f.around.memory[self].partition == 0) or every > 0 and f.around.step % every == 0
+        return bool(f.context.queues[self].partition == 0) or every > 0 and f.context.step % every == 0
 
     def _log_partition(self, f: Forward) -> Tensor:
         """(1,) log Z, the same on every process."""
-        bank = f.around.memory[self]
+        bank = f.context.queues[self]
         if not self._estimates(f):
             return bank.partition.log()
         own = log_partition(f.image.embed, bank.rows, 1 / self.temperature).view(1)

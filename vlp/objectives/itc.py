@@ -37,19 +37,19 @@ class ImageTextContrast:
         head: of the model, by which embeddings and temperature are meant; VLMo has a second, "vl".
     """
 
-    sees_peers: ClassVar[bool] = True  # see vlp.training.grad_cache
+    supports_grad_cache: ClassVar[bool] = True  # see vlp.training.grad_cache
     weight: float = 1.0
     label_smoothing: float = 0.0
     reduction: Literal["sum", "mean"] = "mean"
     tile_rows: int | None = None
     head: Head = "first"
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError for what is missing."""
         need_contrast(experiment, "ImageTextContrast", self.head)
 
     def __call__(self, f: Forward) -> Tensor:
-        f = f.through(self.head)
+        f = f.with_head(self.head)
 
         def loss(queries: Tensor, keys: Tensor) -> Tensor:
             rest = (f.model.scale, f.batch.index, f.keys.index, self.label_smoothing)
@@ -69,11 +69,11 @@ class SigmoidContrast:
         tile_rows: rows of the similarity matrix held at a time, for large batches; None = all.
     """
 
-    sees_peers: ClassVar[bool] = True  # see vlp.training.grad_cache
+    supports_grad_cache: ClassVar[bool] = True  # see vlp.training.grad_cache
     weight: float = 1.0
     tile_rows: int | None = None
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError for what is missing."""
         need_contrast(experiment, "SigmoidContrast")
         bias = getattr(experiment.model, "bias", None)
@@ -107,7 +107,7 @@ class MomentumContrast:
         head: of the model, by which embeddings and temperature are meant; VLMo has a second, "vl".
     """
 
-    sees_peers: ClassVar[bool] = True  # see vlp.training.grad_cache
+    supports_grad_cache: ClassVar[bool] = True  # see vlp.training.grad_cache
     weight: float = 1.0
     queue_size: int = 65_536
     random_start: bool = False
@@ -117,7 +117,7 @@ class MomentumContrast:
     ramp_epochs: float = 1.0
     head: Head = "first"
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError for what is missing."""
         need_contrast(experiment, "MomentumContrast", self.head)
         need_momentum(experiment, "MomentumContrast")
@@ -126,13 +126,13 @@ class MomentumContrast:
         if not 0 <= self.distill <= 1:
             raise UserError(f"distill is {self.distill:g}; it is the teacher's share of the targets, from 0 to 1")
 
-    def start(self, model, samples: int, device: torch.device, generator: torch.Generator) -> Queue:
+    def init_queue(self, model, samples: int, device: torch.device, generator: torch.Generator) -> Queue:
         columns = {"image": model.embed_size, "text": model.embed_size}
         return Queue(self.queue_size, columns, device, generator if self.random_start else None)
 
     def __call__(self, f: Forward) -> Tensor:
-        f = f.through(self.head)
-        distill = self.distill * f.around.ramp(self.ramp_epochs)
+        f = f.with_head(self.head)
+        distill = self.distill * f.context.ramp(self.ramp_epochs)
         logits = self.similarity(f)
         with torch.no_grad():
             targets = [self.targets(f)] * 2
@@ -147,13 +147,13 @@ class MomentumContrast:
         Args:
             queries: whose embeddings look for keys; None = those of ``f``.
         """
-        queries, keys, queue = queries or f, f.momentum.keys_among(self.keys), f.around.memory[self]
+        queries, keys, queue = queries or f, f.momentum.keys_among(self.keys), f.context.queues[self]
         i2t = scaled_similarity(queries.image.embed, keys.text, queue["text"], f.model.scale)
         return i2t, scaled_similarity(queries.text.embed, keys.image, queue["image"], f.model.scale)
 
     def targets(self, f: Forward) -> Tensor:
         """(B, M + K) what is true, for both ways: rows sum to 1."""
-        queue = f.around.memory[self].index
+        queue = f.context.queues[self].index
         index = torch.cat([f.momentum.keys_among(self.keys).index, queue])
         if self.same_picture == "negative":
             positive = f.rows(self.keys)[:, None] == torch.arange(len(index), device=index.device)
@@ -161,8 +161,8 @@ class MomentumContrast:
             positive = f.batch.index[:, None] == index
         return positive.to(f.image.embed.dtype) / positive.sum(1, keepdim=True)
 
-    def remember(self, f: Forward) -> dict[str, Tensor]:
-        f = f.through(self.head)
+    def enqueue(self, f: Forward) -> dict[str, Tensor]:
+        f = f.with_head(self.head)
         columns = {"index": f.batch.index, "image": f.momentum.image.embed, "text": f.momentum.text.embed}
         return {name: gather(rows) for name, rows in columns.items()}
 

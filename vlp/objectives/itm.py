@@ -42,8 +42,8 @@ class ImageTextMatching:
         epsilon: added to the candidates' probabilities (BLIP's is 1e-4).
     """
 
-    sees_peers: ClassVar[bool] = True  # see vlp.training.grad_cache
-    begins_at_cut: ClassVar[bool] = True  # see vlp.training.split_backward
+    supports_grad_cache: ClassVar[bool] = True  # see vlp.training.grad_cache
+    supports_split_backward: ClassVar[bool] = True  # see vlp.training.split_backward
     weight: float = 1.0
     negatives: Literal["hard", "uniform"] = "hard"
     keys: Literal["momentum", "student"] = "momentum"
@@ -51,7 +51,7 @@ class ImageTextMatching:
     same_picture: Literal["left_out", "negative"] = "left_out"
     epsilon: float = 0.0
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError for what is missing."""
         need_image(experiment, "ImageTextMatching")
         need_text(experiment, "ImageTextMatching")
@@ -67,12 +67,14 @@ class ImageTextMatching:
             need_momentum(experiment, "keys='momentum' of ImageTextMatching")
 
     def __call__(self, f: Forward) -> Tensor:
-        index = f.gathered(lambda peer: peer.batch.index, self.candidates)
+        index = f.gathered(lambda micro_batch: micro_batch.batch.index, self.candidates)
         candidates = self._candidates(f, index)
         logits = self.logits(f, *self.draw(f, candidates))
         found, pair = candidates.any(1), torch.ones_like(f.batch.index, dtype=torch.bool)
         # of a micro-batch, on average over all of them and all processes
-        pairs = f.gathered(lambda peer: len(peer.batch) + 2 * self._candidates(peer, index).any(1).sum()[None])
+        pairs = f.gathered(
+            lambda micro_batch: len(micro_batch.batch) + 2 * self._candidates(micro_batch, index).any(1).sum()[None]
+        )
         labels = torch.cat([pair, ~pair, ~pair]).long()
         return matching_loss(logits, labels, torch.cat([pair, found, found]), pairs.float().mean())
 
@@ -94,11 +96,11 @@ class ImageTextMatching:
 
     def logits(self, f: Forward, texts: Tensor, images: Tensor) -> Tensor:
         """(3B, 2): pairs, images with the (B,) ``texts``, texts with the (B,) ``images``."""
-        if len(f.peers) == 1 and (self.candidates == "process" or world_size() == 1):
+        if len(f.micro_batches) == 1 and (self.candidates == "process" or world_size() == 1):
             own = torch.arange(len(texts), device=texts.device)
             return f.model.match(f.projected, f.text, torch.cat([own, texts, own]), images)
-        other_texts = take(f, lambda peer: peer.text, texts, self.candidates)
-        other_images = take(f, lambda peer: peer.image, images, self.candidates)
+        other_texts = take(f, lambda micro_batch: micro_batch.text, texts, self.candidates)
+        other_images = take(f, lambda micro_batch: micro_batch.image, images, self.candidates)
         pairs = (f.model.match(f.projected, text) for text in (f.text, other_texts))
         return torch.cat([*pairs, f.model.match(f.model.project(other_images), f.text)])
 

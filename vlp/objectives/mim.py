@@ -40,7 +40,7 @@ class MaskedImage:
     min_patches: int = 16
     min_aspect: float = 0.3
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         need_image(experiment, "masked image modelling")
         if getattr(experiment.model, "mim", None) is None:
             raise UserError("masked image modelling has nothing to predict; set model.mim=Pixels()")

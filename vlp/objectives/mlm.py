@@ -38,15 +38,15 @@ class MaskedText:
             each "process", as published.
     """
 
-    sees_peers: ClassVar[bool] = True  # see vlp.training.grad_cache
-    begins_at_cut: ClassVar[bool] = True  # see vlp.training.split_backward
+    supports_grad_cache: ClassVar[bool] = True  # see vlp.training.grad_cache
+    supports_split_backward: ClassVar[bool] = True  # see vlp.training.split_backward
     weight: float = 1.0
     masking: TextMasking = TextMasking()
     distill: float = 0.0
     ramp_epochs: float = 0.0
     mean_over: Literal["all", "process"] = "all"
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         need_text(experiment, "masked language modelling")
         if not getattr(experiment.model, "mlm", False):
             raise UserError("masked language modelling needs a head for it; set model.mlm=true")
@@ -62,10 +62,12 @@ class MaskedText:
         teacher = None
         if self.distill:
             teacher = f.momentum.model.masked_text(f.momentum, masked.input_ids, masked.positions)
-        distill = self.distill * f.around.ramp(self.ramp_epochs)
+        distill = self.distill * f.context.ramp(self.ramp_epochs)
         return masked_cross_entropy(logits, masked.labels, teacher, distill, self._count(f))
 
     def _count(self, f: Forward) -> Tensor:
         """() predicted tokens of a micro-batch, on average over those that ``mean_over`` names."""
-        counts = f.gathered(lambda peer: (peer.masked(self.masking).labels != IGNORED).sum()[None], self.mean_over)
+        counts = f.gathered(
+            lambda micro_batch: (micro_batch.masked(self.masking).labels != IGNORED).sum()[None], self.mean_over
+        )
         return counts.float().mean()

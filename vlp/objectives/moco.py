@@ -53,7 +53,7 @@ class Moco:
     shuffle: bool = True
     groups: int = 1
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError for what is missing."""
         need_image_views(experiment, "Moco")
         need_momentum(experiment, "Moco")
@@ -64,12 +64,12 @@ class Moco:
                 f"{rows // 2} groups: half the rows of a micro-batch"
             )
 
-    def start(self, model, samples: int, device: torch.device, generator: torch.Generator) -> Queue:
+    def init_queue(self, model, samples: int, device: torch.device, generator: torch.Generator) -> Queue:
         start = generator if self.random_start else None
         return Queue(self.queue_size, {"key": model.embed_size}, device, start)
 
     def __call__(self, f: Forward) -> Tensor:
-        queries, keys, queue = self._query(f).embed, self._key(f).embed, f.around.memory[self]
+        queries, keys, queue = self._query(f).embed, self._key(f).embed, f.context.queues[self]
         own = torch.arange(len(queries), device=queries.device)
         diagonal = own[:, None] == own
         older = torch.full_like(queue.index, -1)  # positives are the own keys alone
@@ -79,7 +79,7 @@ class Moco:
         every_key, ids = torch.cat([keys, queue["key"]]), torch.cat([own, older])
         return info_nce(queries, every_key, 1 / self.temperature, own, ids, allowed=allowed)
 
-    def remember(self, f: Forward) -> dict[str, Tensor]:
+    def enqueue(self, f: Forward) -> dict[str, Tensor]:
         return {"index": gather(f.batch.index), "key": gather(self._key(f).embed)}
 
     def _query(self, f: Forward) -> Encoded:
@@ -88,7 +88,7 @@ class Moco:
         return f.image
 
     def _key(self, f: Forward) -> Encoded:
-        key = f.momentum.others[0]
+        key = f.momentum.views[0]
         several = self.groups * world_size() > 1
         if "image" not in vars(key) and several and has_batch_norm(key.model):
             encode = shuffled if self.shuffle else in_groups

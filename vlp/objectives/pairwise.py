@@ -42,7 +42,7 @@ class Triplet:
     mining: Literal["semi_hard", "hardest"] = "semi_hard"
     sides: Sides = "images"
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError where the sides are missing."""
         need_sides(experiment, "Triplet", self.sides)
 
@@ -75,7 +75,7 @@ class PairContrast:
     others: int = 1
     sides: Sides = "images"
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError where the sides are missing, or the batch is too small."""
         need_sides(experiment, "PairContrast", self.sides)
         rows = experiment.data.batch_size // experiment.train.accumulation
@@ -112,7 +112,7 @@ class NPair:
     l2: float = 0.002
     sides: Sides = "images"
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError where the sides are missing."""
         need_sides(experiment, "NPair", self.sides)
 

@@ -43,7 +43,7 @@ class SimCse:
     temperature: float = 0.05
     hard_negative: float = 0.0
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError for what is missing."""
         need_text_views(experiment, "SimCse")
         columns = min(max(1, len(getattr(source, "columns", ()))) for source in experiment.data.train)
@@ -81,21 +81,21 @@ class ESimCse:
     queue_size: int = 160
     queue_head: Literal["momentum", "student"] = "momentum"
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError for what is missing."""
         need_text_views(experiment, "ESimCse")
         need_momentum(experiment, "ESimCse")
 
-    def start(self, model, samples: int, device: torch.device, generator: torch.Generator) -> Queue:
+    def init_queue(self, model, samples: int, device: torch.device, generator: torch.Generator) -> Queue:
         return Queue(self.queue_size, {"text": model.embed_size}, device)
 
     def __call__(self, f: Forward) -> Tensor:
         queries, positives = (view.embed for view in f.texts[:2])
-        keys, queue = gather_with_gradient(positives), f.around.memory[self]
+        keys, queue = gather_with_gradient(positives), f.context.queues[self]
         ids = f.batch.index, gather(f.batch.index), queue.index
         return queue_info_nce(queries, keys, queue["text"], 1 / self.temperature, *ids)
 
-    def remember(self, f: Forward) -> dict[str, Tensor]:
+    def enqueue(self, f: Forward) -> dict[str, Tensor]:
         taught = f.momentum.text
         embed = taught.embed
         if self.queue_head == "student":
@@ -121,22 +121,22 @@ class Cert:
     queue_size: int = 65_536
     random_start: bool = False
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError for what is missing."""
         need_text_views(experiment, "Cert")
         need_momentum(experiment, "Cert")
 
-    def start(self, model, samples: int, device: torch.device, generator: torch.Generator) -> Queue:
+    def init_queue(self, model, samples: int, device: torch.device, generator: torch.Generator) -> Queue:
         return Queue(self.queue_size, {"text": model.embed_size}, device, generator if self.random_start else None)
 
     def __call__(self, f: Forward) -> Tensor:
-        keys, queue, index = f.momentum.others[0].text.embed, f.around.memory[self], f.batch.index
+        keys, queue, index = f.momentum.views[0].text.embed, f.context.queues[self], f.batch.index
         own = torch.eye(len(keys), dtype=torch.bool, device=keys.device)
         scale = 1 / self.temperature
         return queue_info_nce(f.text.embed, keys, queue["text"], scale, index, index, queue.index, allowed=own)
 
-    def remember(self, f: Forward) -> dict[str, Tensor]:
-        return {"index": gather(f.batch.index), "text": gather(f.momentum.others[0].text.embed)}
+    def enqueue(self, f: Forward) -> dict[str, Tensor]:
+        return {"index": gather(f.batch.index), "text": gather(f.momentum.views[0].text.embed)}
 
 
 @in_float32

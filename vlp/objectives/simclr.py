@@ -32,7 +32,7 @@ class SimClr:
     weight: float = 1.0
     temperature: float = 0.1
 
-    def check(self, experiment: Experiment) -> None:
+    def validate(self, experiment: Experiment) -> None:
         """Raises UserError unless there are two views of each picture."""
         need_image_views(experiment, "SimClr")
 

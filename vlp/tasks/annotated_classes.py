@@ -193,7 +193,7 @@ def best_class(subject: EvalModel, pictures: Sequence[Pictured], classes: int) -
         ids, mask = ids.to(device), mask.to(device)
     views = [subject.preprocess.normalise(torch.stack(view).to(device)) for view in zip(*(p.images for p in pictures))]
     first, *others = views if len(views) == 1 else [view[of] for view in views]
-    batch = Batch(of, first, ids, mask, others=tuple(Batch(of, other) for other in others))
+    batch = Batch(of, first, ids, mask, views=tuple(Batch(of, other) for other in others))
     f = Forward(model, batch)
     if not others:
         f.image = model.encode_image(first)[of]

@@ -23,10 +23,10 @@ from vlp.forward import Forward, StepContext
 from vlp.types import Batch, Encoded
 
 
-def check(experiment: Experiment) -> None:
+def validate(experiment: Experiment) -> None:
     """Raises UserError for objectives that would see one micro-batch alone."""
     for name, objective in experiment.objectives.items():
-        if not getattr(objective, "sees_peers", False):
+        if not getattr(objective, "supports_grad_cache", False):
             raise UserError(
                 f"train.grad_cache: objectives.{name} ({type(objective).__name__}) compares the rows of a micro-batch alone; "
                 f"leave it out, or set train.grad_cache=false"
@@ -53,8 +53,8 @@ class Encoding:
 class CachedForward(Forward):
     """The bundle of one micro-batch, whose encodings have no graph until `replay`."""
 
-    def __init__(self, model, batch: Batch, momentum: Forward | None, around: StepContext):
-        super().__init__(model, batch, momentum, around)
+    def __init__(self, model, batch: Batch, momentum: Forward | None, context: StepContext):
+        super().__init__(model, batch, momentum, context)
         self.encodings: list[Encoding] = []
 
     def encode(self, encode: Callable[..., Encoded], *given: Tensor) -> Encoded:
@@ -66,8 +66,8 @@ class CachedForward(Forward):
         self.encodings.append(Encoding(encode, given, seed, made))
         return made
 
-    def beside(self, batch: Batch, momentum: Forward | None) -> CachedForward:
-        other = CachedForward(self.model, batch, momentum, self.around)
+    def for_view(self, batch: Batch, momentum: Forward | None) -> CachedForward:
+        other = CachedForward(self.model, batch, momentum, self.context)
         other.encodings = self.encodings
         return other
 
@@ -85,7 +85,7 @@ class CachedForward(Forward):
                 torch.autograd.backward(*zip(*pairs))
         self.encodings.clear()
         for bundle in filter(None, (self, self.momentum)):
-            bundle.peers = ()  # bundles that refer to each other would outlive the step
+            bundle.micro_batches = ()  # bundles that refer to each other would outlive the step
 
 
 def _differentiable(encoded: Encoded, prefix: str = "") -> dict[str, Tensor]:
@@ -104,13 +104,13 @@ def seeded(seed: int, device: torch.device):
 
 
 def bundles(
-    model: nn.Module, batches: Sequence[Batch], momentum: nn.Module | None, around: StepContext
+    model: nn.Module, batches: Sequence[Batch], momentum: nn.Module | None, context: StepContext
 ) -> list[CachedForward]:
     """One of each micro-batch, all of which the losses take as one batch."""
     found = []
     for batch in batches:
-        teacher = Forward(momentum, batch, around=around) if momentum else None
-        found.append(CachedForward(model, batch, teacher, around))
+        teacher = Forward(momentum, batch, context=context) if momentum else None
+        found.append(CachedForward(model, batch, teacher, context))
     join(found)
     join([f.momentum for f in found if f.momentum])
     return found
@@ -118,7 +118,7 @@ def bundles(
 
 def join(found: Sequence[Forward]) -> None:
     for f in found:
-        f.peers = tuple(found)
+        f.micro_batches = tuple(found)
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:

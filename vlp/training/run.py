@@ -173,8 +173,8 @@ class Run:
         # the same on every process, whatever the model drew
         generator = torch.Generator().manual_seed(experiment.seed)
         for name, objective in experiment.objectives.items():
-            if hasattr(objective, "start"):
-                state.memory[name] = objective.start(self.model, self.epoch_samples, device, generator)
+            if hasattr(objective, "init_queue"):
+                state.queues[name] = objective.init_queue(self.model, self.epoch_samples, device, generator)
         return state
 
     def _prepare_model(self) -> None:

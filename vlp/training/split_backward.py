@@ -2,7 +2,7 @@
 
 What several passes read - the towers' encodings, or, of a model that fuses from the first layer on, the embedded patches and
 words - is cut from its graph. The losses on single modalities go first and together, then one by one those whose pass
-begins at a cut (``begins_at_cut``); each leaves gradients at the parameters and at the cuts, and at the end those of the cuts
+begins at a cut (``supports_split_backward``); each leaves gradients at the parameters and at the cuts, and at the end those of the cuts
 go through what was made before them. The peak is that of the largest pass instead of the sum of all, with gradients beside it:
 it pays where passes of pairs are large, as VLMo's, and not where fusion is small beside the towers, as ALBEF's
 (``python -m benchmarks albef_step vlmo_step``).
@@ -27,18 +27,18 @@ from vlp.losses.inputs import NonFiniteLoss
 from vlp.types import Batch, Encoded
 
 
-def check(experiment: Experiment) -> None:
+def validate(experiment: Experiment) -> None:
     """Raises UserError where no loss could take its backward pass alone, or something else takes them apart already."""
     if experiment.train.grad_cache:
         raise UserError("train.backward=per_loss and train.grad_cache both cut the step's graph; leave one of them out")
-    if not any(map(_begins_at_cut, experiment.objectives.values())):
+    if not any(map(_supports_split_backward, experiment.objectives.values())):
         raise UserError(
             "train.backward=per_loss saves nothing here: no objective fuses; leave it out, or see train.activation_checkpointing"
         )
 
 
-def _begins_at_cut(objective: Any) -> bool:
-    return getattr(objective, "begins_at_cut", False)
+def _supports_split_backward(objective: Any) -> bool:
+    return getattr(objective, "supports_split_backward", False)
 
 
 class DetachedForward(Forward):
@@ -48,8 +48,8 @@ class DetachedForward(Forward):
         super().__init__(*given)
         self.cuts: list[tuple[list[Tensor], list[Tensor]]] = []  # what was made together, and its leaves
 
-    def beside(self, batch: Batch, momentum: Forward | None) -> DetachedForward:
-        other = DetachedForward(self.model, batch, momentum, self.around)
+    def for_view(self, batch: Batch, momentum: Forward | None) -> DetachedForward:
+        other = DetachedForward(self.model, batch, momentum, self.context)
         other.cuts = self.cuts
         return other
 
@@ -93,7 +93,7 @@ class DetachedForward(Forward):
         Raises:
             NonFiniteLoss: on all processes, if a loss of any is not finite: their backward passes talk to each other.
         """
-        together = [name for name, objective in objectives.items() if not _begins_at_cut(objective)]
+        together = [name for name, objective in objectives.items() if not _supports_split_backward(objective)]
         groups = [together] * bool(together) + [[name] for name in objectives if name not in together]
         gradients, found = Gradients(self.model.parameters()), {}
         for group in groups:
@@ -107,7 +107,7 @@ class DetachedForward(Forward):
                 raise NonFiniteLoss(complaint or f"the loss of {', '.join(group)}, here or on another process,")
             found |= {name: loss.detach() for name, loss in values.items()}
             gradients.take([total], self.leaves)
-        self.forget()
+        self.free_activations()
         gradients.through(self.cuts)
         ordered = {name: found[name] for name in objectives}
         return ordered, gradients.behind(sum(o.weight * ordered[name] for name, o in objectives.items()))

@@ -24,7 +24,7 @@ class TrainState:
         truncated_captions: captions cut at ``data.max_length`` so far, all processes.
         average: the weights that are evaluated; None where no average is kept.
         momentum: the momentum encoder; None where no objective has use for one.
-        memory: objective's name -> its queue or bank.
+        queues: objective's name -> its queue or bank.
     """
 
     step: int = 0
@@ -33,7 +33,7 @@ class TrainState:
     truncated_captions: int = 0
     average: EMA | None = None
     momentum: EMA | None = None
-    memory: dict[str, Memory] = field(default_factory=dict)
+    queues: dict[str, Memory] = field(default_factory=dict)
 
     def counters(self) -> dict:
         return {name: value for name, value in vars(self).items() if isinstance(value, int)}
@@ -42,8 +42,8 @@ class TrainState:
         """What a checkpoint keeps of it, by file."""
         averages = {"average": self.average, "momentum": self.momentum}
         files = {name: average.tensors() for name, average in averages.items() if average}
-        if self.memory:
-            files["memory"] = {f"{o}/{name}": t for o, m in self.memory.items() for name, t in m.tensors().items()}
+        if self.queues:
+            files["memory"] = {f"{o}/{name}": t for o, m in self.queues.items() for name, t in m.tensors().items()}
         return files
 
     def load(self, counters: dict, read) -> None:
@@ -53,6 +53,6 @@ class TrainState:
         for name, average in {"average": self.average, "momentum": self.momentum}.items():
             if average:
                 average.load(read(name))
-        saved = read("memory") if self.memory else {}
-        for objective, memory in self.memory.items():
-            memory.load({k.removeprefix(f"{objective}/"): t for k, t in saved.items() if k.startswith(f"{objective}/")})
+        saved = read("memory") if self.queues else {}
+        for objective, queue in self.queues.items():
+            queue.load({k.removeprefix(f"{objective}/"): t for k, t in saved.items() if k.startswith(f"{objective}/")})

@@ -79,12 +79,12 @@ def validate(experiment: Experiment) -> None:
     if any(a == b for n, a in enumerate(objectives) for b in objectives[:n]):
         raise UserError("objectives has the same objective twice; give it once, with the weight of both")
     for objective in objectives:
-        if hasattr(objective, "check"):
-            objective.check(experiment)
+        if hasattr(objective, "validate"):
+            objective.validate(experiment)
     if train.backward == "per_loss":
-        split_backward.check(experiment)
+        split_backward.validate(experiment)
     if train.grad_cache:
-        grad_cache.check(experiment)
+        grad_cache.validate(experiment)
     if train.mix:
         check_mixup(experiment)
     for name, task in experiment.evaluate.items():
