@@ -19,7 +19,7 @@ OBJECTIVES = {
 
 def test_losses_and_every_gradient_are_those_of_the_passes_one_by_one():
     batch = pairs()
-    batch.index = torch.arange(ROWS)
+    batch.image_id = torch.arange(ROWS)
     context = StepContext({OBJECTIVES["itc"]: queue_of(7, 5)}, progress=1.0)
     model, momentum = networks()
     with drawn_by_row():

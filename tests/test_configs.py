@@ -159,7 +159,7 @@ def batch_of(experiment: Experiment, model, rows: int) -> Batch:
     if any(getattr(source, "answers", None) for source in data.train):
         ids = torch.randint(5, 90, (rows, 4))
         answers = Answers(ids, torch.ones_like(ids).bool(), torch.ones(rows), torch.arange(rows))
-    return replace(first, row=torch.arange(rows), labels=labels, answers=answers, views=tuple(others))
+    return replace(first, dataset_row=torch.arange(rows), labels=labels, answers=answers, views=tuple(others))
 
 
 def vocabulary_of(model) -> Vocabulary | None:

@@ -80,7 +80,7 @@ def gradients(rank: int, world: int, objective, real: bool) -> tuple[float, dict
     """Mean of the loss over processes and the gradients that DDP leaves, for this process's part of the batch."""
     model, batch = (small_dual(), batch_of(32, torch.float32)) if real else (Linear(), batch_of(2, torch.float64))
     part = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
-    batch = Batch(batch.index[part], batch.image[part], batch.input_ids[part], batch.attention_mask[part])
+    batch = Batch(batch.image_id[part], batch.image[part], batch.input_ids[part], batch.attention_mask[part])
     wrapped = Wrapped(model, objective)
     # the softmax does not use the bias
     called = DistributedDataParallel(wrapped, find_unused_parameters=True) if world > 1 else wrapped

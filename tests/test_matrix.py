@@ -181,7 +181,7 @@ def batch(spec: Experiment, model) -> Batch:
     index = torch.tensor([0, 1, 2, 3, 4, 5, 6, 1])
     labels = None if getattr(spec.model, "classes", None) is None else torch.arange(ROWS) % 3
     others = tuple(view() for _ in (*spec.data.views, *spec.data.text_views))
-    return replace(view(), row=torch.arange(ROWS), labels=labels, views=others)
+    return replace(view(), dataset_row=torch.arange(ROWS), labels=labels, views=others)
 
 
 def take_step(spec: Experiment) -> None:

@@ -28,12 +28,12 @@ class Keys:
     Args:
         image: (M, E) unit norm.
         text: (M, E) unit norm.
-        index: (M,) equal index = same picture.
+        image_id: (M,) equal index = same picture.
     """
 
     image: Tensor
     text: Tensor
-    index: Tensor
+    image_id: Tensor
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Forward:
         """(B,) where the rows of this bundle are among the `gathered` ones."""
         size, places, place = len(self.batch), *((world_size(), rank()) if among == "all" else (1, 0))
         first = (self.micro_batches.index(self) * places + place) * size
-        return torch.arange(first, first + size, device=self.batch.index.device)
+        return torch.arange(first, first + size, device=self.batch.image_id.device)
 
     @cached_property
     def keys(self) -> Keys:
@@ -165,7 +165,7 @@ class Forward:
         return Keys(
             self.gathered(lambda f: f.image.embed, among),
             self.gathered(lambda f: f.text.embed, among),
-            self.gathered(lambda f: f.batch.index, among),
+            self.gathered(lambda f: f.batch.image_id, among),
         )
 
     def losses(self, objectives: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:

@@ -206,7 +206,7 @@ class Trainer:
         grad_cache.average_gradients(list(self.run.model.parameters()))
 
     def prepare(self, batch: Batch) -> Batch:
-        first, experiment = int(batch.row[0]), self.run.experiment
+        first, experiment = int(batch.dataset_row[0]), self.run.experiment
         batch = self._normalise(batch.to(self.accelerator.device))
         if experiment.train.mix is None:
             return batch

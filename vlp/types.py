@@ -38,27 +38,27 @@ class Batch:
     """What one step of one process sees; what a run has not is None.
 
     Args:
-        index: (B,) int64; rows with an equal index show the same image and are positives of each other.
+        image_id: (B,) int64; rows with an equal image_id show the same image and are positives of each other.
         image: (B, 3, H, W) uint8 as it leaves the loader; float32 and normalised once `Preprocess.normalise` has run.
         input_ids: (B, L) int64, padded to the longest row of the batch.
         attention_mask: (B, L) bool, True where there is a token.
         labels: (B,) int64 class.
         targets: (B, C) float32 share of each class, where more than one may be true; see `vlp.losses.classification`.
         answers: to the questions that the texts are.
-        row: (B,) int64 number of the sample among all samples of the run's sources, from 0: its slot in a bank.
+        dataset_row: (B,) int64 number of the sample among all samples of the run's sources, from 0: its slot in a bank.
         views: further views of the same samples (a second crop, a paraphrase, a hard negative, NLVR2's second
             picture), in the order of the data.
         keys: B names ``source/number/key`` (the sample's number within its source) for logs and error messages; they never reach a device.
     """
 
-    index: Tensor
+    image_id: Tensor
     image: Tensor | None = None
     input_ids: Tensor | None = None
     attention_mask: Tensor | None = None
     labels: Tensor | None = None
     targets: Tensor | None = None
     answers: Answers | None = None
-    row: Tensor | None = None
+    dataset_row: Tensor | None = None
     views: tuple[Batch, ...] = ()
     keys: Sequence[str] = ()
 
@@ -73,7 +73,7 @@ class Batch:
         return Batch(**moved | {"views": views})
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.image_id)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def load(dataset, start, stop, size, processes=1, workers=0) -> list:
                 sum((list(p.batch.keys) for p in parts), []),
                 torch.cat([p.batch.image for p in parts]),
                 [ids[mask].tolist() for p in parts for ids, mask in zip(p.batch.input_ids, p.batch.attention_mask)],
-                torch.cat([p.batch.index for p in parts]).tolist(),
+                torch.cat([p.batch.image_id for p in parts]).tolist(),
                 [bad for p in parts for bad in p.bad],
             )
         )

@@ -55,7 +55,7 @@ def randomised(spec=SPEC, seed=0):
 
 def apart():
     batch = pairs()
-    batch.index = torch.arange(ROWS)
+    batch.image_id = torch.arange(ROWS)
     return batch
 
 
@@ -178,7 +178,7 @@ def test_classifier_sees_each_picture_with_the_text():
     encoder = replace(ENCODER, image_kinds=2)
     model = randomised(replace(SPEC, **NOTHING, classes=5, images=2, encoder=encoder)).eval()
     batch = apart()
-    second = Batch(batch.index, batch.image.flip(0))
+    second = Batch(batch.image_id, batch.image.flip(0))
     both = replace(batch, views=(second,))
     logits = model.classify(Forward(model, both))
     assert logits.shape == (ROWS, 5)

@@ -112,7 +112,7 @@ def test_micro_batches_add_up_to_the_batch():
             answers.input_ids[kept], answers.attention_mask[kept], answers.weight[kept], answers.row[kept] - begin
         )
         part = replace(
-            batch, index=batch.index[rows], image=batch.image[rows], input_ids=batch.input_ids[rows],
+            batch, image_id=batch.image_id[rows], image=batch.image[rows], input_ids=batch.input_ids[rows],
             attention_mask=batch.attention_mask[rows], answers=answers,
         )  # fmt: skip
         parts.append(AnswerGeneration()(Forward(model, part)))

@@ -44,7 +44,7 @@ def test_loss_is_that_of_each_text_with_its_two_images_alone():
 
 def test_where_the_own_image_is_is_what_the_label_says_and_the_others_show_another_picture():
     f = bundle()
-    index = f.batch.index
+    index = f.batch.image_id
     torch.manual_seed(0)
     seen = torch.zeros(3)
     for _ in range(300):
@@ -75,13 +75,13 @@ def test_others_are_drawn_in_proportion_to_the_softmax_of_cosines():
 def test_a_batch_of_two_always_shows_the_own_image_and_a_batch_of_one_shows_it_twice():
     batch = pairs()
     two = bundle(
-        replace(batch, **{k: getattr(batch, k)[2:4] for k in ("index", "image", "input_ids", "attention_mask")})
+        replace(batch, **{k: getattr(batch, k)[2:4] for k in ("image_id", "image", "input_ids", "attention_mask")})
     )
     for _ in range(20):
         images, labels = TextAssignment().draw(two)
         assert (labels < 2).all() and (images[0] != images[1]).all()
     one = bundle(
-        replace(batch, **{k: getattr(batch, k)[:1] for k in ("index", "image", "input_ids", "attention_mask")})
+        replace(batch, **{k: getattr(batch, k)[:1] for k in ("image_id", "image", "input_ids", "attention_mask")})
     )
     images, labels = TextAssignment().draw(one)
     assert images.tolist() == [[0], [0]] and labels.item() < 2 and TextAssignment()(one).isfinite()

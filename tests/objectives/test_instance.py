@@ -19,10 +19,10 @@ def parts(objective, seed=5):
     """Embeddings, bank, own rows and noise of `forward_of`'s batch as lists of numbers, and the bundle."""
     f = forward_of(objective, views(others=0))
     torch.manual_seed(seed)
-    noise = draw_noise(f.batch.row, SAMPLES, objective.noise, may_be_own=objective.noise_may_be_own)
+    noise = draw_noise(f.batch.dataset_row, SAMPLES, objective.noise, may_be_own=objective.noise_may_be_own)
     torch.manual_seed(seed)
     embeds = f.model.encode_image(f.batch.image).embed.detach()
-    return embeds, f.context.queues[objective].rows.double(), f.batch.row.tolist(), noise.tolist(), f
+    return embeds, f.context.queues[objective].rows.double(), f.batch.dataset_row.tolist(), noise.tolist(), f
 
 
 def z_of(embeds, bank, temperature) -> float:
@@ -73,17 +73,17 @@ def test_queues_of_a_step_is_the_rows_their_embeddings_and_z_once():
     before = bank.rows.clone()
     with torch.no_grad():
         kept = NOISE.enqueue(f)
-    assert torch.equal(kept["row"], f.batch.row) and torch.equal(kept["embed"], f.image.embed)
+    assert torch.equal(kept["dataset_row"], f.batch.dataset_row) and torch.equal(kept["embed"], f.image.embed)
     assert kept["partition"].item() == pytest.approx(z_of(f.image.embed, bank.rows.double(), 0.5), rel=1e-5)
     bank.push(**kept)
-    new = torch.nn.functional.normalize(0.5 * before[f.batch.row] + 0.5 * f.image.embed.float(), dim=1)
-    torch.testing.assert_close(bank.rows[f.batch.row], new)
-    others = [n for n in range(SAMPLES) if n not in f.batch.row]
+    new = torch.nn.functional.normalize(0.5 * before[f.batch.dataset_row] + 0.5 * f.image.embed.float(), dim=1)
+    torch.testing.assert_close(bank.rows[f.batch.dataset_row], new)
+    others = [n for n in range(SAMPLES) if n not in f.batch.dataset_row]
     assert torch.equal(bank.rows[others], before[others])
     # from now on Z is what the bank has
     again = forward_of(NOISE, views(others=0, seed=8), queues={NOISE: bank})
     NOISE(again)
-    assert NOISE.enqueue(again).keys() == {"row", "embed"}
+    assert NOISE.enqueue(again).keys() == {"dataset_row", "embed"}
 
 
 def test_z_is_estimated_anew_every_so_many_steps():

@@ -19,7 +19,7 @@ ITC = MomentumContrast(queue_size=7, distill=0.4, ramp_epochs=1.0)
 def by_the_equations(f, queue, distill: float, same_picture: str) -> float:
     """Li et al. 2021, eq. 1 and 6, pair by pair."""
     scale, total = f.model.scale.item(), 0.0
-    index = [*f.batch.index.tolist(), *queue.index.tolist()]
+    index = [*f.batch.image_id.tolist(), *queue.image_id.tolist()]
     ways = (("image", "text"), ("text", "image"))
     for query, key in ways:
         keys = torch.cat([getattr(f.momentum, key).embed, queue[key]])
@@ -43,7 +43,7 @@ def test_loss_is_the_equations_with_distillation_half_way_up_its_ramp(same_pictu
     itc = replace(ITC, same_picture=same_picture)
     f = bundle(pairs(), {"itc": itc}, filled=filled, progress=0.5)
     queue = f.context.queues[itc]
-    assert len(queue) == filled and (not filled or queue.index[0] == f.batch.index[2])
+    assert len(queue) == filled and (not filled or queue.image_id[0] == f.batch.image_id[2])
     assert itc(f).item() == pytest.approx(by_the_equations(f, queue, 0.2, same_picture), rel=1e-9)
 
 
@@ -92,7 +92,7 @@ def test_queue_rows_of_the_future_of_nobody_are_no_positives():
     itc = replace(ITC, random_start=True)
     model, _ = networks()
     queue = itc.init_queue(model, 100, CPU, torch.Generator().manual_seed(0))
-    assert len(queue) == 7 and set(queue.index.tolist()) == {-1}
+    assert len(queue) == 7 and set(queue.image_id.tolist()) == {-1}
     assert len(replace(itc, random_start=False).init_queue(model, 100, CPU, torch.Generator())) == 0
     f = bundle(pairs(), {"itc": itc})
     f.context.queues[itc] = queue
@@ -170,7 +170,7 @@ def test_queue_shorter_than_the_batch_keeps_its_newest_rows():
     f = bundle(pairs(), {"itc": itc}, filled=0)
     with torch.no_grad():
         queue.push(**itc.enqueue(f))
-    held = sorted(queue.index.tolist())
-    assert held == sorted(f.batch.index[-3:].tolist())
+    held = sorted(queue.image_id.tolist())
+    assert held == sorted(f.batch.image_id[-3:].tolist())
     f.context.queues[itc] = queue
     assert itc(f).isfinite() and itc.similarity(f)[0].shape == (ROWS, ROWS + 3)

@@ -110,7 +110,7 @@ def test_loss_is_that_of_every_pair_by_itself_with_the_hardest_negatives(keys, s
 @pytest.mark.parametrize("rows", [1, 2])
 def test_batch_of_one_picture_has_the_loss_of_its_pairs_alone(rows):
     batch = part_of(pairs(), slice(0, rows))
-    batch = replace(batch, index=torch.full((rows,), 7))
+    batch = replace(batch, image_id=torch.full((rows,), 7))
     for same_picture in ("left_out", "negative")[: 1 if rows == 2 else 2]:
         f = bundle(batch, {"itm": ITM})
         loss = replace(ITM, same_picture=same_picture)(f)
@@ -122,11 +122,11 @@ def test_batch_of_one_picture_has_the_loss_of_its_pairs_alone(rows):
 
 
 def test_row_whose_picture_is_every_candidates_has_no_negative_and_the_others_have():
-    batch = replace(part_of(pairs(), slice(0, 4)), index=torch.tensor([5, 5, 5, 6]))
+    batch = replace(part_of(pairs(), slice(0, 4)), image_id=torch.tensor([5, 5, 5, 6]))
     f = bundle(batch, {"itm": ITM})
     with drawn_by_row():
         loss = ITM(f)  # rows 0 to 2 have row 3 alone, and row 3 has all of them
-    index = batch.index
+    index = batch.image_id
     texts, images = ITM.draw(f, index[:, None] != index)
     assert texts[:3].tolist() == images[:3].tolist() == [3, 3, 3]
     assert loss.isfinite()
@@ -136,7 +136,7 @@ def test_uniform_negatives_need_no_embeddings_and_come_equally_often():
     itm = replace(ITM, negatives="uniform")
     f = bundle(pairs(), {"itm": itm})
     torch.manual_seed(0)
-    candidates = f.batch.index[:, None] != f.batch.index
+    candidates = f.batch.image_id[:, None] != f.batch.image_id
     drawn = torch.stack([torch.stack(itm.draw(f, candidates)) for _ in range(2000)])  # (draws, 2, B)
     shares = F.one_hot(drawn, ROWS).double().mean((0, 1))
     expected = candidates.double() / candidates.sum(1, keepdim=True)

@@ -138,7 +138,7 @@ class Wrapped(nn.Module):
 
 
 def part_of(given, rows):
-    return Batch(given.index[rows], input_ids=given.input_ids[rows], attention_mask=given.attention_mask[rows])
+    return Batch(given.image_id[rows], input_ids=given.input_ids[rows], attention_mask=given.attention_mask[rows])
 
 
 def step(rank, world, objective):

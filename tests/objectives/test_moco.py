@@ -25,8 +25,8 @@ def by_the_equation(f, memory, temperature: float, left_out: bool) -> float:
         positive = math.exp(float(query @ keys[i]) / temperature)
         negatives = [
             math.exp(float(query @ row.double()) / temperature)
-            for row, index in zip(memory["key"], memory.index.tolist())
-            if not (left_out and index == f.batch.index[i])
+            for row, index in zip(memory["key"], memory.image_id.tolist())
+            if not (left_out and index == f.batch.image_id[i])
         ]
         total -= math.log(positive / (positive + sum(negatives)))
     return total / len(queries)
@@ -39,7 +39,9 @@ def test_loss_is_equation_1(same_picture, random_start):
     f = forward_of(objective, views())
     memory = f.context.queues[objective]
     assert len(memory) == (11 if random_start else 3)
-    assert random_start or f.batch.index[1] == memory.index[0]  # one row of the queue shows a picture of the batch
+    assert (
+        random_start or f.batch.image_id[1] == memory.image_id[0]
+    )  # one row of the queue shows a picture of the batch
     expected = by_the_equation(f, memory, 0.3, same_picture == "left_out")
     assert objective(f).item() == pytest.approx(expected, rel=1e-6)
 
@@ -74,7 +76,7 @@ def test_queue_gets_the_keys_of_the_momentum_encoder_whatever_its_length(size):
     with torch.no_grad():
         kept = objective.enqueue(f)
     expected = f.momentum.model.encode_image(f.batch.views[0].image).embed
-    assert torch.equal(kept["key"], expected) and torch.equal(kept["index"], f.batch.index)
+    assert torch.equal(kept["key"], expected) and torch.equal(kept["image_id"], f.batch.image_id)
     queue = objective.init_queue(f.model, SAMPLES, CPU, torch.Generator())
     queue.push(**kept)
     newest = torch.cat([queue["key"], queue["key"]])[queue._pointer : queue._pointer + len(queue)]

@@ -42,7 +42,7 @@ def mined(queries, keys, ids, margin, mining) -> list[float]:
 def test_triplet_is_the_mean_over_mined_triplets(sides, mining):
     objective = Triplet(margin=0.5, mining=mining, sides=sides)
     f = forward_of(objective, views())
-    hinges = [mined(q, k, f.batch.index.tolist(), 0.5, mining) for q, k in both(f, sides)]
+    hinges = [mined(q, k, f.batch.image_id.tolist(), 0.5, mining) for q, k in both(f, sides)]
     assert all(hinges) and any(map(sum, hinges))
     assert objective(f).item() == pytest.approx(sum(sum(h) / len(h) for h in hinges) / 2)
 
@@ -59,7 +59,7 @@ def test_without_a_triplet_the_loss_and_its_gradient_are_0():
 def test_pair_contrast_is_equation_4_of_each_row_with_its_own_and_the_next_keys(sides, others):
     objective = PairContrast(margin=1.3, others=others, sides=sides)
     f = forward_of(objective, views())
-    ids, values = f.batch.index.tolist(), []
+    ids, values = f.batch.image_id.tolist(), []
     for queries, keys in both(f, sides):
         for i in range(ROWS):
             for step in range(others + 1):
@@ -72,9 +72,9 @@ def test_pair_contrast_is_equation_4_of_each_row_with_its_own_and_the_next_keys(
 def test_same_picture_elsewhere_in_the_batch_is_a_match():
     """Rows 1 and 6 show the same picture: a step of 5 meets it."""
     f = forward_of(PairContrast(), views())
-    f.batch.index[:] = torch.arange(ROWS)
+    f.batch.image_id[:] = torch.arange(ROWS)
     apart = PairContrast(others=5)(f)
-    f.batch.index[6] = 1
+    f.batch.image_id[6] = 1
     assert PairContrast(others=5)(f) != apart
 
 

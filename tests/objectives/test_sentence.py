@@ -113,7 +113,7 @@ def test_a_sentence_that_comes_twice_does_not_repel_itself():
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2))
     assert model.text.weight.grad.abs().max() < 1e-6
-    apart = SimCse()(Forward(model, replace(batch, index=torch.tensor([5, 6]))))
+    apart = SimCse()(Forward(model, replace(batch, image_id=torch.tensor([5, 6]))))
     assert apart.item() == pytest.approx(math.log(2))  # taken for two sentences, each is the other's equal
 
 
@@ -143,7 +143,8 @@ def test_esimcse_equals_loops_over_batch_and_queue():
     for i in range(B):
         row = [(float(queries[i] @ positives[j]) / 0.05, bool(INDEX[i] == INDEX[j])) for j in range(B)]
         rows.append(
-            row + [(float(queries[i] @ queue["text"][k]) / 0.05, bool(INDEX[i] == queue.index[k])) for k in range(20)]
+            row
+            + [(float(queries[i] @ queue["text"][k]) / 0.05, bool(INDEX[i] == queue.image_id[k])) for k in range(20)]
         )
     assert sum(positive for row in rows for _, positive in row) == B + 2 + 1
     loss = objective(f)
@@ -167,7 +168,7 @@ def test_esimcse_remembers_the_original_sentence_by_the_momentum_encoder():
         original = teacher.encode_text(f.batch.input_ids, f.batch.attention_mask)
         pooled = (teacher if head == "momentum" else f.model).head(original.tokens[:, 0]).float()
         torch.testing.assert_close(rows["text"].float(), nn.functional.normalize(pooled, dim=-1))
-        assert torch.equal(rows["index"], INDEX)
+        assert torch.equal(rows["image_id"], INDEX)
         queue = queue_of(3)
         queue.push(**rows)
         assert len(queue) == 3 + B
@@ -185,7 +186,8 @@ def test_cert_equals_loops_over_own_key_and_queue(filled):
     for i in range(B):
         row = [(float(query[i] @ key[i]) / 0.07, True)]  # the keys of other rows take no part
         rows.append(
-            row + [(float(query[i] @ queue["text"][k]) / 0.07, bool(INDEX[i] == queue.index[k])) for k in range(filled)]
+            row
+            + [(float(query[i] @ queue["text"][k]) / 0.07, bool(INDEX[i] == queue.image_id[k])) for k in range(filled)]
         )
     assert loss.item() == pytest.approx(mean_over_rows(rows), rel=1e-5, abs=1e-6)
     assert f.model.text.weight.grad.isfinite().all()
@@ -195,7 +197,7 @@ def test_cert_equals_loops_over_own_key_and_queue(filled):
 def test_cert_starts_with_a_random_queue_if_asked():
     generator = torch.Generator().manual_seed(0)
     queue = Cert(queue_size=30, random_start=True).init_queue(Bag(), 100, torch.device("cpu"), generator)
-    assert len(queue) == 30 and (queue.index == -1).all()
+    assert len(queue) == 30 and (queue.image_id == -1).all()
     torch.testing.assert_close(queue["text"].norm(dim=1), torch.ones(30))
 
 
@@ -224,7 +226,7 @@ def gradients(rank: int, world: int, name: str) -> tuple:
     part = slice(rank * B // world, (rank + 1) * B // world)
 
     def cut(batch):
-        rows = {n: getattr(batch, n)[part] for n in ("index", "input_ids", "attention_mask")}
+        rows = {n: getattr(batch, n)[part] for n in ("image_id", "input_ids", "attention_mask")}
         return Batch(**rows, views=tuple(map(cut, batch.views)))
 
     context = StepContext({objective: queue_of(20)} if name != "simcse" else {})

@@ -27,7 +27,7 @@ def by_the_equation(z: list[torch.Tensor], temperature: float) -> float:
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
 def test_loss_is_equation_1_also_where_a_picture_comes_twice(temperature):
     batch = views()
-    assert len(set(batch.index.tolist())) == ROWS - 1
+    assert len(set(batch.image_id.tolist())) == ROWS - 1
     model = Net()
     z = [row for view in (batch, *batch.views) for row in model.encode_image(view.image).embed.detach()]
     objective = SimClr(temperature=temperature)

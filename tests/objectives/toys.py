@@ -50,7 +50,7 @@ def views(rows: int = ROWS, others: int = 1, seed: int = 1) -> Batch:
     def one(further: tuple = ()) -> Batch:
         image = torch.randn(rows, 3, 2, 2, dtype=torch.float64, generator=generator)
         ids = torch.randint(20, (rows, 4), generator=generator)
-        return Batch(index, image, ids, torch.ones_like(ids).bool(), row=torch.arange(rows) * 2, views=further)
+        return Batch(index, image, ids, torch.ones_like(ids).bool(), dataset_row=torch.arange(rows) * 2, views=further)
 
     return one(tuple(one() for _ in range(others)))
 

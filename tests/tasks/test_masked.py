@@ -52,10 +52,10 @@ class Teller(nn.Module):
         self.seen = []
 
     def masked_text(self, f, input_ids, positions):
-        self.seen.append((f.batch.index, input_ids, positions))
+        self.seen.append((f.batch.image_id, input_ids, positions))
         told = torch.zeros(len(positions), self.size)
         rows, columns = positions // input_ids.shape[1], positions % input_ids.shape[1]
-        return told.scatter(1, self.answers[f.batch.index[rows], columns][:, None], self.sureness)
+        return told.scatter(1, self.answers[f.batch.image_id[rows], columns][:, None], self.sureness)
 
 
 def ask(model, tokenizer, folder, **more):

@@ -19,7 +19,7 @@ def rows(count: int, start: int = 0, width: int = 3) -> torch.Tensor:
 def oldest_first(queue: Queue, name: str = "key") -> list[float]:
     """First numbers of the rows, in the order in which they were pushed."""
     held = queue[name][:, 0].tolist()
-    begin = queue._pointer if len(queue) == len(queue._index) else 0
+    begin = queue._pointer if len(queue) == len(queue._image_id) else 0
     return held[begin:] + held[:begin]
 
 
@@ -30,9 +30,9 @@ def test_queue_holds_the_newest_rows_for_any_batch(size, batches):
     for batch in batches:
         queue.push(torch.arange(batch) + len(pushed), key=rows(batch, len(pushed)))
         pushed += range(len(pushed), len(pushed) + batch)
-        assert len(queue) == min(size, len(pushed)) == len(queue["key"]) == len(queue.index)
+        assert len(queue) == min(size, len(pushed)) == len(queue["key"]) == len(queue.image_id)
         assert oldest_first(queue) == pushed[-size:]
-        assert queue.index.tolist() == queue["key"][:, 0].tolist()
+        assert queue.image_id.tolist() == queue["key"][:, 0].tolist()
 
 
 def test_columns_stay_side_by_side_and_keep_no_graph():
@@ -45,13 +45,13 @@ def test_columns_stay_side_by_side_and_keep_no_graph():
 def test_queue_starts_empty_or_full_of_random_directions_that_are_nobodys():
     assert len(Queue(5, {"key": 3}, CPU)) == 0
     full = Queue(500, {"key": 3}, CPU, torch.Generator().manual_seed(0))
-    assert len(full) == 500 and (full.index == -1).all()
+    assert len(full) == 500 and (full.image_id == -1).all()
     torch.testing.assert_close(full["key"].norm(dim=1), torch.ones(500))
     assert full["key"].mean(0).norm() < 0.15
     again = Queue(500, {"key": 3}, CPU, torch.Generator().manual_seed(0))
     assert torch.equal(full["key"], again["key"])
     full.push(torch.arange(2), key=rows(2))
-    assert full.index[:3].tolist() == [0, 1, -1] and len(full) == 500
+    assert full.image_id[:3].tolist() == [0, 1, -1] and len(full) == 500
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])

@@ -233,7 +233,7 @@ def test_queue_goes_into_a_queue_and_comes_back(layout):
     queue = Queue(K, {"image": E, "text": E}, torch.device("cpu"))
     queue.load(load_albef(state).queue)
     assert len(queue) == K and torch.equal(queue["image"], state["image_queue"].T)
-    assert queue.index.tolist() == ([5, 5, 2, 3, 9, 1, 0, 7] + [-1] * 4 if layout == "retrieval" else [-1] * K)
+    assert queue.image_id.tolist() == ([5, 5, 2, 3, 9, 1, 0, 7] + [-1] * 4 if layout == "retrieval" else [-1] * K)
     checkpoint = replace(load_albef(state), queue=queue.tensors())
     same(export_albef(checkpoint), state)
     queue.push(torch.tensor([4]), image=torch.ones(1, E), text=torch.ones(1, E))

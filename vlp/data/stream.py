@@ -154,7 +154,13 @@ class TrainDataset(Dataset):
         answers, cut = self._answers(samples) if self.tokenizer and samples[0].answers else (None, 0)
         row, keys = torch.tensor([s.row for s in samples]), [s.key for s in samples]
         first = replace(
-            views[0], labels=labels, targets=targets, answers=answers, row=row, keys=keys, views=tuple(views[1:])
+            views[0],
+            labels=labels,
+            targets=targets,
+            answers=answers,
+            dataset_row=row,
+            keys=keys,
+            views=tuple(views[1:]),
         )
         return first, cut + sum(cut for _, _, cut in padded)
 

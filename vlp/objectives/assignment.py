@@ -58,7 +58,7 @@ class TextAssignment:
 
     def draw(self, f: Forward) -> tuple[Tensor, Tensor]:
         """(2, B) images that each text is shown, and (B,) where its own is: 0, 1, or 2 = it is not there."""
-        index, rows = f.batch.index, torch.arange(len(f.batch), device=f.batch.index.device)
+        index, rows = f.batch.image_id, torch.arange(len(f.batch), device=f.batch.image_id.device)
         similarity, others = _cosines(f.image.embed) / self.temperature, index[:, None] != index
         first = sample_hard_negatives(similarity, others)
         further = others & (rows != first[:, None])

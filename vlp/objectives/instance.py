@@ -62,7 +62,12 @@ class InstanceDiscrimination:
         return MemoryBank(samples, model.embed_size, self.bank_momentum, device, generator)
 
     def __call__(self, f: Forward) -> Tensor:
-        queries, bank, rows, scale = f.image.embed, f.context.queues[self].rows, f.batch.row, 1 / self.temperature
+        queries, bank, rows, scale = (
+            f.image.embed,
+            f.context.queues[self].rows,
+            f.batch.dataset_row,
+            1 / self.temperature,
+        )
         if self.form == "softmax":
             loss = instance_softmax_loss(queries, bank, scale, rows)
         else:
@@ -71,7 +76,7 @@ class InstanceDiscrimination:
         return loss + self.proximal * alignment(queries, bank[rows]) if self.proximal else loss
 
     def enqueue(self, f: Forward) -> dict[str, Tensor]:
-        rows = {"row": gather(f.batch.row), "embed": gather(f.image.embed)}
+        rows = {"dataset_row": gather(f.batch.dataset_row), "embed": gather(f.image.embed)}
         if self.form == "nce" and self._estimates(f):
             rows["partition"] = self._log_partition(f).exp()
         return rows

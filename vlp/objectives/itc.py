@@ -52,7 +52,7 @@ class ImageTextContrast:
         f = f.with_head(self.head)
 
         def loss(queries: Tensor, keys: Tensor) -> Tensor:
-            rest = (f.model.scale, f.batch.index, f.keys.index, self.label_smoothing)
+            rest = (f.model.scale, f.batch.image_id, f.keys.image_id, self.label_smoothing)
             if self.tile_rows is None:
                 return info_nce(queries, keys, *rest)
             return tiled_info_nce(queries, keys, *rest, tile_rows=self.tile_rows)
@@ -81,7 +81,7 @@ class SigmoidContrast:
             raise UserError("SigmoidContrast needs a model with a learned bias; set model.bias=-10 of a Dual")
 
     def __call__(self, f: Forward) -> Tensor:
-        given = (f.image.embed, f.keys.text, f.model.scale, f.model.bias, f.batch.index, f.keys.index)
+        given = (f.image.embed, f.keys.text, f.model.scale, f.model.bias, f.batch.image_id, f.keys.image_id)
         if self.tile_rows is None:
             return sigmoid_loss(*given)
         return tiled_sigmoid_loss(*given, tile_rows=self.tile_rows)
@@ -153,17 +153,17 @@ class MomentumContrast:
 
     def targets(self, f: Forward) -> Tensor:
         """(B, M + K) what is true, for both ways: rows sum to 1."""
-        queue = f.context.queues[self].index
-        index = torch.cat([f.momentum.keys_among(self.keys).index, queue])
+        queue = f.context.queues[self].image_id
+        index = torch.cat([f.momentum.keys_among(self.keys).image_id, queue])
         if self.same_picture == "negative":
             positive = f.rows(self.keys)[:, None] == torch.arange(len(index), device=index.device)
         else:
-            positive = f.batch.index[:, None] == index
+            positive = f.batch.image_id[:, None] == index
         return positive.to(f.image.embed.dtype) / positive.sum(1, keepdim=True)
 
     def enqueue(self, f: Forward) -> dict[str, Tensor]:
         f = f.with_head(self.head)
-        columns = {"index": f.batch.index, "image": f.momentum.image.embed, "text": f.momentum.text.embed}
+        columns = {"image_id": f.batch.image_id, "image": f.momentum.image.embed, "text": f.momentum.text.embed}
         return {name: gather(rows) for name, rows in columns.items()}
 
 

@@ -67,10 +67,10 @@ class ImageTextMatching:
             need_momentum(experiment, "keys='momentum' of ImageTextMatching")
 
     def __call__(self, f: Forward) -> Tensor:
-        index = f.gathered(lambda micro_batch: micro_batch.batch.index, self.candidates)
+        index = f.gathered(lambda micro_batch: micro_batch.batch.image_id, self.candidates)
         candidates = self._candidates(f, index)
         logits = self.logits(f, *self.draw(f, candidates))
-        found, pair = candidates.any(1), torch.ones_like(f.batch.index, dtype=torch.bool)
+        found, pair = candidates.any(1), torch.ones_like(f.batch.image_id, dtype=torch.bool)
         # of a micro-batch, on average over all of them and all processes
         pairs = f.gathered(
             lambda micro_batch: len(micro_batch.batch) + 2 * self._candidates(micro_batch, index).any(1).sum()[None]
@@ -81,7 +81,7 @@ class ImageTextMatching:
     def _candidates(self, f: Forward, index: Tensor) -> Tensor:
         """(B, M) bool: which of the rows with these (M,) indices are no match of which of ours."""
         if self.same_picture == "left_out":
-            return f.batch.index[:, None] != index
+            return f.batch.image_id[:, None] != index
         return f.rows(self.candidates)[:, None] != torch.arange(len(index), device=index.device)
 
     def draw(self, f: Forward, candidates: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,15 +72,15 @@ class Moco:
         queries, keys, queue = self._query(f).embed, self._key(f).embed, f.context.queues[self]
         own = torch.arange(len(queries), device=queries.device)
         diagonal = own[:, None] == own
-        older = torch.full_like(queue.index, -1)  # positives are the own keys alone
+        older = torch.full_like(queue.image_id, -1)  # positives are the own keys alone
         if self.same_picture == "negative":
             return queue_info_nce(queries, keys, queue["key"], 1 / self.temperature, own, own, older, allowed=diagonal)
-        allowed = torch.cat([diagonal, f.batch.index[:, None] != queue.index], dim=1)
+        allowed = torch.cat([diagonal, f.batch.image_id[:, None] != queue.image_id], dim=1)
         every_key, ids = torch.cat([keys, queue["key"]]), torch.cat([own, older])
         return info_nce(queries, every_key, 1 / self.temperature, own, ids, allowed=allowed)
 
     def enqueue(self, f: Forward) -> dict[str, Tensor]:
-        return {"index": gather(f.batch.index), "key": gather(self._key(f).embed)}
+        return {"image_id": gather(f.batch.image_id), "key": gather(self._key(f).embed)}
 
     def _query(self, f: Forward) -> Encoded:
         if "image" not in vars(f) and self.groups > 1 and has_batch_norm(f.model):

@@ -47,7 +47,7 @@ class Triplet:
         need_sides(experiment, "Triplet", self.sides)
 
     def __call__(self, f: Forward) -> Tensor:
-        ids, key_ids = f.batch.index, gather(f.batch.index)
+        ids, key_ids = f.batch.image_id, gather(f.batch.image_id)
 
         def loss(queries: Tensor, keys: Tensor) -> Tensor:
             if self.mining == "hardest":
@@ -85,7 +85,7 @@ class PairContrast:
             )
 
     def __call__(self, f: Forward) -> Tensor:
-        ids, key_ids = f.batch.index, gather(f.batch.index)
+        ids, key_ids = f.batch.image_id, gather(f.batch.image_id)
 
         def loss(queries: Tensor, keys: Tensor) -> Tensor:
             place = rank() * len(queries) + torch.arange(len(queries), device=queries.device)

@@ -18,14 +18,14 @@ class Queue:
     Args:
         size: K.
         columns: name -> width E of the vectors kept side by side, e.g. {"image": 256, "text": 256}.
-        generator: fills it with random unit vectors (index -1) at the start, as the published MoCo and ALBEF do; None =
+        generator: fills it with random unit vectors (image_id -1) at the start, as the published MoCo and ALBEF do; None =
             it starts empty.
     """
 
     def __init__(
         self, size: int, columns: dict[str, int], device: torch.device, generator: torch.Generator | None = None
     ):
-        self._index = torch.full((size,), -1, dtype=torch.int64, device=device)
+        self._image_id = torch.full((size,), -1, dtype=torch.int64, device=device)
         self._columns = {name: torch.zeros(size, width, device=device) for name, width in columns.items()}
         self._pointer = self._filled = 0
         if generator is not None:
@@ -42,27 +42,27 @@ class Queue:
         return self._columns[name][: self._filled]
 
     @property
-    def index(self) -> Tensor:
+    def image_id(self) -> Tensor:
         """(len,) int64."""
-        return self._index[: self._filled]
+        return self._image_id[: self._filled]
 
-    def push(self, index: Tensor, **columns: Tensor) -> None:
-        """Puts (B,) ``index`` and (B, E) rows in the place of the oldest; of more than K rows the last K stay."""
-        size = len(self._index)
-        slots = (self._pointer + torch.arange(len(index), device=index.device)) % size
-        self._index[slots[-size:]] = index[-size:]
+    def push(self, image_id: Tensor, **columns: Tensor) -> None:
+        """Puts (B,) ``image_id`` and (B, E) rows in the place of the oldest; of more than K rows the last K stay."""
+        size = len(self._image_id)
+        slots = (self._pointer + torch.arange(len(image_id), device=image_id.device)) % size
+        self._image_id[slots[-size:]] = image_id[-size:]
         for name, rows in columns.items():
             self._columns[name][slots[-size:]] = rows[-size:].detach().float()
-        self._pointer = (self._pointer + len(index)) % size
-        self._filled = min(size, self._filled + len(index))
+        self._pointer = (self._pointer + len(image_id)) % size
+        self._filled = min(size, self._filled + len(image_id))
 
     def tensors(self) -> dict[str, Tensor]:
         counters = torch.tensor([self._pointer, self._filled])
-        return {"index": self._index, "counters": counters, **{f"column.{n}": c for n, c in self._columns.items()}}
+        return {"index": self._image_id, "counters": counters, **{f"column.{n}": c for n, c in self._columns.items()}}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         self._pointer, self._filled = tensors["counters"].tolist()
-        self._index.copy_(tensors["index"])
+        self._image_id.copy_(tensors["index"])
         for name, rows in self._columns.items():
             rows.copy_(tensors[f"column.{name}"])
 
@@ -86,13 +86,13 @@ class MemoryBank:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def push(self, row: Tensor, embed: Tensor, partition: Tensor | None = None) -> None:
+    def push(self, dataset_row: Tensor, embed: Tensor, partition: Tensor | None = None) -> None:
         """(B,) slots and their (B, E) new vectors, and (1,) the estimate of Z where there is one. Of a slot that comes
         twice the last one counts."""
-        place = torch.arange(len(row), device=row.device)
-        last = torch.full((len(self),), -1, device=row.device).scatter_reduce(0, row, place, "amax")
-        kept = last[row] == place
-        row, embed = row[kept], embed[kept].detach().float()
+        order = torch.arange(len(dataset_row), device=dataset_row.device)
+        last = torch.full((len(self),), -1, device=order.device).scatter_reduce(0, dataset_row, order, "amax")
+        kept = last[dataset_row] == order
+        row, embed = dataset_row[kept], embed[kept].detach().float()
         self.rows[row] = F.normalize(self.momentum * self.rows[row] + (1 - self.momentum) * embed, dim=1)
         if partition is not None:
             self.partition.copy_(partition)

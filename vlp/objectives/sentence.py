@@ -1,6 +1,6 @@
 """Contrast between sentences: SimCSE, ESimCSE and CERT.
 
-A sentence that comes twice is a positive of itself, not a negative as in the published codes: `Batch.index` is a hash
+A sentence that comes twice is a positive of itself, not a negative as in the published codes: `Batch.image_id` is a hash
 of the sentence. Each process takes its own rows against the keys of all processes.
 
 B rows of this process, M rows of all processes, K rows of a queue, E embedding.
@@ -53,14 +53,14 @@ class SimCse:
     def __call__(self, f: Forward) -> Tensor:
         queries, *views = (view.embed for view in f.texts)
         logits = cosines(queries, torch.cat([gather_with_gradient(view) for view in views])) / self.temperature
-        index = gather(f.batch.index)
+        index = gather(f.batch.image_id)
         rows = torch.arange(len(queries), device=index.device)
         for negatives in range(1, len(views)):
             own = negatives * len(index) + rank() * len(rows) + rows
             logits = logits.index_put((rows, own), logits.new_tensor(self.hard_negative), accumulate=True)
         # no sentence has the index -1
         ids = F.pad(index, (0, logits.shape[1] - len(index)), value=-1)
-        return soft_info_nce(logits, id_targets(f.batch.index, ids))
+        return soft_info_nce(logits, id_targets(f.batch.image_id, ids))
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class ESimCse:
     def __call__(self, f: Forward) -> Tensor:
         queries, positives = (view.embed for view in f.texts[:2])
         keys, queue = gather_with_gradient(positives), f.context.queues[self]
-        ids = f.batch.index, gather(f.batch.index), queue.index
+        ids = f.batch.image_id, gather(f.batch.image_id), queue.image_id
         return queue_info_nce(queries, keys, queue["text"], 1 / self.temperature, *ids)
 
     def enqueue(self, f: Forward) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ class ESimCse:
         embed = taught.embed
         if self.queue_head == "student":
             embed = F.normalize(f.model.head(taught.tokens[:, 0]).float(), dim=-1)
-        return {"index": gather(f.batch.index), "text": gather(embed)}
+        return {"image_id": gather(f.batch.image_id), "text": gather(embed)}
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,13 @@ class Cert:
         return Queue(self.queue_size, {"text": model.embed_size}, device, generator if self.random_start else None)
 
     def __call__(self, f: Forward) -> Tensor:
-        keys, queue, index = f.momentum.views[0].text.embed, f.context.queues[self], f.batch.index
+        keys, queue, index = f.momentum.views[0].text.embed, f.context.queues[self], f.batch.image_id
         own = torch.eye(len(keys), dtype=torch.bool, device=keys.device)
         scale = 1 / self.temperature
-        return queue_info_nce(f.text.embed, keys, queue["text"], scale, index, index, queue.index, allowed=own)
+        return queue_info_nce(f.text.embed, keys, queue["text"], scale, index, index, queue.image_id, allowed=own)
 
     def enqueue(self, f: Forward) -> dict[str, Tensor]:
-        return {"index": gather(f.batch.index), "text": gather(f.momentum.views[0].text.embed)}
+        return {"image_id": gather(f.batch.image_id), "text": gather(f.momentum.views[0].text.embed)}
 
 
 @in_float32

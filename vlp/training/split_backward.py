@@ -97,13 +97,13 @@ class DetachedForward(Forward):
         groups = [together] * bool(together) + [[name] for name in objectives if name not in together]
         gradients, found = Gradients(self.model.parameters()), {}
         for group in groups:
-            values, total, complaint = {}, torch.tensor(math.nan, device=self.batch.index.device), ""
+            values, total, complaint = {}, torch.tensor(math.nan, device=self.batch.image_id.device), ""
             try:
                 values = {name: objectives[name](self) for name in group}
                 total = sum(objectives[name].weight * loss for name, loss in values.items())
             except NonFiniteLoss as error:
                 complaint = str(error)
-            if all_reduce_sum([not torch.isfinite(total)], self.batch.index.device)[0]:
+            if all_reduce_sum([not torch.isfinite(total)], self.batch.image_id.device)[0]:
                 raise NonFiniteLoss(complaint or f"the loss of {', '.join(group)}, here or on another process,")
             found |= {name: loss.detach() for name, loss in values.items()}
             gradients.take([total], self.leaves)
