@@ -165,7 +165,7 @@ def prepared(name: str, how: Checkpointing = "none") -> tuple:
     momentum = EMA(model, DECAY, "train")
     if name == "reference":
         plain(model), plain(momentum.network)
-    model.set_checkpointing(how)
+    model.set_activation_checkpointing(how)
     queue = Queue(QUEUE, {"image": 256, "text": 256}, torch.device("cpu"), torch.Generator().manual_seed(0))
     batch = Batch(torch.arange(8), torch.randn(8, 3, 256, 256), ids, mask)
     return model, momentum, batch, masked_of(ids, mask, vocabulary), queue

@@ -83,7 +83,7 @@ def prepared(name: str, checkpointing: Checkpointing = "none") -> tuple:
     torch.manual_seed(0)
     ids, mask, masked = given(name == "reference")
     model = SPEC.build()
-    model.set_checkpointing(checkpointing)
+    model.set_activation_checkpointing(checkpointing)
     return model, Batch(torch.arange(PAIRS), torch.randn(PAIRS, 3, 224, 224), ids, mask), masked
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from vlp.encoders.fusion_layer import Attention
 from vlp.losses.masked import IGNORED
 from vlp.models.albef import AlbefModel
-from vlp.models.dual import unit
+from vlp.models.dual import l2_normalize
 from vlp.objectives.queues import Queue
 from vlp.types import Batch
 
@@ -55,7 +55,7 @@ def reference_step(
 
     def towers(of: AlbefModel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         image, text = of.image(batch.image), of.text(batch.input_ids, mask)
-        return image, text, unit(of.image_projection(image[:, 0])), unit(of.text_projection(text[:, 0]))
+        return image, text, l2_normalize(of.image_projection(image[:, 0])), l2_normalize(of.text_projection(text[:, 0]))
 
     image, text, image_embed, text_embed = towers(model)
     with torch.no_grad():

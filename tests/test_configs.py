@@ -188,7 +188,7 @@ def test_it_builds_without_its_weights_and_takes_a_step(experiment):
     set_lr(optimizer, experiment.schedule, experiment.optim.lr, 0, 100)
     momentum = experiment.momentum and EMA(model, experiment.momentum.decay, experiment.momentum.mode).network
     if experiment.train.activation_checkpointing != "none":
-        model.set_checkpointing(experiment.train.activation_checkpointing)
+        model.set_activation_checkpointing(experiment.train.activation_checkpointing)
     pretrainer = Pretrainer(model.train(), experiment.objectives)
     memories = {
         objective: objective.init_queue(model, 20, torch.device("cpu"), torch.Generator().manual_seed(0))

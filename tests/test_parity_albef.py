@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.parity import read_fixture, thin
 from vlp.data.preprocess import Preprocess
 from vlp.encoders.fusion import Fusion
-from vlp.encoders.image import ImageTower, TimmImage
+from vlp.encoders.image import TimmImage, TimmTower
 from vlp.encoders.text import BertText
 from vlp.forward import StepContext
 from vlp.models.albef import Albef, AlbefModel
@@ -101,7 +101,7 @@ class Published:
         spec = Albef(TimmImage("unused"), text, Fusion(layers), embed_size=config["embed_dim"])
         size = config["image_res"]
         vit = VisionTransformer(img_size=size, patch_size=16, num_classes=0, **self.meta["vit"])
-        image = ImageTower(vit, Preprocess((size, size), (0.5,) * 3, (0.5,) * 3, "bicubic"))
+        image = TimmTower(vit, Preprocess((size, size), (0.5,) * 3, (0.5,) * 3, "bicubic"))
         model = AlbefModel(spec, image, text.build())
         assert reading.load(model, state).new == ()
         return model

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.parity import read_fixture, thin
 from vlp.encoders.mome import Mome
 from vlp.encoders.relative_position import image_index, text_index
-from vlp.models.dual import unit
+from vlp.models.dual import l2_normalize
 from vlp.models.vlmo import Vlmo
 from vlp.models.vlmo_start import start
 from vlp.objectives import itm
@@ -110,8 +110,8 @@ def test_losses_are_the_published_ones(published):
 def test_embeddings_similarities_and_logits_are_the_published_ones(published):
     f, expected = published.f, published.expected
     for prefix, bundle in (("", f), ("vl_", f.with_head("vl"))):
-        close(bundle.image.embed, unit(expected[f"itc_{prefix}image_proj_out"]))
-        close(bundle.text.embed, unit(expected[f"itc_{prefix}text_proj_out"]))
+        close(bundle.image.embed, l2_normalize(expected[f"itc_{prefix}image_proj_out"]))
+        close(bundle.text.embed, l2_normalize(expected[f"itc_{prefix}text_proj_out"]))
         i2t = bundle.model.scale * bundle.image.embed @ bundle.text.embed.T
         close(i2t, expected["vl_i2t_logits" if prefix else "itc_i2t_logits"])
         close(i2t.T, expected["vl_t2i_logits" if prefix else "itc_t2i_logits"])

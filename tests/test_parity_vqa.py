@@ -16,7 +16,7 @@ from vlp.data.preprocess import Preprocess
 from vlp.encoders.decoder import Decoder
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.generate import rank
-from vlp.encoders.image import ImageTower, TimmImage
+from vlp.encoders.image import TimmImage, TimmTower
 from vlp.encoders.text import BertText
 from vlp.forward import Forward
 from vlp.models.albef import Albef, AlbefModel
@@ -52,7 +52,7 @@ class Published:
         heads = {"itc": False, "itm": False, "mlm": False}
         spec = Albef(TimmImage("unused"), text, Fusion(layers), decoder=Decoder(layers=6), **heads)
         vit = VisionTransformer(img_size=size, patch_size=16, num_classes=0, **self.meta["vit"])
-        image = ImageTower(vit, Preprocess((size, size), (0.5,) * 3, (0.5,) * 3, "bicubic"))
+        image = TimmTower(vit, Preprocess((size, size), (0.5,) * 3, (0.5,) * 3, "bicubic"))
         model = AlbefModel(spec, image, text.build())
         model.load(load_albef(weights).student)
         assert not model.report.new and not model.report.unexpected

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from vlp.encoders.mome_layer import MomeLayer
 from vlp.encoders.relative_position import image_index, text_index
 from vlp.losses.masked import IGNORED
-from vlp.models.dual import unit
+from vlp.models.dual import l2_normalize
 from vlp.models.vlmo import VlmoModel
 from vlp.types import Batch
 
@@ -99,7 +99,7 @@ def reference_step(
     texts = alone(encoder.text(batch.input_ids), batch.attention_mask, "text", length)
     losses, own = {}, torch.arange(size, device=batch.image.device)
     for name, head, image, text in zip(("itc", "itc_vl"), (model.itc, model.vl), images, texts):
-        i2t = head.scale * unit(head.image(image)) @ unit(head.text(text)).T
+        i2t = head.scale * l2_normalize(head.image(image)) @ l2_normalize(head.text(text)).T
         losses[name] = (F.cross_entropy(i2t, own) + F.cross_entropy(i2t.T, own)) / 2
         if name == "itc":
             with torch.no_grad():

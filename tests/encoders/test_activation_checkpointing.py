@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlp.encoders.activation_checkpointing import recomputed, set_recomputed
+from vlp.encoders.activation_checkpointing import checkpoint_blocks, checkpointed
 from vlp.encoders.image import TimmImage
 from vlp.errors import UserError
 
@@ -22,7 +22,7 @@ def test_gradients_dropout_included_are_those_of_keeping_everything(how):
         )
     )
     again = copy.deepcopy(blocks)
-    set_recomputed(again, how)
+    checkpoint_blocks(again, how)
     x = torch.randn(3, 6)
     gradients = []
     for model in (blocks, again, copy.deepcopy(again)):  # a copy runs its own parameters
@@ -40,8 +40,8 @@ def test_second_pass_through_the_same_weights_under_autocast(how):
     for kind in ("none", how):
         model = copy.deepcopy(block)
         with torch.autocast("cpu", torch.bfloat16):
-            first = recomputed(model, kind, x)
-            second = recomputed(model, kind, first + x)
+            first = checkpointed(model, kind, x)
+            second = checkpointed(model, kind, first + x)
         (first.float().square().sum() + second.float().square().sum()).backward()
         gradients.append([p.grad for p in model.parameters()])
     assert torch.is_autocast_cache_enabled()
@@ -55,7 +55,7 @@ def test_cheap_runs_no_matrix_product_a_second_time():
     for how in ("none", "cheap", "full"):
         x = torch.randn(2, 5, 64, requires_grad=True)
         with FlopCounterMode(display=False) as counter:
-            recomputed(block, how, x).sum().backward()
+            checkpointed(block, how, x).sum().backward()
         counted.append(counter.get_total_flops())
     assert counted[0] == counted[1] < counted[2]
 
@@ -65,10 +65,10 @@ def test_nothing_is_kept_where_nothing_is_differentiated():
     block = nn.Linear(3, 3)
     block.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
-        recomputed(block, "full", torch.randn(2, 3))
+        checkpointed(block, "full", torch.randn(2, 3))
     assert calls == [1]
 
 
 def test_tower_without_blocks_of_products_refuses_the_cheap_form():
     with pytest.raises(UserError, match="set it to full, or none"):
-        TimmImage("test_resnet", image_size=64).build().set_checkpointing("cheap")
+        TimmImage("test_resnet", image_size=64).build().set_activation_checkpointing("cheap")

@@ -230,7 +230,7 @@ def test_checkpointing_changes_no_gradient():
     gradients = []
     for how in ("none", "cheap", "full"):
         model = decoder().train()
-        model.set_checkpointing(how)
+        model.set_activation_checkpointing(how)
         tokens, seen = sources()
         model.predict(
             ids, mask, model.project(tokens, seen), torch.tensor([0, 2, 2, 1])

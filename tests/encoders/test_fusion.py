@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlp.encoders.fusion import BERT_LAYER, Fusion, FusionEncoder, Unprojected
+from vlp.encoders.fusion import BERT_LAYER, Fusion, FusionEncoder, ImageTokens
 from vlp.encoders.ragged import Layout
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
@@ -94,7 +94,7 @@ def test_unprojected_images_give_the_same_with_the_same_gradient(name):
     texts, images = (None if rows is None else torch.tensor(rows) for rows in PAIRS[name])
     wanted = [image, tokens, *(p for n, p in model.named_parameters() if "key.bias" not in n)]  # of true gradient 0
     results = []
-    for given in (model.project(image), Unprojected(image)):
+    for given in (model.project(image), ImageTokens(image)):
         found = model(tokens, mask, given, texts, images, at="first")
         results.append((found, torch.autograd.grad(found.square().sum(), wanted)))
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
@@ -273,7 +273,7 @@ def test_checkpointing_recomputes_with_the_same_dropout():
     image, tokens, mask = inputs()
     gradients = []
     for how in ("none", "full", "cheap"):
-        model.set_checkpointing(how)
+        model.set_activation_checkpointing(how)
         torch.manual_seed(5)
         out = model(tokens, mask, model.project(image), at="first")
         gradients.append(torch.autograd.grad(out.square().sum(), list(model.parameters())))

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.encoders.test_fusion import IMAGE_WIDTH, PATCHES, TEXT, WIDTH, fusion, inputs
-from vlp.encoders.fusion import Fusion, InTurn
+from vlp.encoders.fusion import AlternatingImages, Fusion
 from vlp.errors import UserError
 
 
@@ -42,7 +42,7 @@ def two_images():
 def test_twins_look_at_one_image_each_with_the_gradient_of_every_parameter(pack, at):
     model, images = fusion(layers=2, images=2, pack=pack), two_images()
     _, tokens, mask = inputs()
-    found = model(tokens, mask, InTurn(tuple(map(model.project, images))), at=at)
+    found = model(tokens, mask, AlternatingImages(tuple(map(model.project, images))), at=at)
     slow = [one_text(model, [image[row] for image in images], tokens[row][mask[row]]) for row in range(3)]
     found, slow = (found, torch.stack([x[0] for x in slow])) if at else (found[mask], torch.cat(slow))
     torch.testing.assert_close(found, slow, rtol=1e-4, atol=1e-5)
@@ -69,9 +69,11 @@ def test_which_image_is_first_matters_and_exchanging_them_is_exchanging_the_twin
     model, images = fusion(layers=2, images=2), two_images()
     _, tokens, mask = inputs()
     first, second = map(model.project, images)
-    one = model(tokens, mask, InTurn((first, second)))
-    assert (one - model(tokens, mask, InTurn((second, first)))).abs().max() > 0.01
-    torch.testing.assert_close(model(tokens, mask, InTurn((first, first))), model(tokens, mask, first), rtol=0, atol=0)
+    one = model(tokens, mask, AlternatingImages((first, second)))
+    assert (one - model(tokens, mask, AlternatingImages((second, first)))).abs().max() > 0.01
+    torch.testing.assert_close(
+        model(tokens, mask, AlternatingImages((first, first))), model(tokens, mask, first), rtol=0, atol=0
+    )
 
 
 def test_twins_count_as_one_layer():

@@ -165,7 +165,7 @@ def test_checkpointing_recomputes_and_leaves_gradients_as_they_are(name, block):
     for how in ("none", "full"):
         calls.clear()
         tower.zero_grad()
-        tower.set_checkpointing(how)
+        tower.set_activation_checkpointing(how)
         tower(image)[:, 0].square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in tower.parameters()])
         runs.append(len(calls))

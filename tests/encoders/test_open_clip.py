@@ -170,15 +170,15 @@ def test_checkpointing_leaves_gradients_as_they_are():
     for how in ("none", "full"):
         for tower in towers[:2]:
             tower.zero_grad()
-            tower.set_checkpointing(how)
+            tower.set_activation_checkpointing(how)
         (towers.image(image) * towers.text(ids, mask)).sum().backward()
         gradients.append([p.grad.clone() for tower in towers[:2] for p in tower.parameters()])
     assert sorted(calls) == ["image"] * 3 + ["text"] * 3
     torch.testing.assert_close(gradients[0], gradients[1])
     with pytest.raises(UserError, match="all or nothing"):
-        towers.text.set_checkpointing("cheap")
+        towers.text.set_activation_checkpointing("cheap")
     with pytest.raises(UserError, match="ResNet"):
-        OpenClip("toy-resnet").build().image.set_checkpointing("full")
+        OpenClip("toy-resnet").build().image.set_activation_checkpointing("full")
 
 
 def test_building_leaves_the_programs_logging_alone():

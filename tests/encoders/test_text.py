@@ -199,13 +199,13 @@ def test_checkpointing_recomputes_and_leaves_gradients_as_they_are():
     for how in ("none", "full", "cheap", "none"):
         calls.clear()
         tower.zero_grad()
-        tower.set_checkpointing(how)
+        tower.set_activation_checkpointing(how)
         tower(ids, mask)[:, 0].cos().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in tower.parameters()])
         runs.append(len(calls))
     assert runs == [4, 8, 8, 4]
-    for recomputed in gradients[1:]:
-        torch.testing.assert_close(recomputed, gradients[0])
+    for checkpointed in gradients[1:]:
+        torch.testing.assert_close(checkpointed, gradients[0])
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

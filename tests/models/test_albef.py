@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from vlp.data.preprocess import Preprocess
 from vlp.encoders.fusion import Fusion
-from vlp.encoders.image import ImageTower, TimmImage
+from vlp.encoders.image import TimmImage, TimmTower
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
 from vlp.forward import Forward
@@ -60,7 +60,7 @@ def published(name):
 
     def build(state):
         model = VisionTransformer(img_size=size, patch_size=16, num_classes=0, **vit)
-        image = ImageTower(model, Preprocess((size, size), (0.5,) * 3, (0.5,) * 3, "bicubic"))
+        image = TimmTower(model, Preprocess((size, size), (0.5,) * 3, (0.5,) * 3, "bicubic"))
         built = Model(spec, image, text.build())
         assert reading.load(built, state).new == ()
         return built
@@ -242,7 +242,7 @@ def test_checkpointing_changes_no_gradient_and_reaches_every_part():
     model.fusion.layers[1].expand.register_forward_hook(lambda *_: calls.append("fusion"))
     gradients = []
     for how in ("none", "full"):
-        model.set_checkpointing(how)
+        model.set_activation_checkpointing(how)
         model.zero_grad()
         calls.clear()
         model.match(model.project(model.encode_image(image)), model.encode_text(ids, mask)).square().sum().backward()

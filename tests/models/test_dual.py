@@ -164,7 +164,7 @@ def test_checkpointing_reaches_both_towers():
     model.image.model.blocks[0].norm1.register_forward_pre_hook(lambda *_: calls.append("image"))
     model.text.model.encoder.layer[0].attention.register_forward_pre_hook(lambda *_: calls.append("text"))
     image, ids, mask = inputs()
-    model.set_checkpointing("full")
+    model.set_activation_checkpointing("full")
     (model.encode_image(image).embed * model.encode_text(ids, mask).embed).sum().backward()
     assert sorted(calls) == ["image"] * 2 + ["text"] * 4  # text: two groups
 

@@ -86,7 +86,7 @@ def test_recomputation_changes_nothing(how):
     gradients = []
     for each in ("none", how):
         model = randomised(spec).train()
-        model.set_checkpointing(each)
+        model.set_activation_checkpointing(each)
         torch.manual_seed(3)
         with drawn_by_row():
             Pretrainer(model, OBJECTIVES)(apart(), None, StepContext())[1].backward()

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from tests.objectives.fusing import SIZES, pairs, tiny
 from vlp.config import Data, Experiment
-from vlp.encoders.fusion import Fusion, InTurn
+from vlp.encoders.fusion import AlternatingImages, Fusion
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
@@ -123,7 +123,7 @@ def test_two_pictures_of_a_text_are_read_in_turn_by_twins():
     f = Forward(model, replace(batch, labels=LABELS % 2, views=(second,)))
     images = [model.project(model.encode_image(image)) for image in (batch.image, second.image)]
     text = model.encode_text(batch.input_ids, batch.attention_mask)
-    expected = model.classifier(model.fuse(InTurn(tuple(images)), text)[:, 0])
+    expected = model.classifier(model.fuse(AlternatingImages(tuple(images)), text)[:, 0])
     torch.testing.assert_close(model.classify(f), expected)
     Classification()(f).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []

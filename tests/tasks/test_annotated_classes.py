@@ -15,7 +15,7 @@ from vlp.data.image import decode
 from vlp.data.shards import ShardReader
 from vlp.data.text import train_tokenizer
 from vlp.data.world import World, make
-from vlp.encoders.fusion import Fusion, InTurn
+from vlp.encoders.fusion import AlternatingImages, Fusion
 from vlp.encoders.image import TimmImage
 from vlp.errors import UserError
 from vlp.models.single import Single
@@ -69,7 +69,7 @@ def one_by_one(subject, world, given, fields):
                 pixels = Resize(mode="squash")(decode(pictures[line[field]]), (32, 32), "bicubic")
                 seen.append(model.project(model.encode_image(subject.preprocess.normalise(pixels[None]))))
             ids, mask, _ = subject.tokenizer([line["text"]], 32)
-            image = InTurn(tuple(seen)) if len(seen) > 1 else seen[0]
+            image = AlternatingImages(tuple(seen)) if len(seen) > 1 else seen[0]
             no, yes = model.classifier(model.fuse(image, model.encode_text(ids, mask))[0, 0]).tolist()
             said.append(yes - no)
     model.train()

@@ -17,7 +17,7 @@ from vlp.data.pack import pack
 from vlp.data.preprocess import Preprocess
 from vlp.data.text import Tokenizer, train_tokenizer
 from vlp.encoders.fusion import Fusion
-from vlp.encoders.image import ImageTower
+from vlp.encoders.image import TimmTower
 from vlp.errors import UserError
 from vlp.tasks.base import EvalModel
 from vlp.tasks.grad_cam import choose_layer, draw_words, enlarged, grad_cam, mean_over, word_maps
@@ -95,7 +95,7 @@ def test_every_kind_of_tower_knows_its_grid(name):
         size = (150, 70)  # no multiple of its stride
     given = {} if name == "test_efficientnet" else {"img_size": size}
     model = timm.create_model(name, num_classes=0, **given).eval()
-    tower = ImageTower(model, Preprocess(size, (0.5,) * 3, (0.5,) * 3, "bicubic"))
+    tower = TimmTower(model, Preprocess(size, (0.5,) * 3, (0.5,) * 3, "bicubic"))
     with torch.no_grad():
         tokens = tower(torch.zeros(1, 3, *size))
     height, width = tower.grid

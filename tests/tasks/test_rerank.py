@@ -10,7 +10,7 @@ from tests.models.test_albef import SPEC, close, published
 from tests.tasks.fakes import Seer, subject
 from vlp.data.stream import EvalDataset, evaluation_batches
 from vlp.data.text import load_tokenizer
-from vlp.encoders.fusion import Unprojected
+from vlp.encoders.fusion import ImageTokens
 from vlp.errors import UserError
 from vlp.tasks.base import encode_pairs
 from vlp.tasks.rerank import Rerank, Shortlist, encode_distinct, match, rerank
@@ -61,7 +61,7 @@ def of_all_pairs(given, k: int, plus_cosine: bool) -> dict[str, float]:
     with torch.no_grad():
         text = model.encode_text(*given.tokenizer(pairs.captions, 16)[:2])
         images = model.encode_image(given.preprocess.normalise(pixels)).tokens
-        rounds = (Unprojected(image.expand(len(pairs.captions), -1, -1)) for image in images)
+        rounds = (ImageTokens(image.expand(len(pairs.captions), -1, -1)) for image in images)
         itm = torch.stack([model.match(image, text)[:, 1] for image in rounds])
     positive = pairs.image_ids[:, None] == pairs.text_ids
     found = {}

@@ -63,7 +63,7 @@ def test_dropout_and_recomputation_draw_the_same(how):
     gradients = []
     for bundle in (Forward, DetachedForward):
         model = randomised(spec).train()
-        model.set_checkpointing(how)
+        model.set_activation_checkpointing(how)
         torch.manual_seed(3)
         with drawn_by_row():
             Pretrainer(model, OBJECTIVES, bundle)(apart(), None, StepContext())[1].backward()

@@ -25,7 +25,7 @@ PRODUCTS += tuple(f"_scaled_dot_product_{kind}_attention" for kind in ("flash", 
 KEPT = {getattr(torch.ops.aten, name).default for name in PRODUCTS if hasattr(torch.ops.aten, name)}
 
 
-def recomputed(part: Callable[..., Any], how: Checkpointing, *given, **named) -> Any:
+def checkpointed(part: Callable[..., Any], how: Checkpointing, *given, **named) -> Any:
     """``part(*given, **named)``, of which only that is kept for the backward pass that ``how`` says."""
     if how == "none" or not torch.is_grad_enabled():
         return part(*given, **named)
@@ -50,9 +50,9 @@ def _policy(context, operation, *given, **named) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def set_recomputed(blocks: Iterable[nn.Module], how: Checkpointing) -> None:
+def checkpoint_blocks(blocks: Iterable[nn.Module], how: Checkpointing) -> None:
     """From now on the blocks run as ``how`` says."""
     for block in blocks:
         vars(block).pop("forward", None)
         if how != "none":
-            block.forward = partial(recomputed, block.forward, how)
+            block.forward = partial(checkpointed, block.forward, how)

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlp.encoders.activation_checkpointing import Checkpointing, recomputed
-from vlp.encoders.fusion import CROSS, Fusion, Projected
+from vlp.encoders.activation_checkpointing import Checkpointing, checkpointed
+from vlp.encoders.fusion import CROSS, CrossAttentionCache, Fusion
 from vlp.encoders.fusion_layer import FusionLayer, merge_heads
 from vlp.encoders.heads import VocabularyHead
 from vlp.encoders.ragged import Layout
-from vlp.encoders.text import TextTower
+from vlp.encoders.text import BertTower
 from vlp.weights import reading
 from vlp.weights.reading import LoadReport
 
@@ -40,7 +40,7 @@ class Decoder(Fusion):
 
     source: Literal["fusion", "image"] = "fusion"
 
-    def build(self, text: TextTower, source_width: int, load_weights: bool = True) -> AnswerDecoder:
+    def build(self, text: BertTower, source_width: int, load_weights: bool = True) -> AnswerDecoder:
         """The module of a `resolved` spec; arguments and errors as `Fusion.build`'s, but ``text`` for its sizes."""
         self.check(text.width)
         model = AnswerDecoder(self, text, source_width)
@@ -135,7 +135,7 @@ class AnswerDecoder(nn.Module):
         source_width: of the source's tokens.
     """
 
-    def __init__(self, spec: Decoder, text: TextTower, source_width: int):
+    def __init__(self, spec: Decoder, text: BertTower, source_width: int):
         super().__init__()
         config = text.model.config
         self.embeddings = WordEmbeddings(config, spec.dropout, spec.eps)
@@ -151,17 +151,22 @@ class AnswerDecoder(nn.Module):
         self.max_length: int = config.max_position_embeddings
         self.report: LoadReport | None = None
 
-    def project(self, tokens: Tensor, mask: Tensor | None = None) -> Projected:
+    def project(self, tokens: Tensor, mask: Tensor | None = None) -> CrossAttentionCache:
         """(Q, S, source width), and their (Q, S) bool mask, padding on the right, to the keys and values of every layer."""
         if mask is not None:
             mask = mask.clone()
             mask[:, 0] = True  # attention over nothing is NaN
         attentions = [layer.cross_attention for layer in self.layers]
         keys, values = tuple(a.key(tokens) for a in attentions), tuple(a.value(tokens) for a in attentions)
-        return Projected(keys, values, mask)
+        return CrossAttentionCache(keys, values, mask)
 
     def read(
-        self, input_ids: Tensor, mask: Tensor, source: Projected, rows: Tensor | None = None, past: KVCache = KVCache()
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        source: CrossAttentionCache,
+        rows: Tensor | None = None,
+        past: KVCache = KVCache(),
     ) -> Generated:
         """n texts that go on from ``past``.
 
@@ -196,7 +201,12 @@ class AnswerDecoder(nn.Module):
         return self.head(states, self.embeddings.word_embeddings)
 
     def predict(
-        self, input_ids: Tensor, mask: Tensor, source: Projected, rows: Tensor | None = None, past: KVCache = KVCache()
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        source: CrossAttentionCache,
+        rows: Tensor | None = None,
+        past: KVCache = KVCache(),
     ) -> Predicted:
         """Every token of (n, L) texts but the first, from those before it; arguments as those of `read`."""
         follows = mask[:, 1:]
@@ -211,7 +221,7 @@ class AnswerDecoder(nn.Module):
         return Predicted(self.words(written.states[kept]), labels[kept], text[kept])
 
     def _step(self, part, *given):
-        return recomputed(part, self.checkpointing, *given)
+        return checkpointed(part, self.checkpointing, *given)
 
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to layer, from 1, embeddings 0; the head comes after the last."""
@@ -223,7 +233,7 @@ class AnswerDecoder(nn.Module):
         """Names of parameters that are no weights: embeddings of positions and of token types."""
         return {f"embeddings.{name}.weight" for name in ("position_embeddings", "token_type_embeddings")}
 
-    def set_checkpointing(self, how: Checkpointing) -> None:
+    def set_activation_checkpointing(self, how: Checkpointing) -> None:
         """See `vlp.encoders.activation_checkpointing`."""
         self.checkpointing = how
 

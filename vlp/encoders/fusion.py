@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlp.encoders.activation_checkpointing import Checkpointing, recomputed
+from vlp.encoders.activation_checkpointing import Checkpointing, checkpointed
 from vlp.encoders.fusion_layer import Attend, FusionLayer
 from vlp.encoders.ragged import Layout
 from vlp.encoders.text import BertText, read_encoder
@@ -125,7 +125,7 @@ class Fusion:
 
 
 @dataclass(frozen=True)
-class Projected:
+class CrossAttentionCache:
     """What is read of B images, or of B texts: keys and values, each (B, P, D) for every layer.
 
     Args:
@@ -139,16 +139,16 @@ class Projected:
     def __len__(self) -> int:
         return len(self.keys[0])
 
-    def __getitem__(self, rows: Tensor | slice) -> Projected:
+    def __getitem__(self, rows: Tensor | slice) -> CrossAttentionCache:
         mask = None if self.mask is None else self.mask[rows]
-        return Projected(tuple(k[rows] for k in self.keys), tuple(v[rows] for v in self.values), mask)
+        return CrossAttentionCache(tuple(k[rows] for k in self.keys), tuple(v[rows] for v in self.values), mask)
 
     def layer(self, number: int) -> tuple[Tensor, Tensor | None]:
         return self.keys[number], self.values[number]
 
 
 @dataclass(frozen=True)
-class Unprojected:
+class ImageTokens:
     """Images as they left their tower, (B, P, image width): for a single pass of short texts the cheaper way.
 
     The result is the same. With 13 tokens a text and 257 an image it takes a third of the operations.
@@ -164,10 +164,10 @@ class Unprojected:
 
 
 @dataclass(frozen=True)
-class InTurn:
+class AlternatingImages:
     """Several images of each text, B of each: the layers look at the first, the second, ..., and the first again."""
 
-    images: tuple[Projected, ...]
+    images: tuple[CrossAttentionCache, ...]
 
     def __len__(self) -> int:
         return len(self.images[0])
@@ -198,17 +198,17 @@ class FusionEncoder(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def project(self, tokens: Tensor) -> Projected:
+    def project(self, tokens: Tensor) -> CrossAttentionCache:
         """(B, P, image width), all of them real, to the keys and values of every layer: the dearest part of fusion."""
         attentions = [layer.cross_attention for layer in self.layers[:: self.images]]
         keys, values = [a.key(tokens) for a in attentions], [a.value(tokens) for a in attentions]
-        return Projected(*(tuple(x for x in each for _ in range(self.images)) for each in (keys, values)))
+        return CrossAttentionCache(*(tuple(x for x in each for _ in range(self.images)) for each in (keys, values)))
 
     def forward(
         self,
         tokens: Tensor,
         mask: Tensor,
-        image: Projected | Unprojected | InTurn,
+        image: CrossAttentionCache | ImageTokens | AlternatingImages,
         texts: Tensor | None = None,
         images: Tensor | None = None,
         at: Wanted = None,
@@ -244,7 +244,7 @@ class FusionEncoder(nn.Module):
         layer: int,
         tokens: Tensor,
         mask: Tensor,
-        image: Projected,
+        image: CrossAttentionCache,
         texts: Tensor | None = None,
         images: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -276,7 +276,7 @@ class FusionEncoder(nn.Module):
         self,
         tokens: Tensor,
         mask: Tensor,
-        image: Projected | Unprojected | InTurn,
+        image: CrossAttentionCache | ImageTokens | AlternatingImages,
         texts: Tensor | None,
         images: Tensor | None,
         at: Wanted,
@@ -301,12 +301,12 @@ class FusionEncoder(nn.Module):
         return states, out
 
     def _step(self, part: Callable[..., Tensor], *given) -> Tensor:
-        return recomputed(part, self.checkpointing, *given)
+        return checkpointed(part, self.checkpointing, *given)
 
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to layer, from 1; twins are one."""
         return {name: int(name.split(".")[1]) // self.images + 1 for name, _ in self.named_parameters()}
 
-    def set_checkpointing(self, how: Checkpointing) -> None:
+    def set_activation_checkpointing(self, how: Checkpointing) -> None:
         """See `vlp.encoders.activation_checkpointing`; keys and values of images are kept."""
         self.checkpointing = how

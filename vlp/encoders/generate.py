@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlp.encoders.decoder import AnswerDecoder, KVCache
-from vlp.encoders.fusion import Projected
+from vlp.encoders.fusion import CrossAttentionCache
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,12 @@ class Ranked:
 
 @torch.no_grad()
 def rank(
-    decoder: AnswerDecoder, source: Projected, input_ids: Tensor, mask: Tensor, k: int, double_first: bool = False
+    decoder: AnswerDecoder,
+    source: CrossAttentionCache,
+    input_ids: Tensor,
+    mask: Tensor,
+    k: int,
+    double_first: bool = False,
 ) -> Ranked:
     """The likeliest answers among the k whose first token is likeliest (ALBEF, Li et al. 2021, sec. 4.3).
 
@@ -90,7 +95,7 @@ class Beams:
 @torch.no_grad()
 def beam_search(
     decoder: AnswerDecoder,
-    source: Projected,
+    source: CrossAttentionCache,
     cls_id: int,
     sep_id: int,
     max_length: int,

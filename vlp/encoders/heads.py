@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlp.encoders.image import ImageTower
+from vlp.encoders.image import TimmTower
 from vlp.encoders.text import read_encoder
 from vlp.errors import UserError
 from vlp.weights import reading
@@ -77,7 +77,7 @@ class PatchHead(nn.Module):
         targets: of the masked patches: see `vlp.encoders.patch_targets`.
     """
 
-    def __init__(self, tower: ImageTower, targets: nn.Module):
+    def __init__(self, tower: TimmTower, targets: nn.Module):
         super().__init__()
         self.grid: tuple[int, int] = tower.grid
         self.mask_token = nn.Parameter(torch.empty(tower.width))
@@ -92,7 +92,7 @@ class PatchHead(nn.Module):
         return self.predict(states)
 
 
-def check_vit(tower: ImageTower) -> None:
+def check_vit(tower: TimmTower) -> None:
     """Raises UserError unless every patch of the tower stays one token from its embedding to the end."""
     model = tower.model
     if not hasattr(getattr(model, "patch_embed", None), "grid_size") or not hasattr(model, "num_prefix_tokens"):
@@ -101,7 +101,7 @@ def check_vit(tower: ImageTower) -> None:
         )
 
 
-def encode_masked(tower: ImageTower, image: Tensor, masked: Tensor, mask_token: Tensor) -> Tensor:
+def encode_masked(tower: TimmTower, image: Tensor, masked: Tensor, mask_token: Tensor) -> Tensor:
     """A ViT's last states where the embeddings of masked patches were replaced (Bao et al. 2022, eq. 2).
 
     ``train.compile`` does not reach this pass: a compiled tower would keep the mask of the first step.

@@ -16,7 +16,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from vlp.data.preprocess import Interpolation, Preprocess, Triple
-from vlp.encoders.activation_checkpointing import Checkpointing, set_recomputed
+from vlp.encoders.activation_checkpointing import Checkpointing, checkpoint_blocks
 from vlp.errors import UserError
 from vlp.weights import reading
 from vlp.weights.reading import Grid, LoadReport
@@ -73,7 +73,7 @@ class TimmImage:
             interpolation=interpolation,
         )
 
-    def build(self, load_weights: bool = True) -> ImageTower:
+    def build(self, load_weights: bool = True) -> TimmTower:
         """The tower, without a classifier.
 
         Args:
@@ -96,7 +96,7 @@ class TimmImage:
         if load_weights and self.weights:
             heads = (cfg.classifier,) if isinstance(cfg.classifier, str) else tuple(cfg.classifier or ())
             report = reading.load(model, self._state(model, size), ignored=heads + dropped, grids=position_grids(model))
-        return ImageTower(model, Preprocess(spec.image_size, spec.mean, spec.std, spec.interpolation), report)
+        return TimmTower(model, Preprocess(spec.image_size, spec.mean, spec.std, spec.interpolation), report)
 
     def _create(self, size: dict) -> nn.Module:
         rate = {"drop_path_rate": self.drop_path}  # always, as some models drop 10 % unless told not to
@@ -178,7 +178,7 @@ def timm_undecayed(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters() if any(fnmatch.fnmatch(name, p) for p in patterns)}
 
 
-class ImageTower(nn.Module):
+class TimmTower(nn.Module):
     """A timm model as a sequence of tokens, the pooled one first.
 
     Token 0 is what the model itself pools: the class token (the mean of class and distillation token in a distilled
@@ -224,7 +224,7 @@ class ImageTower(nn.Module):
         """Names of parameters that are no weights: class tokens, position embeddings, relative position tables."""
         return {f"model.{name}" for name in timm_undecayed(self.model)}
 
-    def set_checkpointing(self, how: Checkpointing) -> None:
+    def set_activation_checkpointing(self, how: Checkpointing) -> None:
         """See `vlp.encoders.activation_checkpointing`; "cheap" is for models with patches and blocks.
 
         Gradients stay as they are, but a BatchNorm counts each batch twice in its running statistics.
@@ -233,7 +233,7 @@ class ImageTower(nn.Module):
             UserError: if this model cannot.
         """
         if hasattr(self.model, "patch_embed") and hasattr(self.model, "blocks"):
-            return set_recomputed(self.model.blocks, how)
+            return checkpoint_blocks(self.model.blocks, how)
         if how == "cheap":
             raise UserError(f"{type(self.model).__name__} has no blocks of matrix products; set it to full, or none")
         try:

@@ -15,7 +15,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from vlp.data.preprocess import Interpolation, Preprocess, Triple
-from vlp.encoders.activation_checkpointing import Checkpointing, recomputed
+from vlp.encoders.activation_checkpointing import Checkpointing, checkpointed
 from vlp.encoders.mome_layer import Expert, MomeLayer, Rows, Wanted
 from vlp.encoders.relative_position import RelativePositions
 from vlp.encoders.text import layer_ids
@@ -270,7 +270,7 @@ class MomeEncoder(nn.Module):
         for number in range(first, last):
             layer, bias = self.layers[number], biases and biases[number]
             given = (states, rows, bias, joint and number >= self.vl_from, wanted if number == last - 1 else None)
-            states = recomputed(layer, self.checkpointing, *given)
+            states = checkpointed(layer, self.checkpointing, *given)
         return states
 
     def finish(self, states: Tensor) -> Tensor:
@@ -285,7 +285,7 @@ class MomeEncoder(nn.Module):
         named = ("image.kind", "image.positions", "text.token_types", "text.positions", "positions.")
         return {n for n, p in self.named_parameters() if p.ndim == 1 or n.startswith(named)}
 
-    def set_checkpointing(self, how: Checkpointing) -> None:
+    def set_activation_checkpointing(self, how: Checkpointing) -> None:
         """See `vlp.encoders.activation_checkpointing`."""
         self.checkpointing = how
 

@@ -34,8 +34,8 @@ BEHIND = ("visual.ln_post", "visual.proj", "visual.attn", "visual.head", "text.l
 class ClipTowers(NamedTuple):
     """What `OpenClip.build` gives: two towers, and scale and bias of the logits that came with their weights."""
 
-    image: ClipImage
-    text: ClipText
+    image: ClipImageTower
+    text: ClipTextTower
     scale: float | None  # multiplies cosine similarities; None where no weights were loaded
     bias: float | None
 
@@ -113,8 +113,8 @@ class OpenClip:
         size = model.visual.image_size
         size = (size, size) if isinstance(size, int) else tuple(size)
         width = self._config()["embed_dim"]
-        image = ClipImage(model.visual, width, Preprocess(size, spec.mean, spec.std, spec.interpolation), report)
-        text = ClipText(model.text, width, spec.context_length, self.length_groups, report)
+        image = ClipImageTower(model.visual, width, Preprocess(size, spec.mean, spec.std, spec.interpolation), report)
+        text = ClipTextTower(model.text, width, spec.context_length, self.length_groups, report)
         scale = model.logit_scale.exp().item() if weights else None
         bias = model.logit_bias.item() if weights and model.logit_bias is not None else None
         return ClipTowers(image, text, scale, bias)
@@ -143,7 +143,7 @@ def _own_root_logger() -> Iterator[None]:
         root.handlers = handlers
 
 
-class ClipImage(nn.Module):
+class ClipImageTower(nn.Module):
     """open_clip's image tower as one token: its projected embedding, before it is normalised.
 
     The grid is left out: in open_clip it has another width than the embedding.
@@ -174,7 +174,7 @@ class ClipImage(nn.Module):
             return {f"visual.trunk.{name}" for name in timm_undecayed(self.visual.trunk)}
         return {n for n, _ in self.named_parameters() if n.endswith(("positional_embedding", "class_embedding"))}
 
-    def set_checkpointing(self, how: Checkpointing) -> None:
+    def set_activation_checkpointing(self, how: Checkpointing) -> None:
         """Recompute activations in the backward (non-reentrant) instead of keeping them.
 
         Raises:
@@ -190,7 +190,7 @@ class ClipImage(nn.Module):
             raise UserError(f"{type(model).__name__} cannot checkpoint activations; turn that off") from error
 
 
-class ClipText(nn.Module):
+class ClipTextTower(nn.Module):
     """open_clip's text tower as one token: its projected embedding, before it is normalised.
 
     Under a causal mask, with the embedding taken at the end-of-text token, what follows that token changes nothing:
@@ -247,7 +247,7 @@ class ClipText(nn.Module):
         """Names of parameters that are no weights: embeddings of positions."""
         return {name for name, _ in self.named_parameters() if name.endswith("positional_embedding")}
 
-    def set_checkpointing(self, how: Checkpointing) -> None:
+    def set_activation_checkpointing(self, how: Checkpointing) -> None:
         """Recompute activations in the backward (non-reentrant) instead of keeping them."""
         _not_cheap(how)
         self.text.set_grad_checkpointing(how == "full")

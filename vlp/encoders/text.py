@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlp.encoders.activation_checkpointing import Checkpointing, set_recomputed
+from vlp.encoders.activation_checkpointing import Checkpointing, checkpoint_blocks
 from vlp.errors import UserError
 from vlp.files import resolve
 from vlp.weights import reading
@@ -58,7 +58,7 @@ class BertText:
         """The same tower with its full architecture in ``config``: `build(load_weights=False)` needs no folder then."""
         return replace(self, config=_architecture(self._config()))
 
-    def build(self, load_weights: bool = True) -> TextTower:
+    def build(self, load_weights: bool = True) -> BertTower:
         """The tower, without pooler.
 
         Args:
@@ -86,7 +86,7 @@ class BertText:
             else:
                 state = read_encoder(self.weights, model.base_model_prefix)
             report = reading.load(model, state, ignored=HEADS + _layers_from(config.num_hidden_layers, state))
-        return TextTower(model.float(), self.pool, self.length_groups, report)
+        return BertTower(model.float(), self.pool, self.length_groups, report)
 
     def _config(self):
         from transformers import AutoConfig
@@ -240,7 +240,7 @@ def layer_ids(module: nn.Module, block: str, behind: Iterable[str] = ()) -> dict
     return {name: after.get(name, depth.get(numbers.get(name), 0)) for name in names}
 
 
-class TextTower(nn.Module):
+class BertTower(nn.Module):
     """A transformers encoder as a sequence of tokens, the pooled one first.
 
     Args:
@@ -313,11 +313,11 @@ class TextTower(nn.Module):
         endings = ("position_embeddings.weight", "token_type_embeddings.weight", "relative_attention_bias.weight")
         return {name for name, _ in self.named_parameters() if name.endswith(endings)}
 
-    def set_checkpointing(self, how: Checkpointing) -> None:
+    def set_activation_checkpointing(self, how: Checkpointing) -> None:
         """See `vlp.encoders.activation_checkpointing`."""
         for name, module in self.model.named_modules():
             if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in ("layer", "layers"):
-                set_recomputed(module, how)
+                checkpoint_blocks(module, how)
 
 
 def _max_length(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from vlp.data.preprocess import Preprocess
 from vlp.encoders.decoder import Decoder
 from vlp.encoders.fusion import Fusion
-from vlp.encoders.image import ImageTower, TimmImage
+from vlp.encoders.image import TimmImage, TimmTower
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
 from vlp.models.albef import Albef, AlbefModel
@@ -67,7 +67,7 @@ def _images(student: Mapping[str, Tensor]) -> int:
     return 2 if twins else 1
 
 
-def _image_tower(student: Mapping[str, Tensor], image_size: int | None, head_width: int) -> ImageTower:
+def _image_tower(student: Mapping[str, Tensor], image_size: int | None, head_width: int) -> TimmTower:
     positions, patches = student["image.model.pos_embed"], student["image.model.patch_embed.proj.weight"]
     width, side = positions.shape[2], patches.shape[2]
     size = image_size or side * math.isqrt(positions.shape[1] - 1)
@@ -85,7 +85,7 @@ def _image_tower(student: Mapping[str, Tensor], image_size: int | None, head_wid
         num_heads=width // head_width,
         mlp_ratio=len(student["image.model.blocks.0.mlp.fc1.weight"]) / width,
     )
-    return ImageTower(vit, Preprocess((size, size), MEAN, STD, "bicubic"))
+    return TimmTower(vit, Preprocess((size, size), MEAN, STD, "bicubic"))
 
 
 def _text(student: Mapping[str, Tensor], head_width: int) -> BertText:

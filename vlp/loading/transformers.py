@@ -78,9 +78,9 @@ def load_folder(folder: Path) -> Folder:
         temperature_min=None,
         bias=None if bias is None else bias.item(),
     )
-    image = TransformersImage(model.vision_model, preprocess, report)
+    image = TransformersImageTower(model.vision_model, preprocess, report)
     kind = config.model_type.removesuffix("2")
-    dual = DualEncoder(spec, image, TransformersText(model.text_model, kind, tokenizer.padding, report))
+    dual = DualEncoder(spec, image, TransformersTextTower(model.text_model, kind, tokenizer.padding, report))
     for name, projection in (("image_projection", "visual_projection"), ("text_projection", "text_projection")):
         if hasattr(model, projection):
             setattr(dual, name, getattr(model, projection))
@@ -142,7 +142,7 @@ def _preprocessing(folder: Path, config) -> tuple[Preprocess, Resize]:
     return preprocess, Resize(mode="center" if shortest else "squash", fraction=size[0] / resized[0])
 
 
-class TransformersImage(nn.Module):
+class TransformersImageTower(nn.Module):
     """A vision model of transformers as one token: what it pools, before any projection."""
 
     def __init__(self, model: nn.Module, preprocess: Preprocess, report: LoadReport):
@@ -168,7 +168,7 @@ def patches_of(image: Tensor, side: int) -> tuple[Tensor, tuple[int, int]]:
     return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2), (rows, columns)
 
 
-class TransformersText(nn.Module):
+class TransformersTextTower(nn.Module):
     """A text model of transformers as one token: what it pools, or its first state (ALIGN).
 
     Args:

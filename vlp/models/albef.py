@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from vlp.data.preprocess import Preprocess
 from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.encoders.decoder import Decoder, Predicted
-from vlp.encoders.fusion import Fusion, InTurn, Projected, Unprojected, Wanted
+from vlp.encoders.fusion import AlternatingImages, CrossAttentionCache, Fusion, ImageTokens, Wanted
 from vlp.encoders.heads import VocabularyHead
 from vlp.encoders.image import TimmImage, position_grids
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
 from vlp.models.base import Encodings
-from vlp.models.dual import tower_layer_ids, unit
+from vlp.models.dual import l2_normalize, tower_layer_ids
 from vlp.models.temperature import LearnedScale, check_temperatures
 from vlp.types import Answers, Encoded
 from vlp.weights import reading
@@ -118,8 +118,8 @@ class AlbefModel(LearnedScale):
 
     Args:
         spec: of all but the towers.
-        image: tower, see `vlp.encoders.image.ImageTower`.
-        text: tower, see `vlp.encoders.text.TextTower`.
+        image: tower, see `vlp.encoders.image.TimmTower`.
+        text: tower, see `vlp.encoders.text.BertTower`.
         load_weights: see `Albef.build`.
     """
 
@@ -217,25 +217,25 @@ class AlbefModel(LearnedScale):
         """(B, 3, H, W) float32, normalised as `preprocess` says."""
         tokens = self.image(image)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Encoded(tokens, mask, unit(self.image_projection(tokens[:, 0])))
+        return Encoded(tokens, mask, l2_normalize(self.image_projection(tokens[:, 0])))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         """(A, L) int64 and bool, padded on the right."""
         tokens = self._text_tokens(input_ids, attention_mask)
-        return Encoded(tokens, attention_mask, unit(self.text_projection(tokens[:, 0])))
+        return Encoded(tokens, attention_mask, l2_normalize(self.text_projection(tokens[:, 0])))
 
     def _text_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         tokens = self.text(input_ids, attention_mask)
         # the tower may have cut padding that all rows share; positions in (A * L) are to stay valid
         return F.pad(tokens, (0, 0, 0, input_ids.shape[1] - tokens.shape[1]))
 
-    def project(self, image: Encoded) -> Projected:
+    def project(self, image: Encoded) -> CrossAttentionCache:
         """What fusion reads of B images: once for all passes over them."""
         return self.fusion.project(image.tokens)
 
     def fuse(
         self,
-        image: Projected | Unprojected | InTurn,
+        image: CrossAttentionCache | ImageTokens | AlternatingImages,
         text: Encoded,
         texts: Tensor | None = None,
         images: Tensor | None = None,
@@ -249,7 +249,11 @@ class AlbefModel(LearnedScale):
         return self.fuse(self._seen(f), f.text)
 
     def match(
-        self, image: Projected | Unprojected, text: Encoded, texts: Tensor | None = None, images: Tensor | None = None
+        self,
+        image: CrossAttentionCache | ImageTokens,
+        text: Encoded,
+        texts: Tensor | None = None,
+        images: Tensor | None = None,
     ) -> Tensor:
         """(n, 2) logits of image-text matching, [:, 1] for a pair; arguments as those of `fuse`."""
         return self.itm(self.fuse(image, text, texts, images, at="first"))
@@ -278,7 +282,7 @@ class AlbefModel(LearnedScale):
         else:
             if len(f.images) != self.fusion.images:
                 raise ValueError(f"each text looks at {self.fusion.images} images, and the batch has {len(f.images)}")
-            image = InTurn(tuple(map(self.project, f.images)))
+            image = AlternatingImages(tuple(map(self.project, f.images)))
         return self.classifier(self.fuse(image, f.text, at="first"))
 
     def assign(self, f: Encodings, images: Tensor) -> Tensor:
@@ -290,14 +294,16 @@ class AlbefModel(LearnedScale):
         Returns:
             (B, fusion.images + 1), the last for none of them.
         """
-        shown = InTurn(tuple(f.projected[rows] for rows in images))
+        shown = AlternatingImages(tuple(f.projected[rows] for rows in images))
         return self.assignment(self.fuse(shown, f.text, at="first"))
 
-    def ask(self, image: Projected | Unprojected, text: Encoded, images: Tensor | None = None) -> Projected:
+    def ask(
+        self, image: CrossAttentionCache | ImageTokens, text: Encoded, images: Tensor | None = None
+    ) -> CrossAttentionCache:
         """What the decoder reads of questions: fusion's states; arguments as those of `fuse`."""
         return self.decoder.project(self.fuse(image, text, images=images), text.mask)
 
-    def describe(self, image: Encoded) -> Projected:
+    def describe(self, image: Encoded) -> CrossAttentionCache:
         """What the decoder reads of images alone."""
         return self.decoder.project(image.tokens)
 
@@ -310,13 +316,13 @@ class AlbefModel(LearnedScale):
         """The tokens of the texts of ``f``, as the decoder would write them about its images."""
         return self.decoder.predict(f.batch.input_ids, f.batch.attention_mask, self.describe(f.image))
 
-    def _seen(self, f: Encodings) -> Projected | Unprojected:
+    def _seen(self, f: Encodings) -> CrossAttentionCache | ImageTokens:
         """What fusion reads of the images of ``f``: a teacher, or an evaluation, projects none that nobody else asked for.
 
-        Unprojected, the biases of keys would have no gradient, which DDP refuses, whereas here it is 0.
+        ImageTokens, the biases of keys would have no gradient, which DDP refuses, whereas here it is 0.
         """
         learns = torch.is_grad_enabled() and self.fusion.layers[0].cross_attention.key.bias.requires_grad
-        return f.projected if learns or "projected" in vars(f) else Unprojected(f.image.tokens)
+        return f.projected if learns or "projected" in vars(f) else ImageTokens(f.image.tokens)
 
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to depth, for layer-wise learning rates: towers, fusion, and heads and scalars as the top."""
@@ -338,8 +344,8 @@ class AlbefModel(LearnedScale):
         decoder = {f"decoder.{name}" for name in self.decoder.no_weight_decay()} if self.decoder is not None else set()
         return towers | decoder | ({"temperature"} if self.itc else set())
 
-    def set_checkpointing(self, how: Checkpointing) -> None:
+    def set_activation_checkpointing(self, how: Checkpointing) -> None:
         """Recompute activations in the backward instead of keeping them; UserError where a tower cannot."""
         for part in (self.image, self.text, self.fusion, self.decoder):
             if part is not None:
-                part.set_checkpointing(how)
+                part.set_activation_checkpointing(how)

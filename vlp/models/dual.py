@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from vlp.data.preprocess import Preprocess
 from vlp.encoders.activation_checkpointing import Checkpointing
-from vlp.encoders.image import ImageTower, TimmImage, position_grids
+from vlp.encoders.image import TimmImage, TimmTower, position_grids
 from vlp.encoders.open_clip import OpenClip
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
@@ -103,8 +103,8 @@ class DualEncoder(LearnedScale):
 
     Args:
         spec: its projection, temperature and bias; the towers are given.
-        image: tower, see `vlp.encoders.image.ImageTower`.
-        text: tower, see `vlp.encoders.text.TextTower`.
+        image: tower, see `vlp.encoders.image.TimmTower`.
+        text: tower, see `vlp.encoders.text.BertTower`.
 
     Raises:
         UserError: if the widths of the towers and ``spec.projection`` do not go together.
@@ -131,7 +131,7 @@ class DualEncoder(LearnedScale):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes everything from another dual encoder's ``state``; UserError if it is of other sizes."""
-        grids = position_grids(self.image.model) if isinstance(self.image, ImageTower) else {}
+        grids = position_grids(self.image.model) if isinstance(self.image, TimmTower) else {}
         self.report = reading.load(self, state, grids={f"image.model.{name}": grid for name, grid in grids.items()})
 
     @property
@@ -155,12 +155,12 @@ class DualEncoder(LearnedScale):
         """(B, 3, H, W) float32, normalised as `preprocess` says."""
         tokens = self.image(image)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Encoded(tokens, mask, unit(self.image_projection(tokens[:, 0])))
+        return Encoded(tokens, mask, l2_normalize(self.image_projection(tokens[:, 0])))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         """(B, L) int64 and bool, padded on the right."""
         tokens = self.text(input_ids, attention_mask)
-        return Encoded(tokens, self.text.token_mask(attention_mask), unit(self.text_projection(tokens[:, 0])))
+        return Encoded(tokens, self.text.token_mask(attention_mask), l2_normalize(self.text_projection(tokens[:, 0])))
 
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to depth, for layer-wise learning rates; projections and scalars are the top.
@@ -177,10 +177,10 @@ class DualEncoder(LearnedScale):
         towers |= {f"text.{name}" for name in self.text.no_weight_decay()}
         return towers | {name for name in ("temperature", "logit_scale", "logit_bias") if name in self._parameters}
 
-    def set_checkpointing(self, how: Checkpointing) -> None:
+    def set_activation_checkpointing(self, how: Checkpointing) -> None:
         """Recompute the towers' activations in the backward instead of keeping them; UserError where one cannot."""
-        self.image.set_checkpointing(how)
-        self.text.set_checkpointing(how)
+        self.image.set_activation_checkpointing(how)
+        self.text.set_activation_checkpointing(how)
 
 
 def tower_layer_ids(image: nn.Module, text: nn.Module) -> dict[str, int]:
@@ -194,7 +194,7 @@ def tower_layer_ids(image: nn.Module, text: nn.Module) -> dict[str, int]:
     }
 
 
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     """Rows of length 1, in float32 at least."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 

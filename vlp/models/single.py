@@ -105,7 +105,7 @@ class SingleTower(nn.Module):
 
     Args:
         spec: of the heads; the tower is given.
-        tower: `vlp.encoders.image.ImageTower` or `vlp.encoders.text.TextTower`.
+        tower: `vlp.encoders.image.TimmTower` or `vlp.encoders.text.BertTower`.
         load_weights: see `Single.build`.
     """
 
@@ -203,6 +203,6 @@ class SingleTower(nn.Module):
         name = "image" if self.text is None else "text"
         return {f"{name}.{parameter}" for parameter in self.tower.no_weight_decay()}
 
-    def set_checkpointing(self, how: Checkpointing) -> None:
+    def set_activation_checkpointing(self, how: Checkpointing) -> None:
         """Recompute the tower's activations in the backward instead of keeping them; UserError where it cannot."""
-        self.tower.set_checkpointing(how)
+        self.tower.set_activation_checkpointing(how)

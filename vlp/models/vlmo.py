@@ -19,7 +19,7 @@ from vlp.encoders.mome import Mome, MomeEncoder
 from vlp.encoders.mome_layer import Rows, Wanted
 from vlp.errors import UserError
 from vlp.models.base import Encodings
-from vlp.models.dual import unit
+from vlp.models.dual import l2_normalize
 from vlp.models.temperature import LearnedScale, check_temperatures
 from vlp.models.vlmo_start import grid_of_run, start
 from vlp.types import Encoded
@@ -257,7 +257,7 @@ class VlmoModel(nn.Module):
         """Of the last layer the first token alone: nothing reads the others."""
         encoder = self.encoder
         if modality not in encoder.alone:
-            return Encoded(inputs[:, :1], mask, unit(inputs[:, 0]), inputs)
+            return Encoded(inputs[:, :1], mask, l2_normalize(inputs[:, 0]), inputs)
         given = {modality: inputs}
         states, first, depth = encoder.start(rows, **given), Wanted.first(rows), len(encoder.layers)
         fork = encoder.vl_from if self.vl else 0
@@ -265,7 +265,7 @@ class VlmoModel(nn.Module):
 
         def top(joint: bool, head: ContrastHead | None) -> Encoded:
             pooled = encoder.finish(encoder.layered(states, rows, fork, depth, joint, first))
-            return Encoded(pooled[:, None], mask, unit(getattr(head, modality)(pooled) if head else pooled))
+            return Encoded(pooled[:, None], mask, l2_normalize(getattr(head, modality)(pooled) if head else pooled))
 
         return replace(top(False, self.itc), inputs=inputs, vl=top(True, self.vl) if self.vl else None)
 
@@ -369,6 +369,6 @@ class VlmoModel(nn.Module):
         named = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
         return named | {name for name, p in self.named_parameters() if p.ndim == 1}
 
-    def set_checkpointing(self, how: Checkpointing) -> None:
+    def set_activation_checkpointing(self, how: Checkpointing) -> None:
         """See `vlp.encoders.activation_checkpointing`."""
-        self.encoder.set_checkpointing(how)
+        self.encoder.set_activation_checkpointing(how)

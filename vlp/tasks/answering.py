@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from vlp.encoders.fusion import Projected
+from vlp.encoders.fusion import CrossAttentionCache
 from vlp.encoders.generate import beam_search, rank
 from vlp.forward import Forward
 from vlp.tasks.base import EvalModel
@@ -55,5 +55,5 @@ def classifying(subject: EvalModel, known: Sequence[str]) -> Say:
     return say
 
 
-def _ask(model, image: Encoded, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Projected:
+def _ask(model, image: Encoded, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> CrossAttentionCache:
     return model.ask(model.project(image), model.encode_text(input_ids, attention_mask), rows)

@@ -188,7 +188,7 @@ class Run:
             for p in frozen:
                 p.requires_grad_(False)
         if train.activation_checkpointing != "none":
-            model.set_checkpointing(train.activation_checkpointing)
+            model.set_activation_checkpointing(train.activation_checkpointing)
         model.to(self.accelerator.device)
         if engine(self.accelerator) != "deepspeed":  # which sends weights as plain bytes
             # convolutions run faster so, transformers do not mind
