@@ -61,7 +61,7 @@ def flops(run, *given) -> float:
 def main() -> None:
     torch.manual_seed(0)
     text = BertText(config=SIZES, dropout=0.0)
-    decoder = Decoder(layers=6).resolved(text).build(text.build(), 768).eval()
+    decoder = Decoder(layers=6).resolved(text).build(text.build(), text.layer_sizes(), 768).eval()
     for layer in decoder.layers:  # the small random start would make all scores alike
         for part in (layer.self_attention, layer.cross_attention):
             torch.nn.init.normal_(part.value.weight, std=0.1)

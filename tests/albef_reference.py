@@ -87,7 +87,7 @@ def reference_step(
 
     def words(of: AlbefModel, image: Tensor) -> Tensor:
         states = fuse(of, of.text(masked_ids, mask), mask, image)
-        return of.mlm(states, of.text.word_embeddings)
+        return of.mlm(states, of.text.get_input_embeddings())
 
     with torch.no_grad():
         soft = words(momentum, image_m).softmax(-1)

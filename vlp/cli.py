@@ -68,7 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train an experiment, or continue a run")
-    train.add_argument("config", nargs="?", help="a Python config, FILE.py:NAME for another function of it, or an experiment.json")
+    train.add_argument(
+        "config", nargs="?", help="a Python config, FILE.py:NAME for another function of it, or an experiment.json"
+    )
     train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.batch_size=256 optim.lr=5e-4")
     train.add_argument("--resume", metavar="RUN", help="continue this run folder where it stopped")
     train.set_defaults(run=run_train)

@@ -21,7 +21,7 @@ SOURCE, CLS, SEP = 20, 1, 2
 
 def decoder(layers=2, std=0.3, **fields) -> AnswerDecoder:
     torch.manual_seed(0)
-    model = Decoder(layers=layers, **fields).resolved(TEXT).build(TEXT.build(), SOURCE).eval()
+    model = Decoder(layers=layers, **fields).resolved(TEXT).build(TEXT.build(), TEXT.layer_sizes(), SOURCE).eval()
     for parameter in model.parameters():  # the small random start would hide much
         nn.init.normal_(parameter, std=std)
     return model
@@ -199,7 +199,7 @@ def all_texts(model, source, row: int, longest: int, penalty: float, shortest: i
 def test_beams_wide_enough_find_the_best_of_all_texts(penalty, shortest):
     small = replace(TEXT, config=SIZES | {"vocab_size": 6})
     torch.manual_seed(3)
-    model = Decoder(layers=1).resolved(small).build(small.build(), SOURCE).eval()
+    model = Decoder(layers=1).resolved(small).build(small.build(), small.layer_sizes(), SOURCE).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.6)
     tokens, seen = sources()
@@ -245,7 +245,7 @@ def test_layers_embeddings_and_head_start_as_berts(tmp_path):
     theirs = transformers.BertForMaskedLM(config)
     theirs.save_pretrained(tmp_path)
     spec = Decoder(layers=2, weights=str(tmp_path), first_layer=2).resolved(TEXT)
-    model = spec.build(TEXT.build(), SIZES["hidden_size"])
+    model = spec.build(TEXT.build(), TEXT.layer_sizes(), SIZES["hidden_size"])
     for name, number in (("layers.0", 2), ("layers.1", 3)):
         own = model.get_parameter(f"{name}.expand.weight")
         assert torch.equal(own, theirs.bert.encoder.layer[number].intermediate.dense.weight)
@@ -262,4 +262,4 @@ def test_text_that_is_too_long_and_sizes_that_do_not_fit_are_said():
     with pytest.raises(ValueError, match="17 tokens; there are 16 positions"):
         model.read(ids, ids.bool(), model.project(tokens, seen))
     with pytest.raises(UserError, match="heads that divide the width"):
-        Decoder(heads=5, hidden_size=8, dropout=0.0, eps=1e-12).build(TEXT.build(), SOURCE)
+        Decoder(heads=5, hidden_size=8, dropout=0.0, eps=1e-12).build(TEXT.build(), TEXT.layer_sizes(), SOURCE)

@@ -187,7 +187,7 @@ def test_sizes_are_the_weights_or_else_the_text_towers(tmp_path):
     assert resolved.resolved(TEXT) == resolved
     assert Fusion(hidden_size=7).resolved(TEXT) == Fusion(heads=4, hidden_size=7, dropout=0.0, eps=1e-12)
     other = BertText(config={"model_type": "distilbert", "hidden_dim": 64})
-    with pytest.raises(UserError, match="does not say fusion's heads and hidden_size"):
+    with pytest.raises(UserError, match="no heads and hidden_size for fusion"):
         Fusion().resolved(other)
 
 

@@ -4,8 +4,9 @@ import torch
 import transformers
 from torch import nn
 
-from vlp.encoders.heads import VocabularyHead, check_vit, encode_masked
-from vlp.encoders.image import TimmImage
+from vlp.data.preprocess import Preprocess
+from vlp.encoders.heads import VocabularyHead, check_patch_masking, vocabulary_head
+from vlp.encoders.image import TimmImage, TimmTower
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
 
@@ -32,21 +33,21 @@ def published(model_type, folder):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_head_of_a_transformers_folder_gives_its_logits(model_type, tmp_path):
     model = published(model_type, tmp_path)
-    tower = BertText(weights=str(tmp_path), dropout=0.0).build().eval()
-    head = VocabularyHead(tower.width, tower.word_embeddings, tower.model.config)
-    head.load(str(tmp_path))
+    spec = BertText(weights=str(tmp_path), dropout=0.0)
+    tower = spec.build().eval()
+    head = vocabulary_head(spec, tower)
     assert len(head.report.loaded) == 5 and not head.report.new
     ids = torch.randint(5, 99, (3, 9))
     with torch.no_grad():
         expected = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-        found = head(tower(ids, ids > 0).flatten(0, 1), tower.word_embeddings)
+        found = head(tower(ids, ids > 0).flatten(0, 1), tower.get_input_embeddings())
     torch.testing.assert_close(found.view_as(expected), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_folder_without_a_head_leaves_it_as_it_was(tmp_path):
     published("bert", tmp_path).bert.save_pretrained(tmp_path)
     tower = BertText(weights=str(tmp_path)).build()
-    head = VocabularyHead(tower.width, tower.word_embeddings, tower.model.config)
+    head = VocabularyHead(tower.width, tower.get_input_embeddings())
     before = {name: value.clone() for name, value in head.state_dict().items()}
     head.load(str(tmp_path))
     assert head.report is None
@@ -55,7 +56,7 @@ def test_a_folder_without_a_head_leaves_it_as_it_was(tmp_path):
 
 def test_the_embeddings_are_no_parameter_of_the_head_and_may_have_a_width_of_their_own():
     tower = BertText(config=SIZES | {"model_type": "electra", "embedding_size": 16, "intermediate_size": 64}).build()
-    head = VocabularyHead(tower.width, tower.word_embeddings, tower.model.config)
+    head = VocabularyHead(tower.width, tower.get_input_embeddings())
     assert {name: tuple(p.shape) for name, p in head.named_parameters()} == {
         "dense.weight": (16, 32),
         "dense.bias": (16,),
@@ -63,8 +64,8 @@ def test_the_embeddings_are_no_parameter_of_the_head_and_may_have_a_width_of_the
         "norm.bias": (16,),
         "bias": (99,),
     }
-    head(torch.randn(4, 32), tower.word_embeddings).sum().backward()
-    assert tower.word_embeddings.weight.grad is not None
+    head(torch.randn(4, 32), tower.get_input_embeddings()).sum().backward()
+    assert tower.get_input_embeddings().weight.grad is not None
 
 
 def tower_of(name, size=64):
@@ -91,26 +92,26 @@ def test_masked_vit_equals_its_layers_called_one_by_one():
             if masked[row, patch]:
                 patches.view(3, -1, tower.width)[row, patch] = token
     states = model.norm(model.blocks(model.norm_pre(model._pos_embed(patches))))[:, model.num_prefix_tokens :]
-    torch.testing.assert_close(encode_masked(tower, image, masked, token), states, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tower.forward_masked(image, masked, token), states, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_vit3", "beit_base_patch16_224", "vit_wee_patch16_reg1_gap_256"])
 def test_masked_pixels_are_not_seen_and_nothing_else_changes(name):
     tower = tower_of(name)
-    assert check_vit(tower) is None
+    assert check_patch_masking(tower) is None
     image, masked, token = torch.randn(2, 3, 64, 64), masks(tower, 2), torch.randn(tower.width)
     with torch.no_grad():
         plain = tower(image)
-        states = encode_masked(tower, image, masked, token)
+        states = tower.forward_masked(image, masked, token)
         assert states.shape == (2, masked.shape[1], tower.width)
         other = image.clone()
         rows, columns = tower.model.patch_embed.grid_size
         hidden = masked.view(2, 1, rows, columns)
         hidden = hidden.repeat_interleave(64 // rows, 2).repeat_interleave(64 // columns, 3)
         other[hidden.expand_as(other)] += 1
-        torch.testing.assert_close(encode_masked(tower, other, masked, token), states, rtol=0, atol=0)
+        torch.testing.assert_close(tower.forward_masked(other, masked, token), states, rtol=0, atol=0)
         assert not torch.allclose(tower(other), plain)
-        nothing = encode_masked(tower, image, torch.zeros_like(masked), token)
+        nothing = tower.forward_masked(image, torch.zeros_like(masked), token)
         last = tower.model.fc_norm if isinstance(tower.model.norm, nn.Identity) else nn.Identity()
         torch.testing.assert_close(nothing, last(plain[:, 1:]), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(tower(image), plain, rtol=0, atol=0)  # no trace of the masks
@@ -120,9 +121,8 @@ def test_masked_pixels_are_not_seen_and_nothing_else_changes(name):
 def test_a_tower_without_patches_of_its_own_is_refused():
     for name in ("test_resnet", "test_efficientnet"):
         with pytest.raises(UserError, match="needs a ViT"):
-            check_vit(TimmImage(name, image_size=64).build())
+            check_patch_masking(TimmImage(name, image_size=64).build())
     swin = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, img_size=224, depths=(1, 1, 1, 1))
-    tower = TimmImage("test_vit", image_size=64).build()
-    tower.model = swin
+    tower = TimmTower(swin, Preprocess((224, 224), (0.5,) * 3, (0.5,) * 3, "bicubic"))
     with pytest.raises(UserError, match="needs a ViT"):
-        check_vit(tower)
+        check_patch_masking(tower)

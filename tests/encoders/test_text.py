@@ -173,7 +173,7 @@ def test_config_that_cannot_be_built_is_said_in_one_line(config, message):
 
 
 def test_folder_without_a_model_is_said_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="no transformers folder"):
+    with pytest.raises(UserError, match="not a transformers folder"):
         BertText(weights=str(tmp_path)).build()
     transformers.BertConfig(**BERT).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="model.safetensors"):
@@ -214,7 +214,7 @@ def test_what_is_not_kept_of_the_embeddings_is_zero_for_the_layers(model_type):
     tower = BertText(config=family(model_type), dropout=0.0, length_groups=3).build().eval()
     ids, mask = captions(pad=tower.model.config.pad_token_id)
     torch.manual_seed(1)
-    width = tower.word_embeddings.embedding_dim
+    width = tower.get_input_embeddings().embedding_dim
     tokens, features = torch.rand(*ids.shape, 1) < 0.7, torch.rand(len(ids), 1, width) < 0.7
     before = tower(ids, mask)
     for keep, hidden in (
@@ -239,5 +239,5 @@ def test_gradient_of_what_is_cut_is_zero():
     keep = torch.ones(3, 10, 1, dtype=torch.bool)
     keep[1, 4] = False
     tower(ids, mask, keep)[:, 0].cos().sum().backward()
-    untouched = (tower.word_embeddings.weight.grad.abs().sum(1) == 0).nonzero()[:, 0].tolist()
+    untouched = (tower.get_input_embeddings().weight.grad.abs().sum(1) == 0).nonzero()[:, 0].tolist()
     assert untouched == [n for n in range(99) if n not in ids or n == ids[1, 4]]

@@ -182,7 +182,7 @@ def test_masked_text_equals_the_head_on_fusion_of_the_masked_text_everywhere():
     masked = ids.masked_fill(torch.arange(9) == 1, 3)
     everywhere = model.fuse(f.projected, model.encode_text(masked, mask))
     positions = torch.tensor([1, 10, 12, 0, 0])  # the last two as a filler is
-    expected = model.mlm(everywhere.flatten(0, 1)[positions], model.text.word_embeddings)
+    expected = model.mlm(everywhere.flatten(0, 1)[positions], model.text.get_input_embeddings())
     torch.testing.assert_close(model.masked_text(f, masked, positions), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -22,7 +22,7 @@ WORDS = ["red", "blue", "square", "thing", "left", "right"]
 def subject() -> EvalModel:
     torch.manual_seed(0)
     model = Single(text=BertText(config=SIZES | {"intermediate_size": 16}, dropout=0.1), classes=3).build()
-    model.text.word_embeddings.weight.data.mul_(50)
+    model.text.get_input_embeddings().weight.data.mul_(50)
     tokenizer = train_tokenizer(WORDS, vocab_size=80)
     return EvalModel(model, tokenizer, Data(train=(Source("x"),), max_length=16), torch.device("cpu"))
 

@@ -17,12 +17,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 Checkpointing = Literal["none", "cheap", "full"]
 
-# batched products are not among them: they are those of attention where torch has no fused one (with biases that take a gradient,
-# on a CPU), whose scores take more room than they take operations
-# names, since not every build of torch has every one
-PRODUCTS = ("mm", "addmm", "convolution", "_scaled_dot_product_flash_attention_for_cpu")
-PRODUCTS += tuple(f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn"))
-KEPT = {getattr(torch.ops.aten, name).default for name in PRODUCTS if hasattr(torch.ops.aten, name)}
+# Operations whose results "cheap" keeps, by name, since not every build of torch has all of them. Batched products (bmm)
+# are not among them: they are attention where torch has no fused kernel (on a CPU, with biases that take a gradient), and
+# the scores take more memory than it takes time to compute them again.
+SAVED = {"aten::mm", "aten::addmm", "aten::convolution", "aten::_scaled_dot_product_flash_attention_for_cpu"}
+SAVED |= {f"aten::_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")}
 
 
 def checkpointed(part: Callable[..., Any], how: Checkpointing, *given, **named) -> Any:
@@ -47,7 +46,7 @@ def _uncached(part: Callable[..., Any], *given, **named) -> Any:
 
 
 def _policy(context, operation, *given, **named) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operation.name() in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def checkpoint_blocks(blocks: Iterable[nn.Module], how: Checkpointing) -> None:

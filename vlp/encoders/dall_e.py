@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlp.data.preprocess import Preprocess
-from vlp.encoders.image import TimmTower
+from vlp.encoders.base import PatchTower
 from vlp.encoders.patch_targets import Frozen
 from vlp.errors import UserError
 from vlp.weights import reading
@@ -36,7 +36,7 @@ class DallE:
     codes: int = 8192
     size: int = 256
 
-    def build(self, tower: TimmTower, load_weights: bool = True) -> DallETokenizer:
+    def build(self, tower: PatchTower, load_weights: bool = True) -> DallETokenizer:
         """Raises UserError where there are no weights: random codes say less than `RandomCodes`."""
         tokenizer = DallETokenizer(self, tower.grid, tower.preprocess)
         if load_weights:

@@ -11,18 +11,18 @@ vocabulary, R tokens read before.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlp.encoders.activation_checkpointing import Checkpointing, checkpointed
+from vlp.encoders.base import LayerSizes, TextTower
 from vlp.encoders.fusion import CROSS, CrossAttentionCache, Fusion
 from vlp.encoders.fusion_layer import FusionLayer, merge_heads
 from vlp.encoders.heads import VocabularyHead
 from vlp.encoders.ragged import Layout
-from vlp.encoders.text import BertTower
 from vlp.weights import reading
 from vlp.weights.reading import LoadReport
 
@@ -40,10 +40,20 @@ class Decoder(Fusion):
 
     source: Literal["fusion", "image"] = "fusion"
 
-    def build(self, text: BertTower, source_width: int, load_weights: bool = True) -> AnswerDecoder:
-        """The module of a `resolved` spec; arguments and errors as `Fusion.build`'s, but ``text`` for its sizes."""
+    def build(self, text: TextTower, sizes: LayerSizes, source_width: int, load_weights: bool = True) -> AnswerDecoder:
+        """Build the decoder of a `resolved` spec.
+
+        Args:
+            text: Text tower, whose width, vocabulary and longest text the decoder takes.
+            sizes: Of the layers of ``text``.
+            source_width: Of the source's tokens.
+            load_weights: False leaves the parameters random even where ``weights`` is set.
+
+        Raises:
+            UserError: if the sizes do not go together, or the weights do not fit.
+        """
         self.check(text.width)
-        model = AnswerDecoder(self, text, source_width)
+        model = AnswerDecoder(self, text, sizes, source_width)
         if load_weights and self.weights:
             given = self.read_weights()
             model.report = self.load(model.layers, self.read_layers(given), CROSS)
@@ -71,12 +81,11 @@ class KVCache:
 class WordEmbeddings(nn.Module):
     """BERT's: words, positions and the first token type, summed and normalised; named as BERT names them."""
 
-    def __init__(self, config: Any, dropout: float, eps: float):
+    def __init__(self, width: int, vocab_size: int, positions: int, token_types: int, dropout: float, eps: float):
         super().__init__()
-        width = config.hidden_size
-        self.word_embeddings = nn.Embedding(config.vocab_size, width)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
-        self.token_type_embeddings = nn.Embedding(getattr(config, "type_vocab_size", 2), width)
+        self.word_embeddings = nn.Embedding(vocab_size, width)
+        self.position_embeddings = nn.Embedding(positions, width)
+        self.token_type_embeddings = nn.Embedding(token_types, width)
         self.LayerNorm = nn.LayerNorm(width, eps=eps)
         self.dropout = nn.Dropout(dropout)
         for part in (self.word_embeddings, self.position_embeddings, self.token_type_embeddings):
@@ -131,24 +140,26 @@ class AnswerDecoder(nn.Module):
 
     Args:
         spec: resolved.
-        text: tower, whose vocabulary, positions and width it takes.
+        text: tower, whose vocabulary and width it takes.
+        sizes: of its layers.
         source_width: of the source's tokens.
     """
 
-    def __init__(self, spec: Decoder, text: BertTower, source_width: int):
+    def __init__(self, spec: Decoder, text: TextTower, sizes: LayerSizes, source_width: int):
         super().__init__()
-        config = text.model.config
-        self.embeddings = WordEmbeddings(config, spec.dropout, spec.eps)
-        sizes = (text.width, source_width, spec.heads, spec.hidden_size, spec.dropout, spec.eps)
-        self.layers = nn.ModuleList(DecoderLayer(*sizes) for _ in range(spec.layers))
+        self.max_length: int = sizes.positions or text.max_length
+        self.embeddings = WordEmbeddings(
+            text.width, text.vocab_size, self.max_length, sizes.token_types, spec.dropout, spec.eps
+        )
+        layer = (text.width, source_width, spec.heads, spec.hidden_size, spec.dropout, spec.eps)
+        self.layers = nn.ModuleList(DecoderLayer(*layer) for _ in range(spec.layers))
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):  # as BERT
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        self.head = VocabularyHead(text.width, self.embeddings.word_embeddings, config)
+        self.head = VocabularyHead(text.width, self.embeddings.word_embeddings, sizes.eps)
         self.source, self.pack = spec.source, spec.pack
         self.checkpointing: Checkpointing = "none"
-        self.max_length: int = config.max_position_embeddings
         self.report: LoadReport | None = None
 
     def project(self, tokens: Tensor, mask: Tensor | None = None) -> CrossAttentionCache:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlp.encoders.activation_checkpointing import Checkpointing, checkpointed
+from vlp.encoders.base import TextTowerSpec
 from vlp.encoders.fusion_layer import Attend, FusionLayer
 from vlp.encoders.ragged import Layout
 from vlp.encoders.text import BertText, read_encoder
@@ -27,6 +28,9 @@ from vlp.weights import reading
 from vlp.weights.bert import BERT_LAYER
 from vlp.weights.reading import LoadReport
 from vlp.weights.run import is_run, read_run
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 CROSS = ("cross_attention", "cross_norm")
 Wanted = Tensor | Literal["first"] | None
@@ -61,18 +65,27 @@ class Fusion:
     eps: float | None = None
     pack: bool = True
 
-    def resolved(self, text: BertText) -> Fusion:
-        """The same fusion with all sizes filled in; reads no weights."""
-        if None not in (self.heads, self.hidden_size, self.dropout, self.eps):
+    def resolved(self, text: TextTowerSpec) -> Self:
+        """Return the same spec with all sizes filled in, from ``weights`` or else from the text tower. Reads no weights.
+
+        Raises:
+            UserError: if the text tower has no layers whose sizes fusion could take.
+        """
+        given = {"heads": self.heads, "hidden_size": self.hidden_size, "dropout": self.dropout, "eps": self.eps}
+        missing = [name for name, value in given.items() if value is None]
+        if not missing:
             return self
-        config = (BertText(self.weights) if self.weights else text).resolved().config
-        found = {"heads": config.get("num_attention_heads"), "hidden_size": config.get("intermediate_size")}
-        found["dropout"] = config.get("hidden_dropout_prob", 0.1) if text.dropout is None else text.dropout
-        found["eps"] = config.get("layer_norm_eps", 1e-12)
-        sizes = {name: value if getattr(self, name) is None else getattr(self, name) for name, value in found.items()}
-        if missing := [name for name, value in sizes.items() if value is None]:
-            raise UserError(f"a {config['model_type']} config does not say fusion's {' and '.join(missing)}; set them")
-        return replace(self, **sizes)
+        source = text
+        if self.weights:
+            source = BertText(self.weights, dropout=text.dropout if isinstance(text, BertText) else None)
+        sizes = source.layer_sizes()
+        found = {"heads": sizes.heads, "hidden_size": sizes.hidden_size, "dropout": sizes.dropout, "eps": sizes.eps}
+        if unknown := [name for name in missing if found[name] is None]:
+            raise UserError(
+                f"the text tower ({type(source).__name__}) has no {' and '.join(unknown)} for fusion to take; set them "
+                "in model.fusion"
+            )
+        return replace(self, **{name: found[name] for name in missing})
 
     def build(self, width: int, image_width: int, load_weights: bool = True) -> FusionEncoder:
         """The module of a `resolved` spec.
@@ -103,7 +116,7 @@ class Fusion:
 
     def read_weights(self) -> dict[str, Tensor]:
         """What ``weights`` names, by BERT's names."""
-        return read_run(self.weights, "text") if is_run(self.weights) else read_encoder(self.weights, "bert")
+        return read_run(self.weights, "text.model") if is_run(self.weights) else read_encoder(self.weights, "bert")
 
     def read_layers(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The layers from ``first_layer`` on, by our names, numbered from 0."""

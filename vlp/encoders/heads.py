@@ -1,24 +1,22 @@
-"""Heads that predict what was masked; they belong to the model, and every model with a text or an image tower uses these.
+"""Heads that predict masked words or patches. They belong to the model and are shared by all models.
 
-B pictures, M masked positions, P patches, D width of the tower, E width of the word embeddings, V vocabulary.
+M masked positions, D width of the tower, W width of the word embeddings, V vocabulary.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlp.encoders.image import TimmTower
+from vlp.encoders.base import ImageTower, PatchTower, TextTower, TextTowerSpec
 from vlp.encoders.text import read_encoder
 from vlp.errors import UserError
 from vlp.weights import reading
 from vlp.weights.reading import LoadReport
 from vlp.weights.run import is_run
 
-# where families of models keep the layers of this head: BERT; RoBERTa, MPNet and the like; DistilBERT
+# Names of this head's dense layer, norm and bias in BERT; in RoBERTa, MPNet and the like; in DistilBERT.
 LAYOUTS = (
     ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions"),
     ("lm_head.dense", "lm_head.layer_norm", "lm_head"),
@@ -27,19 +25,19 @@ LAYOUTS = (
 
 
 class VocabularyHead(nn.Module):
-    """BERT's: ``LayerNorm(gelu(W h + b)) E^T + c``, E the word embeddings of the text tower (Devlin et al. 2019).
+    """BERT's head for masked words, ``LayerNorm(gelu(W h + b)) E^T + c`` (Devlin et al. 2019).
 
-    The embeddings are not a parameter of the head but come with each call: registered twice they would be saved twice,
-    which safetensors refuses.
+    E are the word embeddings of the text tower. They are an argument of each call and not a parameter of the head:
+    registered twice they would be saved twice, which safetensors refuses.
 
     Args:
-        words: the word embeddings, for their sizes.
-        config: transformers' config of the tower, for the norm's epsilon.
+        width: D of the states.
+        words: The word embeddings, read for their sizes only.
+        eps: Of the norm.
     """
 
-    def __init__(self, width: int, words: nn.Embedding, config: Any):
+    def __init__(self, width: int, words: nn.Embedding, eps: float = 1e-12):
         super().__init__()
-        eps = getattr(config, "layer_norm_eps", 1e-12)  # DistilBERT's is no setting
         self.dense = nn.Linear(width, words.embedding_dim)
         self.norm = nn.LayerNorm(words.embedding_dim, eps=eps)
         self.bias = nn.Parameter(torch.zeros(words.num_embeddings))
@@ -48,14 +46,14 @@ class VocabularyHead(nn.Module):
         self.report: LoadReport | None = None
 
     def forward(self, states: Tensor, words: nn.Embedding) -> Tensor:
-        """(M, D) states of masked tokens to (M, V) logits."""
+        """Return (M, V) logits of the (M, D) states of masked tokens."""
         return F.linear(self.norm(F.gelu(self.dense(states))), words.weight, self.bias)
 
     def load(self, weights: str) -> None:
-        """Takes the layers from a transformers folder, and says so in ``report``; not where it has no such head.
+        """Load the head of a transformers folder and set ``report``. A folder without such a head has no effect.
 
         Raises:
-            UserError: if the layers there are of another size.
+            UserError: if the head in the folder has other sizes.
         """
         state = {} if is_run(weights) else read_encoder(weights, "")
         for dense, norm, bias in LAYOUTS:
@@ -70,14 +68,35 @@ class VocabularyHead(nn.Module):
                 self.report = reading.load(self, found)
 
 
-class PatchHead(nn.Module):
-    """What masked image modelling adds to a ViT: the mask token, a linear layer, and what it is to predict.
+def vocabulary_head(spec: TextTowerSpec, tower: TextTower, load_weights: bool = True) -> VocabularyHead:
+    """Build the head for masked words of a text tower, pre-trained where the tower's weights come with one.
 
     Args:
-        targets: of the masked patches: see `vlp.encoders.patch_targets`.
+        spec: The spec of ``tower``.
+        tower: The tower, whose word embeddings the head is tied to.
+        load_weights: False leaves the head random.
+
+    Raises:
+        UserError: if the tower has no word embeddings, or the weights do not fit.
+    """
+    words = tower.get_input_embeddings()
+    if words is None:
+        raise UserError(f"{type(tower).__name__} has no word embeddings to predict masked words with; set mlm to false")
+    head = VocabularyHead(tower.width, words, spec.layer_sizes().eps)
+    if load_weights and (weights := spec.head_weights()):
+        head.load(weights)
+    return head
+
+
+class PatchHead(nn.Module):
+    """The parts that masked image modelling adds to a ViT: a mask token, a linear layer and the prediction targets.
+
+    Args:
+        tower: The image encoder with the patches.
+        targets: Module that computes the targets of masked patches, see `vlp.encoders.patch_targets`.
     """
 
-    def __init__(self, tower: TimmTower, targets: nn.Module):
+    def __init__(self, tower: PatchTower, targets: nn.Module):
         super().__init__()
         self.grid: tuple[int, int] = tower.grid
         self.mask_token = nn.Parameter(torch.empty(tower.width))
@@ -88,37 +107,13 @@ class PatchHead(nn.Module):
         nn.init.zeros_(self.predict.bias)
 
     def forward(self, states: Tensor) -> Tensor:
-        """(..., D) to (..., outputs)."""
+        """Return (..., outputs) predictions of (..., D) states."""
         return self.predict(states)
 
 
-def check_vit(tower: TimmTower) -> None:
-    """Raises UserError unless every patch of the tower stays one token from its embedding to the end."""
-    model = tower.model
-    if not hasattr(getattr(model, "patch_embed", None), "grid_size") or not hasattr(model, "num_prefix_tokens"):
+def check_patch_masking(tower: ImageTower) -> None:
+    """Raise UserError unless every patch of the tower stays one token from its embedding to the last layer."""
+    if not tower.can_mask_patches:
         raise UserError(
-            f"masked image modelling needs a ViT, and {type(model).__name__} is none; choose a vit_ or beit_"
+            f"masked image modelling needs a ViT, not {type(tower).__name__}; choose a vit_ or beit_ of timm"
         )
-
-
-def encode_masked(tower: TimmTower, image: Tensor, masked: Tensor, mask_token: Tensor) -> Tensor:
-    """A ViT's last states where the embeddings of masked patches were replaced (Bao et al. 2022, eq. 2).
-
-    ``train.compile`` does not reach this pass: a compiled tower would keep the mask of the first step.
-
-    Args:
-        image: (B, 3, H, W) normalised.
-        masked: (B, P) bool.
-        mask_token: (D,).
-
-    Returns:
-        (B, P, D) after the last norm; that of a tower which pools before it (`fc_norm`) is applied to each patch.
-    """
-
-    def replace(module: nn.Module, given: tuple[Tensor], patches: Tensor) -> Tensor:
-        # (B, P, D), or (B, h, w, D) where the tower takes any size; positions are added later
-        return torch.where(masked.view(*patches.shape[:-1], 1), mask_token.to(patches.dtype), patches)
-
-    with tower.model.patch_embed.register_forward_hook(replace):
-        states = tower.forward(image)[:, 1:]
-    return tower.model.fc_norm(states) if isinstance(tower.model.norm, nn.Identity) else states

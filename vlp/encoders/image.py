@@ -1,6 +1,6 @@
-"""Image towers: any timm model, its pooled token first, with the normalisation that its weights were trained with.
+"""Image towers from timm, with the pooled token first and the normalisation that their weights were trained with.
 
-B batch, H and W pixels, P positions of the last grid, D width.
+B images, H and W pixels, P tokens of the last grid, D width.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from dataclasses import dataclass, replace
+from typing import Any
 
 import timm
 import torch
@@ -17,28 +18,35 @@ from torch import Tensor, nn
 
 from vlp.data.preprocess import Interpolation, Preprocess, Triple
 from vlp.encoders.activation_checkpointing import Checkpointing, checkpoint_blocks
+from vlp.encoders.base import ImageTower, ImageTowerSpec
 from vlp.errors import UserError
 from vlp.weights import reading
 from vlp.weights.reading import Grid, LoadReport
-from vlp.weights.run import is_run, read_run, run_spec
+from vlp.weights.run import is_run, read_run, tower_spec
 
-# Tables of relative positions that timm's own no_weight_decay() does not name in every family.
+# Tables of relative positions that timm's own no_weight_decay() does not name in every architecture.
 RELATIVE_POSITIONS = ("*relative_position_bias_table", "*.rel_pos.*", "*.attention_biases")
 
 
 @dataclass(frozen=True)
-class TimmImage:
+class TimmImage(ImageTowerSpec):
     """An image tower by its timm name.
 
     Args:
-        weights: None = random; "timm" = timm's own download; else a file, ``pip:PACKAGE/sub/path``, or the folder of a
-            run, whose newest image tower it then is.
-        image_size: pixels, one number or (H, W); None = what the weights were trained at, else positions are resized.
-        mean: None, as std and interpolation: what timm, or the run, says about this model.
-        drop_path: largest rate of dropped residual branches, growing linearly with depth.
-        head_conv: keep the 1x1 convolution, norm and activation between the last block and the classifier of
-            EfficientNet and MobileNet. ALIGN leaves it out ("global pooling, without training the 1x1 conv in the
-            classification head"): the width is then the last block's, 640 instead of 2560 for B7. Others have none.
+        name: Model name, with or without a pretrained tag.
+        weights: "timm" downloads timm's own weights. Otherwise a file, ``pip:PACKAGE/sub/path``, or a run folder, whose
+            newest image tower is taken. None starts at random.
+        image_size: In pixels, one number or (H, W). None is the size that the weights were trained at. Position
+            embeddings are resized to any other size.
+        mean: Of the pixels, per channel. None, for ``std`` and ``interpolation`` too, takes the value of timm or of the
+            run.
+        std: Of the pixels, per channel.
+        interpolation: For resizing images.
+        drop_path: Largest rate of stochastic depth, growing linearly with depth.
+        head_conv: Keep the 1x1 convolution, norm and activation between the last block and the classifier of
+            EfficientNet and MobileNet. ALIGN drops it ("global pooling, without training the 1x1 conv in the
+            classification head"), so that the width is that of the last block, 640 instead of 2560 for B7. No effect on
+            other models.
     """
 
     name: str
@@ -51,16 +59,20 @@ class TimmImage:
     head_conv: bool = False
 
     def resolved(self) -> TimmImage:
-        """The same tower with size, mean, std and interpolation filled in; reads no weights.
+        """Return the same tower with size, mean, std and interpolation filled in. Reads no weights.
 
         Raises:
-            UserError: if timm has no such model, or the model's own interpolation is one that we do not have.
+            UserError: if timm has no such model, or the model was trained with an unsupported interpolation.
         """
         cfg = self._timm_cfg()
         if is_run(self.weights):
-            ran = run_spec(self.weights, "image")
+            trained = tower_spec(self.weights, "image", TimmImage)
             cfg = replace(
-                cfg, input_size=(3, *ran.image_size), mean=ran.mean, std=ran.std, interpolation=ran.interpolation
+                cfg,
+                input_size=(3, *trained.image_size),
+                mean=trained.mean,
+                std=trained.std,
+                interpolation=trained.interpolation,
             )
         interpolation = self.interpolation or cfg.interpolation or "bicubic"
         if interpolation not in ("bicubic", "bilinear"):
@@ -74,10 +86,10 @@ class TimmImage:
         )
 
     def build(self, load_weights: bool = True) -> TimmTower:
-        """The tower, without a classifier.
+        """Build the tower, without a classifier.
 
         Args:
-            load_weights: False = leave the parameters random whatever ``weights`` says: a checkpoint follows.
+            load_weights: False leaves the parameters random even where ``weights`` is set.
 
         Raises:
             UserError: if the name, the size or the weights do not fit, or a download fails.
@@ -85,24 +97,26 @@ class TimmImage:
         spec, cfg = self.resolved(), self._timm_cfg()
         size = {"img_size": spec.image_size} if cfg.fixed_input_size else {}
         model = self._create(size)
-        patch = to_2tuple(getattr(getattr(model, "patch_embed", None), "patch_size", 1))
+        patch = to_2tuple(timm_attribute(timm_attribute(model, "patch_embed"), "patch_size", 1))
         if size and any(pixels % side for pixels, side in zip(spec.image_size, patch)):
             raise UserError(f"{self.name} cuts patches of {patch}; set image_size to multiples, not {spec.image_size}")
         dropped = () if self.head_conv else drop_head_conv(model)
-        if (pooled := getattr(model, "head_hidden_size", model.num_features)) != model.num_features:
-            cure = "set head_conv=False" if self.head_conv else "choose another model"
-            raise UserError(f"{self.name} pools to width {pooled}, but its grid has {model.num_features}; {cure}")
+        pooled = timm_attribute(model, "head_hidden_size", model.num_features)
+        if pooled != model.num_features:
+            advice = "set head_conv=False" if self.head_conv else "choose another model"
+            raise UserError(f"{self.name} pools to width {pooled}, but its grid has {model.num_features}; {advice}")
         report = None
         if load_weights and self.weights:
             heads = (cfg.classifier,) if isinstance(cfg.classifier, str) else tuple(cfg.classifier or ())
-            report = reading.load(model, self._state(model, size), ignored=heads + dropped, grids=position_grids(model))
+            grids = timm_position_grids(model)
+            report = reading.load(model, self._state(model, size), ignored=heads + dropped, grids=grids)
         return TimmTower(model, Preprocess(spec.image_size, spec.mean, spec.std, spec.interpolation), report)
 
     def _create(self, size: dict) -> nn.Module:
-        rate = {"drop_path_rate": self.drop_path}  # always, as some models drop 10 % unless told not to
+        rate = {"drop_path_rate": self.drop_path}  # always given, since some models default to 10 %
         try:
             return timm.create_model(self.name, num_classes=0, **size, **rate)
-        except TypeError as error:  # a model that cannot drop paths
+        except TypeError as error:  # a model without stochastic depth
             if self.drop_path:
                 raise UserError(f"{self.name} cannot be built with drop_path; set it to 0 ({error})") from error
             return timm.create_model(self.name, num_classes=0, **size)
@@ -121,32 +135,37 @@ class TimmImage:
 
     def _state(self, model: nn.Module, size: dict) -> dict[str, Tensor]:
         if self.weights == "timm":
-            # At its own size where `load` can resize the positions and report it; relative tables only timm can resize.
-            size = {} if position_grids(model) else size
+            # At its own size where `load` can resize the positions and report it. Only timm can resize relative tables.
+            size = {} if timm_position_grids(model) else size
             try:
                 return timm.create_model(self.name, pretrained=True, num_classes=0, **size).state_dict()
-            except Exception as error:  # what a failed download raises depends on the hub client
+            except Exception as error:  # the type of a failed download's error depends on the hub client
                 reason = " ".join(str(error).split())
                 raise UserError(
                     f"cannot fetch timm's weights of {self.name} ({reason}); set weights to a file"
                 ) from error
         if is_run(self.weights):
-            return read_run(self.weights, "image")
+            return read_run(self.weights, "image.model")
         state = reading.read_weights(self.weights)
         if "_conv_stem.weight" in state:
             return reading.from_efficientnet_pytorch(state, [len(stage) for stage in model.blocks])
         return state
 
 
-def drop_head_conv(model: nn.Module) -> tuple[str, ...]:
-    """Take the 1x1 convolution in front of the classifier out of a timm model, and name the modules that went.
+def timm_attribute(model: nn.Module | None, name: str, default: Any = None) -> Any:
+    """Return an attribute of a timm model or of one of its parts, ``default`` where the architecture has none."""
+    return getattr(model, name, default)  # timm's architectures share names but no base class
 
-    EfficientNet has it before the pooling (``conv_head``, ``bn2``), MobileNetV3 behind (``conv_head``, ``norm_head``,
-    ``act2``). A model without one is left as it is.
+
+def drop_head_conv(model: nn.Module) -> tuple[str, ...]:
+    """Remove the 1x1 convolution in front of a timm model's classifier and return the names of the removed modules.
+
+    EfficientNet has it before the pooling (``conv_head``, ``bn2``), MobileNetV3 after it (``conv_head``, ``norm_head``,
+    ``act2``). Any other model is left unchanged.
     """
-    if not isinstance(getattr(model, "conv_head", None), nn.Conv2d):
+    if not isinstance(timm_attribute(model, "conv_head"), nn.Conv2d):
         return ()
-    after_pooling = hasattr(model, "norm_head")
+    after_pooling = timm_attribute(model, "norm_head") is not None
     names = ("conv_head", "norm_head", "act2") if after_pooling else ("conv_head", "bn2")
     if not after_pooling:
         model.num_features = model.conv_head.in_channels
@@ -156,40 +175,43 @@ def drop_head_conv(model: nn.Module) -> tuple[str, ...]:
     return names
 
 
-def position_grids(model: nn.Module) -> dict[str, Grid]:
-    """Which of a timm model's tables are positions of a grid of patches, by name; none where it has no such table."""
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if grid is None or getattr(model, "pos_embed", None) is None:
+def timm_position_grids(model: nn.Module) -> dict[str, Grid]:
+    """Return the position embeddings of a timm model that lie on a patch grid, by parameter name."""
+    grid = timm_attribute(timm_attribute(model, "patch_embed"), "grid_size")
+    if grid is None or timm_attribute(model, "pos_embed") is None:
         return {}
-    prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 0)
+    prefix = 0 if timm_attribute(model, "no_embed_class", False) else timm_attribute(model, "num_prefix_tokens", 0)
     return {"pos_embed": Grid(tuple(grid), prefix)}
 
 
 def timm_layer_ids(model: nn.Module) -> dict[str, int]:
-    """Depth of each parameter as timm groups them: stem 0, blocks 1 to L, the final norm L, any pooling head L + 1."""
-    if not hasattr(model, "group_matcher"):
+    """Return each parameter's depth as timm groups them: stem 0, blocks 1 to L, final norm L, pooling head L + 1."""
+    group_matcher = timm_attribute(model, "group_matcher")
+    if group_matcher is None:
         raise UserError(f"timm does not say which layers {type(model).__name__} has; set layer_decay to 1")
-    return group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    return group_parameters(model, group_matcher(coarse=False), reverse=True)
 
 
-def timm_undecayed(model: nn.Module) -> set[str]:
-    """Names of the parameters that timm excludes from weight decay, and of all tables of relative positions."""
-    patterns = [*getattr(model, "no_weight_decay", set)(), *RELATIVE_POSITIONS]
+def timm_no_weight_decay(model: nn.Module) -> set[str]:
+    """Return the parameters that timm excludes from weight decay, and all tables of relative positions."""
+    patterns = [*timm_attribute(model, "no_weight_decay", set)(), *RELATIVE_POSITIONS]
     return {name for name, _ in model.named_parameters() if any(fnmatch.fnmatch(name, p) for p in patterns)}
 
 
-class TimmTower(nn.Module):
-    """A timm model as a sequence of tokens, the pooled one first.
+class TimmTower(ImageTower):
+    """A timm model as a sequence of tokens.
 
-    Token 0 is what the model itself pools: the class token (the mean of class and distillation token in a distilled
-    DeiT), the mean of the grid, or attention pooling (SigLIP). The others are the grid of the last layer, row by row.
-    Class, distillation and register tokens take part inside the model and are left out of the grid.
+    Token 0 is the model's own pooled output: the class token (in a distilled DeiT the mean of class and distillation
+    token), the mean of the grid, or attention pooling (SigLIP). The others are the grid of the last layer, row by row.
+    Class, distillation and register tokens take part inside the model but are not in the grid.
 
     Args:
-        model: a timm model without classifier.
-        preprocess: what its input must look like.
-        report: what loading its weights did, if any were loaded.
+        model: A timm model without classifier.
+        preprocess: The input format of ``model``.
+        report: What loading the weights did, None if they are random.
     """
+
+    grid: tuple[int, int]
 
     def __init__(self, model: nn.Module, preprocess: Preprocess, report: LoadReport | None = None):
         super().__init__()
@@ -197,46 +219,69 @@ class TimmTower(nn.Module):
         self.preprocess = preprocess
         self.report = report
         self.width: int = model.num_features
+        stride = model.feature_info[-1]["reduction"]
+        self.grid = tuple(-(-side // stride) for side in preprocess.size)
+        # a ViT: every patch stays one token from its embedding to the last layer
+        is_vit = timm_attribute(timm_attribute(model, "patch_embed"), "grid_size") is not None
+        self.can_mask_patches = is_vit and timm_attribute(model, "num_prefix_tokens") is not None
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised to (B, 1 + P, D)."""
+        """Return (B, 1 + P, D) tokens of (B, 3, H, W) normalised images."""
         features = self.model.forward_features(image)
-        pooled = self.model.forward_head(features, pre_logits=True)
+        pooled = self.model.forward_head(features, pre_logits=True)  # (B, D)
         if features.ndim == 3:
-            grid = features[:, getattr(self.model, "num_prefix_tokens", 0) :]
-        elif getattr(self.model, "output_fmt", "NCHW") == "NHWC":
-            grid = features.flatten(1, 2)
+            grid = features[:, timm_attribute(self.model, "num_prefix_tokens", 0) :]  # (B, P, D)
+        elif timm_attribute(self.model, "output_fmt", "NCHW") == "NHWC":
+            grid = features.flatten(1, 2)  # (B, h, w, D) -> (B, P, D)
         else:
-            grid = features.flatten(2).mT
+            grid = features.flatten(2).mT  # (B, D, h, w) -> (B, P, D)
         return torch.cat([pooled[:, None], grid], dim=1)
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w) of the tokens behind the pooled one, for pictures of the size that `preprocess` makes."""
-        stride = self.model.feature_info[-1]["reduction"]
-        return tuple(-(-side // stride) for side in self.preprocess.size)
+    def forward_masked(self, image: Tensor, masked: Tensor, mask_token: Tensor) -> Tensor:
+        """Return a ViT's (B, P, D) final patch states, with the embeddings of masked patches replaced.
+
+        The last norm is applied, also that of a model which pools before it (``fc_norm``). ``train.compile`` has no
+        effect here: a compiled tower would keep the mask of the first step.
+
+        Args:
+            image: (B, 3, H, W) normalised.
+            masked: (B, P) bool.
+            mask_token: (D,).
+        """
+
+        def replace_patches(module: nn.Module, inputs: tuple[Tensor], patches: Tensor) -> Tensor:
+            # (B, P, D), or (B, h, w, D) where the model takes any image size. Positions are added later.
+            return torch.where(masked.view(*patches.shape[:-1], 1), mask_token.to(patches.dtype), patches)
+
+        with self.model.patch_embed.register_forward_hook(replace_patches):
+            states = self.forward(image)[:, 1:]
+        return self.model.fc_norm(states) if isinstance(self.model.norm, nn.Identity) else states
+
+    def position_grids(self) -> dict[str, Grid]:
+        """Return the position embeddings that lie on the patch grid."""
+        return {f"model.{name}": grid for name, grid in timm_position_grids(self.model).items()}
 
     def layer_ids(self) -> dict[str, int]:
-        """Parameter name to depth: see `timm_layer_ids`."""
+        """Return each parameter's depth, see `timm_layer_ids`."""
         return {f"model.{name}": depth for name, depth in timm_layer_ids(self.model).items()}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are no weights: class tokens, position embeddings, relative position tables."""
-        return {f"model.{name}" for name in timm_undecayed(self.model)}
+        """Return the names of class tokens, position embeddings and tables of relative positions."""
+        return {f"model.{name}" for name in timm_no_weight_decay(self.model)}
 
-    def set_activation_checkpointing(self, how: Checkpointing) -> None:
-        """See `vlp.encoders.activation_checkpointing`; "cheap" is for models with patches and blocks.
+    def set_activation_checkpointing(self, mode: Checkpointing) -> None:
+        """Switch activation checkpointing. "cheap" needs a model with patches and blocks.
 
-        Gradients stay as they are, but a BatchNorm counts each batch twice in its running statistics.
+        Gradients do not change, but with "full" a BatchNorm counts each batch twice in its running statistics.
 
         Raises:
-            UserError: if this model cannot.
+            UserError: if the model does not support ``mode``.
         """
-        if hasattr(self.model, "patch_embed") and hasattr(self.model, "blocks"):
-            return checkpoint_blocks(self.model.blocks, how)
-        if how == "cheap":
+        if timm_attribute(self.model, "patch_embed") is not None and timm_attribute(self.model, "blocks") is not None:
+            return checkpoint_blocks(self.model.blocks, mode)
+        if mode == "cheap":
             raise UserError(f"{type(self.model).__name__} has no blocks of matrix products; set it to full, or none")
         try:
-            return self.model.set_grad_checkpointing(how == "full")
+            return self.model.set_grad_checkpointing(mode == "full")
         except (AssertionError, AttributeError) as error:
             raise UserError(f"{type(self.model).__name__} cannot checkpoint activations; turn that off") from error

@@ -69,21 +69,19 @@ class Mome:
 
     def check(self) -> None:
         """Raises UserError for sizes that do not go together."""
-        for name, least in {
-            "width": 1,
-            "layers": 1,
-            "heads": 1,
-            "patch_size": 1,
-            "vocab_size": 1,
-            "max_text_length": 2,
-        }.items():
-            if getattr(self, name) < least:
-                raise UserError(f"the encoder's {name} is {getattr(self, name)}; set it to at least {least}")
-        for name in ("drop_path", "text_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(
-                    f"the encoder's {name} is {getattr(self, name)}; it is a probability, from 0 to below 1"
-                )
+        for name, value, least in (
+            ("width", self.width, 1),
+            ("layers", self.layers, 1),
+            ("heads", self.heads, 1),
+            ("patch_size", self.patch_size, 1),
+            ("vocab_size", self.vocab_size, 1),
+            ("max_text_length", self.max_text_length, 2),
+        ):
+            if value < least:
+                raise UserError(f"the encoder's {name} is {value}; set it to at least {least}")
+        for name, rate in (("drop_path", self.drop_path), ("text_dropout", self.text_dropout)):
+            if not 0 <= rate < 1:
+                raise UserError(f"the encoder's {name} is {rate}; it is a probability, from 0 to below 1")
         size = to_2tuple(self.image_size)
         if "image" in self.experts and any(side % self.patch_size or side < self.patch_size for side in size):
             raise UserError(
@@ -278,7 +276,7 @@ class MomeEncoder(nn.Module):
 
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to depth: embeddings and positions 0, layers 1 to L, the last norm L + 1."""
-        return layer_ids(self, r"layers\.(\d+)\.", behind=["norm."])
+        return layer_ids(self, r"layers\.(\d+)\.", last=["norm."])
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are no weights: positions, kinds and types, the class token; norms and biases too."""
@@ -293,5 +291,5 @@ class MomeEncoder(nn.Module):
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -16,19 +16,22 @@ import open_clip
 import torch
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlp.data.preprocess import Interpolation, Preprocess, Triple
 from vlp.encoders.activation_checkpointing import Checkpointing
-from vlp.encoders.image import timm_layer_ids, timm_undecayed
+from vlp.encoders.base import ImageTower, PooledTextTower
+from vlp.encoders.image import timm_layer_ids, timm_no_weight_decay
 from vlp.encoders.text import layer_ids, run_by_length
 from vlp.errors import UserError
 from vlp.weights import reading
 from vlp.weights.reading import Grid, LoadReport
 
 BLOCK = r"(?:resblocks\.|visual\.layer)(\d+)\."
-BEHIND = ("visual.ln_post", "visual.proj", "visual.attn", "visual.head", "text.ln_final", "text.text_projection")
+LAST = ("visual.ln_post", "visual.proj", "visual.attn", "visual.head", "text.ln_final", "text.text_projection")
 
 
 class ClipTowers(NamedTuple):
@@ -107,8 +110,9 @@ class OpenClip:
             scalars = {
                 name: value.reshape(()) for name, value in state.items() if name in ("logit_scale", "logit_bias")
             }
-            grid = getattr(model.visual, "grid_size", None)
-            grids = {"visual.positional_embedding": Grid(tuple(grid), prefix=1)} if grid else None
+            grids = {}
+            if isinstance(model.visual, VisionTransformer):
+                grids = {"visual.positional_embedding": Grid(tuple(model.visual.grid_size), prefix=1)}
             report = reading.load(model, state | scalars, new=["logit_bias"], ignored=["logit_bias"], grids=grids)
         size = model.visual.image_size
         size = (size, size) if isinstance(size, int) else tuple(size)
@@ -143,7 +147,7 @@ def _own_root_logger() -> Iterator[None]:
         root.handlers = handlers
 
 
-class ClipImageTower(nn.Module):
+class ClipImageTower(ImageTower):
     """open_clip's image tower as one token: its projected embedding, before it is normalised.
 
     The grid is left out: in open_clip it has another width than the embedding.
@@ -162,16 +166,16 @@ class ClipImageTower(nn.Module):
 
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to depth: stem 0, blocks (stages of a ResNet) 1 to L, final norm and projection L + 1."""
-        if not hasattr(self.visual, "trunk"):
-            return layer_ids(self, BLOCK, BEHIND)
+        if not isinstance(self.visual, TimmModel):
+            return layer_ids(self, BLOCK, LAST)
         ids = {f"visual.trunk.{name}": depth for name, depth in timm_layer_ids(self.visual.trunk).items()}
         top = max(ids.values()) + 1
         return {name: ids.get(name, top) for name, _ in self.named_parameters()}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are no weights: class token and embeddings of positions."""
-        if hasattr(self.visual, "trunk"):
-            return {f"visual.trunk.{name}" for name in timm_undecayed(self.visual.trunk)}
+        if isinstance(self.visual, TimmModel):
+            return {f"visual.trunk.{name}" for name in timm_no_weight_decay(self.visual.trunk)}
         return {n for n, _ in self.named_parameters() if n.endswith(("positional_embedding", "class_embedding"))}
 
     def set_activation_checkpointing(self, how: Checkpointing) -> None:
@@ -180,7 +184,7 @@ class ClipImageTower(nn.Module):
         Raises:
             UserError: if the tower cannot.
         """
-        model = getattr(self.visual, "trunk", self.visual)
+        model = self.visual.trunk if isinstance(self.visual, TimmModel) else self.visual
         if how != "none" and isinstance(model, ModifiedResNet):  # which would accept the call and do nothing
             raise UserError("open_clip's ResNets cannot checkpoint activations; turn that off")
         _not_cheap(how)
@@ -190,7 +194,7 @@ class ClipImageTower(nn.Module):
             raise UserError(f"{type(model).__name__} cannot checkpoint activations; turn that off") from error
 
 
-class ClipTextTower(nn.Module):
+class ClipTextTower(PooledTextTower):
     """open_clip's text tower as one token: its projected embedding, before it is normalised.
 
     Under a causal mask, with the embedding taken at the end-of-text token, what follows that token changes nothing:
@@ -235,13 +239,9 @@ class ClipTextTower(nn.Module):
         projection = tower.text_projection
         return (projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection)[:, None]
 
-    def token_mask(self, attention_mask: Tensor) -> Tensor:
-        """(B, L) bool to the (B, 1) mask of what `forward` returns."""
-        return attention_mask.new_ones(len(attention_mask), 1)
-
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to depth: embeddings 0, blocks 1 to L, final norm and projection L + 1."""
-        return layer_ids(self, BLOCK, BEHIND)
+        return layer_ids(self, BLOCK, LAST)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are no weights: embeddings of positions."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlp.encoders.image import TimmTower
+from vlp.encoders.base import PatchTower
 
 
 def patchify(image: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -47,12 +47,12 @@ class Pixels:
 
     normalise: bool = True
 
-    def build(self, tower: TimmTower, load_weights: bool = True) -> PixelTargets:
+    def build(self, tower: PatchTower, load_weights: bool = True) -> PixelTargets:
         return PixelTargets(self, tower)
 
 
 class PixelTargets(Frozen):
-    def __init__(self, spec: Pixels, tower: TimmTower):
+    def __init__(self, spec: Pixels, tower: PatchTower):
         super().__init__()
         self.normalise, self.grid = spec.normalise, tower.grid
         height, width = tower.preprocess.size
@@ -77,12 +77,12 @@ class RandomCodes:
     codes: int = 8192
     size: int = 16
 
-    def build(self, tower: TimmTower, load_weights: bool = True) -> RandomTokenizer:
+    def build(self, tower: PatchTower, load_weights: bool = True) -> RandomTokenizer:
         return RandomTokenizer(self, tower)
 
 
 class RandomTokenizer(Frozen):
-    def __init__(self, spec: RandomCodes, tower: TimmTower):
+    def __init__(self, spec: RandomCodes, tower: PatchTower):
         super().__init__()
         self.pixels, self.width = Pixels().build(tower), spec.codes
         # frozen parameters, not buffers: DDP sends buffers again with every batch

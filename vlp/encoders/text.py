@@ -1,6 +1,6 @@
-"""Text towers: any BERT-like transformers encoder, its pooled token first, run on as little padding as possible.
+"""Text towers from transformers, with the pooled token first, run on as little padding as possible.
 
-B batch, L text tokens, D width.
+B texts, L text tokens, D width.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlp.encoders.activation_checkpointing import Checkpointing, checkpoint_blocks
+from vlp.encoders.base import LayerSizes, TextTower, TextTowerSpec
 from vlp.errors import UserError
 from vlp.files import resolve
 from vlp.weights import reading
 from vlp.weights.reading import LoadReport
-from vlp.weights.run import is_run, read_run, run_spec
+from vlp.weights.run import is_run, read_run, tower_spec
 
-# What files of BERT-like models hold besides the encoder: pooler, heads of other tasks, buffers of older versions.
+# Parts of BERT-like checkpoints besides the encoder: pooler, heads of other tasks, buffers of older versions.
 HEADS = (
     *("pooler", "cls", "lm_head", "classifier", "qa_outputs", "vocab_transform", "vocab_layer_norm", "vocab_projector"),
     *("discriminator_predictions", "generator_predictions", "generator_lm_head"),
@@ -35,17 +36,17 @@ DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "a
 
 
 @dataclass(frozen=True)
-class BertText:
+class BertText(TextTowerSpec):
     """A text tower: any BERT-like encoder that transformers' `AutoModel` builds (BERT, RoBERTa, MPNet, ELECTRA, ...).
 
     Args:
-        weights: a transformers folder (config.json and model.safetensors or pytorch_model.bin), ``pip:PACKAGE/folder``,
-            or the folder of a run, whose newest text tower it then is; None = random, of the sizes in ``config``.
-        config: transformers' own size names. With ``model_type`` (bert, roberta, ...) among them it stands alone, and
-            what it leaves out takes transformers' default; without, it changes the config in the ``weights`` folder.
-        dropout: rate, hidden states and attention alike; None = the config's.
-        pool: "cls" = the state of the first token; "mean" = mean over the real tokens.
-        length_groups: into how many groups of rows of like length a batch is split; 1 = never. See `by_length`.
+        weights: A transformers folder (config.json and model.safetensors or pytorch_model.bin), ``pip:PACKAGE/folder``,
+            or a run folder, whose newest text tower is taken. None starts at random, with the sizes in ``config``.
+        config: Sizes by transformers' own names. With ``model_type`` (bert, roberta, ...) among them it is complete, and
+            missing sizes take transformers' defaults. Without, it changes the config of ``weights``.
+        dropout: Rate, for hidden states and attention alike. None takes the config's.
+        pool: "cls" pools by the state of the first token, "mean" by the mean over the real tokens.
+        length_groups: Number of groups of similar length that a batch is split into, see `by_length`. 1 never splits.
     """
 
     weights: str | None = None
@@ -55,14 +56,14 @@ class BertText:
     length_groups: int = 4
 
     def resolved(self) -> BertText:
-        """The same tower with its full architecture in ``config``: `build(load_weights=False)` needs no folder then."""
+        """Return the same tower with its full architecture in ``config``. `build(load_weights=False)` then reads nothing."""
         return replace(self, config=_architecture(self._config()))
 
     def build(self, load_weights: bool = True) -> BertTower:
-        """The tower, without pooler.
+        """Build the tower, without pooler.
 
         Args:
-            load_weights: False = leave the parameters random whatever ``weights`` says: a checkpoint follows.
+            load_weights: False leaves the parameters random even where ``weights`` is set.
 
         Raises:
             UserError: if a name in ``config`` is unknown, or the folder or its weights do not fit.
@@ -70,23 +71,38 @@ class BertText:
         from transformers import MODEL_MAPPING, AutoModel
 
         config = self._config()
-        config.use_cache = False  # is for decoders, and checkpointing would warn of it
-        for name in DROPOUTS:
-            if self.dropout is not None and hasattr(config, name):
-                setattr(config, name, self.dropout)
+        config.use_cache = False  # for decoders only, and activation checkpointing would warn about it
+        if self.dropout is not None:
+            config.update({name: self.dropout for name in DROPOUTS if name in config.to_dict()})
         takes_pooler = "add_pooling_layer" in inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
         try:
             model = AutoModel.from_config(config, **{"add_pooling_layer": False} if takes_pooler else {})
-        except ValueError as error:  # sizes that do not divide, say
+        except ValueError as error:  # e.g. heads that do not divide the width
             raise UserError(f"transformers cannot build this text tower: {_line(error)}") from error
         report = None
         if load_weights and self.weights:
             if is_run(self.weights):
-                state = read_run(self.weights, "text")
+                state = read_run(self.weights, "text.model")
             else:
                 state = read_encoder(self.weights, model.base_model_prefix)
             report = reading.load(model, state, ignored=HEADS + _layers_from(config.num_hidden_layers, state))
         return BertTower(model.float(), self.pool, self.length_groups, report)
+
+    def layer_sizes(self) -> LayerSizes:
+        """Return the sizes of the encoder's layers."""
+        config = self.resolved().config
+        return LayerSizes(
+            heads=config.get("num_attention_heads"),
+            hidden_size=config.get("intermediate_size"),
+            dropout=config.get("hidden_dropout_prob", LayerSizes.dropout) if self.dropout is None else self.dropout,
+            eps=config.get("layer_norm_eps", LayerSizes.eps),  # DistilBERT's config has none
+            positions=config.get("max_position_embeddings"),
+            token_types=config.get("type_vocab_size", LayerSizes.token_types),
+        )
+
+    def head_weights(self) -> str | None:
+        """Return the folder, which may have a head for masked language modelling."""
+        return self.weights
 
     def _config(self):
         from transformers import AutoConfig
@@ -103,7 +119,7 @@ class BertText:
             defaults = AutoConfig.for_model(model_type)
         except ValueError as error:
             raise UserError(
-                f"transformers has no model_type {model_type!r}; bert, roberta or distilbert, say"
+                f"transformers has no model_type {model_type!r}; set for example bert, roberta or distilbert"
             ) from error
         known = [*defaults.to_dict(), *defaults.attribute_map]
         for name in given:
@@ -113,23 +129,23 @@ class BertText:
                 raise UserError(f"a {model_type} config has no {name!r}; {hint}")
         try:
             return AutoConfig.for_model(model_type, **given)
-        except Exception as error:  # transformers' own check of types has its own class of error
-            raise UserError(f"this {model_type} config does not hold together: {_line(error)}") from error
+        except Exception as error:  # transformers checks types with an error class of its own
+            raise UserError(f"transformers refuses this {model_type} config: {_line(error)}") from error
 
     def _config_of_weights(self) -> dict[str, Any]:
         from transformers import AutoConfig
 
         if is_run(self.weights):
-            return run_spec(self.weights, "text").config
+            return tower_spec(self.weights, "text", BertText).config
         folder = resolve(self.weights)
         try:
             return _architecture(AutoConfig.from_pretrained(folder, local_files_only=True))
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.weights} is no transformers folder, nor a run: {_line(error)}") from error
+            raise UserError(f"{self.weights} is not a transformers folder or a run: {_line(error)}") from error
 
 
 def _architecture(config) -> dict[str, Any]:
-    """What this family of models adds to every transformers config: all that its shape and function depend on."""
+    """Return the entries that this family adds to every transformers config: its whole architecture."""
     from transformers import PretrainedConfig
 
     own = type(config)().to_dict().keys() - PretrainedConfig().to_dict().keys()
@@ -141,7 +157,15 @@ def _line(error: Exception) -> str:
 
 
 def read_encoder(weights: str, prefix: str) -> dict[str, Tensor]:
-    """The encoder's tensors in a transformers folder, named as the bare encoder names them."""
+    """Return the tensors of a transformers folder, by the names of the bare encoder.
+
+    Args:
+        weights: The folder, or ``pip:PACKAGE/folder``.
+        prefix: Name of the encoder within the saved model, removed where a name starts with it.
+
+    Raises:
+        UserError: if the folder has no weights in one file.
+    """
     folder = resolve(weights)
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
     if not files:
@@ -156,31 +180,32 @@ def read_encoder(weights: str, prefix: str) -> dict[str, Tensor]:
 
 
 def _layers_from(number: int, state: Iterable[str]) -> tuple[str, ...]:
-    """The layers of a deeper model: a config with fewer asks for the first ones."""
+    """Return the layers from ``number`` on. A config with fewer layers than the weights takes the first ones."""
     found = {match[0]: int(match[1]) for key in state if (match := re.match(r"\w+\.layers?\.(\d+)(?=\.)", key))}
-    return tuple(layer for layer, its_number in found.items() if its_number >= number)
+    return tuple(layer for layer, layer_number in found.items() if layer_number >= number)
 
 
 def by_length(lengths: Sequence[int], groups: int) -> list[Tensor]:
-    """Split rows into at most ``groups`` groups of like length, so that padding each to its longest row costs least.
+    """Split rows into at most ``groups`` groups of similar length with the least padding in total.
 
     Exact: dynamic programming over the U distinct lengths, U^2 * groups steps.
 
     Args:
-        lengths: of each row, in tokens.
+        lengths: Of each row, in tokens.
+        groups: Largest number of groups.
 
     Returns:
-        Index tensors (int64, on the CPU), shortest group first; together a permutation of all rows.
+        Index tensors (int64, on the CPU), shortest group first, together a permutation of all rows.
     """
     lengths = np.asarray(lengths)
     order = np.argsort(lengths, kind="stable")
     distinct, first = np.unique(lengths[order], return_index=True)
     ends = np.append(first, len(lengths))  # rows order[ends[i]:ends[j]] have the distinct lengths i .. j-1
-    # cost[j] = fewest tokens that hold the j shortest lengths, in as many groups as there were rounds
+    # cost[j]: fewest padded tokens for the j shortest lengths, in as many groups as rounds so far
     cost = np.where(np.arange(len(ends)) == 0, 0.0, np.inf)
     cuts = []
     for _ in range(min(groups, len(distinct))):
-        # candidate[i, j]: the groups so far end at i, and one more holds i .. j at length distinct[j]
+        # candidate[i, j]: the groups so far end at i, and one more covers i .. j at length distinct[j]
         candidate = cost[:-1, None] + (ends[None, 1:] - ends[:-1, None]) * distinct[None, :]
         candidate[np.tril_indices(len(distinct), -1)] = np.inf
         cuts.append(candidate.argmin(0))
@@ -196,59 +221,61 @@ def by_length(lengths: Sequence[int], groups: int) -> list[Tensor]:
 def run_by_length(
     encode: Callable[..., Tensor], input_ids: Tensor, attention_mask: Tensor, groups: int, *others: Tensor
 ) -> Tensor:
-    """``encode(input_ids, attention_mask, *others)`` for rows grouped by length, each group at its own longest row.
+    """Call ``encode`` on groups of rows of similar length, each truncated to its longest row.
 
-    Equal to one call at full length wherever padding cannot change a row, dropout aside; the gradient too. On a GPU it
-    costs one synchronisation with the host, for the lengths, which ``groups`` 1 avoids.
+    Value and gradient equal those of one call at full length wherever padding cannot change a row, dropout aside. On a
+    GPU it costs one host-device sync, for the lengths, which ``groups=1`` avoids.
 
     Args:
-        encode: (b, l) ids and mask, and (b, l, ...) others, to (b, l', D), where row i depends on row i alone and l'
-            grows with l.
-        input_ids: (B, L).
+        encode: Takes (b, l) ids and mask, and (b, l, ...) others, and returns (b, l', D), where row i depends on row i
+            only and l' grows with l.
+        input_ids: (B, L) int64.
         attention_mask: (B, L) bool, padding on the right.
-        others: (B, L, ...) whatever else a row needs; cut as the ids are.
+        groups: Largest number of groups.
+        others: (B, L, ...) further inputs of a row, truncated as the ids are.
 
     Returns:
-        (B, L', D), zero behind the end of a row's group, rows in the order in which they came.
+        (B, L', D) in the order of the input rows, zero after the end of a row's group.
     """
-    given = (input_ids, attention_mask, *others)
+    inputs = (input_ids, attention_mask, *others)
     if groups == 1 or len(input_ids) == 1:
-        return encode(*given)
+        return encode(*inputs)
     positions = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
     lengths = (attention_mask * positions).amax(1).tolist()
     rows = by_length(lengths, groups)
     longest = [max(lengths[part[-1]], 1) for part in rows]
-    order = torch.cat(rows).to(input_ids.device)
+    order = torch.cat(rows).to(input_ids.device)  # (B,)
     parts = order.split([len(part) for part in rows])
-    outputs = [encode(*(each[part, :n] for each in given)) for part, n in zip(parts, longest)]
+    outputs = [encode(*(each[part, :n] for each in inputs)) for part, n in zip(parts, longest)]
     width = max(out.shape[1] for out in outputs)
-    padded = torch.cat([F.pad(out, (0, 0, 0, width - out.shape[1])) for out in outputs])
+    padded = torch.cat([F.pad(out, (0, 0, 0, width - out.shape[1])) for out in outputs])  # (B, L', D) by group
     return padded[order.argsort()]
 
 
-def layer_ids(module: nn.Module, block: str, behind: Iterable[str] = ()) -> dict[str, int]:
-    """Parameter name to depth: 0 before the blocks, 1 to L in them, L + 1 behind them.
+def layer_ids(module: nn.Module, block: str, last: Iterable[str] = ()) -> dict[str, int]:
+    """Return each parameter's depth by name: 0 before the blocks, 1 to L in them, L + 1 after them.
 
     Args:
-        block: regular expression whose one group is the block's number.
-        behind: beginnings of the names of what comes after the last block.
+        module: The module with the parameters.
+        block: Regular expression whose one group is the block's number.
+        last: Name prefixes of the parameters after the last block.
     """
     names = [name for name, _ in module.named_parameters()]
     numbers = {name: int(found[1]) for name in names if (found := re.search(block, name))}
     depth = {number: i for i, number in enumerate(sorted(set(numbers.values())), start=1)}
-    after = {name: len(depth) + 1 for name in names if name.startswith(tuple(behind))}
+    after = {name: len(depth) + 1 for name in names if name.startswith(tuple(last))}
     return {name: after.get(name, depth.get(numbers.get(name), 0)) for name in names}
 
 
-class BertTower(nn.Module):
-    """A transformers encoder as a sequence of tokens, the pooled one first.
+class BertTower(TextTower):
+    """A transformers encoder as a sequence of tokens.
 
     Args:
-        model: a transformers encoder without pooler.
-        pool: "cls": the tokens are the encoder's, and the first is the pooled one; "mean": the mean over the real
-            tokens goes in front of them.
-        length_groups: see `run_by_length`.
-        report: what loading its weights did, if any were loaded.
+        model: A transformers encoder without pooler.
+        pool: "cls" returns the encoder's tokens, of which the first is the pooled one. "mean" puts the mean over the
+            real tokens in front of them.
+        length_groups: See `run_by_length`.
+        report: What loading the weights did, None if they are random.
     """
 
     def __init__(self, model: nn.Module, pool: str = "cls", length_groups: int = 1, report: LoadReport | None = None):
@@ -259,69 +286,76 @@ class BertTower(nn.Module):
         self.pool = pool
         self.length_groups = length_groups
         self.report = report
+        self.returns_token_states = pool == "cls"
         self.width: int = model.config.hidden_size
         self.vocab_size: int = model.config.vocab_size
         self.max_length: int = _max_length(model)
 
-    @property
-    def word_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the word embeddings."""
         return self.model.get_input_embeddings()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Encode (B, L) ids, padded on the right, with their (B, L) bool mask.
+        """Encode texts.
 
         Args:
-            keep: (B, L, 1) or (B, 1, W) bool, W the width of the embeddings: False where what the embedding layer
-                gives out, positions and norm included, is set to 0.
+            input_ids: (B, L) int64, padded on the right.
+            attention_mask: (B, L) bool.
+            keep: See `forward_cutoff`. None keeps everything.
 
         Returns:
-            (B, L, D), or (B, 1 + L, D) with pool "mean"; `token_mask` says which are real, the rest means nothing.
+            (B, L', D) with L' <= L, or (B, 1 + L', D) with pool "mean". `token_mask` says which tokens are real. The
+            values at the others are undefined.
 
         Raises:
-            ValueError: if L is above ``max_length``.
+            ValueError: if L exceeds ``max_length``.
         """
         if input_ids.shape[1] > self.max_length:
             raise ValueError(f"texts of {input_ids.shape[1]} tokens; this tower takes {self.max_length}")
-        # looked up once for all groups: the gradient of each look-up is as large as the whole vocabulary
-        words = self.word_embeddings(input_ids)
+        # one look-up for all groups: the gradient of each look-up is as large as the whole vocabulary
+        words = self.get_input_embeddings()(input_ids)  # (B, L, W)
         others = () if keep is None else (keep.expand(*input_ids.shape, -1),)
         return run_by_length(self._encode, input_ids, attention_mask, self.length_groups, words, *others)
 
+    def forward_cutoff(self, input_ids: Tensor, attention_mask: Tensor, keep: Tensor) -> Tensor:
+        """Encode texts with a part of the embedding layer's output, positions and norm included, set to zero."""
+        return self(input_ids, attention_mask, keep)
+
     def _encode(self, input_ids: Tensor, attention_mask: Tensor, words: Tensor, keep: Tensor | None = None) -> Tensor:
-        # a hook, since no model takes what comes out of its embedding layer: `inputs_embeds` goes in before the norm
-        cut = nullcontext()
+        # a hook, since no model takes the output of its embedding layer: `inputs_embeds` enters before the norm
+        zeroed = nullcontext()
         if keep is not None:
-            cut = self.model.embeddings.register_forward_hook(lambda module, given, out: out * keep)
-        with cut:
-            tokens = self.model(inputs_embeds=words, attention_mask=attention_mask).last_hidden_state
+            zeroed = self.model.embeddings.register_forward_hook(lambda module, inputs, out: out * keep)
+        with zeroed:
+            tokens = self.model(inputs_embeds=words, attention_mask=attention_mask).last_hidden_state  # (b, l, D)
         if self.pool == "cls":
             return tokens
         weight = attention_mask[:, :, None].to(tokens.dtype)
-        mean = (tokens * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+        mean = (tokens * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)  # (b, 1, D)
         return torch.cat([mean, tokens], dim=1)
 
     def token_mask(self, attention_mask: Tensor) -> Tensor:
-        """(B, L) bool to the mask of what `forward` returns: the mean in front, if there is one, is a token."""
+        """Return the mask of the output tokens. The mean in front, if there is one, counts as a token."""
         return attention_mask if self.pool == "cls" else F.pad(attention_mask, (1, 0), value=True)
 
     def layer_ids(self) -> dict[str, int]:
-        """Parameter name to depth: embeddings (and what all layers share) 0, blocks 1 to L, any final norm L + 1."""
-        return layer_ids(self, r"\.layers?\.(\d+)\.", behind=["model.final_norm"])
+        """Return each parameter's depth: embeddings and parts that all layers share 0, blocks 1 to L, final norm L + 1."""
+        return layer_ids(self, r"\.layers?\.(\d+)\.", last=["model.final_norm"])
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are no weights: embeddings of positions and of token types."""
+        """Return the names of the embeddings of positions and of token types."""
         endings = ("position_embeddings.weight", "token_type_embeddings.weight", "relative_attention_bias.weight")
         return {name for name, _ in self.named_parameters() if name.endswith(endings)}
 
-    def set_activation_checkpointing(self, how: Checkpointing) -> None:
-        """See `vlp.encoders.activation_checkpointing`."""
+    def set_activation_checkpointing(self, mode: Checkpointing) -> None:
+        """Switch activation checkpointing of the blocks."""
         for name, module in self.model.named_modules():
             if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in ("layer", "layers"):
-                checkpoint_blocks(module, how)
+                checkpoint_blocks(module, mode)
 
 
 def _max_length(model: nn.Module) -> int:
-    """Tokens that have a position: RoBERTa and its kin count from behind the padding index and so have fewer."""
-    positions = getattr(model.embeddings, "position_embeddings", None)
-    reserved = getattr(positions, "padding_idx", None)
+    """Return the number of usable positions. RoBERTa and its relatives count from after the padding index."""
+    positions = dict(model.embeddings.named_children()).get("position_embeddings")
+    reserved = positions.padding_idx if isinstance(positions, nn.Embedding) else None
     return model.config.max_position_embeddings - (0 if reserved is None else reserved + 1)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from vlp.data.augment import Resize
 from vlp.data.preprocess import Preprocess
 from vlp.data.text import pad
+from vlp.encoders.base import ImageTower, PooledTextTower
 from vlp.errors import UserError
 from vlp.models.dual import Dual, DualEncoder
 from vlp.weights import reading
@@ -142,7 +143,7 @@ def _preprocessing(folder: Path, config) -> tuple[Preprocess, Resize]:
     return preprocess, Resize(mode="center" if shortest else "squash", fraction=size[0] / resized[0])
 
 
-class TransformersImageTower(nn.Module):
+class TransformersImageTower(ImageTower):
     """A vision model of transformers as one token: what it pools, before any projection."""
 
     def __init__(self, model: nn.Module, preprocess: Preprocess, report: LoadReport):
@@ -168,7 +169,7 @@ def patches_of(image: Tensor, side: int) -> tuple[Tensor, tuple[int, int]]:
     return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2), (rows, columns)
 
 
-class TransformersTextTower(nn.Module):
+class TransformersTextTower(PooledTextTower):
     """A text model of transformers as one token: what it pools, or its first state (ALIGN).
 
     Args:
@@ -195,10 +196,6 @@ class TransformersTextTower(nn.Module):
             return self.model(input_ids=whole).pooler_output[:, None]
         out = self.model(input_ids=input_ids, attention_mask=attention_mask.long())
         return out.pooler_output[:, None] if self.kind == "clip" else out.last_hidden_state[:, :1]
-
-    def token_mask(self, attention_mask: Tensor) -> Tensor:
-        """(B, L) bool to the (B, 1) mask of what `forward` returns."""
-        return attention_mask.new_ones(len(attention_mask), 1)
 
 
 class TransformersTokenizer:

@@ -14,11 +14,10 @@ from torch.nn import functional as F
 
 from vlp.data.preprocess import Preprocess
 from vlp.encoders.activation_checkpointing import Checkpointing
+from vlp.encoders.base import ImageTower, ImageTowerSpec, TextTower, TextTowerSpec
 from vlp.encoders.decoder import Decoder, Predicted
 from vlp.encoders.fusion import AlternatingImages, CrossAttentionCache, Fusion, ImageTokens, Wanted
-from vlp.encoders.heads import VocabularyHead
-from vlp.encoders.image import TimmImage, position_grids
-from vlp.encoders.text import BertText
+from vlp.encoders.heads import vocabulary_head
 from vlp.errors import UserError
 from vlp.models.base import Encodings
 from vlp.models.dual import l2_normalize, tower_layer_ids
@@ -27,7 +26,7 @@ from vlp.types import Answers, Encoded
 from vlp.weights import reading
 from vlp.weights.albef import as_twins, load_albef
 from vlp.weights.reading import LoadReport
-from vlp.weights.run import is_run, run_state
+from vlp.weights.run import is_run, read_run
 
 # what a file may hold, or lack, that a model for other objectives lacks, or holds
 HEADS = ("image_projection", "text_projection", "temperature", "itm", "mlm", "classifier", "assignment", "decoder")
@@ -65,8 +64,8 @@ class Albef:
             starts as its fusion layers, word embeddings and head for masked words, as published.
     """
 
-    image: TimmImage
-    text: BertText
+    image: ImageTowerSpec
+    text: TextTowerSpec
     fusion: Fusion = Fusion()
     itc: bool = True
     itm: bool = True
@@ -96,16 +95,18 @@ class Albef:
             UserError: if the sizes, or the weights, do not go together.
         """
         check_temperatures(self.temperature, self.temperature_min, self.temperature_max)
-        if self.text.pool != "cls":
-            raise UserError(
-                f"fusion begins with the text's own first token; set text.pool to cls, not {self.text.pool!r}"
-            )
         if self.fusion.images > 1 and (self.itm or self.mlm):
             raise UserError(f"itm and mlm look at one image, fusion.images is {self.fusion.images}; set both to false")
         part_by_part = load_weights and not self.weights
-        model = AlbefModel(self, self.image.build(part_by_part), self.text.build(part_by_part), part_by_part)
+        image, text = self.image.build(part_by_part), self.text.build(part_by_part)
+        if not text.returns_token_states:
+            raise UserError(
+                "fusion reads the state of every text token, the first one pooled; set text.pool to cls, or choose "
+                "another text tower"
+            )
+        model = AlbefModel(self, image, text, part_by_part)
         if load_weights and self.weights:
-            model.load(run_state(self.weights) if is_run(self.weights) else load_albef(self.weights).student)
+            model.load(read_run(self.weights) if is_run(self.weights) else load_albef(self.weights).student)
         return model
 
 
@@ -118,12 +119,12 @@ class AlbefModel(LearnedScale):
 
     Args:
         spec: of all but the towers.
-        image: tower, see `vlp.encoders.image.TimmTower`.
-        text: tower, see `vlp.encoders.text.BertTower`.
+        image: tower, see `vlp.encoders.base.ImageTower`.
+        text: tower, see `vlp.encoders.base.TextTower`.
         load_weights: see `Albef.build`.
     """
 
-    def __init__(self, spec: Albef, image: nn.Module, text: nn.Module, load_weights: bool = True):
+    def __init__(self, spec: Albef, image: ImageTower, text: TextTower, load_weights: bool = True):
         super().__init__()
         self.image, self.text, self.itc = image, text, spec.itc
         self.embed_size = spec.embed_size if spec.itc else text.width
@@ -138,9 +139,7 @@ class AlbefModel(LearnedScale):
         if spec.itm:
             self.itm = nn.Linear(text.width, 2)
         if spec.mlm:
-            self.mlm = VocabularyHead(text.width, text.word_embeddings, text.model.config)
-            if load_weights and spec.text.weights:
-                self.mlm.load(spec.text.weights)
+            self.mlm = vocabulary_head(spec.text, text, load_weights)
         if spec.classes:
             width = text.width
             self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, spec.classes))
@@ -148,7 +147,8 @@ class AlbefModel(LearnedScale):
             self.assignment = nn.Linear(text.width, spec.fusion.images + 1)
         if spec.decoder:
             source_width = text.width if answers else image.width
-            self.decoder = spec.decoder.resolved(spec.text).build(text, source_width, load_weights)
+            decoder, sizes = spec.decoder.resolved(spec.text), spec.text.layer_sizes()
+            self.decoder = decoder.build(text, sizes, source_width, load_weights)
         self.report: LoadReport | None = None
 
     def load(self, student: Mapping[str, Tensor]) -> None:
@@ -162,7 +162,7 @@ class AlbefModel(LearnedScale):
         if self.fusion is not None:
             images = self.fusion.images
             student = as_twins(student, len(self.fusion.layers) // images, images)
-        grids = {f"image.model.{name}": grid for name, grid in position_grids(self.image.model).items()}
+        grids = {f"image.{name}": grid for name, grid in self.image.position_grids().items()}
         own = {name.partition(".")[0] for name, _ in self.named_parameters()}
         ignored = [part for part in (*HEADS, "fusion") if part not in own]
         self.report = reading.load(self, self._with_decoder(student), new=HEADS, ignored=ignored, grids=grids)
@@ -271,7 +271,7 @@ class AlbefModel(LearnedScale):
         """
         tokens = self._text_tokens(input_ids, f.batch.attention_mask)
         states = self.fusion(tokens, f.batch.attention_mask, self._seen(f), at=positions)
-        return self.mlm(states, self.text.word_embeddings)
+        return self.mlm(states, self.text.get_input_embeddings())
 
     def classify(self, f: Encodings) -> Tensor:
         """(B, C) logits of the classes of texts with their image, or with all of their images, from fusion's first token."""

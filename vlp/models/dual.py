@@ -15,15 +15,14 @@ from torch.nn import functional as F
 
 from vlp.data.preprocess import Preprocess
 from vlp.encoders.activation_checkpointing import Checkpointing
-from vlp.encoders.image import TimmImage, TimmTower, position_grids
+from vlp.encoders.base import ImageTower, ImageTowerSpec, TextTower, TextTowerSpec, Tower
 from vlp.encoders.open_clip import OpenClip
-from vlp.encoders.text import BertText
 from vlp.errors import UserError
 from vlp.models.temperature import LearnedScale, check_temperatures
 from vlp.types import Encoded
 from vlp.weights import reading
 from vlp.weights.reading import LoadReport
-from vlp.weights.run import run_state
+from vlp.weights.run import read_run
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class Dual:
             scalars too; positions are resized to ``image.image_size``.
     """
 
-    image: TimmImage | None = None
-    text: BertText | None = None
+    image: ImageTowerSpec | None = None
+    text: TextTowerSpec | None = None
     towers: OpenClip | None = None
     projection: Literal["text-to-image", "both", "none"] = "text-to-image"
     embed_size: int | None = None
@@ -94,7 +93,7 @@ class Dual:
             raise UserError("temperature None takes it from open_clip weights, and there are none; set a number")
         model = DualEncoder(replace(self, temperature=temperature or 1.0, bias=bias), image, text)
         if load_weights and self.weights:
-            model.load(run_state(self.weights))
+            model.load(read_run(self.weights))
         return model
 
 
@@ -103,14 +102,14 @@ class DualEncoder(LearnedScale):
 
     Args:
         spec: its projection, temperature and bias; the towers are given.
-        image: tower, see `vlp.encoders.image.TimmTower`.
-        text: tower, see `vlp.encoders.text.BertTower`.
+        image: tower, see `vlp.encoders.base.ImageTower`.
+        text: tower, see `vlp.encoders.base.TextTower`.
 
     Raises:
         UserError: if the widths of the towers and ``spec.projection`` do not go together.
     """
 
-    def __init__(self, spec: Dual, image: nn.Module, text: nn.Module):
+    def __init__(self, spec: Dual, image: ImageTower, text: TextTower):
         super().__init__()
         self.image, self.text = image, text
         self.embed_size = _embed_size(spec, image.width, text.width)
@@ -131,8 +130,8 @@ class DualEncoder(LearnedScale):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes everything from another dual encoder's ``state``; UserError if it is of other sizes."""
-        grids = position_grids(self.image.model) if isinstance(self.image, TimmTower) else {}
-        self.report = reading.load(self, state, grids={f"image.model.{name}": grid for name, grid in grids.items()})
+        grids = {f"image.{name}": grid for name, grid in self.image.position_grids().items()}
+        self.report = reading.load(self, state, grids=grids)
 
     @property
     def preprocess(self) -> Preprocess:
@@ -183,7 +182,7 @@ class DualEncoder(LearnedScale):
         self.text.set_activation_checkpointing(how)
 
 
-def tower_layer_ids(image: nn.Module, text: nn.Module) -> dict[str, int]:
+def tower_layer_ids(image: Tower, text: Tower) -> dict[str, int]:
     """Depth of the parameters of ``image`` and ``text``; both end at the same, and the shallower tower starts later."""
     towers = {"image": image.layer_ids(), "text": text.layer_ids()}
     deepest = max(max(ids.values()) for ids in towers.values())

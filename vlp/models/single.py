@@ -14,9 +14,8 @@ from torch.nn import functional as F
 
 from vlp.data.preprocess import Preprocess
 from vlp.encoders.activation_checkpointing import Checkpointing
-from vlp.encoders.heads import PatchHead, VocabularyHead, check_vit, encode_masked
-from vlp.encoders.image import TimmImage
-from vlp.encoders.text import BertText
+from vlp.encoders.base import ImageTowerSpec, TextTowerSpec, Tower
+from vlp.encoders.heads import PatchHead, check_patch_masking, vocabulary_head
 from vlp.errors import UserError
 from vlp.models.base import Encodings
 from vlp.types import Encoded
@@ -39,8 +38,8 @@ class Single:
         mim: what a head predicts of masked patches: a spec of `vlp.encoders.patch_targets`; None = there is none.
     """
 
-    image: TimmImage | None = None
-    text: BertText | None = None
+    image: ImageTowerSpec | None = None
+    text: TextTowerSpec | None = None
     head: Literal["none", "linear", "mlp", "tanh"] = "none"
     head_norm: bool = False
     hidden_size: int | None = None
@@ -74,11 +73,8 @@ class Single:
             )
         tower = (self.image or self.text).build(load_weights)
         if self.mim:
-            check_vit(tower)
-        model = SingleTower(self, tower, load_weights)
-        if self.mlm and load_weights and self.text.weights:
-            model.mlm.load(self.text.weights)
-        return model
+            check_patch_masking(tower)
+        return SingleTower(self, tower, load_weights)
 
 
 def _head(spec: Single, width: int) -> nn.Module:
@@ -105,22 +101,22 @@ class SingleTower(nn.Module):
 
     Args:
         spec: of the heads; the tower is given.
-        tower: `vlp.encoders.image.TimmTower` or `vlp.encoders.text.BertTower`.
+        tower: see `vlp.encoders.base`.
         load_weights: see `Single.build`.
     """
 
-    def __init__(self, spec: Single, tower: nn.Module, load_weights: bool = True):
+    def __init__(self, spec: Single, tower: Tower, load_weights: bool = True):
         super().__init__()
         self.image = tower if spec.image else None
         self.text = tower if spec.text else None
         self.head = _head(spec, tower.width)
         self.embed_size = spec.embed_size or tower.width
         self.classifier = None if spec.classes is None else nn.Linear(tower.width, spec.classes)
-        self.mlm = VocabularyHead(tower.width, tower.word_embeddings, tower.model.config) if spec.mlm else None
+        self.mlm = vocabulary_head(spec.text, tower, load_weights) if spec.mlm else None
         self.mim = PatchHead(tower, spec.mim.build(tower, load_weights)) if spec.mim else None
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Tower:
         return self.image if self.text is None else self.text
 
     @property
@@ -171,7 +167,7 @@ class SingleTower(nn.Module):
         # behind a pooled token put in front; and a tower may have cut padding that all rows share
         tokens = tokens[:, self.text.token_mask(f.batch.attention_mask).shape[1] - input_ids.shape[1] :]
         row, column = positions // input_ids.shape[1], positions % input_ids.shape[1]
-        return self.mlm(tokens[row, column], self.text.word_embeddings)
+        return self.mlm(tokens[row, column], self.text.get_input_embeddings())
 
     def masked_image(self, f: Encodings, positions: Tensor) -> Tensor:
         """What ``mim.targets`` are predicted to be where patches of the pictures of ``f`` are masked.
@@ -185,7 +181,7 @@ class SingleTower(nn.Module):
         height, width = self.mim.grid
         masked = torch.zeros(len(f.batch) * height * width, dtype=torch.bool, device=positions.device)
         masked[positions] = True
-        states = encode_masked(self.image, f.batch.image, masked.view(len(f.batch), -1), self.mim.mask_token)
+        states = self.image.forward_masked(f.batch.image, masked.view(len(f.batch), -1), self.mim.mask_token)
         return self.mim(states.flatten(0, 1)[positions])
 
     def _embed(self, pooled: Tensor) -> Tensor:

@@ -190,7 +190,7 @@ class VlmoModel(nn.Module):
         if spec.classes is not None:
             self.classifier = Classifier(width, spec.images, spec.classes)
         if spec.mlm:
-            self.mlm = VocabularyHead(width, self.encoder.text.words, None)
+            self.mlm = VocabularyHead(width, self.encoder.text.words)
             self.words = None if spec.tie_words else nn.Linear(width, spec.encoder.vocab_size, bias=False)
         if spec.mim:
             self.mim = PatchHead(self.encoder, spec.mim.build(self.encoder, load_weights))

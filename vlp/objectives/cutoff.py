@@ -62,8 +62,8 @@ class Cutoff:
         batch, tower, classifier = f.batch, f.model.text, f.model.classifier
         logits = [classifier(f.text.tokens[:, 0])]
         for _ in range(self.copies):
-            keep, mask = self.restrict(batch.attention_mask, tower.word_embeddings.embedding_dim)
-            logits.append(classifier(tower(batch.input_ids, mask, keep)[:, 0]))
+            keep, mask = self.restrict(batch.attention_mask, tower.get_input_embeddings().embedding_dim)
+            logits.append(classifier(tower.forward_cutoff(batch.input_ids, mask, keep)[:, 0]))
         whole, *restricted = (F.cross_entropy(each.float(), batch.labels) for each in logits)
         return whole + self.augmented * sum(restricted) + self.consistency * jensen_shannon(*logits)
 

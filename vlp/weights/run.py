@@ -1,9 +1,9 @@
-"""Start a new run from the weights of an earlier one."""
+"""Read the weights of an earlier run, to start a new one from."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -11,48 +11,61 @@ from vlp.errors import UserError
 from vlp.specs.json import read
 from vlp.weights import checkpoints
 
+Spec = TypeVar("Spec")
+
 
 def is_run(path: str | None) -> bool:
-    """Whether ``path`` is the folder of a run of vlp."""
+    """Return whether ``path`` is a run folder of vlp."""
     return path is not None and (Path(path).expanduser() / "experiment.json").is_file()
 
 
-def run_spec(folder: str, tower: Literal["image", "text"] | None = None) -> Any:
-    """The spec of a run's image or text tower, or of its whole model, with all its sizes.
+def run_spec(folder: str) -> Any:
+    """Return the model spec of a run, with all its sizes."""
+    return read(Path(folder).expanduser() / "experiment.json").model
+
+
+def tower_spec(folder: str, tower: Literal["image", "text"], kind: type[Spec]) -> Spec:
+    """Return the spec of a run's image or text tower, with all its sizes.
+
+    Args:
+        kind: The class that the spec must have.
 
     Raises:
-        UserError: if the run has no such tower.
+        UserError: if the run has no such tower, or one of another kind.
     """
-    spec = read(Path(folder).expanduser() / "experiment.json").model
-    if tower is not None:
-        spec = getattr(spec, tower, None)
+    model = run_spec(folder)
+    spec = model.image if tower == "image" else model.text
     if spec is None:
         raise UserError(f"the run {folder} has no {tower} tower to start from; name a run that has one")
+    if not isinstance(spec, kind):
+        raise UserError(
+            f"the {tower} tower of the run {folder} is a {type(spec).__name__}, not a {kind.__name__}; start a "
+            f"{type(spec).__name__} from it, or name another run"
+        )
     return spec
 
 
-def read_run(folder: str, tower: Literal["image", "text"]) -> dict[str, Tensor]:
-    """The tensors of a run's tower, without its heads: see `run_state`.
+def read_run(folder: str, part: str = "") -> dict[str, Tensor]:
+    """Return the tensors of a run's model, or of one part of it.
+
+    They are those of the newest undamaged checkpoint, and its averaged weights (EMA) where the run kept an average.
+
+    Args:
+        part: Dotted name of a module, e.g. ``image`` or ``text.model``. Names are relative to it. Empty means the whole
+            model.
 
     Raises:
-        UserError: if the run has no such tower, or no checkpoint.
+        UserError: if the run has no checkpoint, or no such part.
     """
-    run_spec(folder, tower)
-    prefix = f"{tower}.model."
-    return {key.removeprefix(prefix): value for key, value in run_state(folder).items() if key.startswith(prefix)}
-
-
-def run_state(folder: str) -> dict[str, Tensor]:
-    """All tensors of a run's model: of the newest whole checkpoint, averaged if it kept an average.
-
-    Raises:
-        UserError: if the run has no checkpoint.
-    """
-
-    whole = checkpoints.newest_whole(Path(folder).expanduser() / "checkpoints")
-    if whole is None:
+    newest = checkpoints.newest_whole(Path(folder).expanduser() / "checkpoints")
+    if newest is None:
         raise UserError(
             f"the run {folder} has no checkpoint to start from; train it first: vlp train --resume {folder}"
         )
-    averaged = (whole / "average.safetensors").is_file()
-    return checkpoints.read(whole, "average" if averaged else "model")
+    averaged = (newest / "average.safetensors").is_file()
+    state = checkpoints.read(newest, "average" if averaged else "model")
+    prefix = f"{part}." if part else ""
+    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if not found:
+        raise UserError(f"the run {folder} has no {part} to start from; name a run that has one")
+    return found

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vlp.errors import UserError
 from vlp.weights.reading import read_weights
-from vlp.weights.run import is_run, run_state
+from vlp.weights.run import is_run, read_run
 
 TEXT_POSITIONS = 196  # M of every published table, whatever the texts of a stage were cut to
 NAMES = {
@@ -102,7 +102,7 @@ def load_vlmo(source: str | Path | Mapping[str, Tensor]) -> VlmoCheckpoint:
         UserError: if the file cannot be read without running code, or is of another model.
     """
     if not isinstance(source, Mapping) and is_run(str(source)):
-        return VlmoCheckpoint(run_state(str(source)))
+        return VlmoCheckpoint(read_run(str(source)))
     state, name = (
         (dict(source), "the checkpoint") if isinstance(source, Mapping) else (read_weights(source), str(source))
     )
