@@ -166,12 +166,12 @@ def test_training_that_diverges_says_so_in_one_line(world, output):
 
 
 def crashes_in_evaluation(arguments: list[str]) -> int:
-    from vlp.tasks import base
+    from vlp.tasks import embeddings
 
     def encode_texts(*_):
         raise RuntimeError("a programming error")
 
-    base.encode_texts = encode_texts
+    embeddings.encode_texts = encode_texts
     return command_line(arguments)
 
 
@@ -254,7 +254,7 @@ def test_running_means_evaluated_by_two_processes_are_those_of_the_checkpoint(wo
 
 
 def test_two_processes_that_cannot_save_both_end(world, output):
-    from tests.test_checkpoint import has_little_room
+    from tests.training.test_checkpoint import has_little_room
 
     arguments = [*toy_overrides(world, output), "name=no-room"]
     done = run("train", TOY, *arguments, function=has_little_room, world=2)

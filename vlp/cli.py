@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib
 import json
 import os
 import shlex
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
-from vlp.commands import configs, show
+from vlp.commands import configs, evaluate, gradcam, report, serve, show
 from vlp.commands.annotations import add_annotation_commands
 from vlp.commands.dedup import add_dedup_command
 from vlp.commands.progress import progress_bar
@@ -22,23 +21,6 @@ from vlp.errors import UserError
 
 # what a full or forbidden disk answers, to the write of a log line too
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-
-# name of `vlp eval` -> its module and class, imported only when it runs
-TASKS = {
-    "retrieval": ("vlp.tasks.retrieval", "Retrieval"),
-    "rerank": ("vlp.tasks.rerank", "Rerank"),
-    "minimal-pairs": ("vlp.tasks.minimal_pairs", "MinimalPairs"),
-    "zero-shot": ("vlp.tasks.zero_shot", "ZeroShot"),
-    "knn": ("vlp.tasks.probe", "Knn"),
-    "probe": ("vlp.tasks.probe", "LinearProbe"),
-    "image-accuracy": ("vlp.tasks.image_accuracy", "ImageAccuracy"),
-    "sts": ("vlp.tasks.sentence_similarity", "SentenceSimilarity"),
-    "classification": ("vlp.tasks.annotated_classes", "Classes"),
-    "vqa": ("vlp.tasks.vqa", "Vqa"),
-    "captioning": ("vlp.tasks.captioning", "CaptionQuality"),
-    "grounding": ("vlp.tasks.grounding", "Grounding"),
-    "masked": ("vlp.tasks.masked", "MaskedPrediction"),
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,53 +57,16 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", metavar="RUN", help="continue this run folder where it stopped")
     train.set_defaults(run=run_train)
 
-    evaluate = commands.add_parser("eval", help=f"evaluate a run, or published weights: {', '.join(TASKS)}")
-    evaluate.add_argument(
-        "what",
-        metavar="RUN_OR_WEIGHTS",
-        help="a run; a file of ALBEF's or VLMo's weights; a transformers folder (CLIP, ALIGN, SigLIP); open_clip:NAME/TAG_OR_FILE",
-    )
-    evaluate.add_argument("task", choices=TASKS)
-    evaluate.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. data=shards/val ks=1,5,10 tokenizer=bert-base-uncased/"
-    )
-    evaluate.add_argument(
-        "--checkpoint", metavar="STEP", help="of a run: a step, 'best' or 'last' (default: best if there is one)"
-    )
-    evaluate.set_defaults(run=run_eval)
-
-    cam = commands.add_parser("gradcam", help="draw where the words of captions look in their pictures (ALBEF)")
-    cam.add_argument("folder", metavar="RUN", type=Path)
-    cam.add_argument("--data", metavar="SHARDS", help="pictures with captions (default: the run's data.val)")
-    cam.add_argument("--words", default="", metavar="A,B", help="only captions with these words, and these words alone")
-    cam.add_argument("--pictures", type=int, default=6, help="drawn at random (default: %(default)s)")
-    cam.add_argument("--layer", type=int, help="of fusion, from 0 (default: a third of the way up)")
-    cam.add_argument("--checkpoint", metavar="STEP", help="a step, 'best' or 'last' (default: best if there is one)")
-    cam.add_argument("--output", type=Path, metavar="PNG", help="default: RUN/gradcam.png")
-    cam.set_defaults(run=run_gradcam)
+    evaluate.add_parser(commands)
+    gradcam.add_parser(commands)
 
     ablate = commands.add_parser("ablate", help="train variants over seeds, and tabulate what each change is worth")
     ablate.add_argument("config", help="a Python config, or FILE.py:NAME, that returns a vlp.sweeps.ablation.Ablation")
     ablate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seeds=0,1 train.steps=100")
     ablate.set_defaults(run=run_ablate)
 
-    report = commands.add_parser(
-        "report", help="write RUN/report.html, or a page that compares all that is given: vlp report runs/*"
-    )
-    report.add_argument("folders", metavar="RUN", nargs="+", type=Path)
-    report.add_argument(
-        "--output",
-        type=Path,
-        metavar="FOLDER",
-        help="of the page that compares several runs (default: runs/comparison)",
-    )
-    report.set_defaults(run=run_report)
-
-    serve = commands.add_parser("serve", help="search pictures by words in the browser (extra 'serve')")
-    serve.add_argument("folder", metavar="RUN")
-    serve.add_argument("--data", metavar="SHARDS", help="pictures to search (default: the run's data.val)")
-    serve.add_argument("--port", type=int, default=7860)
-    serve.set_defaults(run=run_serve)
+    report.add_parser(commands)
+    serve.add_parser(commands)
 
     show.add_parser(commands)
     configs.add_parser(commands)
@@ -219,89 +164,6 @@ def run_ablate(options: argparse.Namespace) -> int:
         print(f"stopped; continue with: {shlex.join(['vlp', 'ablate', options.config, *options.overrides])}")
         return 0
     print((ablation.folder / "table.md").read_text() + f"\n{ablation.folder}/table.md and plot.png")
-    return 0
-
-
-def run_eval(options: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
-    from vlp.loading.load_model import LoadOptions, load_model
-    from vlp.specs.overrides import override
-    from vlp.tasks.base import result_name
-    from vlp.tasks.contamination import leaked
-    from vlp.training.validation import check_limits
-
-    module, name = TASKS[options.task]
-    task = getattr(importlib.import_module(module), name)()
-    names = {field.name for field in fields(task)}
-    of_opening = {
-        field.name for field in fields(LoadOptions)
-    } - names  # what both have, such as max_length, is the task's
-    own = [text for text in options.overrides if text.partition("=")[0] not in of_opening]
-    task = override(task, own)
-    opening = override(LoadOptions(), [text for text in options.overrides if text not in own])
-    check_limits(task)
-    check_limits(opening)
-    opened = load_model(options.what, options.checkpoint, opening)
-    subject = opened.subject
-    for part, report in opened.reports.items():
-        print(f"{part} weights: {report or 'random'}")
-    task.check(subject.data)
-    seen = leaked(task, subject.data, opening.allow_leak)
-    result = replace(task(subject), trained_on=seen)
-    path = opened.folder / "eval" / f"{result_name(options.task, task.data, own)}.json"
-    table = Table(
-        title=f"{options.task} on {result.data}: {', '.join(f'{n:,} {what}' for what, n in result.n.items())}"
-    )
-    for column in ("metric", "value", "95 % interval"):
-        table.add_column(column)
-    for metric, i in result.metrics.items():
-        value, low, high = i.texts(digits=2)
-        table.add_row(metric, value, f"{low} to {high}")
-    if subject.rank == 0:
-        try:
-            result.write(path, subject, opened.step)
-        except OSError as e:
-            raise UserError(f"cannot write {path}: {e.strerror or e}") from None
-        Console().print(table)
-        print(
-            f"protocol: {f'{result.name}: ' if result.name else ''}{result.protocol}\n{'' if opened.step is None else f'step {opened.step}, '}"
-            f"weights {subject.checkpoint[:16]}, {f'{seen:,} of the pictures trained on, ' if seen else ''}left out {len(result.bad)}; written to {path}"
-        )
-    return 0
-
-
-def run_gradcam(options: argparse.Namespace) -> int:
-    from vlp.loading.run import open_run
-    from vlp.tasks.grad_cam import draw_words
-
-    subject, step = open_run(options.folder, options.checkpoint)
-    source, path = options.data or subject.data.val, options.output or options.folder / "gradcam.png"
-    if not source:
-        raise UserError("gradcam has no pictures: give --data SHARDS")
-    words = tuple(filter(None, options.words.split(",")))
-    captions = draw_words(subject, source, path, words, options.pictures, options.layer)
-    print("\n".join([*captions, f"step {step}; wrote {path}"]))
-    return 0
-
-
-def run_report(options: argparse.Namespace) -> int:
-    from vlp.report.comparison import write_comparison
-    from vlp.report.run import write_report
-
-    if len(options.folders) > 1 or options.output or not (options.folders[0] / "experiment.json").exists():
-        path = write_comparison(options.folders, options.output or Path("runs/comparison"))
-    else:
-        path = write_report(options.folders[0])
-    print(f"wrote {path}")
-    return 0
-
-
-def run_serve(options: argparse.Namespace) -> int:
-    from vlp.commands.serve import serve
-
-    serve(Path(options.folder), options.data, options.port)
     return 0
 
 

@@ -277,7 +277,7 @@ def test_albef_file_has_no_tokenizer_and_says_so(albef_file, pictures, capsys, m
     assert main(["eval", *task, f"tokenizer={albef_file.parent / 'vocab.txt'}"]) == 0
     out = capsys.readouterr().out
     assert "model weights:" in out and "loaded" in out
-    result = json.loads(Path("runs/eval/ALBEF/eval/zero-shot-pictures.json").read_text())
+    result = json.loads(Path("runs/eval/ALBEF/eval/zero-shot-pictures-prompts=a_.json").read_text())
     assert result["step"] is None and len(result["checkpoint_sha256"]) == 64 and result["n"]["images"] == 10
 
 

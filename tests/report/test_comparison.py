@@ -31,11 +31,13 @@ def plain(value: float) -> Interval:
 
 def sts(mean: float, alignment: float, uniformity: float, data: str = "data/sts") -> Result:
     metrics = {"mean": plain(mean), "alignment": plain(alignment), "uniformity": plain(uniformity)}
-    return Result("sts", "Spearman", data, {"pairs": 1379}, metrics)
+    declared = {"task": "sts", "headline": "mean", "lower_is_better": ("alignment", "uniformity")}
+    return Result("Spearman", data, {"pairs": 1379}, metrics, **declared)
 
 
 def knn(top1: float, protocol: str = "kNN, k=200") -> Result:
-    return Result("knn", protocol, "imagenette", {"images": 1000, "classes": 10}, {"top1": Interval(top1, 0.1, 0.9)})
+    metrics = {"top1": Interval(top1, 0.1, 0.9)}
+    return Result(protocol, "imagenette", {"images": 1000, "classes": 10}, metrics, task="knn", headline="top1")
 
 
 def write(folder: Path, *results: Result, log: tuple[dict, ...] = (), step: int = 7) -> Path:
@@ -223,7 +225,9 @@ def test_what_is_wrong_and_mixed_up_is_shown_with_its_picture(tmp_path):
     wrong = [(reader.annotation(n), "<blue>", "red") for n in range(4)]
     for run, some in (("there", [wrong[0], wrong[3], wrong[1]]), ("gone", wrong)):
         details = mistakes(source, some) | {"confused": mixed_up(["<blue>", "red"], ["red", "red"])}
-        result = Result("vqa", "ranked", source.path, {"questions": 4}, {"accuracy": Interval(0.5, 0.4, 0.6)}, details)
+        result = Result(
+            "ranked", source.path, {"questions": 4}, {"accuracy": Interval(0.5, 0.4, 0.6)}, details, task="vqa"
+        )
         write(tmp_path / run, result)
     html = write_comparison([tmp_path / "there", tmp_path / "gone"], tmp_path / "out").read_text()
     assert html.count("&lt;blue&gt;</td><td>1 of 2</td>") == 2 and "<blue>" not in html

@@ -64,7 +64,7 @@ def test_report_of_a_run_that_has_one_tower_and_not_everything_in_its_log(tmp_pa
     assert html.count("data:image/png") == 1 and "What captions find" not in html and "<table>" not in html
     subject = EvalModel(None, None, experiment.data, None, checkpoint="abc")
     metrics = {"mean": Interval(0.5, 0.4, 0.6, percent=False), "uniformity": Interval(-2, -2.1, -1.9, percent=False)}
-    Result("sts", "Spearman", "sts", {"pairs": 10}, metrics).write(tmp_path / "eval" / "sts.json", subject, 2)
+    Result("Spearman", "sts", {"pairs": 10}, metrics, task="sts").write(tmp_path / "eval" / "sts.json", subject, 2)
     (tmp_path / "eval.jsonl").write_text('{"step": 1}\n{"step": 2, "sts/mean": 0.5, "sts/uniformity": -2}\n')
     html = write_report(tmp_path).read_text()
     assert "<td>0.500</td><td>0.400 to 0.600</td>" in html and "<td>-2.000</td>" in html

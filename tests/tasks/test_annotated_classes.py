@@ -130,7 +130,7 @@ def test_predictions_are_written_as_nlvr2_takes_them(world, tmp_path):
     assert sum(right) / len(right) == pytest.approx(result.metrics["accuracy"].value)
     named[3] = {key: value for key, value in named[3].items() if key != "identifier"}
     with pytest.raises(UserError, match="needs identifier in every line, each once"):
-        asked().check(under.data)
+        asked().validate(under.data)
 
 
 def test_weights_that_bring_no_training_are_told_the_fields(world):
@@ -146,7 +146,7 @@ def test_weights_that_bring_no_training_are_told_the_fields(world):
     found = task(world, **fields)(alone)
     assert found.metrics == expected.metrics and found.n == expected.n
     with pytest.raises(UserError, match="give label=FIELD classes=A,B"):
-        task(world, data=fields["data"]).check(alone.data)
+        task(world, data=fields["data"]).validate(alone.data)
 
 
 def test_pictures_without_a_text_have_classes_too(world, tmp_path):
@@ -165,10 +165,10 @@ def test_pictures_without_a_text_have_classes_too(world, tmp_path):
 def test_what_cannot_be_evaluated_says_so(world, tmp_path):
     under = subject(world, "statements", ONE)
     with pytest.raises(UserError, match="give data=ANNOTATIONS"):
-        Classes().check(Data(train=()))
+        Classes().validate(Data(train=()))
     unlabelled = replace(under.data, train=(replace(under.data.train[0], label=None, classes=()),))
     with pytest.raises(UserError, match="have no classes"):
-        task(world).check(unlabelled)
+        task(world).validate(unlabelled)
     with pytest.raises(UserError, match="train one with model.classes=C"):
         task(world)(replace(under, model=tiny().build()))
     three = (replace(under.data.train[0], classes=("false", "true", "maybe")),)

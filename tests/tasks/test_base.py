@@ -13,13 +13,14 @@ from vlp.encoders.mome import Mome
 from vlp.errors import UserError
 from vlp.models.single import Single
 from vlp.models.vlmo import Vlmo
+from vlp.specs.fields import check_limits
 from vlp.tasks.annotated_classes import Classes
-from vlp.tasks.base import result_name
+from vlp.tasks.naming import result_name
 from vlp.tasks.probe import Knn
 from vlp.tasks.rerank import Rerank
 from vlp.tasks.sentence_similarity import SentenceSimilarity
 from vlp.tasks.vqa import Vqa
-from vlp.training.validation import check_limits
+from vlp.tasks.zero_shot import ZeroShot
 
 MOME = Mome(32, 2, 2, 64, vl_from=1, image_size=32, vocab_size=99, max_text_length=16)
 TOGETHER = Vlmo(MOME, itc=False, itc_vl=False, itm=False, mlm=False, classes=2)
@@ -37,7 +38,7 @@ TOGETHER = Vlmo(MOME, itc=False, itc_vl=False, itm=False, mlm=False, classes=2)
 )
 def test_numbers_out_of_range_are_refused_before_anything_is_opened(task, name):
     with pytest.raises(UserError, match=rf"^sts-dev\.{name} is -?\d; set it to at least \d"):
-        check_limits(task, "sts-dev.")
+        check_limits(task, "sts-dev")
 
 
 @pytest.mark.parametrize(
@@ -93,13 +94,8 @@ def test_model_that_reads_nothing_is_refused(tmp_path, task):
 
 def test_what_was_asked_otherwise_is_kept_in_a_file_of_its_own():
     names = [
-        result_name("rerank", "data/flickr8k/val", given)
-        for given in (
-            [],
-            ["k=16", "batch_size=8"],
-            ["k=16", "score=itm+itc"],
-            ["data=data/flickr8k/val", "resamples=9"],
-        )
+        result_name("rerank", Rerank(), ["data=data/flickr8k/val", *given])
+        for given in ([], ["k=16", "batch_size=8"], ["k=16", "score=itm+itc"], ["resamples=9"])
     ]
     assert names == [
         "rerank-flickr8k-val",
@@ -107,4 +103,6 @@ def test_what_was_asked_otherwise_is_kept_in_a_file_of_its_own():
         "rerank-flickr8k-val-k=16-score=itm+itc",
         names[0],
     ]
-    assert result_name("zero-shot", None, ["split=../a b"]) == "zero-shot-split=.._a_b"
+    assert result_name("zero-shot", ZeroShot(), ["split=../a b"]) == "zero-shot-split=.._a_b"
+    long, longer = (result_name("zero-shot", ZeroShot(), [f"prompts={'a photo of {}|' * n}"]) for n in (20, 21))
+    assert long != longer and len(long) == len(longer) < 120

@@ -40,7 +40,7 @@ def test_its_own_caption_scores_higher_than_anothers_and_nothing_scores_nothing(
 def test_every_picture_is_captioned_and_submitted(given, tmp_path):
     path = tmp_path / "captions.json"
     task = CaptionQuality(beams=2, max_length=6, min_length=2, batch_size=16, submission=str(path), resamples=10)
-    task.check(given.data)
+    task.validate(given.data)
     result = task(given)
     submitted = json.loads(path.read_text())
     assert result.n == {"images": 50} and [each["image_id"] for each in submitted] == [f"{n:04d}" for n in range(50)]
@@ -70,7 +70,7 @@ def test_cocos_number_of_a_picture_is_submitted_and_none_but_all_pictures(given,
         replace(task, data=str(tmp_path / "more"))(limited)
     assert not path.exists()
     with pytest.raises(UserError, match="choose another submission"):
-        replace(task, submission="/proc/nowhere/x.json").check(given.data)
+        replace(task, submission="/proc/nowhere/x.json").validate(given.data)
 
 
 def test_captions_are_those_of_each_picture_alone(given):
@@ -90,9 +90,9 @@ def test_what_cannot_be_is_one_line(given, monkeypatch):
     with pytest.raises(UserError, match="source='image'"):
         CaptionQuality()(replace(given, model=SPEC.build()))
     with pytest.raises(UserError, match="at most max_length"):
-        CaptionQuality(min_length=30).check(given.data)
+        CaptionQuality(min_length=30).validate(given.data)
     with pytest.raises(UserError, match="captioning has no data"):
-        CaptionQuality().check(replace(given.data, val=None))
+        CaptionQuality().validate(replace(given.data, val=None))
     monkeypatch.setitem(__import__("sys").modules, "pycocoevalcap.cider.cider", None)
     with pytest.raises(UserError, match=r"vlp\[captioning\]"):
-        CaptionQuality().check(given.data)
+        CaptionQuality().validate(given.data)

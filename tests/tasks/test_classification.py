@@ -42,7 +42,7 @@ def source(tmp_path) -> Sentences:
 
 def test_accuracy_is_that_of_one_text_after_the_other_without_the_bad_ones(subject, source):
     task = TextAccuracy(source, batch_size=7, resamples=50)
-    task.check(subject.data)
+    task.validate(subject.data)
     result, model, right = task(subject), subject.model, []
     assert model.training
     model.eval()
@@ -72,7 +72,7 @@ def test_the_processes_share_the_texts_out(subject, source, monkeypatch):
 def test_what_has_no_classes_is_said_in_one_line(subject, source, tmp_path):
     (tmp_path / "plain.txt").write_text("red\n")
     with pytest.raises(UserError, match="no labels"):
-        TextAccuracy(Sentences(str(tmp_path / "plain.txt"))).check(subject.data)
+        TextAccuracy(Sentences(str(tmp_path / "plain.txt"))).validate(subject.data)
     subject.model.classifier = None
     with pytest.raises(UserError, match="a classifier"):
         TextAccuracy(source)(subject)

@@ -14,12 +14,17 @@ from vlp.data.pack import Packing, pack
 from vlp.data.shards import Source
 from vlp.errors import UserError
 from vlp.tasks.annotated_classes import Classes
+from vlp.tasks.base import Task
 from vlp.tasks.captioning import CaptionQuality
-from vlp.tasks.contamination import leaked
+from vlp.tasks.contamination import contaminated_images
 from vlp.tasks.grounding import Grounding
 from vlp.tasks.probe import Knn
 from vlp.tasks.retrieval import Retrieval
 from vlp.tasks.vqa import Vqa
+
+
+class Silent(Task):
+    """Does not say which images it evaluates."""
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +46,13 @@ def test_shared_pictures_are_counted_or_refused(mixed):
     with pytest.raises(
         UserError, match=r"^4 of the 20 pictures to evaluate were trained on, the first .*/0010 as .*/0010"
     ):
-        leaked(task, data_of(mixed), allow=False)
-    assert leaked(task, data_of(mixed), allow=True) == 4
-    assert leaked(Retrieval(data=str(mixed / "clean")), data_of(mixed, "train", "val"), allow=False) == 0
+        contaminated_images(task, data_of(mixed), allow=False)
+    assert contaminated_images(task, data_of(mixed), allow=True) == 4
+    assert contaminated_images(Retrieval(data=str(mixed / "clean")), data_of(mixed, "train", "val"), allow=False) == 0
 
 
 def test_the_training_shards_themselves_may_be_evaluated_and_are_counted(mixed):
-    assert leaked(Retrieval(data=str(mixed / "train" / ".." / "train")), data_of(mixed), allow=False) == 14
+    assert contaminated_images(Retrieval(data=str(mixed / "train" / ".." / "train")), data_of(mixed), allow=False) == 14
 
 
 def test_pictures_in_folders_are_compared_with_shards(mixed, tmp_path):
@@ -57,10 +62,12 @@ def test_pictures_in_folders_are_compared_with_shards(mixed, tmp_path):
     ]
     (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task = Knn(data=str(tmp_path))
-    assert leaked(task, data_of(mixed), allow=False) == 0  # those of the train split do not count
+    assert contaminated_images(task, data_of(mixed), allow=False) == 0  # those of the train split do not count
     pack(draw_pairs(tmp_path / "again", 24)[16:], tmp_path / "shards", Packing(shard_samples=9))
     with pytest.raises(UserError, match=r"^4 of the 20 .* the first .*0020\.png as "):
-        leaked(task, Data(train=(Source(str(mixed / "train")), Source(str(tmp_path / "shards")))), allow=False)
+        contaminated_images(
+            task, Data(train=(Source(str(mixed / "train")), Source(str(tmp_path / "shards")))), allow=False
+        )
 
 
 def annotations(path: Path, images: Path, names: list[str]) -> Annotated:
@@ -78,22 +85,22 @@ def test_pictures_that_annotations_name_are_compared_with_all_that_were_trained_
     with pytest.raises(
         UserError, match="^2 of the 5 pictures to evaluate were trained on, the first 0002.png as 0002.png"
     ):
-        leaked(task, Data(train=(trained,)), allow=False)
-    assert leaked(task, both, allow=True) == 3  # and 0003 of the shards
-    assert leaked(task, Data(train=(Source(str(mixed / "clean")),)), allow=True) == 1
+        contaminated_images(task, Data(train=(trained,)), allow=False)
+    assert contaminated_images(task, both, allow=True) == 3  # and 0003 of the shards
+    assert contaminated_images(task, Data(train=(Source(str(mixed / "clean")),)), allow=True) == 1
 
 
 def test_captions_are_not_written_of_pictures_trained_on(mixed):
     with pytest.raises(UserError, match="^4 of the 20"):
-        leaked(CaptionQuality(data=str(mixed / "val")), data_of(mixed), allow=False)
+        contaminated_images(CaptionQuality(data=str(mixed / "val")), data_of(mixed), allow=False)
 
 
 def test_what_cannot_be_told_is_not_made_up(mixed):
     task = Retrieval(data=str(mixed / "val"))
-    assert leaked(task, Data(train=()), allow=False) is None  # weights without a run
-    assert leaked(task, data_of(mixed, "train", "nowhere"), allow=False) is None
-    assert leaked(task, Data(train=(Source("s3://bucket/train"),)), allow=False) is None
-    assert leaked(object(), data_of(mixed), allow=False) is None
+    assert contaminated_images(task, Data(train=()), allow=False) is None  # weights without a run
+    assert contaminated_images(task, data_of(mixed, "train", "nowhere"), allow=False) is None
+    assert contaminated_images(task, Data(train=(Source("s3://bucket/train"),)), allow=False) is None
+    assert contaminated_images(Silent(), data_of(mixed), allow=False) is None
 
 
 def test_eval_refuses_unless_told_otherwise(mixed, world, tmp_path, capsys):
@@ -101,9 +108,10 @@ def test_eval_refuses_unless_told_otherwise(mixed, world, tmp_path, capsys):
     arguments = ["eval", str(tmp_path / "toy"), "retrieval", f"data={mixed / 'val'}", "resamples=5"]
     capsys.readouterr()
     assert main(arguments) == 2
-    assert "say allow_leak=true" in capsys.readouterr().err
-    assert main([*arguments, "allow_leak=true"]) == 0
-    assert "4 of the pictures trained on" in capsys.readouterr().out
+    assert "say allow_contamination=true" in capsys.readouterr().err
+    assert main([*arguments, "allow_contamination=true"]) == 0
+    assert "4 of the images trained on" in capsys.readouterr().out
+    assert main([*arguments, "allow_leak=true"]) == 0  # the option's name until 0.1
     written = next((tmp_path / "toy" / "eval").glob("retrieval-*.json"))
     assert json.loads(written.read_text())["trained_on"] == 4
 

@@ -177,4 +177,4 @@ def test_lines_without_a_box_or_a_picture_are_counted_and_named(world, subject, 
     with pytest.raises(UserError, match="1 were left out"):
         task(world, data=str(path))(subject)
     with pytest.raises(UserError, match="give data=BOXES.jsonl"):
-        Grounding().check(Data(train=()))
+        Grounding().validate(Data(train=()))

@@ -117,7 +117,7 @@ def test_what_cannot_be_evaluated_is_said(folder, tokenizer):
         (MaskedPrediction(data=str(folder / "texts.txt"), masking=TextMasking(probability=2.0)), "it is a share"),
     ):
         with pytest.raises(UserError, match=complaint):
-            task.check(data)
+            task.validate(data)
     teller = Teller(truth(tokenizer), tokenizer.vocab_size, 1.0)
     with pytest.raises(UserError, match="no token of"):
         ask(teller, tokenizer, folder, masking=TextMasking(probability=0.0))

@@ -97,7 +97,7 @@ def test_accuracy_is_that_of_what_the_model_can_see(scenes, model, share):
 def test_the_world_is_found_beside_the_val_of_the_run(scenes):
     given = subject(Sides(bag=False), str(scenes / "val"))
     given.tokenizer = Words()
-    MinimalPairs().check(given.data)
+    MinimalPairs().validate(given.data)
     assert MinimalPairs()(given).metrics["accuracy"].value == 1.0
 
 
@@ -114,6 +114,6 @@ def test_scores_that_are_not_finite_earn_nothing_but_an_error(scenes):
 def test_shards_without_scenes_are_refused(world):
     given = subject(Sides(bag=False), str(world / "shards" / "val"))
     with pytest.raises(UserError, match="vlp data world"):
-        MinimalPairs(data=str(world), split="shards").check(given.data)
+        MinimalPairs(data=str(world), split="shards").validate(given.data)
     with pytest.raises(UserError, match="give data=FOLDER"):
-        MinimalPairs().check(subject(Sides(bag=False)).data)
+        MinimalPairs().validate(subject(Sides(bag=False)).data)

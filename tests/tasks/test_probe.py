@@ -221,8 +221,8 @@ def test_requests_that_cannot_be_carried_out_are_one_line(labelled, tmp_path):
         (LinearProbe(data=str(labelled), folds=1), "two or more folds"),
     ):
         with pytest.raises(UserError, match=message):
-            task.check(data)
-    Knn(data=str(labelled)).check(data)
+            task.validate(data)
+    Knn(data=str(labelled)).validate(data)
 
 
 class Broken(Seer):

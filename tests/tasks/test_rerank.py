@@ -12,7 +12,7 @@ from vlp.data.stream import EvalDataset, evaluation_batches
 from vlp.data.text import load_tokenizer
 from vlp.encoders.fusion import ImageTokens
 from vlp.errors import UserError
-from vlp.tasks.base import encode_pairs
+from vlp.tasks.embeddings import encode_pairs
 from vlp.tasks.rerank import Rerank, Shortlist, encode_distinct, match, rerank
 from vlp.tasks.retrieval import Retrieval
 

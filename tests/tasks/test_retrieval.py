@@ -17,8 +17,9 @@ from vlp.data.formats import Pair
 from vlp.data.pack import Packing, pack
 from vlp.data.shards import Source
 from vlp.errors import UserError
-from vlp.tasks.base import encode_pairs, protocol_name
+from vlp.tasks.embeddings import encode_pairs
 from vlp.tasks.metrics import ranks
+from vlp.tasks.naming import protocol_name
 from vlp.tasks.rerank import Shortlist
 from vlp.tasks.retrieval import Retrieval
 from vlp.types import Encoded
@@ -130,13 +131,13 @@ def test_result_is_the_same_file_for_one_process_and_two(world, tmp_path):
         f"data={classes}",
         "batch_size=3",
         "prompts=a {}|the {}",
-        "allow_leak=true",
+        "allow_contamination=true",
     )
     results = []
     for world_size in (1, 2):
         done = run(*arguments, world=world_size)
         assert done.codes == [0] * world_size, done.errors
-        results.append(strip(folder / "eval" / "zero-shot-classes.json"))
+        results.append(strip(folder / "eval" / "zero-shot-classes-prompts=a_the_.json"))
     assert results[0] == results[1]
 
 

@@ -191,14 +191,14 @@ def test_requests_that_cannot_be_carried_out_are_one_line(folder):
         (task(folder, "right", geometry=("far",)), "far.tsv"),
     ):
         with pytest.raises(UserError, match=message):
-            wrong.check(data)
+            wrong.validate(data)
     write(folder / "far.tsv", [1, 2], [0, 1], [5, 6])
     with pytest.raises(UserError, match="no pair of far scores above 4"):
-        task(folder, "right", geometry=("far",)).check(data)
+        task(folder, "right", geometry=("far",)).validate(data)
     fine = task(folder, "right")
-    fine.check(data)
+    fine.validate(data)
     with pytest.raises(UserError, match="needs a text tower"):
-        fine.check(Data(train=()))
+        fine.validate(Data(train=()))
     with pytest.raises(UserError, match="needs a text tower"):
         fine(replace(subject(), tokenizer=None))
     with pytest.raises(UserError, match="max_length=0"):
@@ -231,6 +231,6 @@ def test_real_files_are_read():
     if not folder.is_dir():
         pytest.skip("the shared sentence pairs are not here")
     real = SentenceSimilarity(str(folder))
-    real.check(Data(train=(), tokenizer="words"))
+    real.validate(Data(train=(), tokenizer="words"))
     sizes = {name: len(read_pairs(folder / f"{name}.tsv")) for name in real.tasks}
     assert sizes["stsb-test"] == 1379 and sizes["sick-test"] == 4927 and sizes["sts14"] == 3750

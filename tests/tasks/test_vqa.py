@@ -190,18 +190,18 @@ def test_questions_that_cannot_be_asked_are_named_and_never_submitted(given, tmp
         with pytest.raises(UserError, match="question_id in every line"):
             Vqa(data=write(tmp_path / "x.jsonl", lines), submission=str(tmp_path / "r.json"))(given)
         with pytest.raises(UserError, match="question_id in every line"):  # which is seen before the work, too
-            Vqa(data=write(tmp_path / "x.jsonl", lines), submission=str(tmp_path / "r.json")).check(given.data)
+            Vqa(data=write(tmp_path / "x.jsonl", lines), submission=str(tmp_path / "r.json")).validate(given.data)
     with pytest.raises(UserError, match="choose another submission"):
         Vqa(data=write(tmp_path / "x.jsonl", [good]), submission="/proc/r.json")(given)
     with pytest.raises(UserError, match="choose another submission"):
-        Vqa(data=write(tmp_path / "x.jsonl", [good]), submission="/proc/nowhere/r.json").check(given.data)
+        Vqa(data=write(tmp_path / "x.jsonl", [good]), submission="/proc/nowhere/r.json").validate(given.data)
 
 
 def test_what_cannot_be_evaluated_is_one_line(given, asked, world, tmp_path):
     with pytest.raises(UserError, match="nothing to evaluate"):
-        Vqa().check(given.data)
+        Vqa().validate(given.data)
     with pytest.raises(UserError, match="no line of split 'dev'"):
-        Vqa(split="dev").check(given.data)
+        Vqa(split="dev").validate(given.data)
     blind = replace(given, model=SPEC.build())
     with pytest.raises(UserError, match="cannot answer: it needs a decoder"):
         Vqa(split="test")(blind)

@@ -150,8 +150,8 @@ def test_run_without_a_tower_is_told_what_to_use(folder):
     with pytest.raises(UserError, match="needs a text tower"):
         task(replace(subject(Seer()), tokenizer=None))
     with pytest.raises(UserError, match="needs a text tower"):
-        task.check(Data(train=()))
-    task.check(Data(train=(), tokenizer="anything"))
+        task.validate(Data(train=()))
+    task.validate(Data(train=(), tokenizer="anything"))
 
     class Reader(Seer):
         preprocess = None

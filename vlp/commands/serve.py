@@ -1,35 +1,55 @@
-"""A page in the browser that finds pictures by words, for a look at what a run has learned (extra ``serve``)."""
+"""``vlp serve``: a page in the browser that finds images by a text (extra ``serve``)."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from vlp.data.image import decode
-from vlp.data.shards import ShardReader
 from vlp.errors import UserError
-from vlp.loading.run import open_run
-from vlp.tasks.base import encode_pairs, encode_texts, evaluating
-from vlp.tasks.metrics import top
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser("serve", help="search images by text in the browser (extra 'serve')")
+    parser.add_argument("folder", metavar="RUN", type=Path)
+    parser.add_argument("--data", metavar="SHARDS", help="images to search (default: the run's data.val)")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    serve(options.folder, options.data, options.port)
+    return 0
 
 
 def searcher(folder: Path, data: str | None, count: int = 12) -> Callable[[str], list[tuple[np.ndarray, str]]]:
-    """A function from words to the ``count`` nearest pictures of ``data``, each with its first caption.
+    """Encode the images of ``data``, and return a function from a text to the ``count`` nearest ones.
+
+    Each image is returned as (H, W, 3) uint8 pixels with its first caption.
 
     Raises:
-        UserError: if the folder is no run, or there are no pictures.
+        UserError: if the folder is not a run, or there are no images.
     """
-    subject, _ = open_run(folder)
-    source = data or subject.data.val
-    if source is None:
-        raise UserError("there is nothing to search: give --data SHARDS, or set data.val in the config")
-    pairs, reader = encode_pairs(subject, source, batch_size=64), ShardReader(source)
+    from vlp.data.image import decode
+    from vlp.data.shards import ShardReader
+    from vlp.loading.run import open_run
+    from vlp.tasks.base import evaluating
+    from vlp.tasks.embeddings import encode_pairs, encode_texts
+    from vlp.tasks.metrics import top
 
-    def search(words: str) -> list[tuple[np.ndarray, str]]:
-        with evaluating(subject.model):
-            nearest = top(encode_texts(subject, [words]), pairs.images, count)[0]
+    model, _ = open_run(folder)
+    source = data or model.data.val
+    if source is None:
+        raise UserError("there is nothing to search; give --data SHARDS, or set data.val in the config")
+    pairs, reader = encode_pairs(model, source, batch_size=64), ShardReader(source)
+
+    def search(text: str) -> list[tuple[np.ndarray, str]]:
+        with evaluating(model.model):
+            nearest = top(encode_texts(model, [text]), pairs.images, count)[0]
         samples = [reader.read(*reader.place(row)) for row in pairs.rows[nearest].tolist()]
         return [(decode(sample.image), sample.captions[0]) for sample in samples]
 
@@ -37,16 +57,16 @@ def searcher(folder: Path, data: str | None, count: int = 12) -> Callable[[str],
 
 
 def serve(folder: Path, data: str | None, port: int) -> None:
-    """Serves the page on this machine until it is interrupted. Raises UserError where gradio is not installed."""
+    """Serve the page on this machine until interrupted. Raises UserError where gradio is not installed."""
     try:
         import gradio
     except ImportError:
         raise UserError("vlp serve needs gradio; pip install 'vlp[serve]'") from None
     page = gradio.Interface(
         searcher(folder, data),
-        gradio.Textbox(label="words"),
-        gradio.Gallery(label="pictures", columns=6),
-        title=f"What {folder.name} finds",
+        gradio.Textbox(label="text"),
+        gradio.Gallery(label="images", columns=6),
+        title=f"Image search in {folder.name}",
         flagging_mode="never",
     )
     page.launch(server_name="127.0.0.1", server_port=port)

@@ -34,6 +34,7 @@ from vlp.loading.run import open_run
 from vlp.loading.transformers import PROJECTIONS, load_folder, model_type
 from vlp.loading.vlmo import build_vlmo
 from vlp.models.dual import Dual
+from vlp.specs.fields import setting
 from vlp.tasks.base import EvalModel
 from vlp.weights import reading
 from vlp.weights.albef import load_albef
@@ -55,16 +56,16 @@ class LoadOptions:
         image_size: pixels at which a file of ALBEF or VLMo sees pictures; its positions are resized.
         head_width: of such a file's attention heads, which no shape tells.
         workers: loading processes; None = 1, or the run's own.
-        allow_leak: evaluate a run on pictures that it was trained on too, see `vlp.tasks.contamination`.
+        allow_contamination: Evaluate a run also on images that it was trained on, see `vlp.tasks.contamination`.
     """
 
     tokenizer: str | None = None
-    max_length: int | None = None
+    max_length: int | None = setting(None, least=2)
     resize: Literal["center", "squash"] | None = None
-    image_size: int | None = None
-    head_width: int | None = None
-    workers: int | None = None
-    allow_leak: bool = False
+    image_size: int | None = setting(None, least=1)
+    head_width: int | None = setting(None, least=1)
+    workers: int | None = setting(None, least=0)
+    allow_contamination: bool = False
 
 
 @dataclass

@@ -17,6 +17,8 @@ from vlp.data.shards import write_atomically
 from vlp.errors import UserError
 from vlp.report.examples import MACROS, captions_with_pictures, wrong_with_pictures
 from vlp.report.examples import STYLE as EXAMPLES_STYLE
+from vlp.tasks.base import Task
+from vlp.tasks.find import find_task
 from vlp.tasks.metrics import Interval
 from vlp.training.logging import read_log
 
@@ -82,7 +84,7 @@ def write_report(folder: Path) -> Path:
         name=experiment.name,
         summary=_summary(experiment, log, starts),
         results=[result | {"wrong": wrong_with_pictures(result)} for result in results],
-        curves=_curves(log, read_log(folder / "eval.jsonl")),
+        curves=_curves(log, read_log(folder / "eval.jsonl"), experiment.evaluate),
         queries=[q for result in results for q in captions_with_pictures(result, "text_to_image")],
         commands=[shlex.join(start["command"]) for start in starts],
         quarantined=len(read_log(folder / "quarantine.jsonl")),
@@ -93,19 +95,31 @@ def write_report(folder: Path) -> Path:
 
 
 def read_results(folder: Path) -> list[dict]:
-    """What `vlp.tasks.base.Result.write` left in a run: the newest of each evaluation, its metrics as Intervals.
+    """Read the newest result of each evaluation of a run, as `vlp.tasks.base.Result.write` wrote it.
 
-    ``choices`` is the number of answers that a guess would be drawn from, None where that means nothing.
+    Metrics become Intervals. ``choices`` is the number of answers that a guess would be drawn from, None where that has no
+    meaning.
     """
     results = []
     for path in sorted((folder / "eval").glob("*.json")):
         result = json.loads(path.read_text())
+        if "headline" not in result:
+            result |= _declared(result["task"])
         result["metrics"] = {metric: Interval(**i) for metric, i in result["metrics"].items()}
         result["choices"] = (
             result["n"].get("classes") or (result["task"] == "retrieval" and result["n"]["images"]) or None
         )
         results.append(result)
     return results
+
+
+def _declared(task: str) -> dict:
+    """Return what a task declares of its metrics, for results from before these were part of them."""
+    try:
+        cls = find_task(task)
+    except UserError:
+        return {"headline": "", "lower_is_better": ()}
+    return {"headline": cls.headline, "lower_is_better": cls.lower_is_better}
 
 
 def _summary(experiment: Experiment, log: list[dict], starts: list[dict]) -> str:
@@ -125,11 +139,18 @@ def _smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
-# what of the evaluations is drawn over the steps: one number a task, and retrieval's recalls
-DRAWN = ("/mean_r@1", "/mean_r@5", "/mean_r@10", "/top1", "/mean")
+def _plotted(tasks: dict[str, Task], evals: list[dict]) -> list[str]:
+    """Return the metrics that are plotted over the steps: those that a task declares, else its first."""
+    measured = list(evals[-1]) if evals else []
+    names = []
+    for key, task in tasks.items():
+        of_task = [name for name in measured if name.startswith(f"{key}/")]
+        declared = [f"{key}/{metric}" for metric in task.plotted]
+        names += [name for name in of_task if name in declared] if declared else of_task[:1]
+    return names
 
 
-def _curves(log: list[dict], evals: list[dict]) -> str:
+def _curves(log: list[dict], evals: list[dict], tasks: dict[str, Task]) -> str:
     """Loss, held-out numbers, learning rate and temperature, and geometry against the step; base64 PNG."""
     from matplotlib.figure import Figure
 
@@ -140,9 +161,9 @@ def _curves(log: list[dict], evals: list[dict]) -> str:
     loss.plot(steps, values, color="#c6d3e1", linewidth=0.8)
     loss.plot(steps, _smooth(values, min(len(values), 25)), color="#1f5c99")
     loss.set_title("loss (nats; bold: mean of 25 steps)")
-    for name in [k for k in (evals[-1] if evals else {}) if k.endswith(DRAWN)]:
+    for name in _plotted(tasks, evals):
         _draw(held_out, evals, name, name, scale=100, marker="o", markersize=3)
-    held_out.set_title("held-out, % (correlations x 100)")
+    held_out.set_title("held-out metrics x 100")
     _draw(rate, log, "lr", "learning rate", color="#1f5c99")
     rate.set_title("learning rate")
     if any("temperature" in line for line in log):

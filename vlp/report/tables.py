@@ -8,17 +8,6 @@ from pathlib import Path
 from vlp.errors import UserError
 from vlp.tasks.metrics import Interval
 
-HEADLINES = {
-    "retrieval": "mean_recall",
-    "rerank": "mean_recall",
-    "zero-shot": "top1",
-    "knn": "top1",
-    "probe": "top1",
-    "image-accuracy": "top1",
-    "sts": "mean",
-}
-LOWER_IS_BETTER = ("alignment", "uniformity")
-
 
 @dataclass
 class Table:
@@ -42,11 +31,12 @@ class Table:
         values = {name: r["metrics"][metric].value for name, r in self.results.items() if metric in r["metrics"]}
         if len(values) < 2:
             return None
-        return (min if metric in LOWER_IS_BETTER else max)(values, key=values.get)
+        lower = any(metric in result["lower_is_better"] for result in self.results.values())
+        return (min if lower else max)(values, key=lambda name: values[name])
 
     def headline(self) -> tuple[str, dict[str, Interval]]:
         """What the score is called, and its value for each run."""
-        metric = HEADLINES.get(self.task, self.metrics[0])
+        metric = next((r["headline"] for r in self.results.values() if r["headline"]), self.metrics[0])
         found = {name: r["metrics"][metric] for name, r in self.results.items() if metric in r["metrics"]}
         return f"{self.task} {metric}", found
 

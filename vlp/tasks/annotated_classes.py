@@ -5,7 +5,6 @@ n lines, P pictures (or pairs of them) at a time, Q lines about these, C classes
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,16 +20,18 @@ from vlp.data.stream import evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import BadSample, UserError
 from vlp.forward import Forward
-from vlp.tasks.base import EvalModel, Result, evaluating, need_reader
+from vlp.specs.fields import setting
+from vlp.tasks.base import EvalModel, Result, Task, evaluating
 from vlp.tasks.metrics import Interval, bootstrap
 from vlp.tasks.mistakes import confused, mistakes
+from vlp.tasks.requirements import need_reader
 from vlp.tasks.submission import check_submission, need_ids, write_submission
 from vlp.tasks.text_only import TextOnly
 from vlp.types import Batch
 
 
 @dataclass(frozen=True)
-class Classes:
+class Classes(Task):
     """How often is the class that the model's classifier scores highest the true one? Each line once.
 
     Args:
@@ -47,19 +48,22 @@ class Classes:
         resamples: of the bootstrap, over (first) pictures.
     """
 
+    name = "classification"
+    headline = "accuracy"
+
     data: str | None = None
-    images: str | None = None
+    images: str | None = setting(None, changes_result=False)
     split: str | None = None
-    image: tuple[str, ...] | None = None
-    label: str | None = None
-    classes: tuple[str, ...] | None = None
+    image: tuple[str, ...] | None = setting(None, changes_result=False)
+    label: str | None = setting(None, changes_result=False)
+    classes: tuple[str, ...] | None = setting(None, changes_result=False)
     by: str | None = None
     baseline: bool = True
-    submission: str | None = None
-    batch_size: int = 32
-    resamples: int = 1000
+    submission: str | None = setting(None, changes_result=False)
+    batch_size: int = setting(32, least=1, changes_result=False)
+    resamples: int = setting(1000, least=0, changes_result=False)
 
-    def check(self, data: Data) -> None:
+    def validate(self, data: Data) -> None:
         """Raises UserError where there are no lines with classes."""
         source = self._source(data)
         if not source.label:
@@ -74,7 +78,7 @@ class Classes:
             check_submission(self.submission)
             need_ids(reader.column("identifier"), "identifier")
 
-    def evaluated(self, data: Data) -> AnnotatedReader:
+    def evaluated_images(self, data: Data) -> AnnotatedReader:
         """The annotations, see `vlp.tasks.contamination`."""
         return self._source(data).open()
 
@@ -83,11 +87,11 @@ class Classes:
         given = {name: getattr(self, name) for name in ("image", "label", "classes")}
         return replace(source, **{name: value for name, value in given.items() if value is not None})
 
-    def __call__(self, subject: EvalModel) -> Result:
+    def evaluate(self, subject: EvalModel) -> Result:
         """Metrics: ``accuracy``; ``accuracy_CLASS`` of the lines of a class; ``FIELD_VALUE`` with ``by``; and of the lines'
         texts alone ``text_only``, with the difference to it as ``gain``, and ``majority`` = always the training's most
         frequent class."""
-        began, data = time.monotonic(), subject.data
+        data = subject.data
         if getattr(subject.model, "classifier", None) is None:
             raise UserError("classification needs a model with a classifier; train one with model.classes=C")
         source = self._source(data)
@@ -120,14 +124,12 @@ class Classes:
         if trained:
             protocol += "; text_only: logistic regression on the words of the training's texts"
         return Result(
-            task="classification",
             protocol=protocol,
             data=source.described,
             n={"lines": len(found), "pictures": len(set(told.groups.tolist())), "classes": len(names)},
             metrics=self._metrics(told, trained, subject.seed),
             details={"classes": names, "confusion": told.confusion()} | told.mistakes(source),
             bad=bad,
-            seconds=time.monotonic() - began,
         )
 
     def _metrics(self, told: Told, trained: tuple[list[str], list[int]] | None, seed: int) -> dict[str, Interval]:

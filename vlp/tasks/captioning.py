@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,8 @@ from vlp.data.stream import EvalDataset, evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.encoders.generate import beam_search
 from vlp.errors import UserError
-from vlp.tasks.base import EvalModel, Result, evaluating
+from vlp.specs.fields import setting
+from vlp.tasks.base import EvalModel, Result, Task, evaluating
 from vlp.tasks.metrics import Interval, bootstrap
 from vlp.tasks.submission import check_submission, write_submission
 
@@ -24,7 +24,7 @@ EXAMPLES = 100
 
 
 @dataclass(frozen=True)
-class CaptionQuality:
+class CaptionQuality(Task):
     """A caption for every picture of shards, compared with its own ones by CIDEr-D.
 
     The words are those of a regular expression, lower case without punctuation: the published numbers are of the Penn Treebank
@@ -42,16 +42,19 @@ class CaptionQuality:
         resamples: of the bootstrap, over pictures.
     """
 
+    name = "captioning"
+    headline = "cider"
+
     data: str | None = None
-    beams: int = 3
-    max_length: int = 20
+    beams: int = setting(3, least=1)
+    max_length: int = setting(20, least=2)
     min_length: int = 5
     length_penalty: float = 1.0
-    submission: str | None = None
-    batch_size: int = 32
-    resamples: int = 1000
+    submission: str | None = setting(None, changes_result=False)
+    batch_size: int = setting(32, least=1, changes_result=False)
+    resamples: int = setting(1000, least=0, changes_result=False)
 
-    def check(self, data: Data) -> None:
+    def validate(self, data: Data) -> None:
         """Raises UserError where there is no data, or the package that scores is not there."""
         self._source(data)
         if not 0 <= self.min_length <= self.max_length:
@@ -60,7 +63,7 @@ class CaptionQuality:
             check_submission(self.submission)
         _scorer()
 
-    def evaluated(self, data: Data) -> str:
+    def evaluated_images(self, data: Data) -> str:
         """The shards, see `vlp.tasks.contamination`."""
         return self._source(data)
 
@@ -69,9 +72,8 @@ class CaptionQuality:
             raise UserError("captioning has no data: give data=SHARDS, or set data.val")
         return source
 
-    def __call__(self, subject: EvalModel) -> Result:
+    def evaluate(self, subject: EvalModel) -> Result:
         """Metric: ``cider``, which is no fraction: 1.3 and more are published on COCO as 130."""
-        began = time.monotonic()
         decoder, source = getattr(subject.model, "decoder", None), self._source(subject.data)
         if decoder is None or decoder.source != "image":
             raise UserError("captioning needs layers that write about pictures: model.decoder=Decoder(source='image')")
@@ -97,7 +99,6 @@ class CaptionQuality:
         scores = cider([said for _, _, said in told], [captions for _, captions, _ in told])
         mean = bootstrap(scores, np.array([index for index, _, _ in told]), subject.seed, self.resamples)
         return Result(
-            task="captioning",
             protocol=f"beams {self.beams}, {self.min_length} to {self.max_length} tokens, by log-probability / tokens ^ "
             f"{self.length_penalty:g}; CIDEr-D of pycocoevalcap on lower-case words, not of the Penn Treebank tokenizer",
             data=source,
@@ -105,7 +106,6 @@ class CaptionQuality:
             metrics={"cider": Interval(mean.value, mean.low, mean.high, percent=False)},
             details={"examples": [{"caption": said, "true": captions} for _, captions, said in told[:EXAMPLES]]},
             bad=bad,
-            seconds=time.monotonic() - began,
         )
 
     def _captions(self, subject: EvalModel, images: list[torch.Tensor]) -> list[str]:

@@ -5,7 +5,6 @@ n texts, C classes.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +14,14 @@ from vlp.config import Data
 from vlp.data.sentences import Sentences
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import BadSample, UserError
-from vlp.tasks.base import EvalModel, Result, evaluating, merge
+from vlp.specs.fields import setting
+from vlp.tasks.base import EvalModel, Result, Task, evaluating
+from vlp.tasks.embeddings import merge
 from vlp.tasks.metrics import bootstrap
 
 
 @dataclass(frozen=True)
-class TextAccuracy:
+class TextAccuracy(Task):
     """Accuracy of a text tower with a classifier that was trained with it, such as `vlp.objectives.cutoff.Cutoff` does.
 
     Args:
@@ -29,20 +30,22 @@ class TextAccuracy:
         resamples: of the bootstrap, over texts.
     """
 
-    source: Sentences
-    batch_size: int = 128
-    resamples: int = 1000
+    name = "accuracy"
+    headline = "accuracy"
 
-    def check(self, data: Data) -> None:
+    source: Sentences
+    batch_size: int = setting(128, least=1, changes_result=False)
+    resamples: int = setting(1000, least=0, changes_result=False)
+
+    def validate(self, data: Data) -> None:
         """Raises UserError where the file cannot be read, or no text has a label."""
         if not self.source.label:
             raise UserError(f"the texts of {self.source.path} have no labels: set label and classes of the source")
         if not len(self.source.open()):
             raise UserError(f"{self.source.path} holds no text; give other data")
 
-    def __call__(self, subject: EvalModel) -> Result:
+    def evaluate(self, subject: EvalModel) -> Result:
         """Metric: ``accuracy``."""
-        began = time.monotonic()
         if getattr(subject.model, "classifier", None) is None or subject.model.text is None:
             raise UserError("accuracy on texts needs a text tower with a classifier: model=Single(text=..., classes=C)")
         reader = self.source.open()
@@ -63,13 +66,11 @@ class TextAccuracy:
         if not len(values):
             raise UserError(f"no text of {self.source.path} has a class among {', '.join(self.source.classes)}")
         return Result(
-            task="accuracy",
             protocol=f"the classifier's highest score, of {len(self.source.classes)} classes",
             data=self.source.path,
             n={"texts": len(values)},
             metrics={"accuracy": bootstrap(values, np.arange(len(values)), subject.seed, self.resamples)},
             bad=[b for part in gather_objects(bad) for b in part],
-            seconds=time.monotonic() - began,
         )
 
     def _right(self, subject: EvalModel, samples: list) -> torch.Tensor:

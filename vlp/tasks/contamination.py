@@ -9,12 +9,13 @@ from vlp.data.annotated import Annotated, AnnotatedReader
 from vlp.data.dedup import Collection, Files, Named, Shards, same_bytes
 from vlp.data.shards import Source
 from vlp.errors import UserError
+from vlp.tasks.base import Images, Task
 
 MOST = 1_000_000  # training pictures whose indexes are read for this
 MOST_NAMED = 20_000  # pictures of annotations, which are read themselves
 
 
-def leaked(task, data: Data, allow: bool) -> int | None:
+def contaminated_images(task: Task, data: Data, allow: bool) -> int | None:
     """How many of the pictures that ``task`` is to evaluate were among the training pictures of a run; None = it cannot be told.
 
     It cannot where there is no run, its data are no longer at hand, are remote or more than `MOST` and `MOST_NAMED`, or the task does
@@ -30,11 +31,10 @@ def leaked(task, data: Data, allow: bool) -> int | None:
         UserError: if some are and ``allow`` is False.
     """
     sources = [source for source in data.train if isinstance(source, (Source, Annotated))]
-    if not hasattr(task, "evaluated") or not sources:
+    if not sources or (of_task := task.evaluated_images(data)) is None:
         return None
     if any("://" in (source.shards if isinstance(source, Source) else source.images or "") for source in sources):
         return None
-    of_task = task.evaluated(data)
     shards = [Path(source.shards).resolve() for source in sources if isinstance(source, Source)]
     if isinstance(of_task, str) and Path(of_task).resolve() in shards:
         return len(Shards(of_task))
@@ -51,12 +51,12 @@ def leaked(task, data: Data, allow: bool) -> int | None:
         number, (pictures, other) = min(found.items(), key=lambda item: item[0])
         raise UserError(
             f"{len(found):,} of the {len(asked):,} pictures to evaluate were trained on, the first {asked.name(number)} as "
-            f"{pictures.name(other)}; evaluate others, or say allow_leak=true"
+            f"{pictures.name(other)}; evaluate others, or say allow_contamination=true"
         )
     return len(found)
 
 
-def _pictures(of: str | list[Path] | AnnotatedReader) -> Collection:
+def _pictures(of: Images) -> Collection:
     if isinstance(of, str):
         return Shards(of)
     return Named(of) if isinstance(of, AnnotatedReader) else Files(of)

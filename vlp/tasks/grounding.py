@@ -7,7 +7,6 @@ COCO and RefCOCO+ write it.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,8 @@ from vlp.data.shards import RawSample
 from vlp.data.stream import evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import BadSample, UserError
-from vlp.tasks.base import EvalModel, Result, evaluating
+from vlp.specs.fields import setting
+from vlp.tasks.base import EvalModel, Result, Task, evaluating
 from vlp.tasks.grad_cam import choose_layer, enlarged, grad_cam, mean_over
 from vlp.tasks.metrics import bootstrap
 
@@ -31,7 +31,7 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Grounding:
+class Grounding(Task):
     """Does the heat map of a phrase find its box?
 
     The map is the mean over the phrase's tokens, scaled up to the picture, which the model sees whole, whatever its shape.
@@ -52,22 +52,25 @@ class Grounding:
         resamples: of the bootstrap, over pictures.
     """
 
+    name = "grounding"
+    headline = "pointing"
+
     data: str | None = None
-    images: str | None = None
-    image: str = "image"
+    images: str | None = setting(None, changes_result=False)
+    image: str = setting("image", changes_result=False)
     split: str | None = "val"
     layer: int | None = None
     power: float = 0.5
     overlap: float = 0.5
-    batch_size: int = 16
-    resamples: int = 1000
+    batch_size: int = setting(16, least=1, changes_result=False)
+    resamples: int = setting(1000, least=0, changes_result=False)
 
-    def check(self, data: Data) -> None:
+    def validate(self, data: Data) -> None:
         """Raises UserError where there is no line, or the file cannot be read."""
         if not len(self._source().open()):
             raise UserError(f"{self.data} holds no line; give other data")
 
-    def evaluated(self, data: Data) -> AnnotatedReader:
+    def evaluated_images(self, data: Data) -> AnnotatedReader:
         """The annotations, see `vlp.tasks.contamination`."""
         return self._source().open()
 
@@ -78,11 +81,11 @@ class Grounding:
             )
         return Annotated(self.data, self.images, (self.image,), split=self.split)
 
-    def __call__(self, subject: EvalModel) -> Result:
+    def evaluate(self, subject: EvalModel) -> Result:
         """Metrics: ``pointing``, beside what a random point (``pointing_chance``) and the centre (``pointing_centre``) would
         have; and of lines with proposals ``accuracy``, beside a random one and the best one there is (``_chance``, ``_best``).
         """
-        began, data = time.monotonic(), subject.data
+        data = subject.data
         layer = choose_layer(subject.model, self.layer)
         dataset = ByPicture(self._source().open(), _whole, subject.preprocess, data.max_pixels)
         own, bad = [], []
@@ -109,7 +112,6 @@ class Grounding:
                 values = np.array([judged[name] for _, _, judged in found if name in judged])
                 metrics[name] = bootstrap(values, groups[some], subject.seed, self.resamples)
         return Result(
-            task="grounding",
             protocol=f"Grad-CAM of the matching logit over cross-attention of fusion layer {layer}, mean over the tokens; "
             f"pointing: the maximum is inside the box; accuracy: of the proposal with the largest sum / area^{self.power:g}, "
             f"intersection over union >= {self.overlap:g}",
@@ -121,7 +123,6 @@ class Grounding:
             },
             metrics=metrics,
             bad=bad,
-            seconds=time.monotonic() - began,
         )
 
     def _maps(self, subject: EvalModel, pictures: list[Pictured], layer: int):

@@ -5,7 +5,6 @@ n pictures, C classes.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from vlp.config import Data
 from vlp.data.labelled import FORMS, Labelled, read_labelled
 from vlp.errors import UserError
 from vlp.forward import Forward
-from vlp.tasks.base import EvalModel, Result
+from vlp.specs.fields import setting
+from vlp.tasks.base import EvalModel, Result, Task
 from vlp.tasks.metrics import bootstrap
 from vlp.tasks.mistakes import confused
 from vlp.tasks.probe import encode_pictures
@@ -25,7 +25,7 @@ from vlp.types import Batch
 
 
 @dataclass(frozen=True)
-class ImageAccuracy:
+class ImageAccuracy(Task):
     """Top-1 and top-5 accuracy of a classifier that was trained with the image tower, such as `Classification` does.
 
     The classes are numbered as the folder's: by label of its labels.jsonl, or by name of its folders, from 0. So they must
@@ -38,16 +38,19 @@ class ImageAccuracy:
         resamples: of the bootstrap, over pictures.
     """
 
+    name = "image-accuracy"
+    headline = "top1"
+
     data: str = ""
     split: str | None = "val"
-    batch_size: int = 64
-    resamples: int = 1000
+    batch_size: int = setting(64, least=1, changes_result=False)
+    resamples: int = setting(1000, least=0, changes_result=False)
 
-    def check(self, data: Data) -> None:
+    def validate(self, data: Data) -> None:
         """Raises UserError where there are no pictures."""
         self._read()
 
-    def evaluated(self, data: Data) -> list[Path]:
+    def evaluated_images(self, data: Data) -> list[Path]:
         """Those of the pictures that are files of their own, see `vlp.tasks.contamination`."""
         return [picture for picture, _ in self._read()[0] if isinstance(picture, Path)]
 
@@ -56,9 +59,8 @@ class ImageAccuracy:
             raise UserError(f"there are no pictures to classify: give data=FOLDER with {FORMS}")
         return read_labelled(Path(self.data), self.split)
 
-    def __call__(self, subject: EvalModel) -> Result:
+    def evaluate(self, subject: EvalModel) -> Result:
         """Metrics: ``top1``, and ``top5`` where there are more than five classes."""
-        began = time.monotonic()
         pictures, names = self._read()
         model = subject.model
         if getattr(model, "classifier", None) is None or getattr(model, "preprocess", None) is None:
@@ -79,7 +81,6 @@ class ImageAccuracy:
         # as in retrieval, a class that ties with the true one counts as ahead of it
         rank = (scores >= scores.gather(1, labels[:, None])).sum(1) - 1
         return Result(
-            task="image-accuracy",
             protocol=f"the classifier's highest score, of {len(names)} classes"
             + (f"; split {self.split}" if self.split else ""),
             data=self.data,
@@ -91,5 +92,4 @@ class ImageAccuracy:
             },
             details={"classes": names, "confused": confused(labels, scores.argmax(1), names)},
             bad=encoded.bad,
-            seconds=time.monotonic() - began,
         )

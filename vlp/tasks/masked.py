@@ -6,7 +6,6 @@ n texts, L tokens of the longest, B texts of a batch, M masked tokens.
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +20,14 @@ from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.objectives.masking import TextMasking
-from vlp.tasks.base import EvalModel, Result, evaluating
+from vlp.specs.fields import setting
+from vlp.tasks.base import EvalModel, Result, Task, evaluating
 from vlp.tasks.metrics import Interval, bootstrap
 from vlp.types import Batch
 
 
 @dataclass(frozen=True)
-class MaskedPrediction:
+class MaskedPrediction(Task):
     """Masked tokens of held-out texts, all at once: what is masked depends on the seed and the texts alone.
 
     Args:
@@ -40,14 +40,18 @@ class MaskedPrediction:
         resamples: of the bootstraps, over texts.
     """
 
+    name = "masked"
+    headline = "accuracy"
+    lower_is_better = ("perplexity",)
+
     data: str = ""
     split: str | None = None
     masking: TextMasking = TextMasking()
-    max_length: int | None = None
-    batch_size: int = 128
-    resamples: int = 1000
+    max_length: int | None = setting(None, least=2)
+    batch_size: int = setting(128, least=1, changes_result=False)
+    resamples: int = setting(1000, least=0, changes_result=False)
 
-    def check(self, data: Data) -> None:
+    def validate(self, data: Data) -> None:
         """Raises UserError where there are no texts, or the masking cannot be."""
         self.masking.check("masking")
         self._read()
@@ -66,9 +70,8 @@ class MaskedPrediction:
             raise UserError(f"{path} holds no text; give data=FILE with one a line, or annotations with captions")
         return [text for text in texts if text]
 
-    def __call__(self, subject: EvalModel) -> Result:
+    def evaluate(self, subject: EvalModel) -> Result:
         """Metrics: ``accuracy`` over masked tokens; ``perplexity``, exp of their mean cross-entropy, lower is better."""
-        began = time.monotonic()
         texts = self._read()
         if getattr(subject.model, "mlm", None) is None:
             raise UserError("masked needs a model with a head for masked tokens; train one with model.mlm=true")
@@ -86,7 +89,6 @@ class MaskedPrediction:
         perplexity = Interval(math.exp(nats.value), math.exp(nats.low), math.exp(nats.high), percent=False)
         m = self.masking
         return Result(
-            task="masked",
             protocol=(
                 f"{m.probability:.0%} of the tokens masked by {m.of}, {m.mask_share:.0%} [MASK], "
                 f"{m.random_share:.0%} another, all of a text at once, seed {subject.seed}"
@@ -94,7 +96,6 @@ class MaskedPrediction:
             data=self.data,
             n={"texts": len(texts), "masked tokens": len(rows), "cut texts": cut},
             metrics={"accuracy": bootstrap(right, rows, subject.seed, self.resamples), "perplexity": perplexity},
-            seconds=time.monotonic() - began,
         )
 
     def _predict(self, subject: EvalModel, input_ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[np.ndarray, ...]:

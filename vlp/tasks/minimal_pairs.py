@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +14,13 @@ from vlp.data.shards import ShardReader
 from vlp.data.stream import EvalDataset, evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
-from vlp.tasks.base import EvalModel, Result, evaluating
+from vlp.specs.fields import setting
+from vlp.tasks.base import EvalModel, Result, Task, evaluating
 from vlp.tasks.metrics import bootstrap
 
 
 @dataclass(frozen=True)
-class MinimalPairs:
+class MinimalPairs(Task):
     """Share of scenes whose own caption scores higher than that of their minimal pair. Chance is 50 %: a tie is half a hit.
 
     The score is the logit of image-text matching, or the cosine where a model has no head for that.
@@ -32,18 +32,21 @@ class MinimalPairs:
         resamples: of the bootstrap, over minimal pairs, whose two scenes are drawn together.
     """
 
+    name = "minimal-pairs"
+    headline = "accuracy"
+
     data: str | None = None
     split: str = "val"
-    batch_size: int = 64
-    resamples: int = 1000
+    batch_size: int = setting(64, least=1, changes_result=False)
+    resamples: int = setting(1000, least=0, changes_result=False)
 
-    def check(self, data: Data) -> None:
+    def validate(self, data: Data) -> None:
         """Raises UserError where there are no scenes."""
         reader = ShardReader(self._source(data))
         if len(reader) == 0 or "minimal_pair" not in reader.read(*reader.place(0)).meta:
             raise UserError(f"{self._source(data)} holds no scenes with a minimal pair; make some with vlp data world")
 
-    def evaluated(self, data: Data) -> str:
+    def evaluated_images(self, data: Data) -> str:
         """The shards, see `vlp.tasks.contamination`."""
         return self._source(data)
 
@@ -53,9 +56,8 @@ class MinimalPairs:
             raise UserError("minimal-pairs has no data: give data=FOLDER, made by vlp data world")
         return str(Path(world) / self.split)
 
-    def __call__(self, subject: EvalModel) -> Result:
+    def evaluate(self, subject: EvalModel) -> Result:
         """Metrics: ``accuracy``, and by what has been exchanged: ``accuracy_order``, ``_shape``, ``_colour``."""
-        began = time.monotonic()
         data, source = subject.data, self._source(subject.data)
         dataset = EvalDataset(source, data.resize, subject.preprocess, data.max_pixels)
         own, bad = [], []
@@ -78,14 +80,12 @@ class MinimalPairs:
         which = {"accuracy": np.ones(len(hits), bool)}
         which |= {f"accuracy_{contrast}": contrasts == contrast for contrast in sorted(set(contrasts.tolist()))}
         return Result(
-            task="minimal-pairs",
             protocol=f"own caption against the minimal pair's, by {'the matching logit' if _matches(subject) else 'cosine'}"
             ", a tie is half a hit",
             data=source,
             n={"scenes": len(hits)},
             metrics={name: bootstrap(hits[of], pairs[of], subject.seed, self.resamples) for name, of in which.items()},
             bad=[b for part in gather_objects(bad) for b in part],
-            seconds=time.monotonic() - began,
         )
 
 

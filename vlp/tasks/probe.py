@@ -5,7 +5,6 @@ n train pictures, m test pictures, D width of the features, C classes.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +20,19 @@ from vlp.data.labelled import FORMS, Labelled, Pictures, read_train_and_test
 from vlp.data.stream import evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
-from vlp.tasks.base import EvalModel, Result, evaluating, merge, need_alone
+from vlp.specs.fields import setting
+from vlp.tasks.base import EvalModel, Result, Task, evaluating
+from vlp.tasks.embeddings import merge
 from vlp.tasks.metrics import bootstrap
 from vlp.tasks.mistakes import confused
+from vlp.tasks.requirements import need_alone
 from vlp.types import Encoded
 
 Features = Literal["pooled", "embed"]
 
 
 @dataclass(frozen=True)
-class _Classes:
+class _Classes(Task):
     """Accuracy on one split of a folder of pictures, of a classifier that is made from the features of the other.
 
     Args:
@@ -42,18 +44,20 @@ class _Classes:
         resamples: of the bootstrap, over test pictures.
     """
 
+    headline = "top1"
+
     data: str = ""
     train_split: str = "train"
     split: str = "val"
     features: Features = "pooled"
-    batch_size: int = 64
-    resamples: int = 1000
+    batch_size: int = setting(64, least=1, changes_result=False)
+    resamples: int = setting(1000, least=0, changes_result=False)
 
-    def check(self, data: Data) -> None:
+    def validate(self, data: Data) -> None:
         """Raises UserError where there are no two splits of the same classes."""
         self._read()
 
-    def evaluated(self, data: Data) -> list[Path]:
+    def evaluated_images(self, data: Data) -> list[Path]:
         """Those of the test pictures that are files of their own, see `vlp.tasks.contamination`."""
         return [picture for picture, _ in self._read()[1] if isinstance(picture, Path)]
 
@@ -62,11 +66,10 @@ class _Classes:
             raise UserError(f"there are no pictures to classify: give data=FOLDER with {FORMS}")
         return read_train_and_test(Path(self.data), self.train_split, self.split)
 
-    def __call__(self, subject: EvalModel) -> Result:
+    def evaluate(self, subject: EvalModel) -> Result:
         """Metrics: ``top1``, and ``top5`` where there are more than five classes."""
-        began = time.monotonic()
         train, test, classes = self._read()
-        need_alone(subject, self.task, "image")
+        need_alone(subject, self.name, "image")
         known = encode_pictures(subject, train, self.features, self.batch_size)
         asked = encode_pictures(subject, test, self.features, self.batch_size)
         scores, protocol, details = self._classify(known, asked.features, len(classes), subject.seed)
@@ -78,14 +81,12 @@ class _Classes:
             if k < len(classes)
         }
         return Result(
-            task=self.task,
             protocol=f"{protocol}; {self.features} features, {self.train_split} -> {self.split}",
             data=self.data,
             n={"images": len(rank), "train images": len(known.labels), "classes": len(classes)},
             metrics=metrics,
             details={"classes": classes, "confused": confused(asked.labels, scores.argmax(1), classes)} | details,
             bad=known.bad + asked.bad,
-            seconds=time.monotonic() - began,
         )
 
 
@@ -96,18 +97,20 @@ class Knn(_Classes):
     ``score of c = sum over the k nearest of class c of exp(cosine / temperature)``
 
     Args:
-        k: neighbours; all train pictures where there are fewer.
+        k: Number of neighbours, all train images where there are fewer.
+        temperature: Divides the cosine similarities of the votes.
     """
 
-    k: int = 200
-    temperature: float = 0.1
-    task = "knn"
+    name = "knn"
 
-    def check(self, data: Data) -> None:
+    k: int = setting(200, least=1)
+    temperature: float = 0.1
+
+    def validate(self, data: Data) -> None:
         """Raises UserError as the base class, and where no neighbour could vote."""
         if self.temperature <= 0:
             raise UserError(f"kNN with temperature={self.temperature}; it must be above 0")
-        super().check(data)
+        super().validate(data)
 
     def _classify(self, known: EncodedPictures, asked: Tensor, classes: int, seed: int) -> tuple[Tensor, str, dict]:
         k = min(self.k, len(known.labels))
@@ -128,19 +131,20 @@ class LinearProbe(_Classes):
         steps: of L-BFGS at most.
     """
 
+    name = "probe"
+
     l2: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
     folds: int = 5
     steps: int = 200
-    task = "probe"
 
-    def check(self, data: Data) -> None:
+    def validate(self, data: Data) -> None:
         """Raises UserError as the base class, and where there is nothing to choose from."""
         if not self.l2 or min(self.l2) <= 0 or self.folds < 2 or self.steps < 1:
             raise UserError(
                 f"a probe with l2={self.l2}, folds={self.folds}, steps={self.steps}; give strengths above 0, two or more "
                 f"folds, and at least one step"
             )
-        super().check(data)
+        super().validate(data)
 
     def _classify(self, known: EncodedPictures, asked: Tensor, classes: int, seed: int) -> tuple[Tensor, str, dict]:
         strengths = sorted(self.l2, reverse=True)

@@ -9,7 +9,6 @@ n pictures, m captions, A distinct texts, L tokens of the longest, T tokens of a
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -20,9 +19,13 @@ from torch import Tensor
 from vlp.data.stream import EvalDataset, evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
-from vlp.tasks.base import EvalModel, Result, evaluating, merge, need_both, protocol_name
+from vlp.specs.fields import setting
+from vlp.tasks.base import EvalModel, Result, evaluating
+from vlp.tasks.embeddings import merge
 from vlp.tasks.examples import Found
 from vlp.tasks.metrics import ranks
+from vlp.tasks.naming import protocol_name
+from vlp.tasks.requirements import need_both
 from vlp.tasks.retrieval import Retrieval, recalls
 from vlp.types import Encoded
 
@@ -39,13 +42,14 @@ class Rerank(Retrieval):
         text_batch: texts encoded, or matched with a picture, at a time.
     """
 
-    k: int = 128
-    score: Literal["itm", "itm+itc"] = "itm"
-    text_batch: int = 256
+    name = "rerank"
 
-    def __call__(self, subject: EvalModel) -> Result:
+    k: int = setting(128, least=1)
+    score: Literal["itm", "itm+itc"] = "itm"
+    text_batch: int = setting(256, least=1, changes_result=False)
+
+    def evaluate(self, subject: EvalModel) -> Result:
         """Metrics: as `Retrieval`'s; behind ``itc_`` the same without re-ranking."""
-        began = time.monotonic()
         if getattr(subject.model, "itm", None) is None:
             raise UserError("rerank needs a model with a head for image-text matching (model.itm); use retrieval")
         if not getattr(subject.model, "itc", True):
@@ -67,7 +71,6 @@ class Rerank(Retrieval):
             pairs = self._match(subject, dataset, pictures.rows, shortlist, texts, text_of)
         metrics, found = self._metrics(pictures, shortlist, texts.embeds[text_of], subject.seed)
         return Result(
-            task="rerank",
             protocol=f"{self.score}-of-itc-top-{self.k}: each query's {self.k} best by cosine similarity in the order of "
             f"{'the matching logit' if self.score == 'itm' else 'the matching logit + cosine'}, the others behind them; "
             "any caption of a picture counts, ties count against",
@@ -77,7 +80,6 @@ class Rerank(Retrieval):
             metrics=metrics,
             details=found.examples(self.examples, subject.seed),
             bad=pictures.bad,
-            seconds=time.monotonic() - began,
         )
 
     def _match(

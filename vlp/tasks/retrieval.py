@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,13 +12,17 @@ from torch import Tensor
 from vlp.config import Data
 from vlp.data.shards import ShardReader
 from vlp.errors import UserError
-from vlp.tasks.base import EvalModel, Result, encode_pairs, need_both, protocol_name
+from vlp.specs import fields as specs
+from vlp.tasks.base import EvalModel, Result, Task
+from vlp.tasks.embeddings import encode_pairs
 from vlp.tasks.examples import Found
 from vlp.tasks.metrics import Interval, bootstrap, ranks, top
+from vlp.tasks.naming import protocol_name
+from vlp.tasks.requirements import need_both
 
 
 @dataclass(frozen=True)
-class Retrieval:
+class Retrieval(Task):
     """Cosine similarity of the embeddings; any caption of a picture counts (any-positive recall).
 
     Args:
@@ -31,14 +34,21 @@ class Retrieval:
         examples: queries whose five best answers are kept for the report, of those drawn at random and of the hardest.
     """
 
+    name = "retrieval"
+    headline = "mean_recall"
+
     data: str | None = None
     setting: Literal["zero-shot", "fine-tuned"] | None = None
-    batch_size: int = 64
-    ks: tuple[int, ...] = (1, 5, 10)
-    resamples: int = 1000
-    examples: int = 12
+    batch_size: int = specs.setting(64, least=1, changes_result=False)
+    ks: tuple[int, ...] = specs.setting((1, 5, 10), least=1, least_items=1)
+    resamples: int = specs.setting(1000, least=0, changes_result=False)
+    examples: int = specs.setting(12, least=0, changes_result=False)
 
-    def check(self, data: Data) -> None:
+    @property
+    def plotted(self) -> tuple[str, ...]:
+        return tuple(f"mean_r@{k}" for k in self.ks)
+
+    def validate(self, data: Data) -> None:
         """Raises UserError where there is nothing to evaluate on."""
         source = self._source(data)
         if len(ShardReader(source)) == 0:
@@ -50,13 +60,12 @@ class Retrieval:
             raise UserError("retrieval has no data: give data=SHARDS, or set data.val in the config")
         return source
 
-    def evaluated(self, data: Data) -> str:
+    def evaluated_images(self, data: Data) -> str:
         """The shards, see `vlp.tasks.contamination`."""
         return self._source(data)
 
-    def __call__(self, subject: EvalModel) -> Result:
+    def evaluate(self, subject: EvalModel) -> Result:
         """Metrics: ``i2t_r@k``, ``t2i_r@k`` and their mean ``mean_r@k`` for each k, and ``mean_recall`` over all of them."""
-        began = time.monotonic()
         need_both(subject, "retrieval")
         source = self._source(subject.data)
         pairs = encode_pairs(subject, source, self.batch_size)
@@ -77,7 +86,6 @@ class Retrieval:
             t2i_best=lambda queries: top(pairs.texts[queries], pairs.images, 5),
         )
         return Result(
-            task="retrieval",
             protocol="itc-any-positive: cosine similarity of embeddings over the whole source, ties count against",
             name=protocol_name(subject, source, self.setting),
             data=source,
@@ -85,7 +93,6 @@ class Retrieval:
             metrics=recalls(found, self.ks, subject.seed, self.resamples),
             details=details.examples(self.examples, subject.seed),
             bad=pairs.bad,
-            seconds=time.monotonic() - began,
         )
 
 

@@ -6,7 +6,6 @@ n pairs, s distinct sentences, D width of the features.
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +18,11 @@ from vlp.config import Data
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
 from vlp.losses.geometry import uniformity
-from vlp.tasks.base import EvalModel, Result, evaluating, need_alone
+from vlp.specs.fields import setting
+from vlp.tasks.base import EvalModel, Result, Task, evaluating
 from vlp.tasks.metrics import Interval, bootstrap, percentiles, resampled_spearman, spearman
 from vlp.tasks.probe import Features, chosen, gather_rows
+from vlp.tasks.requirements import need_alone
 
 Pairs = list[tuple[float, str, str]]  # (score, sentence, sentence)
 
@@ -33,7 +34,7 @@ STANDARD = ("sts12", "sts13", "sts14", "sts15", "sts16", "stsb-test", "sick-test
 
 
 @dataclass(frozen=True)
-class SentenceSimilarity:
+class SentenceSimilarity(Task):
     """Spearman's correlation of cosine similarities with people's scores, by SimCSE's protocol (Gao et al. 2021, app. B).
 
     All pairs of a file are ranked together (the "all" setting), without a regressor on top.
@@ -49,15 +50,19 @@ class SentenceSimilarity:
         resamples: of the bootstraps, over pairs.
     """
 
+    name = "sts"
+    headline = "mean"
+    lower_is_better = ("alignment", "uniformity")
+
     data: str = ""
     tasks: tuple[str, ...] = STANDARD
     geometry: tuple[str, ...] = ("stsb-train", "stsb-dev", "stsb-test")
     features: Features = "pooled"
-    max_length: int | None = None
-    batch_size: int = 128
-    resamples: int = 1000
+    max_length: int | None = setting(None, least=2)
+    batch_size: int = setting(128, least=1, changes_result=False)
+    resamples: int = setting(1000, least=0, changes_result=False)
 
-    def check(self, data: Data) -> None:
+    def validate(self, data: Data) -> None:
         """Raises UserError where a file is missing or cannot be read, or there is no tokenizer."""
         self._read()
         if not data.tokenizer:
@@ -75,9 +80,8 @@ class SentenceSimilarity:
             )
         return files
 
-    def __call__(self, subject: EvalModel) -> Result:
+    def evaluate(self, subject: EvalModel) -> Result:
         """Metrics: Spearman's rho of each task and their ``mean``; ``alignment`` and ``uniformity``, lower is better."""
-        began = time.monotonic()
         files = self._read()
         if subject.tokenizer is None:
             raise UserError(NO_TEXT)
@@ -108,7 +112,6 @@ class SentenceSimilarity:
             metrics["uniformity"] = uniformity_interval(rows[of_geometry], subject.seed)
             protocol += f"; alignment (pairs above 4) and uniformity of {' + '.join(self.geometry)}"
         return Result(
-            task="sts",
             protocol=protocol,
             data=self.data,
             n={
@@ -118,7 +121,6 @@ class SentenceSimilarity:
             },
             metrics=metrics,
             details={"pairs": {name: len(files[name]) for name in self.tasks}},
-            seconds=time.monotonic() - began,
         )
 
     def _tokens(self, data: Data) -> int:

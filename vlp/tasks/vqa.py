@@ -6,7 +6,6 @@ Q questions, A answers of the list, C classes.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,16 +22,18 @@ from vlp.data.stream import evaluation_batches
 from vlp.data.vqa_answers import accuracy
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
+from vlp.specs.fields import setting
 from vlp.tasks.answering import Say, classifying, ranking, writing
-from vlp.tasks.base import EvalModel, Result, evaluating, need_reader
+from vlp.tasks.base import EvalModel, Result, Task, evaluating
 from vlp.tasks.metrics import Interval, bootstrap
 from vlp.tasks.mistakes import SHOWN, mistakes, mixed_up
 from vlp.tasks.question_prior import QuestionPrior
+from vlp.tasks.requirements import need_reader
 from vlp.tasks.submission import check_submission, need_ids, write_submission
 
 
 @dataclass(frozen=True)
-class Vqa:
+class Vqa(Task):
     """Answers to the questions of annotations, each once, with every picture encoded once for all of its questions.
 
     Args:
@@ -54,22 +55,25 @@ class Vqa:
         resamples: of the bootstrap, over pictures.
     """
 
+    name = "vqa"
+    headline = "accuracy"
+
     data: str | None = None
-    images: str | None = None
+    images: str | None = setting(None, changes_result=False)
     split: str | None = None
     how: Literal["rank", "write", "classify"] | None = None
     answers: str | None = None
-    k: int = 128
+    k: int = setting(128, least=1)
     double_first: bool = False
-    beams: int = 3
-    max_answer: int = 10
+    beams: int = setting(3, least=1)
+    max_answer: int = setting(10, least=1)
     metric: Literal["vqa", "exact"] | None = None
-    submission: str | None = None
-    batch_size: int = 32
-    questions: int = 64
-    resamples: int = 1000
+    submission: str | None = setting(None, changes_result=False)
+    batch_size: int = setting(32, least=1, changes_result=False)
+    questions: int = setting(64, least=1, changes_result=False)
+    resamples: int = setting(1000, least=0, changes_result=False)
 
-    def check(self, data: Data) -> None:
+    def validate(self, data: Data) -> None:
         """Raises UserError where there are no questions."""
         reader = self._source(data).open()
         if not len(reader):
@@ -78,7 +82,7 @@ class Vqa:
             check_submission(self.submission)
             need_ids(reader.column("question_id"), "question_id")
 
-    def evaluated(self, data: Data) -> AnnotatedReader:
+    def evaluated_images(self, data: Data) -> AnnotatedReader:
         """The annotations, see `vlp.tasks.contamination`."""
         return self._source(data).open()
 
@@ -88,10 +92,9 @@ class Vqa:
             raise UserError("vqa needs the field of the question: set text of the annotations that were trained on")
         return source
 
-    def __call__(self, subject: EvalModel) -> Result:
+    def evaluate(self, subject: EvalModel) -> Result:
         """Metrics: ``accuracy`` (also ``accuracy_TYPE`` of each answer type), of the ``prior`` that has not seen the pictures, and
         ``answerable``: what a model that always chose the best of its list would reach. None where no answers are known."""
-        began = time.monotonic()
         need_reader(subject, "vqa", pictures=1)
         source, how = self._source(subject.data), self._how(subject)
         prior = QuestionPrior(trained) if (trained := _trained(subject.data)) else None
@@ -118,14 +121,12 @@ class Vqa:
             write_submission(self.submission, json.dumps(answers), bad, subject.rank)
         metrics, details = self._metrics(lines, said, known, source, prior, subject)
         return Result(
-            task="vqa",
             protocol=self._protocol(how, known, lines, source),
             data=source.described,
             n={"questions": len(lines), "images": len({line.index for line in lines})},
             metrics=metrics,
             details=details,
             bad=bad,
-            seconds=time.monotonic() - began,
         )
 
     def _how(self, subject: EvalModel) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +15,13 @@ from vlp.config import Data
 from vlp.data.benchmarks import CifarPicture
 from vlp.data.labelled import FORMS, Labelled, read_labelled
 from vlp.errors import UserError
-from vlp.tasks.base import EvalModel, Result, encode_texts, evaluating, need_both
+from vlp.specs.fields import setting
+from vlp.tasks.base import EvalModel, Result, Task, evaluating
+from vlp.tasks.embeddings import encode_texts
 from vlp.tasks.metrics import bootstrap
 from vlp.tasks.mistakes import confused
 from vlp.tasks.probe import encode_pictures
+from vlp.tasks.requirements import need_both
 
 WNID = re.compile(r"n\d{8}")
 NO_TEXT = (
@@ -29,7 +31,7 @@ NO_TEXT = (
 
 
 @dataclass(frozen=True)
-class ZeroShot:
+class ZeroShot(Task):
     """Top-1 and top-5 accuracy on a folder of pictures.
 
     Args:
@@ -45,20 +47,23 @@ class ZeroShot:
         resamples: of the bootstrap, over pictures.
     """
 
+    name = "zero-shot"
+    headline = "top1"
+
     data: str = ""
     split: str | None = None
     prompts: str | None = None
     names: str | None = None
-    batch_size: int = 64
-    resamples: int = 1000
+    batch_size: int = setting(64, least=1, changes_result=False)
+    resamples: int = setting(1000, least=0, changes_result=False)
 
-    def check(self, data: Data) -> None:
+    def validate(self, data: Data) -> None:
         """Raises UserError where there are no pictures, no class names, no prompts, or no tokenizer for them."""
         self._read()
         if not data.tokenizer:
             raise UserError(NO_TEXT)
 
-    def evaluated(self, data: Data) -> list[Path]:
+    def evaluated_images(self, data: Data) -> list[Path]:
         """Those of the pictures that are files of their own, see `vlp.tasks.contamination`."""
         return [picture for picture, _ in self._read()[0] if isinstance(picture, Path)]
 
@@ -71,9 +76,8 @@ class ZeroShot:
         templates_of(prompts)
         return pictures, class_names(classes, self.names), prompts
 
-    def __call__(self, subject: EvalModel) -> Result:
+    def evaluate(self, subject: EvalModel) -> Result:
         """Metrics: ``top1``, and ``top5`` where there are more than five classes."""
-        began = time.monotonic()
         pictures, names, prompts = self._read()
         templates = templates_of(prompts)
         need_both(subject, "zero-shot")
@@ -92,7 +96,6 @@ class ZeroShot:
         guesses = scores.argmax(1)
         confusion = torch.bincount(labels * len(names) + guesses, minlength=len(names) ** 2)
         return Result(
-            task="zero-shot",
             protocol=f"mean of {len(templates)} normalised prompt embeddings a class, cosine similarity; prompts: {prompts}"
             + (f"; split {self.split}" if self.split else ""),
             data=self.data,
@@ -104,7 +107,6 @@ class ZeroShot:
                 "confusion": confusion.view(len(names), -1).tolist() if len(names) <= 50 else None,
             },
             bad=encoded.bad,
-            seconds=time.monotonic() - began,
         )
 
 

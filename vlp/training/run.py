@@ -23,7 +23,7 @@ from vlp.optim.ema import EMA
 from vlp.optim.groups import describe_groups, parameter_groups, starts_with
 from vlp.optim.optimizers import Lamb, Lars
 from vlp.tasks.base import EvalModel, Result
-from vlp.tasks.contamination import leaked
+from vlp.tasks.contamination import contaminated_images
 from vlp.training import checkpoint
 from vlp.training.engines import engine, start
 from vlp.training.logging import peak_memory_mib, read_log
@@ -81,7 +81,7 @@ class Run:
                 f"{', '.join(r.location for r in self.dataset.readers)}); lower it to at most that"
             )
         for task in experiment.evaluate.values():
-            task.check(data)
+            task.validate(data)
         self.total_steps = total_steps(experiment, self.epoch_samples)
         self._prepare_model()
         self.state = self._start_state()
@@ -299,7 +299,7 @@ class Run:
     def trained_on(self) -> dict[str, int | None]:
         """How many of each task's pictures the run is trained on."""
         data = self.experiment.data
-        return {name: leaked(task, data, allow=True) for name, task in self.experiment.evaluate.items()}
+        return {name: contaminated_images(task, data, allow=True) for name, task in self.experiment.evaluate.items()}
 
     def _mark_best(self, results: dict[str, Result]) -> None:
         best = self.experiment.save.best

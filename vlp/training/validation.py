@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 from vlp.config import Experiment
 from vlp.errors import UserError
+from vlp.specs.fields import check_limits
 from vlp.specs.json import dump, from_plain
 from vlp.specs.types import check_types
+from vlp.tasks.base import Task
 from vlp.training import grad_cache, split_backward
 from vlp.training.logging import require
 
@@ -34,21 +35,6 @@ LIMITS = {
     "save.every": (1, math.inf),
     "save.keep": (1, math.inf),
     "log.geometry_every": (0, math.inf),
-}
-# fields of tasks, and of `vlp.loading.load_model.LoadOptions`, by name: what they mean is the same wherever they are
-OF_TASKS = {
-    "batch_size": (1, math.inf),
-    "beams": (1, math.inf),
-    "examples": (0, math.inf),
-    "head_width": (1, math.inf),
-    "image_size": (1, math.inf),
-    "k": (1, math.inf),
-    "max_answer": (1, math.inf),
-    "max_length": (2, math.inf),
-    "questions": (1, math.inf),
-    "resamples": (0, math.inf),
-    "text_batch": (1, math.inf),
-    "workers": (0, math.inf),
 }
 
 
@@ -88,9 +74,9 @@ def validate(experiment: Experiment) -> None:
     if train.mix:
         check_mixup(experiment)
     for name, task in experiment.evaluate.items():
-        if not callable(task):
-            raise UserError(f"evaluate.{name} is not a task; the tasks are in vlp.tasks")
-        check_limits(task, f"evaluate.{name}.")
+        if not isinstance(task, Task):
+            raise UserError(f"evaluate.{name} is not a vlp.tasks.base.Task; make its class a subclass")
+        check_limits(task, f"evaluate.{name}")
     best = experiment.save.best
     if best is not None and best.split("/")[0] not in experiment.evaluate:
         raise UserError(
@@ -104,16 +90,6 @@ def _within(key: str, value: Any, least: float, most: float) -> None:
         raise UserError(
             f"{key} is {value}; set it to {f'at least {least:g}' if value < least else f'at most {most:g}'}"
         )
-
-
-def check_limits(task: Any, prefix: str = "") -> None:
-    """Raises UserError for the first field of a task, or of an `LoadOptions`, that is out of `OF_TASKS`' range or an empty list."""
-    for field in fields(task) if is_dataclass(task) else ():
-        value = getattr(task, field.name)
-        if field.name in OF_TASKS:
-            _within(prefix + field.name, value, *OF_TASKS[field.name])
-        if field.name == "ks" and not (value and min(value) >= 1):
-            raise UserError(f"{prefix}ks is {value}; give one rank or more, each at least 1")
 
 
 def _check_json(experiment: Experiment) -> None:
