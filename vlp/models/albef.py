@@ -19,7 +19,7 @@ from vlp.encoders.decoder import Decoder, Predicted
 from vlp.encoders.fusion import AlternatingImages, CrossAttentionCache, Fusion, ImageTokens, Wanted
 from vlp.encoders.heads import vocabulary_head
 from vlp.errors import UserError
-from vlp.models.base import Encodings
+from vlp.models.base import Encodings, Model, ModelSpec
 from vlp.models.dual import l2_normalize, tower_layer_ids
 from vlp.models.temperature import LearnedScale, check_temperatures
 from vlp.types import Answers, Encoded
@@ -39,7 +39,7 @@ BEGINNING = {
 
 
 @dataclass(frozen=True)
-class Albef:
+class Albef(ModelSpec):
     """An ALBEF for the objectives that it is to be trained with; it has no parameter that none of them uses.
 
     Args:
@@ -79,6 +79,10 @@ class Albef:
     temperature_max: float | None = 0.5
     weights: str | None = None
 
+    @property
+    def num_images(self) -> int:
+        return self.fusion.images
+
     def resolved(self) -> Albef:
         """The same model with all sizes and normalisation filled in: `build(load_weights=False)` needs no weights then."""
         parts = {"image": self.image.resolved(), "text": self.text.resolved()}
@@ -110,7 +114,7 @@ class Albef:
         return model
 
 
-class AlbefModel(LearnedScale):
+class AlbefModel(LearnedScale, Model):
     """Images and texts on one sphere, and texts that look at images; owns every parameter.
 
     What the objectives call: `encode_image` and `encode_text` for each modality; `project` once for each image and
@@ -181,9 +185,36 @@ class AlbefModel(LearnedScale):
         return {**student, **begun}
 
     @property
-    def images(self) -> int:
-        """Pictures of a sample that fusion looks at."""
+    def can_contrast(self) -> bool:
+        return self.itc
+
+    @property
+    def can_match(self) -> bool:
+        return self.itm is not None
+
+    @property
+    def num_attention_layers(self) -> int:
+        return 0 if self.fusion is None else len(self.fusion.layers)
+
+    @property
+    def can_predict_tokens(self) -> bool:
+        return self.mlm is not None
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.classifier is None else self.classifier[-1].out_features
+
+    @property
+    def num_images(self) -> int:
         return 1 if self.fusion is None else self.fusion.images
+
+    @property
+    def can_answer(self) -> bool:
+        return self.decoder is not None and self.decoder.source == "fusion"
+
+    @property
+    def can_caption(self) -> bool:
+        return self.decoder is not None and self.decoder.source == "image"
 
     @property
     def preprocess(self) -> Preprocess:
@@ -257,6 +288,15 @@ class AlbefModel(LearnedScale):
     ) -> Tensor:
         """(n, 2) logits of image-text matching, [:, 1] for a pair; arguments as those of `fuse`."""
         return self.itm(self.fuse(image, text, texts, images, at="first"))
+
+    def match_with_attention(
+        self, layer: int, image: Encoded, text: Encoded, images: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Model.match_with_attention` and `vlp.encoders.fusion.FusionEncoder.with_attention`."""
+        states, attention = self.fusion.with_attention(
+            layer, text.tokens, text.mask, self.project(image), images=images
+        )  # (n, L, D), (n, heads, L, P)
+        return self.itm(states[:, 0]), attention
 
     def masked_text(self, f: Encodings, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Logits of what stood at masked places of the texts of ``f``, with a look at its images.

@@ -1,19 +1,31 @@
-"""The contract of a model: what training, objectives and tasks call."""
+"""The contracts of a model and of its spec: what training, objectives and tasks read and call.
+
+B images, A texts, n pairs, N tokens, L text tokens, D width, E embedding, M predicted positions, V vocabulary, C classes.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from vlp.types import Batch, Encoded
+from vlp.types import Answers, Batch, Encoded
+
+if TYPE_CHECKING:  # imported by vlp.forward, which must stay light
+    from vlp.data.preprocess import Preprocess
+    from vlp.encoders.activation_checkpointing import Checkpointing
+    from vlp.encoders.decoder import Predicted
+    from vlp.weights.reading import LoadReport
+
+Modality = Literal["image", "text"]
 
 
 class Encodings(Protocol):
     """The part of `vlp.forward.Forward` that models read: the batch and the encodings of its images and texts."""
 
-    batch: Batch
-
+    @property
+    def batch(self) -> Batch: ...
     @property
     def image(self) -> Encoded: ...
     @property
@@ -24,3 +36,325 @@ class Encodings(Protocol):
     def projected(self) -> Any: ...
     @property
     def fused(self) -> Tensor: ...
+
+
+class HeadSpec(Protocol):
+    """A head that an objective adds to the model, see `vlp.objectives.base.Objective.heads`."""
+
+    def build(self, width: int) -> nn.Module:
+        """Build the head for (B, ``width``) inputs, ``width`` being the model's ``embed_size``."""
+        ...
+
+
+class ModelSpec:
+    """Base class of the frozen dataclass that describes a model in an experiment.
+
+    A spec has the fields that its model needs. The attributes below are capabilities that objectives check before
+    anything is built. A subclass overrides one with a field, a property or a class attribute.
+
+    ==============  ===================================================================  =======
+    attribute       meaning                                                              default
+    ==============  ===================================================================  =======
+    ``image``       spec of the image tower, or None                                     required
+    ``text``        spec of the text tower, or None                                      required
+    ``towers``      spec of both towers, in place of ``image`` and ``text``              None
+    ``itc``         embeddings of both modalities in one space, with a learned scale     False
+    ``itc_vl``      a second contrastive head, ``head="vl"``                             False
+    ``bias``        initial value of a learned bias of the logits (SigLIP)               None
+    ``itm``         a head for image-text matching                                       False
+    ``mlm``         a head that predicts masked tokens                                   False
+    ``mim``         spec of the targets of masked patches                                None
+    ``classes``     outputs of a classifier                                              None
+    ``assignment``  a head that tells which of several images a text belongs to          False
+    ``decoder``     spec of a text decoder                                               None
+    ``num_images``  images of a sample that the classifier or fusion reads               1
+    ==============  ===================================================================  =======
+    """
+
+    image: Any  # a default here would become that of the dataclass's field
+    text: Any
+    towers: Any = None
+    itc: bool = False
+    itc_vl: bool = False
+    bias: float | None = None
+    itm: bool = False
+    mlm: bool = False
+    mim: Any = None
+    classes: int | None = None
+    assignment: bool = False
+    decoder: Any = None
+
+    def build(self, load_weights: bool = True) -> Model:
+        """Build the model.
+
+        Args:
+            load_weights: False leaves all weights random, because a checkpoint is loaded afterwards.
+        """
+        raise NotImplementedError
+
+    def resolved(self) -> ModelSpec:
+        """Return the spec with every size and normalisation filled in, so that building it needs no other file."""
+        raise NotImplementedError
+
+    @property
+    def num_images(self) -> int:
+        return 1
+
+    @property
+    def has_image(self) -> bool:
+        """Whether the model has an image tower."""
+        return self.image is not None or self.towers is not None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the model has a text tower."""
+        return self.text is not None or self.towers is not None
+
+
+class Model(nn.Module):
+    """Base class of models. A model owns every parameter: towers, projections, heads and learned scalars.
+
+    ===========================  ==========================================================================  ===========
+    member                       meaning                                                                     default
+    ===========================  ==========================================================================  ===========
+    ``image``, ``text``          the towers, each a module or None                                           required
+    ``embed_size``               E                                                                           required
+    ``preprocess``               input format of images, None without an image tower                         required
+    ``reports``                  part of the model -> what loading its weights did, None if it was not       {}
+                                 loaded
+    ``encode_image``             images -> `Encoded`                                                         not offered
+    ``encode_text``              texts -> `Encoded`                                                          not offered
+    ``can_encode(modality)``     whether features of one modality exist independently of the other           has a tower
+    ``can_contrast``             embeddings of both modalities share a space, and ``scale`` exists           False
+    ``scale``, ``bias``          multiplier of cosine similarities; what is added to them, or None           not offered
+    ``vl``                       second contrastive head with a ``scale`` of its own, or None                None
+    ``project``                  images -> what fusion reads of them, computed once for all passes           not offered
+    ``can_match``, ``match``     logits of image-text matching                                               False
+    ``can_attend``,              ``match`` with the cross-attention of one layer in the graph; ``fusion``     False
+    ``match_with_attention``     has ``num_attention_layers`` of them
+    ``fuse_all``                 every state of each text after it has been fused with its image             not offered
+    ``can_predict_tokens``,      logits of masked tokens                                                     False
+    ``masked_text``
+    ``can_predict_patches``,     predictions for masked patches; ``mim`` holds their targets                 False
+    ``masked_image``
+    ``num_classes``,             C, and logits of the classes                                                None
+    ``classify``
+    ``num_images``               images of a sample that ``classify`` and ``assign`` read                    1
+    ``assign``                   logits of which image a text belongs to                                     not offered
+    ``can_answer``, ``answer``,  logits of answers' tokens; the decoder's source for questions               False
+    ``ask``
+    ``can_caption``,             logits of captions' tokens; the decoder's source for images                 False
+    ``caption``, ``describe``
+    ``fuses_inputs``             early fusion: fusing passes read embedded patches and words, and the        False
+                                 encode methods take ``cut``, see `vlp.training.split_backward`
+    ``heads``                    heads that objectives added, by name                                        empty
+    ``scalars``                  learned scalars for the log                                                 {}
+    ``clamp_scalars``            puts them back within their bounds after an optimizer step                  no-op
+    ``layer_ids``                parameter name -> depth, for layer-wise learning rates                      required
+    ``no_weight_decay``          names of parameters without weight decay, besides those of dimension 1      required
+    ``set_activation_checkpointing``        recomputes activations in the backward pass                                 required
+    ===========================  ==========================================================================  ===========
+    """
+
+    image: nn.Module | None
+    text: nn.Module | None
+    embed_size: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict()
+        self.vl: Any = None
+
+    def add_heads(self, specs: Mapping[str, HeadSpec]) -> None:
+        """Build the heads that objectives read as ``model.heads[name]``."""
+        for name, spec in specs.items():
+            self.heads[name] = spec.build(self.embed_size)
+
+    # capabilities
+
+    @property
+    def preprocess(self) -> Preprocess | None:
+        raise NotImplementedError
+
+    @property
+    def reports(self) -> dict[str, LoadReport | None]:
+        return {}
+
+    def can_encode(self, modality: Modality) -> bool:
+        return (self.image if modality == "image" else self.text) is not None
+
+    @property
+    def can_contrast(self) -> bool:
+        return False
+
+    @property
+    def can_match(self) -> bool:
+        return False
+
+    @property
+    def num_attention_layers(self) -> int:
+        return 0
+
+    @property
+    def can_attend(self) -> bool:
+        return self.can_match and self.num_attention_layers > 0
+
+    @property
+    def can_predict_tokens(self) -> bool:
+        return False
+
+    @property
+    def can_predict_patches(self) -> bool:
+        return False
+
+    @property
+    def num_classes(self) -> int | None:
+        return None
+
+    @property
+    def num_images(self) -> int:
+        return 1
+
+    @property
+    def can_answer(self) -> bool:
+        return False
+
+    @property
+    def can_caption(self) -> bool:
+        return False
+
+    @property
+    def fuses_inputs(self) -> bool:
+        return False
+
+    # single modalities
+
+    def encode_image(self, image: Tensor) -> Encoded:
+        """Encode (B, 3, H, W) float32 images, normalised as `preprocess` says."""
+        raise NotImplementedError
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """Encode (A, L) int64 ids with their (A, L) bool mask, padded on the right."""
+        raise NotImplementedError
+
+    @property
+    def scale(self) -> Tensor:
+        """(1,) multiplier of cosine similarities."""
+        raise NotImplementedError
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(1,) added to the scaled similarities (SigLIP), or None."""
+        return None
+
+    # both modalities
+
+    def project(self, image: Encoded) -> Any:
+        """Return what fusion reads of B images, e.g. the keys and values of every layer. Every fusing pass takes it."""
+        raise NotImplementedError
+
+    def match(self, image: Any, text: Encoded, texts: Tensor | None = None, images: Tensor | None = None) -> Tensor:
+        """Score pairs of images and texts.
+
+        Args:
+            image: B images after `project`.
+            text: A encoded texts.
+            texts: (n,) int64 text of each pair; None pairs each text once, n = A.
+            images: (m,) int64 image of the last m pairs. The first n - m pairs go through the B images in order,
+                repeatedly.
+
+        Returns:
+            (n, 2) logits; ``[:, 1]`` is that of a pair.
+        """
+        raise NotImplementedError
+
+    def match_with_attention(
+        self, layer: int, image: Encoded, text: Encoded, images: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Score pairs like `match`, with the cross-attention of one layer as part of the graph (for Grad-CAM).
+
+        Args:
+            layer: 0 to ``num_attention_layers - 1``.
+            image: B encoded images.
+            text: n encoded texts.
+            images: (n,) int64 image of each text; None pairs them in order.
+
+        Returns:
+            (n, 2) logits and (n, heads, L, P) attention probabilities.
+        """
+        raise NotImplementedError
+
+    def fuse_all(self, f: Encodings) -> Tensor:
+        """Return the (B, L, D) states of the texts of ``f`` fused with their images."""
+        raise NotImplementedError
+
+    def masked_text(self, f: Encodings, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Predict masked tokens of the texts of ``f``; a model that fuses reads the images too.
+
+        Args:
+            input_ids: (B, L) int64, masked.
+            positions: (M,) int64 in the flattened (B * L), of real tokens.
+
+        Returns:
+            (M, V) logits.
+        """
+        raise NotImplementedError
+
+    def masked_image(self, f: Encodings, positions: Tensor) -> Tensor:
+        """Predict ``mim.targets`` at masked patches of the images of ``f``.
+
+        Args:
+            positions: (M,) int64 masked patches in the flattened (B * h * w).
+
+        Returns:
+            (M, outputs).
+        """
+        raise NotImplementedError
+
+    def classify(self, f: Encodings) -> Tensor:
+        """Return (B, C) logits of the classes of the samples of ``f``."""
+        raise NotImplementedError
+
+    def assign(self, f: Encodings, images: Tensor) -> Tensor:
+        """Score which of several images the texts of ``f`` belong to.
+
+        Args:
+            images: (num_images, B) int64 rows of ``f`` whose images are shown with each text.
+
+        Returns:
+            (B, num_images + 1) logits, the last for none of the images.
+        """
+        raise NotImplementedError
+
+    def answer(self, f: Encodings, answers: Answers) -> Predicted:
+        """Predict the tokens of ``answers`` to the texts of ``f``, given their images."""
+        raise NotImplementedError
+
+    def caption(self, f: Encodings) -> Predicted:
+        """Predict the tokens of the texts of ``f`` from its images."""
+        raise NotImplementedError
+
+    def ask(self, image: Any, text: Encoded, images: Tensor | None = None) -> Any:
+        """Return what the decoder reads of questions about images; arguments as those of `match`."""
+        raise NotImplementedError
+
+    def describe(self, image: Encoded) -> Any:
+        """Return what the decoder reads of images without a question."""
+        raise NotImplementedError
+
+    # bookkeeping
+
+    def scalars(self) -> dict[str, float]:
+        return {}
+
+    def clamp_scalars(self) -> None:
+        """Put learned scalars back within their bounds."""
+
+    def layer_ids(self) -> dict[str, int]:
+        raise NotImplementedError
+
+    def no_weight_decay(self) -> set[str]:
+        raise NotImplementedError
+
+    def set_activation_checkpointing(self, how: Checkpointing) -> None:
+        raise NotImplementedError

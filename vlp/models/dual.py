@@ -18,6 +18,7 @@ from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.encoders.base import ImageTower, ImageTowerSpec, TextTower, TextTowerSpec, Tower
 from vlp.encoders.open_clip import OpenClip
 from vlp.errors import UserError
+from vlp.models.base import Model, ModelSpec
 from vlp.models.temperature import LearnedScale, check_temperatures
 from vlp.types import Encoded
 from vlp.weights import reading
@@ -26,7 +27,7 @@ from vlp.weights.run import read_run
 
 
 @dataclass(frozen=True)
-class Dual:
+class Dual(ModelSpec):
     """A dual encoder from an image and a text tower, or from both towers of an open_clip model.
 
     Args:
@@ -54,6 +55,7 @@ class Dual:
     temperature_max: float | None = None
     bias: float | None = None
     weights: str | None = None
+    itc = True  # without an annotation: a capability, not a field
 
     def resolved(self) -> Dual:
         """The same model with all sizes and normalisation filled in: `build(load_weights=False)` needs no weights then.
@@ -97,7 +99,7 @@ class Dual:
         return model
 
 
-class DualEncoder(LearnedScale):
+class DualEncoder(LearnedScale, Model):
     """Images and texts on one sphere; owns every parameter, the temperature included; losses read `scale` and `bias`.
 
     Args:
@@ -144,6 +146,10 @@ class DualEncoder(LearnedScale):
         if self.report is not None:
             return {"model": self.report}
         return {"image": self.image.report, "text": self.text.report}
+
+    @property
+    def can_contrast(self) -> bool:
+        return True
 
     @property
     def bias(self) -> Tensor | None:

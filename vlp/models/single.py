@@ -17,13 +17,13 @@ from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.encoders.base import ImageTowerSpec, TextTowerSpec, Tower
 from vlp.encoders.heads import PatchHead, check_patch_masking, vocabulary_head
 from vlp.errors import UserError
-from vlp.models.base import Encodings
+from vlp.models.base import Encodings, Model, ModelSpec
 from vlp.types import Encoded
 from vlp.weights.reading import LoadReport
 
 
 @dataclass(frozen=True)
-class Single:
+class Single(ModelSpec):
     """An image or a text tower, and what is put on its pooled token for training.
 
     Args:
@@ -94,7 +94,7 @@ def _head(spec: Single, width: int) -> nn.Module:
     return nn.Identity()
 
 
-class SingleTower(nn.Module):
+class SingleTower(Model):
     """A tower and its heads; ``image`` or ``text`` is None.
 
     `Encoded.tokens` begins with the tower's pooled state, which evaluations use; `Encoded.embed` comes from the head.
@@ -130,12 +130,17 @@ class SingleTower(nn.Module):
         heads = {} if self.mlm is None else {"mlm": self.mlm.report}
         return {"image" if self.text is None else "text": self.tower.report, **heads}
 
-    def scalars(self) -> dict[str, float]:
-        """For the log: it has no learned scalar."""
-        return {}
+    @property
+    def can_predict_tokens(self) -> bool:
+        return self.mlm is not None
 
-    def clamp_scalars(self) -> None:
-        """It has none."""
+    @property
+    def can_predict_patches(self) -> bool:
+        return self.mim is not None
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.classifier is None else self.classifier.out_features
 
     def encode_image(self, image: Tensor) -> Encoded:
         """(B, 3, H, W) float32, normalised as `preprocess` says."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from vlp.encoders.heads import PatchHead, VocabularyHead
 from vlp.encoders.mome import Mome, MomeEncoder
 from vlp.encoders.mome_layer import Rows, Wanted
 from vlp.errors import UserError
-from vlp.models.base import Encodings
+from vlp.models.base import Encodings, Modality, Model, ModelSpec
 from vlp.models.dual import l2_normalize
 from vlp.models.temperature import LearnedScale, check_temperatures
 from vlp.models.vlmo_start import grid_of_run, start
@@ -29,7 +29,7 @@ from vlp.weights.vlmo import load_vlmo
 
 
 @dataclass(frozen=True)
-class Vlmo:
+class Vlmo(ModelSpec):
     """A VLMo for the objectives that it is to be trained with; it has no parameter that none of them uses.
 
     What a single modality goes through depends on them too: with ``itc`` or ``mim``, or without the vision-language
@@ -83,6 +83,10 @@ class Vlmo:
     def text(self) -> Mome | None:
         """The encoder, if it takes texts."""
         return self.encoder if "text" in self.encoder.experts else None
+
+    @property
+    def num_images(self) -> int:
+        return self.images
 
     def resolved(self) -> Vlmo:
         """The same model with all sizes filled in."""
@@ -156,7 +160,7 @@ class Classifier(nn.Sequential):
             nn.init.zeros_(layer.bias)
 
 
-class VlmoModel(nn.Module):
+class VlmoModel(Model):
     """Images and texts by themselves, and texts beside images; owns every parameter.
 
     What the objectives call: `encode_image` and `encode_text` for each modality; `project` and `match` for the scores of
@@ -167,19 +171,13 @@ class VlmoModel(nn.Module):
         load_weights: see `Vlmo.build`.
     """
 
-    fuses_inputs: ClassVar[bool] = True  # see vlp.training.split_backward
-
     def __init__(self, spec: Vlmo, load_weights: bool = True):
         super().__init__()
         width, joint = spec.encoder.width, "vl" in spec.encoder.experts
         alone = [name for name, reads in (("image", spec.itc or spec.mim), ("text", spec.itc)) if reads or not joint]
         together = joint and (spec.itm or spec.mlm or spec.classes is not None)
         self.encoder = MomeEncoder(spec.encoder, alone, together)
-        self.embed_size, self.images, self.num_classes = (
-            spec.embed_size if spec.itc else width,
-            spec.images,
-            spec.classes,
-        )
+        self.embed_size, self.images = spec.embed_size if spec.itc else width, spec.images
         self.itc = ContrastHead(spec) if spec.itc else None
         self.vl = ContrastHead(spec) if spec.itc_vl else None
         self.pooler = self.itm = self.classifier = self.mlm = self.words = self.mim = None
@@ -209,6 +207,37 @@ class VlmoModel(nn.Module):
     def text(self) -> MomeEncoder | None:
         """The encoder, if it takes texts."""
         return self.encoder if self.encoder.text is not None else None
+
+    def can_encode(self, modality: Modality) -> bool:
+        return modality in self.encoder.alone
+
+    @property
+    def can_contrast(self) -> bool:
+        return self.itc is not None
+
+    @property
+    def can_match(self) -> bool:
+        return self.itm is not None
+
+    @property
+    def can_predict_tokens(self) -> bool:
+        return self.mlm is not None
+
+    @property
+    def can_predict_patches(self) -> bool:
+        return self.mim is not None
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.classifier is None else self.classifier[-1].out_features
+
+    @property
+    def num_images(self) -> int:
+        return self.images
+
+    @property
+    def fuses_inputs(self) -> bool:
+        return True
 
     @property
     def preprocess(self) -> Preprocess | None:

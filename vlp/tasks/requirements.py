@@ -25,7 +25,7 @@ def need_reader(subject: EvalModel, task: str, pictures: int) -> None:
         raise UserError(
             f"{task} needs a model of pictures and texts; give tokenizer=FOLDER for weights that bring none"
         )
-    if (own := getattr(subject.model, "images", 1)) != pictures:
+    if (own := getattr(subject.model, "num_images", 1)) != pictures:
         raise UserError(
             f"{task} gives {pictures} picture{'s' * (pictures > 1)} with each text, and this model looks at {own}; evaluate it "
             f"on data with {own}"
