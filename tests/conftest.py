@@ -17,6 +17,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from vlp.data.formats import Pair
 from vlp.data.pack import Packing, pack
 from vlp.data.text import train_tokenizer
+from vlp.specs.config_file import ConfigLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -47,6 +48,17 @@ def draw_pairs(folder: Path, count: int) -> list[Pair]:
         captions = (f"a {colour} square at the {place} number {n}", f"{place} {colour} thing")
         pairs.append(Pair(image=str(path), captions=captions, key=f"{n:04d}", source="toy", extra={}))
     return pairs
+
+
+@pytest.fixture(autouse=True)
+def forget_configs():
+    """Remove the modules and the entries of ``sys.path`` that a test's configs bring: a command's process ends with them."""
+    path = list(sys.path)
+    yield
+    sys.path[:] = path
+    for name, module in list(sys.modules.items()):
+        if isinstance(vars(module).get("__loader__"), ConfigLoader):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

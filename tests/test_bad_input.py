@@ -157,7 +157,7 @@ def test_class_that_a_resumed_run_could_not_find_again(world, tmp_path, capfd):
     )
     (tmp_path / "mine.py").write_text(text)
     said = refused(capfd, "train", tmp_path / "mine.py", *toy_overrides(world, tmp_path / "runs"))
-    assert "move it to a module" in said
+    assert "Mine is defined inside a function; move it to the top of its module" in said
     assert not (tmp_path / "runs").exists()
 
 
@@ -202,7 +202,7 @@ def test_resume_of_what_is_no_run(tmp_path, capfd):
     (tmp_path / "experiment.json").write_text('{"type": "vlp.config:Exp')
     assert "is the folder a run?" in refused(capfd, "train", "--resume", tmp_path)
     (tmp_path / "experiment.json").write_text('{"type": "os:system"}')
-    assert "not a dataclass" in refused(capfd, "train", "--resume", tmp_path)
+    assert "uses its own code (os:system)" in refused(capfd, "train", "--resume", tmp_path)
 
 
 @pytest.mark.parametrize("command", [["train", "--resume"], ["eval"]])

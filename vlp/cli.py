@@ -6,12 +6,10 @@ import argparse
 import errno
 import json
 import os
-import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-from vlp.commands import configs, evaluate, gradcam, report, serve, show
+from vlp.commands import ablate, configs, evaluate, gradcam, report, serve, show, train
 from vlp.commands.annotations import add_annotation_commands
 from vlp.commands.dedup import add_dedup_command
 from vlp.commands.progress import progress_bar
@@ -49,22 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vlp", description="Vision-language pre-training.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train an experiment, or continue a run")
-    train.add_argument(
-        "config", nargs="?", help="a Python config, FILE.py:NAME for another function of it, or an experiment.json"
-    )
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.batch_size=256 optim.lr=5e-4")
-    train.add_argument("--resume", metavar="RUN", help="continue this run folder where it stopped")
-    train.set_defaults(run=run_train)
-
+    train.add_parser(commands)
     evaluate.add_parser(commands)
     gradcam.add_parser(commands)
 
-    ablate = commands.add_parser("ablate", help="train variants over seeds, and tabulate what each change is worth")
-    ablate.add_argument("config", help="a Python config, or FILE.py:NAME, that returns a vlp.sweeps.ablation.Ablation")
-    ablate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seeds=0,1 train.steps=100")
-    ablate.set_defaults(run=run_ablate)
-
+    ablate.add_parser(commands)
     report.add_parser(commands)
     serve.add_parser(commands)
 
@@ -124,47 +111,6 @@ def add_data_commands(actions) -> None:
     add_dedup_command(actions)
     add_text_commands(actions)
     add_world_command(actions)
-
-
-def run_train(options: argparse.Namespace) -> int:
-    from vlp.config import Experiment, changed_keys, load_config, load_json
-    from vlp.specs.overrides import override
-    from vlp.sweeps.stages import Stages, train_stages
-    from vlp.train import train
-
-    # with --resume the config may be left out, and then the first override stands in its place
-    config, overrides = options.config, options.overrides
-    if config and "=" in config:
-        config, overrides = None, [config, *overrides]
-    if options.resume is None:
-        if config is None:
-            raise UserError("give a config to train, e.g. vlp train configs/align/demo.py, or --resume RUN")
-        wanted = load_config(config, Experiment, Stages)
-        if isinstance(wanted, Experiment):
-            return train(override(wanted, overrides))
-        return train_stages(wanted.overridden(overrides), shlex.join(["vlp", "train", config, *overrides]))
-    folder = Path(options.resume)
-    saved = load_json(folder / "experiment.json")
-    saved = replace(saved, name=folder.name, output=str(folder.parent))
-    wanted = override(load_config(config).resolved() if config else saved, overrides)
-    if changed := changed_keys(saved, wanted):
-        raise UserError(
-            f"{folder} was started with other values of {', '.join(changed[:8])}"
-            f"{f' and {len(changed) - 8} more' if len(changed) > 8 else ''}; resume without changing them, "
-            f"or start a new run with another name=..."
-        )
-    return train(replace(wanted, name=folder.name, output=str(folder.parent)), resume=True)
-
-
-def run_ablate(options: argparse.Namespace) -> int:
-    from vlp.sweeps.ablation import ablate, load_ablation
-
-    ablation = load_ablation(options.config, options.overrides)
-    if not ablate(ablation):
-        print(f"stopped; continue with: {shlex.join(['vlp', 'ablate', options.config, *options.overrides])}")
-        return 0
-    print((ablation.folder / "table.md").read_text() + f"\n{ablation.folder}/table.md and plot.png")
-    return 0
 
 
 def run_pack(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ resumed and evaluated without the file and without the weights that it started f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,8 @@ from vlp.optim.ema import MomentumConfig
 from vlp.optim.optimizers import AdamW
 from vlp.optim.schedule import Schedule
 from vlp.specs.config_file import call_config
-from vlp.specs.json import flatten, read, to_plain
+from vlp.specs.json import flatten, read, read_without_code, to_plain
+from vlp.specs.names import NO_TYPES
 
 
 @dataclass(frozen=True)
@@ -182,24 +184,42 @@ class Experiment:
 FREE_ON_RESUME = ("name", "output", "data.workers", "train.processes", "train.engine", "train.threads", "save", "log")
 
 
-def load_config(config: str, *kinds: type) -> Any:
+def load_config(config: str, *kinds: type, own_types: Mapping[str, type] = NO_TYPES) -> Any:
     """Return the experiment of a config: ``FILE.py``, ``FILE.py:NAME``, or a JSON file that `vlp.specs.json.dump` wrote.
 
     Args:
         config: Python file, and the name of a function in it if that is not ``config``.
         kinds: Classes of which the function's result must be an instance. The default is `Experiment`.
+        own_types: Name -> class of the user's own types that a JSON file may name.
 
     Raises:
         UserError: If there is no such file or function, the file names a field that does not exist, or the function
             returns something else.
     """
     if config.endswith(".json") and Path(config).is_file():
-        return load_json(Path(config))
+        return load_json(Path(config), own_types)
     return call_config(config, kinds or (Experiment,))
 
 
-def load_json(path: Path) -> Experiment:
-    experiment = read(path)
+def load_json(path: Path, own_types: Mapping[str, type] = NO_TYPES) -> Experiment:
+    """Return the experiment of a JSON file. Only vlp's types and ``own_types`` are built: see `vlp.specs.user_code`.
+
+    Raises:
+        UserError: If the file is missing, damaged, not an experiment, or names another type.
+    """
+    return _checked(read(path, own_types), path)
+
+
+def load_without_code(path: Path) -> Experiment:
+    """Return the experiment of a JSON file, with a `vlp.specs.json.Foreign` for each spec of a user's own type.
+
+    Raises:
+        UserError: If the file is missing, damaged, or not an experiment.
+    """
+    return _checked(read_without_code(path), path)
+
+
+def _checked(experiment: Any, path: Path) -> Experiment:
     if not isinstance(experiment, Experiment):
         raise UserError(f"{path} is not an experiment; is the folder a run?")
     return experiment

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import runpy
+import shlex
 import signal
 import sys
 import time
@@ -24,6 +25,7 @@ from vlp.forward import Forward, StepContext
 from vlp.losses.geometry import alignment, modality_gap, uniformity
 from vlp.losses.inputs import NonFiniteLoss
 from vlp.optim.schedule import set_lr
+from vlp.specs.user_code import NO_CODE, UserCode
 from vlp.training import grad_cache
 from vlp.training.engines import engine
 from vlp.training.grad_cache import CachedForward
@@ -321,12 +323,16 @@ def geometry(f: Forward) -> dict[str, float]:
     return record
 
 
-def train(experiment: Experiment, resume: bool = False) -> int:
-    """Runs the experiment, or continues it; returns the exit code."""
+def train(experiment: Experiment, resume: bool = False, code: UserCode = NO_CODE) -> int:
+    """Run the experiment, or continue it; return the exit code.
+
+    Args:
+        code: The user's own code that the experiment is made of, to be kept with the run.
+    """
     with Interrupted() as interrupted:
-        run = Run.start(experiment, resume)
+        run = Run.start(experiment, resume, code)
         try:
-            _fit(run, interrupted)
+            _fit(run, interrupted, code)
         except BaseException:
             run.close(together=False)
             raise
@@ -334,7 +340,7 @@ def train(experiment: Experiment, resume: bool = False) -> int:
     return 0
 
 
-def _fit(run: Run, interrupted: Interrupted) -> None:
+def _fit(run: Run, interrupted: Interrupted, code: UserCode) -> None:
     folder = run.experiment.folder
     if run.finished:
         run.records.say(f"{folder} is already at its last step, {run.total_steps}")
@@ -346,7 +352,8 @@ def _fit(run: Run, interrupted: Interrupted) -> None:
     if done:
         run.records.say(f"done: {folder}")
     else:
-        run.records.say(f"stopped at step {run.state.step} and saved; continue with: vlp train --resume {folder}")
+        command = shlex.join(["vlp", "train", "--resume", str(folder), *code.options])
+        run.records.say(f"stopped at step {run.state.step} and saved; continue with: {command}")
 
 
 if __name__ == "__main__":

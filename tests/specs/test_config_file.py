@@ -2,21 +2,12 @@
 
 import pickle
 import sys
+from pathlib import Path
 
 import pytest
 
 from vlp.errors import UserError
 from vlp.specs.config_file import call_config, load_module
-
-
-@pytest.fixture(autouse=True)
-def restored(monkeypatch):
-    """Each test leaves ``sys.path`` and the imported modules as they were."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
 
 
 @pytest.fixture
@@ -101,8 +92,6 @@ def test_name_of_an_imported_module_is_refused(write):
 
 
 def test_failed_import_leaves_no_module_behind(write):
-    from pathlib import Path
-
     for text, error in (("import vlp_nothing_such", UserError), ("x = ", UserError), ("1 / 0", ZeroDivisionError)):
         with pytest.raises(error):
             load_module(Path(write(text)))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlp.commands.code import add_code_options, read_code
 from vlp.errors import UserError
+from vlp.specs.names import NO_TYPES
 
 if TYPE_CHECKING:
     from vlp.tasks.base import Result, Task
@@ -39,6 +42,7 @@ def add_parser(commands) -> None:
         "--checkpoint", metavar="STEP", help="of a run: a step, 'best' or 'last' (default: best if there is one)"
     )
     parser.add_argument("-h", "--help", action=Help, nargs=0, help="show this help, or that of TASK, and exit")
+    add_code_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -74,12 +78,13 @@ def run(options: argparse.Namespace) -> int:
         name, assignments = None, [name, *assignments]
     # the option had this name until version 0.1
     assignments = [f"allow_contamination={a[11:]}" if a.startswith("allow_leak=") else a for a in assignments]
-    tasks, assignments = choose_tasks(options.model, name, assignments)
+    own_types = read_code(options, Path(options.model)).types
+    tasks, assignments = choose_tasks(options.model, name, assignments, own_types)
     load_options = override(LoadOptions(), assignments)
     for key, task in tasks.items():
         check_limits(task, key if name is None else "")
     check_limits(load_options)
-    loaded = load_model(options.model, options.checkpoint, load_options)
+    loaded = load_model(options.model, options.checkpoint, load_options, own_types)
     model = loaded.subject
     for part, report in loaded.reports.items():
         print(f"{part} weights: {report or 'random'}")
@@ -99,18 +104,24 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def own_tasks(model: str) -> dict[str, Any]:
-    """Return the tasks of a run's experiment by their name there. Empty for weights that are not a run's."""
+def own_tasks(model: str, own_types: Mapping[str, type] = NO_TYPES) -> dict[str, Any]:
+    """Return the tasks of a run's experiment by their name there. Empty for weights that are not a run's.
+
+    Args:
+        own_types: Classes outside vlp that the run's experiment.json may name: see `vlp.specs.user_code`.
+    """
     from vlp.weights.run import is_run
 
     if not is_run(model):
         return {}
     from vlp.config import load_json
 
-    return load_json(Path(model).expanduser() / "experiment.json").evaluate
+    return load_json(Path(model).expanduser() / "experiment.json", own_types).evaluate
 
 
-def choose_tasks(model: str, name: str | None, assignments: list[str]) -> tuple[dict[str, Any], list[str]]:
+def choose_tasks(
+    model: str, name: str | None, assignments: list[str], own_types: Mapping[str, type] = NO_TYPES
+) -> tuple[dict[str, Any], list[str]]:
     """Return the tasks by the names of their result files, and the assignments that are not for tasks.
 
     A name that the run's experiment gives to a task stands for that task with its settings there. Without a name, all of
@@ -123,7 +134,7 @@ def choose_tasks(model: str, name: str | None, assignments: list[str]) -> tuple[
     from vlp.specs.overrides import override
     from vlp.tasks.naming import result_name
 
-    own = own_tasks(model)
+    own = own_tasks(model, own_types)
     if name is None:
         if not own:
             raise UserError(f"{model} does not say what to evaluate; give a task, e.g. vlp eval {model} retrieval")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vlp.commands.code import add_code_options, read_code
 from vlp.errors import UserError
 
 
@@ -21,6 +22,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--layer", type=int, help="fusion layer, from 0 (default: a third of the way up)")
     parser.add_argument("--checkpoint", metavar="STEP", help="a step, 'best' or 'last' (default: best if there is one)")
     parser.add_argument("--output", type=Path, metavar="PNG", help="default: RUN/gradcam.png")
+    add_code_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -28,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     from vlp.loading.run import open_run
     from vlp.tasks.grad_cam import draw_words
 
-    model, step = open_run(options.folder, options.checkpoint)
+    model, step = open_run(options.folder, options.checkpoint, read_code(options, options.folder).types)
     source, path = options.data or model.data.val, options.output or options.folder / "gradcam.png"
     if not source:
         raise UserError("gradcam has no images; give --data SHARDS")

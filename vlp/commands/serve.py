@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlp.commands.code import add_code_options, read_code
 from vlp.errors import UserError
+from vlp.specs.names import NO_TYPES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,15 +20,18 @@ def add_parser(commands) -> None:
     parser.add_argument("folder", metavar="RUN", type=Path)
     parser.add_argument("--data", metavar="SHARDS", help="images to search (default: the run's data.val)")
     parser.add_argument("--port", type=int, default=7860)
+    add_code_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    serve(options.folder, options.data, options.port)
+    serve(options.folder, options.data, options.port, read_code(options, options.folder).types)
     return 0
 
 
-def searcher(folder: Path, data: str | None, count: int = 12) -> Callable[[str], list[tuple[np.ndarray, str]]]:
+def searcher(
+    folder: Path, data: str | None, count: int = 12, own_types: Mapping[str, type] = NO_TYPES
+) -> Callable[[str], list[tuple[np.ndarray, str]]]:
     """Encode the images of ``data``, and return a function from a text to the ``count`` nearest ones.
 
     Each image is returned as (H, W, 3) uint8 pixels with its first caption.
@@ -41,7 +46,7 @@ def searcher(folder: Path, data: str | None, count: int = 12) -> Callable[[str],
     from vlp.tasks.embeddings import encode_pairs, encode_texts
     from vlp.tasks.metrics import top
 
-    model, _ = open_run(folder)
+    model, _ = open_run(folder, own_types=own_types)
     source = data or model.data.val
     if source is None:
         raise UserError("there is nothing to search; give --data SHARDS, or set data.val in the config")
@@ -56,14 +61,14 @@ def searcher(folder: Path, data: str | None, count: int = 12) -> Callable[[str],
     return search
 
 
-def serve(folder: Path, data: str | None, port: int) -> None:
+def serve(folder: Path, data: str | None, port: int, own_types: Mapping[str, type] = NO_TYPES) -> None:
     """Serve the page on this machine until interrupted. Raises UserError where gradio is not installed."""
     try:
         import gradio
     except ImportError:
         raise UserError("vlp serve needs gradio; pip install 'vlp[serve]'") from None
     page = gradio.Interface(
-        searcher(folder, data),
+        searcher(folder, data, own_types=own_types),
         gradio.Textbox(label="text"),
         gradio.Gallery(label="images", columns=6),
         title=f"Image search in {folder.name}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 
 def add_parser(commands) -> None:
@@ -15,7 +16,7 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from vlp.config import Experiment, load_config
+    from vlp.config import Experiment, load_config, load_without_code
     from vlp.errors import UserError
     from vlp.specs.json import dump
     from vlp.specs.overrides import override
@@ -23,14 +24,18 @@ def run(options: argparse.Namespace) -> int:
     from vlp.sweeps.ablation import Ablation
     from vlp.sweeps.stages import Stages
 
-    spec = load_config(options.config, Experiment, Stages, Ablation)
-    if isinstance(spec, Experiment):
-        spec = override(spec, options.overrides)
-        try:
-            spec = spec.resolved()
-        except UserError as e:
-            print(f"vlp: shown as written, not resolved: {e}", file=sys.stderr)
-    else:  # a later stage can be resolved when the one before is trained
-        spec = spec.overridden(options.overrides)
+    if options.config.endswith(".json"):
+        spec = override(load_without_code(Path(options.config)), options.overrides)
+    else:
+        spec = load_config(options.config, Experiment, Stages, Ablation)
+        # the later of two stages can be resolved when the earlier one is trained
+        if isinstance(spec, Experiment):
+            spec = override(spec, options.overrides)
+            try:
+                spec = spec.resolved()
+            except UserError as e:
+                print(f"vlp: shown as written, not resolved: {e}", file=sys.stderr)
+        else:
+            spec = spec.overridden(options.overrides)
     print(dump(spec) if options.json else to_text(spec))
     return 0

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -35,6 +36,7 @@ from vlp.loading.transformers import PROJECTIONS, load_folder, model_type
 from vlp.loading.vlmo import build_vlmo
 from vlp.models.dual import Dual
 from vlp.specs.fields import setting
+from vlp.specs.names import NO_TYPES
 from vlp.tasks.base import EvalModel
 from vlp.weights import reading
 from vlp.weights.albef import load_albef
@@ -84,11 +86,17 @@ class LoadedModel:
     reports: dict[str, LoadReport | None] = field(default_factory=dict)
 
 
-def load_model(what: str, which: str | None = None, opening: LoadOptions = LoadOptions()) -> LoadedModel:
+def load_model(
+    what: str,
+    which: str | None = None,
+    opening: LoadOptions = LoadOptions(),
+    own_types: Mapping[str, type] = NO_TYPES,
+) -> LoadedModel:
     """Opens ``what`` points to.
 
     Args:
         which: checkpoint of a run, see `vlp.loading.run.choose`.
+        own_types: Classes outside vlp that the run's experiment.json may name: see `vlp.specs.user_code`.
 
     Raises:
         UserError: if it is nothing of the above, is damaged, or would run code on loading.
@@ -96,7 +104,7 @@ def load_model(what: str, which: str | None = None, opening: LoadOptions = LoadO
     if which is not None and not is_run(what):
         raise UserError(f"--checkpoint is for runs, and {what} is none; name the file of weights itself")
     if is_run(what):
-        return _run(what, which, opening)
+        return _run(what, which, opening, own_types)
     if what.startswith("open_clip:"):
         return _open_clip(what, opening)
     path = resolve(what)
@@ -108,10 +116,10 @@ def load_model(what: str, which: str | None = None, opening: LoadOptions = LoadO
     return _file(path, opening)
 
 
-def _run(what: str, which: str | None, opening: LoadOptions) -> LoadedModel:
+def _run(what: str, which: str | None, opening: LoadOptions, own_types: Mapping[str, type]) -> LoadedModel:
     if given := [name for name in ("tokenizer", "image_size", "head_width") if getattr(opening, name) is not None]:
         raise UserError(f"{given[0]} of a run is what it was trained with; leave it out")
-    subject, step = open_run(Path(what).expanduser(), which)
+    subject, step = open_run(Path(what).expanduser(), which, own_types)
     subject.data = _changed(subject.data, opening)
     _check_length(subject.model, subject.data)
     return LoadedModel(subject, Path(what).expanduser(), step)

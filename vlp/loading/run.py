@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from vlp.config import load_json
 from vlp.data.text import load_tokenizer
 from vlp.errors import UserError
 from vlp.files import file_hash
+from vlp.specs.names import NO_TYPES
 from vlp.specs.types import check_types
 from vlp.tasks.base import EvalModel
 from vlp.weights import checkpoints
@@ -40,15 +42,18 @@ def choose(folder: Path, which: str | None) -> Path:
     return chosen
 
 
-def open_run(folder: Path, which: str | None = None) -> tuple[EvalModel, int]:
+def open_run(folder: Path, which: str | None = None, own_types: Mapping[str, type] = NO_TYPES) -> tuple[EvalModel, int]:
     """(model with its tokenizer and data settings, step). The averaged weights are taken where the run kept an average.
+
+    Args:
+        own_types: Classes outside vlp that the run's experiment.json may name: see `vlp.specs.user_code`.
 
     Raises:
         UserError: if the folder is no run, or the checkpoint is missing, damaged or of another model.
     """
     if not (folder / "experiment.json").is_file():
         raise UserError(f"{folder} is not a run: it has no experiment.json")
-    experiment = load_json(folder / "experiment.json")
+    experiment = load_json(folder / "experiment.json", own_types)
     check_types(experiment)
     path = choose(folder / "checkpoints", which)
     averaged = (path / "average.safetensors").exists()

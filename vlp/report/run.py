@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment
 
-from vlp.config import Experiment, load_json
+from vlp.config import Experiment, load_without_code
 from vlp.data.shards import write_atomically
 from vlp.errors import UserError
 from vlp.report.examples import MACROS, captions_with_pictures, wrong_with_pictures
@@ -73,7 +73,7 @@ def write_report(folder: Path) -> Path:
     """Writes ``folder/report.html``. Raises UserError if the folder is no run or has no log yet."""
     if not (folder / "experiment.json").is_file():
         raise UserError(f"{folder} is not a run: it has no experiment.json")
-    experiment, log = load_json(folder / "experiment.json"), read_log(folder / "log.jsonl")
+    experiment, log = load_without_code(folder / "experiment.json"), read_log(folder / "log.jsonl")
     if not log:
         raise UserError(f"{folder} has no step in its log yet; train it first")
     results = read_results(folder)

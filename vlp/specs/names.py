@@ -7,7 +7,8 @@ before short names existed store ``module:Class``; `RENAMED` lists the classes t
 from __future__ import annotations
 
 import importlib
-from dataclasses import is_dataclass
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from vlp.errors import UserError
@@ -80,6 +81,9 @@ RENAMED_FIELDS: dict[str, dict[str, str]] = {}
 RENAMED_VALUES: dict[tuple[str, str], dict[str, str]] = {}
 
 
+NO_TYPES: Mapping[str, type] = MappingProxyType({})
+
+
 def name_of(cls: type) -> str:
     """Return the short name of a spec type of vlp, ``module:Class`` of any other."""
     if TYPES.get(cls.__name__) == cls.__module__:
@@ -88,26 +92,47 @@ def name_of(cls: type) -> str:
 
 
 def is_type_name(value: Any) -> bool:
-    """Return whether a ``type`` in JSON names a class; a plain dict may have an entry of that name too."""
-    return isinstance(value, str) and (value in TYPES or ":" in value)
+    """Return whether a ``type`` in JSON names a class. A plain dict in a file of an earlier version may have a ``type`` too."""
+    return isinstance(value, str) and (value in TYPES or value in RENAMED or ":" in value)
 
 
-def class_of(name: str) -> type:
-    """Return the class that `name_of` named, also of a file from before short names."""
-    module, _, short = name.rpartition(":")
-    if module == "" or module.startswith("vlp."):
-        short = RENAMED.get(short, short)
-        module = TYPES.get(short, module)
-    try:
-        cls = getattr(importlib.import_module(module), short)
-    except (ImportError, AttributeError, ValueError):
+def is_own(name: str) -> bool:
+    """Return whether ``module:Class`` names a class outside vlp."""
+    module = name.rpartition(":")[0]
+    return module != "" and module.partition(".")[0] != "vlp"
+
+
+def class_of(name: str, own_types: Mapping[str, type] = NO_TYPES) -> type:
+    """Return the class that `name_of` named, also if a file stores it under an earlier name.
+
+    Only the modules of `MODULES` are ever imported, so a file cannot choose code to run.
+
+    Args:
+        name: Short name of a type of vlp, or ``module:Class``.
+        own_types: Name -> class of the user's own types, which the caller has imported and trusts.
+
+    Raises:
+        UserError: If the name is neither a type of vlp nor in ``own_types``.
+    """
+    if name in own_types:
+        return own_types[name]
+    if short := _type_of_vlp(name):
+        return getattr(importlib.import_module(TYPES[short]), short)  # reflection: the class by its stored name
+    if is_own(name):
         raise UserError(
-            f"the experiment needs {name}, which cannot be imported; install what it is part of, or, if it is "
-            f"written in the config file itself, move it to a module"
-        ) from None
-    if not is_dataclass(cls):
-        raise UserError(f"the experiment names {name}, which is not a dataclass; the file was altered")
-    return cls
+            f"the experiment uses its own code ({name}); give --config CONFIG.py, the config that it comes from, or "
+            f"--trust-code to run the code in its folder if you trust that"
+        )
+    raise UserError(
+        f"the experiment was written by another version of vlp: {name} is not in the table of vlp/specs/names.py"
+    )
+
+
+def _type_of_vlp(name: str) -> str | None:
+    """Return the short name of today. Files from before short names store ``vlp.module:Class``."""
+    module, _, short = name.rpartition(":")
+    short = RENAMED.get(short, short)
+    return short if short in TYPES and (module == "" or module.startswith("vlp.")) else None
 
 
 def current_fields(cls: type, fields: dict[str, Any]) -> dict[str, Any]:

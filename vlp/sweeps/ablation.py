@@ -17,6 +17,7 @@ from vlp.data.shards import write_atomically
 from vlp.errors import UserError
 from vlp.report.run import png
 from vlp.specs.overrides import override
+from vlp.specs.user_code import NO_CODE, UserCode
 from vlp.sweeps.run_queue import RunQueue, check_same, finished
 from vlp.sweeps.stages import Stages
 from vlp.training.logging import read_log
@@ -92,10 +93,13 @@ def load_ablation(config: str, overrides: list[str]) -> Ablation:
     return load_config(config, Ablation).overridden(overrides)
 
 
-def ablate(ablation: Ablation, say=print) -> bool:
+def ablate(ablation: Ablation, say=print, code: UserCode = NO_CODE) -> bool:
     """Trains what is not trained yet, each run in a process of its own, and writes table and plot after every one.
 
     Called again it goes on where it was stopped, within a run too.
+
+    Args:
+        code: The user's own code that the experiments are made of.
 
     Returns:
         False if it was asked to stop before its end.
@@ -109,7 +113,7 @@ def ablate(ablation: Ablation, say=print) -> bool:
     for experiment in (e for chain in chains for e in chain):
         validate(experiment)
         check_same(experiment)
-    with RunQueue() as series:
+    with RunQueue(code) as series:
         for experiment in (e for chain in chains for e in chain):
             if not finished(experiment):
                 say(f"{experiment.folder}")

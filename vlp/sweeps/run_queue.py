@@ -14,6 +14,7 @@ from vlp.config import Experiment, changed_keys, load_json
 from vlp.data.shards import write_atomically
 from vlp.errors import UserError
 from vlp.specs.json import dump
+from vlp.specs.user_code import NO_CODE, UserCode, own_types
 from vlp.training.logging import read_log
 from vlp.weights import checkpoints
 
@@ -23,10 +24,14 @@ def begun(experiment: Experiment) -> bool:
 
 
 def check_same(experiment: Experiment) -> None:
-    """Raises UserError where the run's folder holds another experiment."""
+    """Check that the run's folder, if it exists, contains the same experiment.
+
+    Raises:
+        UserError: If it contains another one.
+    """
     if not begun(experiment):
         return
-    saved = load_json(experiment.folder / "experiment.json")
+    saved = load_json(experiment.folder / "experiment.json", own_types(experiment))
     if changed := changed_keys(saved, experiment.resolved()):
         raise UserError(
             f"{experiment.folder} was started with other values of {', '.join(changed[:5])}; give another name=..., or "
@@ -45,9 +50,14 @@ def finished(experiment: Experiment) -> bool:
 
 
 class RunQueue:
-    """Trains one run at a time; as a context it passes Ctrl-C and SIGTERM on to the run under way, which saves and ends."""
+    """Trains one run at a time; as a context it passes Ctrl-C and SIGTERM on to the run under way, which saves and ends.
 
-    def __init__(self):
+    Args:
+        code: The user's own code that the experiments are made of.
+    """
+
+    def __init__(self, code: UserCode = NO_CODE):
+        self.code = code
         self.process: subprocess.Popen | None = None
         self.asked: int | None = None  # the signal
 
@@ -84,7 +94,7 @@ class RunQueue:
                     f"cannot write {folder.parent}: {e.strerror or e}; set output=FOLDER to one that can be written"
                 ) from None
             arguments = [str(written)]
-        self.process = subprocess.Popen([sys.executable, "-m", "vlp.train", *arguments])
+        self.process = subprocess.Popen([sys.executable, "-m", "vlp.train", *arguments, *self.code.options])
         if self.asked:  # while it was being started
             self.process.send_signal(self.asked)
         code = self.process.wait()

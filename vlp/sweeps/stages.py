@@ -12,6 +12,7 @@ from pathlib import Path
 from vlp.config import Experiment, load_json
 from vlp.errors import UserError
 from vlp.specs.overrides import override
+from vlp.specs.user_code import NO_CODE, UserCode
 from vlp.sweeps.run_queue import RunQueue, begun, check_same, finished
 from vlp.training.validation import validate
 
@@ -76,7 +77,7 @@ class Stages:
         return changed
 
 
-def train_stages(stages: Stages, command: str, say=print) -> None:
+def train_stages(stages: Stages, command: str, say=print, code: UserCode = NO_CODE) -> None:
     """Trains what is not trained yet, each stage in a process of its own; asked to stop, it says how to go on.
 
     Where a launcher has connected several processes these are the engine, which is set up once: then the stage that is next is
@@ -84,6 +85,7 @@ def train_stages(stages: Stages, command: str, say=print) -> None:
 
     Args:
         command: what to type to go on.
+        code: The user's own code that the experiments are made of.
 
     Raises:
         UserError: if a stage is not valid, a folder holds another one, or a run fails.
@@ -100,9 +102,9 @@ def train_stages(stages: Stages, command: str, say=print) -> None:
     if not missing:
         say(f"{stages.folder}: all {len(runs)} stages are done")
     elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        _train_connected(missing, command, say)
+        _train_connected(missing, command, say, code)
     else:
-        with RunQueue() as series:
+        with RunQueue(code) as series:
             for run in missing:
                 say(f"{run.folder}")
                 if not series.train(run):
@@ -111,14 +113,15 @@ def train_stages(stages: Stages, command: str, say=print) -> None:
         say(f"done: {stages.folder}")
 
 
-def _train_connected(missing: list[Experiment], command: str, say) -> None:
+def _train_connected(missing: list[Experiment], command: str, say, code: UserCode) -> None:
     from vlp.train import train
 
     run, *later = missing
     say(f"{run.folder} (a launcher's processes train one stage; give the same command again for the next)")
     if begun(run):
-        train(replace(load_json(run.folder / "experiment.json"), name=run.name, output=run.output), resume=True)
+        saved = load_json(run.folder / "experiment.json", code.types)
+        train(replace(saved, name=run.name, output=run.output), resume=True, code=code)
     else:
-        train(run)
+        train(run, code=code)
     if finished(run):
         say(f"{run.name} is done; continue with {later[0].name}: {command}" if later else f"done: {run.folder.parent}")

@@ -22,6 +22,7 @@ from vlp.objectives.needs import has_pictures
 from vlp.optim.ema import EMA
 from vlp.optim.groups import describe_groups, parameter_groups, starts_with
 from vlp.optim.optimizers import Lamb, Lars
+from vlp.specs.user_code import NO_CODE, UserCode
 from vlp.tasks.base import EvalModel, Result
 from vlp.tasks.contamination import contaminated_images
 from vlp.training import checkpoint
@@ -96,7 +97,7 @@ class Run:
         self.records = RunWriter(experiment, accelerator, self.state, self.epoch_samples)
 
     @classmethod
-    def start(cls, experiment: Experiment, resume: bool) -> Run:
+    def start(cls, experiment: Experiment, resume: bool, code: UserCode = NO_CODE) -> Run:
         """Raises UserError for whatever of the experiment cannot be, before anything is written."""
         validate(experiment)
         folder = experiment.folder
@@ -111,7 +112,7 @@ class Run:
             experiment = experiment.resolved()
         run = cls(experiment, accelerator, resume, whole)
         fingerprints = [reader.fingerprint() for reader in run.dataset.readers]
-        run.records.open(resume, run.tokenizer, fingerprints, run._audit(), run.total_steps)
+        run.records.open(resume, run.tokenizer, fingerprints, run._audit(), run.total_steps, code)
         run.records.say(run.describe())
         if whole is None:
             for tower, report in run.model.reports.items():

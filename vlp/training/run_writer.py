@@ -3,6 +3,7 @@
 runs/NAME/
   experiment.json   the resolved experiment; with a checkpoint, all that it takes to rebuild the model
   tokenizer/        a copy
+  code/             copies of the config and of the modules that it imports from its folder
   data.json         what the order of the samples depends on
   parameters.txt    where every weight came from, its learning rate and weight decay
   starts.jsonl      a line for each time it was started or continued: command, machine, processes
@@ -31,6 +32,7 @@ from vlp.config import Experiment
 from vlp.data.shards import write_atomically
 from vlp.errors import UserError
 from vlp.specs.json import dump
+from vlp.specs.user_code import UserCode
 from vlp.tasks.base import EvalModel, Result
 from vlp.training.engines import engine
 from vlp.training.logging import RunLog, read_log, truncate_log
@@ -47,7 +49,9 @@ class RunWriter:
         self.log: RunLog | None = None
         self.samples = None
 
-    def open(self, resume: bool, tokenizer, fingerprints: list[dict], audit: str, total_steps: int) -> None:
+    def open(
+        self, resume: bool, tokenizer, fingerprints: list[dict], audit: str, total_steps: int, code: UserCode
+    ) -> None:
         """Makes the folder, or cuts the logs of a resumed run back to the step that it goes on from.
 
         Raises:
@@ -58,11 +62,13 @@ class RunWriter:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 if not resume:
-                    shutil.rmtree(self.folder / "tokenizer", ignore_errors=True)  # of a start that was killed here
+                    for leftover in ("tokenizer", "code"):  # of a start that was killed here
+                        shutil.rmtree(self.folder / leftover, ignore_errors=True)
                     if tokenizer:
                         tokenizer.save(self.folder / "tokenizer")
                     write_atomically(self.folder / "data.json", json.dumps(fingerprints, indent=1).encode())
                     write_atomically(self.folder / "parameters.txt", audit.encode())
+                self._copy_code(code)
                 # last, since a folder that has it is a run
                 write_atomically(self.folder / "experiment.json", dump(self.experiment).encode())
                 for name in ("log.jsonl", "eval.jsonl", *(p.name for p in self.folder.glob("samples.*.jsonl"))):
@@ -77,6 +83,13 @@ class RunWriter:
         if self.experiment.log.samples:
             path = self.folder / f"samples.{self.accelerator.process_index}.jsonl"
             self.samples = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close()
+
+    def _copy_code(self, code: UserCode) -> None:
+        for inside, path in code.files().items():
+            target = self.folder / "code" / inside
+            if target.resolve() != path:  # a run resumed with --trust-code runs the copy itself
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(target, path.read_bytes())
 
     def _write_start(self, total_steps: int) -> None:
         """How the run was started or continued, for the report and for whoever wonders later."""

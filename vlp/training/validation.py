@@ -11,6 +11,7 @@ from vlp.errors import UserError
 from vlp.specs.fields import check_limits
 from vlp.specs.json import dump, from_plain
 from vlp.specs.types import check_types
+from vlp.specs.user_code import own_types
 from vlp.tasks.base import Task
 from vlp.training import grad_cache, split_backward
 from vlp.training.logging import require
@@ -93,11 +94,13 @@ def _within(key: str, value: Any, least: float, most: float) -> None:
 
 
 def _check_json(experiment: Experiment) -> None:
-    """A run is rebuilt from its experiment.json, so that must hold everything."""
+    """A run is rebuilt from its experiment.json, so that must contain everything."""
     try:
-        from_plain(json.loads(dump(experiment)))
+        from_plain(json.loads(dump(experiment)), own_types(experiment))
     except TypeError as e:
-        raise UserError(f"the experiment cannot be kept as JSON ({e}); use numbers, texts, tuples and dicts") from None
+        raise UserError(
+            f"the experiment cannot be kept as JSON ({e}); use dataclasses, numbers, texts, tuples and dicts"
+        ) from None
 
 
 def check_mixup(experiment: Experiment) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor
 
 from vlp.errors import UserError
-from vlp.specs.json import read
+from vlp.specs.json import Foreign, read_without_code
 from vlp.weights import checkpoints
 
 Spec = TypeVar("Spec")
@@ -20,8 +20,15 @@ def is_run(path: str | None) -> bool:
 
 
 def run_spec(folder: str) -> Any:
-    """Return the model spec of a run, with all its sizes."""
-    return read(Path(folder).expanduser() / "experiment.json").model
+    """Return the model spec of a run, with all its sizes.
+
+    Raises:
+        UserError: if the model is of a class outside vlp.
+    """
+    spec = read_without_code(Path(folder).expanduser() / "experiment.json").model
+    if isinstance(spec, Foreign):
+        raise UserError(f"the model of the run {folder} is of its own code ({spec.type}); name a run of a model of vlp")
+    return spec
 
 
 def tower_spec(folder: str, tower: Literal["image", "text"], kind: type[Spec]) -> Spec:

@@ -1,0 +1,83 @@
+"""``vlp train``: train an experiment or stages, or continue a run."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+from vlp.commands.code import add_code_options, read_code
+from vlp.errors import UserError
+
+
+def add_parser(commands) -> None:
+    train = commands.add_parser("train", help="train an experiment, or continue a run")
+    train.add_argument(
+        "config", nargs="?", help="a Python config, FILE.py:NAME for another function of it, or an experiment.json"
+    )
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.batch_size=256 optim.lr=5e-4")
+    train.add_argument("--resume", metavar="RUN", help="continue this run folder where it stopped")
+    add_code_options(train)
+    train.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    # argparse reads the first override as the config if --resume comes without a config
+    config, overrides = options.config, options.overrides
+    if config and "=" in config:
+        config, overrides = None, [config, *overrides]
+    if options.resume is not None:
+        return resume(options, Path(options.resume), config, overrides)
+    if config is None:
+        raise UserError("give a config to train, e.g. vlp train configs/align/demo.py, or --resume RUN")
+    return start(options, config, overrides)
+
+
+def start(options: argparse.Namespace, config: str, overrides: list[str]) -> int:
+    from vlp.config import Experiment
+    from vlp.specs.overrides import override
+    from vlp.sweeps.stages import Stages, train_stages
+    from vlp.train import train
+
+    spec, code = load(options, config, Experiment, Stages)
+    if isinstance(spec, Experiment):
+        return train(override(spec, overrides), code=code)
+    train_stages(spec.overridden(overrides), shlex.join(["vlp", "train", config, *overrides]), code=code)
+    return 0
+
+
+def resume(options: argparse.Namespace, folder: Path, config: str | None, overrides: list[str]) -> int:
+    from vlp.config import Experiment, changed_keys, load_json
+    from vlp.specs.overrides import override
+    from vlp.train import train
+
+    given, code = load(options, config, Experiment) if config else (None, read_code(options, folder))
+    saved = load_json(folder / "experiment.json", code.types)
+    saved = replace(saved, name=folder.name, output=str(folder.parent))
+    wanted = override(given.resolved() if given else saved, overrides)
+    if changed := changed_keys(saved, wanted):
+        raise UserError(
+            f"{folder} was started with other values of {', '.join(changed[:8])}"
+            f"{f' and {len(changed) - 8} more' if len(changed) > 8 else ''}; resume without changing them, "
+            f"or start a new run with another name=..."
+        )
+    return train(replace(wanted, name=folder.name, output=str(folder.parent)), resume=True, code=code)
+
+
+def load(options: argparse.Namespace, config: str, *kinds: type):
+    """Return the spec that a config defines, and the user's own code in it.
+
+    Raises:
+        UserError: If the config cannot be loaded, or is a Python file and the options name other code.
+    """
+    from vlp.config import load_config
+    from vlp.specs.user_code import code_of_config
+
+    if config.endswith(".json"):
+        code = read_code(options, Path(config).parent)
+        return load_config(config, own_types=code.types), code
+    if options.code_config or options.trust_code:
+        raise UserError(f"{config} has its classes itself; leave out --config and --trust-code")
+    spec = load_config(config, *kinds)
+    return spec, code_of_config(config, spec)
