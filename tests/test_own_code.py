@@ -215,6 +215,9 @@ def test_opening_a_folder_imports_and_builds_nothing_that_it_names(trained, tmp_
     plain["evaluate"] = {}
     plain["objectives"] = {"planted": {"type": name, "weight": 1.0}}
     (moved / "experiment.json").write_text(json.dumps(plain))
+    (result,) = (moved / "eval").glob("*.json")
+    evaluated = json.loads(result.read_text()) | {"task": name}
+    (moved / "eval" / "planted.json").write_text(json.dumps({k: v for k, v in evaluated.items() if k != "headline"}))
     monkeypatch.chdir(moved)
     monkeypatch.syspath_prepend(str(moved))
     (tmp_path / "vlp_test_sweep.py").write_text(
@@ -235,6 +238,7 @@ def test_opening_a_folder_imports_and_builds_nothing_that_it_names(trained, tmp_
         assert error.count("\n") == 1 and name in error, error
     for command in (["report", moved], ["show", moved / "experiment.json"]):
         assert main([str(a) for a in command]) == (2 if name.startswith("vlp.") else 0), capfd.readouterr().err
+    assert main(["report", str(moved), "--output", str(tmp_path / "comparison")]) == 0
     with pytest.raises(UserError, match=re.escape(name)):
         searcher(moved, None)
     assert not sentinel.exists()

@@ -17,8 +17,9 @@ from vlp.data.shards import write_atomically
 from vlp.errors import UserError
 from vlp.report.examples import MACROS, captions_with_pictures, wrong_with_pictures
 from vlp.report.examples import STYLE as EXAMPLES_STYLE
+from vlp.specs.json import Foreign
 from vlp.tasks.base import Task
-from vlp.tasks.find import find_task
+from vlp.tasks.find import find_task, shipped_tasks
 from vlp.tasks.metrics import Interval
 from vlp.training.logging import read_log
 
@@ -115,10 +116,9 @@ def read_results(folder: Path) -> list[dict]:
 
 def _declared(task: str) -> dict:
     """Return what a task declares of its metrics, for results from before these were part of them."""
-    try:
-        cls = find_task(task)
-    except UserError:
+    if task not in shipped_tasks():  # find_task would import the file or module that somebody's result names
         return {"headline": "", "lower_is_better": ()}
+    cls = find_task(task)
     return {"headline": cls.headline, "lower_is_better": cls.lower_is_better}
 
 
@@ -139,18 +139,19 @@ def _smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
-def _plotted(tasks: dict[str, Task], evals: list[dict]) -> list[str]:
+def _plotted(tasks: dict[str, Task | Foreign], evals: list[dict]) -> list[str]:
     """Return the metrics that are plotted over the steps: those that a task declares, else its first."""
     measured = list(evals[-1]) if evals else []
     names = []
     for key, task in tasks.items():
         of_task = [name for name in measured if name.startswith(f"{key}/")]
-        declared = [f"{key}/{metric}" for metric in task.plotted]
+        # a task whose code is not at hand is plotted by its first metric
+        declared = [] if isinstance(task, Foreign) else [f"{key}/{metric}" for metric in task.plotted]
         names += [name for name in of_task if name in declared] if declared else of_task[:1]
     return names
 
 
-def _curves(log: list[dict], evals: list[dict], tasks: dict[str, Task]) -> str:
+def _curves(log: list[dict], evals: list[dict], tasks: dict[str, Task | Foreign]) -> str:
     """Loss, held-out numbers, learning rate and temperature, and geometry against the step; base64 PNG."""
     from matplotlib.figure import Figure
 
