@@ -1,52 +1,64 @@
 """Every experiment in configs/ loads, survives JSON, builds, and takes a step."""
 
+import ast
 import importlib.util
 import json
+import re
+from collections import Counter
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, draw_pairs
+from vlp.commands.configs import read_entries
 from vlp.config import Experiment, load_config
+from vlp.data.pack import Packing, pack
+from vlp.data.shards import Source
+from vlp.data.stream import TrainDataset
+from vlp.data.text import train_tokenizer
 from vlp.forward import StepContext
 from vlp.objectives.needs import has_pictures
 from vlp.optim.ema import EMA
 from vlp.optim.groups import parameter_groups, starts_with
 from vlp.optim.schedule import set_lr
 from vlp.specs.json import dump, from_plain
-from vlp.sweeps.ablation import load_ablation
+from vlp.sweeps.ablation import Ablation
 from vlp.sweeps.stages import Stages
 from vlp.train import Pretrainer
 from vlp.training.validation import validate
 from vlp.types import Answers, Batch, Vocabulary
 
-FILES = sorted((ROOT / "configs").rglob("*.py"))
-ABLATIONS = [path for path in FILES if "vlp.sweeps.ablation" in path.read_text()]
-STAGES = [path for path in FILES if "vlp.sweeps.stages" in path.read_text() and path not in ABLATIONS]
-CONFIGS = [path for path in FILES if path not in ABLATIONS + STAGES]
+CONFIGS = ROOT / "configs"
+FILES = sorted(CONFIGS.rglob("*.py"))
+NAMES = {  # file:function -> file and function
+    f"{path.relative_to(CONFIGS).as_posix()}:{name}": (path, name)
+    for path in FILES
+    for name in (entry.config.rpartition(".py")[2].lstrip(":") or "config" for entry in read_entries(path))
+}
+SECTIONS = ("Paper", "Data", "As published", "Differs", "Measured", "Cost", "Command")
 
 
-def parts(path: Path, name: str, what: Experiment | Stages) -> dict[str, Experiment]:
-    """Every experiment in a variant of an ablation, or in a file of stages."""
-    name = f"{path.relative_to(ROOT / 'configs')}: {name}"
-    if isinstance(what, Experiment):
-        return {name: what}
-    return {f"{name} {run.name}": run for run in what.runs()}
+def experiments_of(name: str, spec: Experiment | Stages | Ablation) -> dict[str, Experiment]:
+    """Return every experiment in what a function of a config returns, by a name for the test."""
+    if isinstance(spec, Experiment):
+        return {name: spec}
+    if isinstance(spec, Stages):
+        return {f"{name} {run.name}": run for run in spec.runs()}
+    variants = (experiments_of(f"{name} {variant}", each) for variant, each in spec.variants.items())
+    return dict(chain.from_iterable(variant.items() for variant in variants))
 
 
-EXPERIMENTS = {str(path.relative_to(ROOT / "configs")): path for path in CONFIGS}
-for path in ABLATIONS:
-    for variant, what in load_ablation(str(path), []).variants.items():
-        EXPERIMENTS |= parts(path, variant, what)
-for path in STAGES:
-    EXPERIMENTS |= parts(path, "stage", load_config(str(path), Stages))
+EXPERIMENTS = {}
+for label, (path, name) in NAMES.items():
+    EXPERIMENTS |= experiments_of(label, load_config(f"{path}:{name}", Experiment, Stages, Ablation))
 TINY = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 def packages_of(experiment: Experiment) -> set[str]:
-    """Those that hold the weights and the tokenizer that it starts from."""
+    """Return the pip packages of the weights and the tokenizer that the experiment starts from."""
 
     def texts(value) -> list[str]:
         if isinstance(value, dict):
@@ -58,9 +70,8 @@ def packages_of(experiment: Experiment) -> set[str]:
     return {t[4:].split("/")[0] for t in texts(json.loads(dump(experiment))) if t.startswith("pip:")}
 
 
-def at_hand(experiment: Experiment) -> Experiment:
-    """The same, with BERT's architecture where the text tower starts from a folder that is not here, such as a run's, and
-    names for classes whose file is not."""
+def with_local_files(experiment: Experiment) -> Experiment:
+    """Replace what is not on this machine: weights of the text tower by BERT's architecture, a file of classes by names."""
     train = tuple(
         replace(s, classes=tuple(map(str, range(experiment.model.classes))))
         if isinstance(getattr(s, "classes", ()), str) and s.classes and not Path(s.classes).exists()
@@ -78,27 +89,35 @@ def at_hand(experiment: Experiment) -> Experiment:
 @pytest.fixture(params=EXPERIMENTS.values(), ids=EXPERIMENTS)
 def experiment(request, monkeypatch) -> Experiment:
     monkeypatch.chdir(ROOT)
-    experiment = load_config(str(request.param)) if isinstance(request.param, Path) else request.param
-    for package in packages_of(experiment):
+    for package in packages_of(request.param):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed (extra demo)")
-    return experiment
+    return request.param
 
 
-def test_there_are_configs():
-    assert len(CONFIGS) >= 3
+def test_every_file_has_a_default_experiment():
+    assert len(FILES) >= 20
+    assert [path for path, name in NAMES.values() if name == "config"] == FILES
 
 
-def test_their_docstrings_are_lab_notebooks():
-    for path in FILES:
-        text = path.read_text()
-        assert text.startswith('"""') and "Command" in text.split('"""')[1] and "Paper:" in text.split('"""')[1], path
-        assert str(path.relative_to(ROOT)) in text or "make demo" in text, path
+@pytest.mark.parametrize("label", NAMES)
+def test_docstrings_are_lab_notebooks(label):
+    path, name = NAMES[label]
+    tree = ast.parse(path.read_text())
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    found = set()
+    for document in (ast.get_docstring(tree), ast.get_docstring(function)):
+        title, _, rest = document.partition("\n\n")
+        assert title.endswith((".", "?")), title
+        sections = re.findall(r"^([A-Z][A-Za-z ]*):", rest, re.MULTILINE)
+        assert [name for name in SECTIONS if name in sections] == sections, "unknown, repeated or misplaced section"
+        found |= set(sections)
+    assert {"Paper", "Data", "Cost", "Command"} <= found
 
 
-def test_it_is_valid_and_survives_json_as_it_is_and_resolved(experiment):
+def test_experiment_is_valid_and_survives_json(experiment):
     validate(experiment)
-    for each in (experiment, at_hand(experiment).resolved()):
+    for each in (experiment, with_local_files(experiment).resolved()):
         assert from_plain(json.loads(dump(each))) == each
 
 
@@ -111,7 +130,7 @@ SIBLINGS = {
 
 
 def small(experiment: Experiment) -> Experiment:
-    """The same with a small sibling of the image tower, small pictures, and a text tower of a few neurons."""
+    """Replace the towers by small ones, and shrink the images."""
     model = experiment.model
     if encoder := getattr(model, "encoder", None):
         encoder = replace(encoder, width=32, heads=2, hidden_size=None, layers=4, vl_from=2, image_size=64)
@@ -133,18 +152,18 @@ def small(experiment: Experiment) -> Experiment:
 
 
 def batch_of(experiment: Experiment, model, rows: int) -> Batch:
-    """Random pictures and texts, with as many further views as the experiment has."""
+    """Return random images and texts, with as many views as the experiment has."""
     data = experiment.data
-    pictures = texts = 0
+    images = texts = 0
     if model.preprocess and has_pictures(data):
-        pictures = max(len(getattr(s, "image", [None])) for s in data.train) + len(data.views)
+        images = max(len(getattr(s, "image", [None])) for s in data.train) + len(data.views)
     if model.text is not None:
         columns = min(max(1, len(getattr(s, "columns", ()))) if not getattr(s, "join", None) else 1 for s in data.train)
         texts = columns + len(data.text_views)
 
     def view(number: int) -> Batch:
         image = ids = mask = None
-        if number < pictures:
+        if number < images:
             pixels = torch.randint(0, 256, (rows, 3, *model.preprocess.size), dtype=torch.uint8)
             image = model.preprocess.normalise(pixels)
         if number < texts:
@@ -152,7 +171,7 @@ def batch_of(experiment: Experiment, model, rows: int) -> Batch:
             mask = torch.ones_like(ids).bool()
         return Batch(torch.arange(rows), image, ids, mask)
 
-    first, *others = map(view, range(max(pictures, texts)))
+    first, *others = map(view, range(max(images, texts)))
     classes = getattr(experiment.model, "classes", None)
     labels = None if classes is None else torch.arange(rows) % classes
     answers = None
@@ -169,8 +188,8 @@ def vocabulary_of(model) -> Vocabulary | None:
     return Vocabulary(len(special), 4, special, torch.zeros_like(special))
 
 
-def test_it_builds_without_its_weights_and_takes_a_step(experiment):
-    experiment = at_hand(experiment).resolved()
+def test_experiment_builds_without_weights_and_takes_a_step(experiment):
+    experiment = with_local_files(experiment).resolved()
     if getattr(experiment.model, "towers", None) is not None:
         pytest.skip("open_clip's towers have no small sibling; tests/encoders/test_open_clip.py builds some")
     torch.manual_seed(0)
@@ -190,23 +209,23 @@ def test_it_builds_without_its_weights_and_takes_a_step(experiment):
     if experiment.train.activation_checkpointing != "none":
         model.set_activation_checkpointing(experiment.train.activation_checkpointing)
     pretrainer = Pretrainer(model.train(), experiment.objectives)
-    memories = {
+    queues = {
         objective: objective.init_queue(model, 20, torch.device("cpu"), torch.Generator().manual_seed(0))
         for objective in experiment.objectives.values()
         if hasattr(objective, "init_queue")
     }
-    context = StepContext(memories, vocabulary_of(model))
+    context = StepContext(queues, vocabulary_of(model))
 
     def losses_of_a_batch() -> tuple:
         rows = max([8, *(2 * getattr(objective, "groups", 1) for objective in experiment.objectives.values())])
         with torch.autocast("cpu", torch.bfloat16, enabled=experiment.train.precision == "bf16"):
             return pretrainer(batch_of(experiment, model, rows), momentum, context)
 
-    if memories:  # a queue may start empty, and then there is nothing to learn
+    if queues:  # an empty queue would give a loss without gradient
         with torch.no_grad():
             _, _, f = losses_of_a_batch()
-            for objective, memory in memories.items():
-                memory.push(**objective.enqueue(f))
+            for objective, queue in queues.items():
+                queue.push(**objective.enqueue(f))
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad and p.numel() < 1e5}
     losses, total, _ = losses_of_a_batch()
     assert losses.keys() == experiment.objectives.keys() and total.isfinite()
@@ -214,3 +233,46 @@ def test_it_builds_without_its_weights_and_takes_a_step(experiment):
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     optimizer.step()
     assert sum(not torch.equal(before[n], model.get_parameter(n)) for n in before) > len(before) / 2
+
+
+def sources_of(config: str) -> tuple[Source, ...]:
+    return load_config(str(CONFIGS / config)).data.train
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["albef/pretrain.py", "albef/pretrain.py:recommended_14m", "albef/nlvr2.py:assignment", "vlmo/pretrain.py:large"],
+)
+def test_presets_weight_their_sources_by_captions(config):
+    weights = {source.shards: source.weight for source in sources_of(config)}
+    assert all(weights.values())
+    images = {"shards/coco": 113_000, "shards/visual-genome": 108_000}
+    # COCO has five captions an image, Visual Genome 7 in ALBEF's data and 50 in VLMo's
+    assert all(weights[name] > 4.9 * count for name, count in images.items())
+    few = weights["shards/coco"] + weights["shards/visual-genome"]
+    if config == "albef/pretrain.py":
+        assert few / sum(weights.values()) == pytest.approx(0.26, abs=0.005)
+
+
+def draw_captions(shards: list[Path], weights: list[float | None], draws: int, tmp_path: Path) -> Counter:
+    sources = [Source(str(folder), weight) for folder, weight in zip(shards, weights)]
+    tokenizer = train_tokenizer([f"caption {n}" for n in range(100)], vocab_size=200)
+    data = TrainDataset(sources, (), None, tokenizer, 16, 1_000_000, seed=0)
+    batch = data.__getitems__(range(draws)).batch
+    return Counter(tuple(row[mask].tolist()) for row, mask in zip(batch.input_ids, batch.attention_mask))
+
+
+def test_weights_by_captions_draw_every_caption_equally_often(tmp_path):
+    """3 images have 5 captions each, as in COCO, and 25 images have one, as in CC3M."""
+    pairs, shards = draw_pairs(tmp_path / "images", 28), [tmp_path / "coco", tmp_path / "cc3m"]
+    captions = iter(f"caption {n}" for n in range(40))
+    coco = [replace(pair, captions=tuple(next(captions) for _ in range(5))) for pair in pairs[:3]]
+    cc3m = [replace(pair, captions=(next(captions),)) for pair in pairs[3:]]
+    for folder, part in zip(shards, (coco, cc3m)):
+        pack(part, folder, Packing())
+    drawn = draw_captions(shards, [15, 25], 8192, tmp_path)
+    mean, deviation = 8192 / 40, (8192 / 40 * 39 / 40) ** 0.5
+    assert len(drawn) == 40
+    assert all(abs(count - mean) < 4.5 * deviation for count in drawn.values())
+    by_image = draw_captions(shards, [None, None], 8192, tmp_path)
+    assert min(by_image.values()) < 0.5 * mean < 1.3 * mean < max(by_image.values())

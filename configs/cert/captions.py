@@ -1,18 +1,17 @@
 """CERT on captions, from our own masked language model: a sentence finds its paraphrase in a queue of momentum keys.
 
-Paper:    Fang et al. 2020, arXiv:2005.12766: paraphrases by translation to German, or Chinese, and back; MoCo on sentences.
-Data:     captions of Flickr8k's train photos, 12,000 pairs that describe one photo. They are no translations: two people saw
-          the same picture, so a pair may name different things. No translation model comes with pip; with one, or with any function
-          of yours, `vlp data paraphrase SENTENCES.txt OUT.tsv --translator THERE BACK` makes the paper's kind of file.
-Start:    runs/mlm-captions: 4 layers of 256, trained on captions by configs/mlm/captions.py.
-Differs from the paper: data and tower as above; queue of 4,096 of the 12,000 sentences, which starts empty; momentum 0.99, as
-          there are few steps; AdamW at 1e-4 instead of SGD at 4e-5, batch 64 instead of 32; 32 tokens instead of 64.
-Command:  vlp train configs/mlm/captions.py            # once, for all that start from it
-          vlp data paraphrase ../shared/data/flickr8k/captions.jsonl data/flickr8k/paraphrases.tsv \\
-            --same-picture --split train
-          vlp train configs/cert/captions.py
-Hardware: 2 CPU cores; a step takes 0.55 seconds of one core (measured on 4 steps), so the training about 3 minutes.
-Goal:     mean Spearman of the seven STS tasks above that of the start.
+Paper: Fang et al. 2020, arXiv:2005.12766: paraphrases by translation to German or Chinese and back; MoCo on sentences.
+Data: 12,000 pairs of captions that describe the same image of Flickr8k's train split. They are not translations: two
+    people saw the same image, so that a pair may name different things. No translation model comes with pip; with one,
+    or with any function of yours, `vlp data paraphrase SENTENCES.txt OUT.tsv --translator THERE BACK` makes the paper's
+    kind of file. Starts from runs/mlm-captions (configs/mlm/pretrain.py:captions): 4 layers of 256.
+Differs: data and tower as above; a queue of 4,096 of the 12,000 sentences, which starts empty; momentum 0.99, because
+    there are few steps; AdamW at 1e-4 instead of SGD at 4e-5, batch 64 instead of 32, 32 tokens instead of 64. The goal
+    is a mean Spearman of the seven STS tasks above that of the start; it was not run to its end.
+Cost: 2 CPU cores, about 3 minutes: a step takes 0.55 seconds on one core (measured on 4 steps).
+Command: vlp train configs/mlm/pretrain.py:captions     # once, for all that start from it
+    vlp data paraphrase ../shared/data/flickr8k/captions.jsonl data/flickr8k/paraphrases.tsv --same-picture --split train
+    vlp train configs/cert/captions.py
 """
 
 from vlp.config import Data, Experiment, Saving, Training
@@ -27,6 +26,7 @@ from vlp.tasks.sentence_similarity import SentenceSimilarity
 
 
 def config() -> Experiment:
+    """12,000 pairs of captions."""
     return Experiment(
         name="cert-captions",
         model=Single(text=BertText(weights="runs/mlm-captions"), head="mlp", embed_size=128),

@@ -1,17 +1,18 @@
-"""VLMo-base fine-tuned on NLVR2 as published: the sentence with each photo by itself, and a classifier on both results.
+"""VLMo-base fine-tuned on NLVR2: the sentence with each image separately, and a classifier on both results.
 
-Paper:    Bao et al. 2022, arXiv:2111.02358, section 4.2: 82.77 dev, 83.34 test-P.
-Data:     NLVR2 (Suhr et al. 2019): 86,373 sentences with two photos each to train, 6,982 dev, 6,967 test-P.
-Start:    weights/vlmo_base_patch16_224.pt, the published pre-training; relative positions go from 224 to 384 px; the second photo's
-          kind starts as the first one's; the head is new.
-Commands: vlp data annotations nlvr2 nlvr2/data/train.json annotations/nlvr2_train.jsonl
-          vlp data annotations nlvr2 nlvr2/data/dev.json annotations/nlvr2_dev.jsonl
-          accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/vlmo/nlvr2.py
-          vlp eval runs/vlmo-nlvr2 classification data=annotations/nlvr2_dev.jsonl
-Hardware: 128 sentences a step, 10 epochs. Not run here.
-As published: 5e-5, a tenth of the steps of warm-up, then linear decay; dropped paths 0.1, and the same number as dropout of the
-          embeddings of texts.
-Differs:  a photo whose sentence says left or right is not mirrored.
+Paper: Bao et al. 2022, arXiv:2111.02358, section 4.2: 82.77 % dev, 83.34 % test-P.
+Data: NLVR2 (Suhr et al. 2019): 86,373 sentences with two images each to train, 6,982 dev, 6,967 test-P. Starts from
+    weights/vlmo_base_patch16_224.pt, the published pre-training; relative positions are resized from 224 to 384 pixels;
+    the token type of the second image starts as that of the first; the classifier is new.
+As published: 5e-5, a tenth of the steps of warm-up, then linear decay. Stochastic depth of 0.1, and the same number as
+    dropout of the text embeddings.
+Differs: an image whose sentence says left or right is not mirrored. bfloat16, where the published code uses float16.
+    Norms, layer scales, class token, positions and token types have no weight decay. AutoContrast and Sharpness of
+    RandAugment do not overflow in uint8.
+Cost: 128 sentences a step, 10 epochs. Not run here.
+Command: vlp data annotations nlvr2 nlvr2/data/train.json annotations/nlvr2_train.jsonl     # also dev
+    accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/vlmo/nlvr2.py
+    vlp eval runs/vlmo-nlvr2 classification data=annotations/nlvr2_dev.jsonl
 """
 
 from dataclasses import replace
@@ -28,6 +29,7 @@ from vlp.tasks.annotated_classes import Classes
 
 
 def config() -> Experiment:
+    """NLVR2, as published."""
     return Experiment(
         name="vlmo-nlvr2",
         model=Vlmo(

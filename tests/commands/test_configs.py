@@ -6,7 +6,7 @@ from vlp.cli import main
 NOTEBOOK = '''"""A method on small data. It has a second sentence.
 
 Paper:    Somebody et al. 2020: accuracy 1.
-Hardware: 2 CPU cores,
+Cost:     2 CPU cores,
           an hour.
 Commands: vlp data world data/world
           vlp train configs/x.py
@@ -22,7 +22,7 @@ def config() -> Experiment: ...
 def large() -> vlp.config.Experiment:
     """The same at the paper's size.
 
-    Hardware: 8 GPUs.
+    Cost: 8 GPUs.
     Measured: 3 %
     """
 
@@ -43,7 +43,7 @@ def test_entries_have_the_sections_of_file_and_function(tmp_path, capsys, monkey
         "a/x.py",
         "    A method on small data.",
         "    Paper:    Somebody et al. 2020: accuracy 1.",
-        "    Hardware: 2 CPU cores,",
+        "    Cost:     2 CPU cores,",
         "              an hour.",
         "    Command:  vlp data world data/world",
         "              vlp train configs/x.py",
@@ -52,7 +52,7 @@ def test_entries_have_the_sections_of_file_and_function(tmp_path, capsys, monkey
         "a/x.py:large",
         "    The same at the paper's size.",
         "    Paper:    Somebody et al. 2020: accuracy 1.",
-        "    Hardware: 8 GPUs.",
+        "    Cost:     8 GPUs.",
         "    Measured: 3 %",
     ]
     assert third.startswith("a/x.py:stages\n    A method on small data.")

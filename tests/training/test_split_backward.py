@@ -126,7 +126,7 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_the_step_on_all(pair):
 
 
 def test_what_saves_nothing_or_cuts_twice_is_refused():
-    experiment = load_config(str(ROOT / "configs" / "vlmo" / "stage3_pairs.py"))
+    experiment = load_config(f"{ROOT}/configs/vlmo/stages.py:pairs")
     with pytest.raises(UserError, match="no objective fuses"):
         alone = {"itc": ImageTextContrast()}
         validate(replace(experiment, objectives=alone, train=replace(experiment.train, backward="per_loss")))

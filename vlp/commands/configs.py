@@ -7,8 +7,8 @@ begin with a word and a colon start a section, which continues on the indented l
     Data:     what is trained on, and the commands that make it
     As published: what follows the published code or paper where that matters
     Differs:  what does not
-    Hardware: what it was run on, or what the paper used
-    Measured: numbers that a command printed, with time and hardware
+    Cost:     time and hardware, here or in the paper
+    Measured: numbers, each with the command that printed it
     Command:  what to type
 
 The functions of the file that return an experiment are its variants. The docstring of a function has the same form. Its
@@ -28,7 +28,7 @@ from pathlib import Path
 from vlp.errors import UserError
 
 KINDS = ("Experiment", "Stages", "Ablation")
-LISTED = ("Paper", "Hardware", "Measured", "Command")
+LISTED = ("Paper", "Cost", "Measured", "Command")
 
 
 @dataclass(frozen=True)
