@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from vlp.losses.info_nce import info_nce
-from vlp.losses.tiled import tiled_info_nce, tiled_symmetric_info_nce
+from vlp.losses.softmax import info_nce
+from vlp.losses.tiled import tiled_info_nce
 
 WIDTH, SCALE, THREADS = 512, 14.3, 2
 
@@ -27,20 +27,18 @@ def both_ways(loss):
 
 LOSSES = {
     "plain": both_ways(info_nce),
-    "tiled": lambda x, y, scale, ids: tiled_symmetric_info_nce(x, y, scale, ids, ids),
-    "tiled_each_way": both_ways(tiled_info_nce),  # what one of several processes runs
+    "tiled": both_ways(tiled_info_nce),
 }
 
 
 def measure() -> dict:
     """JSON-able: the goal's case, the plain form where it fits, and how the two compare there."""
-    large, each_way = in_fresh_process(cost, "tiled", 32768), in_fresh_process(cost, "tiled_each_way", 32768)
+    large = in_fresh_process(cost, "tiled", 32768)
     plain, tiled = in_fresh_process(cost, "plain", 4096), in_fresh_process(cost, "tiled", 4096)
     return {
         "shape": [32768, WIDTH],
         "threads": THREADS,
         **large,
-        "each_way": each_way,
         # What the plain form would take: it grows with the square of the rows.
         "plain_peak_growth_mb_extrapolated": plain["peak_growth_mb"] * (32768 // 4096) ** 2,
         "at_4096": {"plain": plain, "tiled": tiled, **in_fresh_process(compare, 4096)},

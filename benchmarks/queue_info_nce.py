@@ -12,7 +12,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from vlp.losses.info_nce import info_nce
+from vlp.losses.softmax import info_nce
 from vlp.losses.tiled import queue_info_nce, tiled_info_nce
 
 ROWS, QUEUE, WIDTH, SCALE, THREADS, ROUNDS = 256, 65_536, 128, 1 / 0.07, 1, 9

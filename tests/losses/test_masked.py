@@ -87,9 +87,9 @@ def test_bfloat16_logits_are_computed_on_in_float32():
 
 
 def test_what_cannot_be_is_named():
-    with pytest.raises(ValueError, match="one label a row"):
+    with pytest.raises(ValueError, match="one label per row"):
         masked_cross_entropy(rows(), LABELS[:4])
-    with pytest.raises(ValueError, match="one label a row"):
+    with pytest.raises(ValueError, match="one label per row"):
         masked_cross_entropy(rows(), LABELS, rows(count=4), 0.4)
     spoilt = rows().detach().index_put((torch.tensor(2), torch.tensor(1)), torch.tensor(math.nan, dtype=torch.float64))
     with pytest.raises(NonFiniteLoss, match="row 2 of logits"):

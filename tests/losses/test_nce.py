@@ -153,9 +153,9 @@ def test_what_does_not_fit_is_an_error():
     queries, bank = unit(3), unit(7)
     with pytest.raises(ValueError, match="m >= 1"):
         nce_loss(queries, bank, 1.0, ROWS, noise_of(bank)[:, :0], 1.0)
-    with pytest.raises(ValueError, match="one row each"):
+    with pytest.raises(ValueError, match="one row of the bank"):
         nce_loss(queries, bank, 1.0, ROWS[:2], noise_of(bank), 1.0)
-    with pytest.raises(ValueError, match="one row each"):
+    with pytest.raises(ValueError, match="one row of the bank"):
         instance_softmax_loss(queries[:0], bank, 1.0, ROWS[:0])
     with pytest.raises(ValueError, match="none to draw noise from"):
         draw_noise(torch.zeros(1).long(), 1, 4)

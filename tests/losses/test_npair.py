@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vlp.losses.info_nce import info_nce
 from vlp.losses.inputs import NonFiniteLoss
 from vlp.losses.npair import n_pair_loss, tuplet_loss
 from vlp.losses.pairwise import triplet_loss
+from vlp.losses.softmax import info_nce
 
 
 def normal(*shape, seed=0):

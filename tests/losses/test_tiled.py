@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vlp.losses.info_nce import info_nce
 from vlp.losses.inputs import NonFiniteLoss
 from vlp.losses.sigmoid import sigmoid_loss
-from vlp.losses.tiled import queue_info_nce, tiled_info_nce, tiled_sigmoid_loss, tiled_symmetric_info_nce
+from vlp.losses.softmax import info_nce
+from vlp.losses.tiled import queue_info_nce, tiled_info_nce, tiled_sigmoid_loss
 
 ROWS, KEYS = 37, 53  # no multiple of a tile
 
@@ -15,6 +15,12 @@ ROWS, KEYS = 37, 53  # no multiple of a tile
 def symmetric(queries, keys, scale, query_ids, key_ids, eps):
     return info_nce(queries, keys, scale, query_ids, key_ids, eps) + info_nce(
         keys, queries, scale, key_ids, query_ids, eps
+    )
+
+
+def tiled_symmetric(queries, keys, scale, query_ids, key_ids, eps=0.0, tile_rows=256):
+    return tiled_info_nce(queries, keys, scale, query_ids, key_ids, eps, tile_rows) + tiled_info_nce(
+        keys, queries, scale, key_ids, query_ids, eps, tile_rows
     )
 
 
@@ -29,8 +35,8 @@ def tiled_sigmoid(queries, keys, scale, query_ids, key_ids, bias, tile_rows):
 CASES = [
     pytest.param(info_nce, tiled_info_nce, 0.0, id="info_nce"),
     pytest.param(info_nce, tiled_info_nce, 0.1, id="info_nce-smoothed"),
-    pytest.param(symmetric, tiled_symmetric_info_nce, 0.0, id="symmetric"),
-    pytest.param(symmetric, tiled_symmetric_info_nce, 0.1, id="symmetric-smoothed"),
+    pytest.param(symmetric, tiled_symmetric, 0.0, id="symmetric"),
+    pytest.param(symmetric, tiled_symmetric, 0.1, id="symmetric-smoothed"),
     pytest.param(plain_sigmoid, tiled_sigmoid, -7.0, id="sigmoid"),
 ]
 
@@ -100,7 +106,7 @@ def test_half_precision_inputs_are_widened_and_get_their_dtype_back():
 
 def test_second_backward_is_refused():
     arguments, learned = inputs(torch.float64, 0.1)
-    value = tiled_symmetric_info_nce(*arguments)
+    value = tiled_symmetric(*arguments)
     torch.autograd.grad(value, learned, retain_graph=True)
     with pytest.raises(RuntimeError, match="backward once"):
         torch.autograd.grad(value, learned)
@@ -115,12 +121,12 @@ def test_double_backward_is_refused():
 def test_without_gradient_the_value_is_the_same():
     arguments, _ = inputs(torch.float64, 0.1)
     with torch.no_grad():
-        value = tiled_symmetric_info_nce(*arguments)
-    assert value == tiled_symmetric_info_nce(*arguments).detach()
+        value = tiled_symmetric(*arguments)
+    assert value == tiled_symmetric(*arguments).detach()
     assert not value.requires_grad
 
 
-@pytest.mark.parametrize("tiled", [tiled_info_nce, tiled_symmetric_info_nce])
+@pytest.mark.parametrize("tiled", [tiled_info_nce, tiled_symmetric])
 def test_row_without_a_positive_is_named(tiled):
     (queries, keys, scale, query_ids, key_ids, _), _ = inputs(torch.float64, 0.0)
     query_ids[5] = 1000
@@ -132,7 +138,7 @@ def test_row_without_a_positive_on_the_other_side_is_named():
     (queries, keys, scale, query_ids, key_ids, _), _ = inputs(torch.float64, 0.0)
     key_ids[6] = 1000
     with pytest.raises(ValueError, match="row 6 has no positive"):
-        tiled_symmetric_info_nce(queries, keys, scale, query_ids, key_ids)
+        tiled_symmetric(queries, keys, scale, query_ids, key_ids)
 
 
 @pytest.mark.parametrize(("plain", "tiled", "last"), CASES)

@@ -1,4 +1,4 @@
-"""Classification: one class of C, or a share of each.
+"""Classification losses against one class of C, or a share of each.
 
 B rows, C classes.
 """
@@ -13,13 +13,17 @@ from vlp.losses.inputs import check_every_row, check_finite, in_float32
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """(B,) int64 to (B, C) float32.
+    """Return (B, C) float32 targets for (B,) int64 labels.
+
+    Args:
+        labels: (B,) int64, from 0 to C - 1.
+        classes: C.
 
     Raises:
-        ValueError: naming the row, where a label is none of the classes.
+        ValueError: naming the row, if a label is out of range. Checked on a CPU only.
     """
-    targets = (labels[:, None] == torch.arange(classes, device=labels.device)).float()
-    if targets.device.type == "cpu":  # elsewhere it would wait for the device
+    targets = (labels[:, None] == torch.arange(classes, device=labels.device)).float()  # (B, C)
+    if targets.device.type == "cpu":  # on a GPU the check would cost a host-device sync
         check_every_row(targets.any(1), f"has a label that is not from 0 to {classes - 1}")
     return targets
 
@@ -32,22 +36,24 @@ def softmax_cross_entropy(
     distill: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """``1/B sum_i [(1 - a) CE(logits_i, targets_i) + a CE(logits_i, softmax(teacher_i))]``, a = ``distill``.
+    """Cross-entropy against soft targets, with distillation from a teacher (ALBEF, Li et al. 2021, sec. 4 and eq. 7).
 
-    ALBEF's classification (Li et al. 2021, sec. 4 and eq. 7). Computed in float32; gradient flows to ``logits`` only.
+    ``1/B sum_i [(1 - a) CE(logits_i, targets_i) + a CE(logits_i, softmax(teacher_i))]`` with a = ``distill``. Computed
+    in float32. Gradient flows to ``logits`` only.
 
     Args:
         logits: (B, C).
-        targets: (B, C) of any sum: `one_hot`, or a share of each class.
-        teacher: (B, C) logits.
-        distill: share of the teacher.
-        label_smoothing: s; targets are ``(1 - s) targets + s / C``, the teacher's are not smoothed.
+        targets: (B, C) with any row sum: `one_hot`, or a share of each class.
+        teacher: (B, C) logits, or None without distillation.
+        distill: Share of the teacher.
+        label_smoothing: s. Targets become ``(1 - s) targets + s / C``. The teacher's are not smoothed.
 
     Returns:
         () mean over rows, in nats.
 
     Raises:
-        ValueError: if the shapes differ; naming the row, if logits are not finite.
+        ValueError: if the shapes differ.
+        NonFiniteLoss: naming the row, if logits are not finite.
     """
     _check_shapes(logits, targets, teacher)
     targets = torch.lerp(targets, torch.full_like(targets, 1 / targets.shape[1]), label_smoothing)
@@ -61,22 +67,23 @@ def softmax_cross_entropy(
 def sigmoid_cross_entropy(
     logits: Tensor, targets: Tensor, teacher: Tensor | None = None, distill: float = 0.0
 ) -> Tensor:
-    """``1/B sum_i sum_c BCE(logits_ic, y_ic)``, ``y = (1 - a) targets + a sigmoid(teacher)``: every class by itself.
+    """Binary cross-entropy of every class independently, the VQA loss of VLMo and BEiT-3.
 
-    VLMo's and BEiT-3's loss of VQA, the mean over all values times C. Computed in float32; gradient flows to ``logits``
-    only.
+    ``1/B sum_i sum_c BCE(logits_ic, y_ic)`` with ``y = (1 - a) targets + a sigmoid(teacher)`` and a = ``distill``: C times
+    the mean over all values. Computed in float32. Gradient flows to ``logits`` only.
 
     Args:
         logits: (B, C).
         targets: (B, C) from 0 to 1.
-        teacher: (B, C) logits.
-        distill: a.
+        teacher: (B, C) logits, or None without distillation.
+        distill: Share of the teacher.
 
     Returns:
         () sum over classes, mean over rows, in nats.
 
     Raises:
-        ValueError: if the shapes differ; naming the row, if logits are not finite.
+        ValueError: if the shapes differ.
+        NonFiniteLoss: naming the row, if logits are not finite.
     """
     _check_shapes(logits, targets, teacher)
     if teacher is not None:
@@ -89,5 +96,5 @@ def _check_shapes(logits: Tensor, targets: Tensor, teacher: Tensor | None) -> No
     if logits.ndim != 2 or targets.shape != logits.shape or (teacher is not None and teacher.shape != logits.shape):
         of_teacher = "" if teacher is None else f", teacher {tuple(teacher.shape)}"
         raise ValueError(
-            f"one target a class is needed: logits {tuple(logits.shape)}, targets {tuple(targets.shape)}{of_teacher}"
+            f"one target per class is needed: logits {tuple(logits.shape)}, targets {tuple(targets.shape)}{of_teacher}"
         )

@@ -1,4 +1,4 @@
-"""How embeddings lie on the sphere: measured while training, and usable as objectives.
+"""Alignment, uniformity and modality gap of embeddings on the sphere. They are logged, and can be objectives.
 
 n rows, E embedding, R rows of one tile.
 """
@@ -19,13 +19,15 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2) -> Tensor:
 
     Args:
         x: (n, E) unit-norm embeddings.
-        y: (n, E) unit-norm embeddings; row i is the positive of x's row i.
+        y: (n, E) unit-norm embeddings. Row i is the positive of row i of ``x``.
+        alpha: Exponent of the distance.
 
     Returns:
         () mean over pairs.
 
     Raises:
-        ValueError: if the shapes differ or there is no row; naming the row, if an embedding is not finite.
+        ValueError: if the shapes differ or there is no row.
+        NonFiniteLoss: naming the row, if an embedding is not finite.
     """
     if x.shape != y.shape or len(x) < 1:
         raise ValueError(f"alignment needs pairs of rows, got {tuple(x.shape)} and {tuple(y.shape)}")
@@ -37,18 +39,20 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2) -> Tensor:
 def uniformity(x: Tensor, t: float = 2, tile_rows: int = 256) -> Tensor:
     """Log of the mean Gaussian potential of distinct pairs (Wang & Isola 2020, eq. 3). Lower is more uniform.
 
-    ``log mean_{i<j} exp(-t ||x_i - x_j||^2)``: 0 when all rows coincide. The (n, n) distances exist only ``tile_rows``
-    rows at a time; double backward raises.
+    ``log mean_{i<j} exp(-t ||x_i - x_j||^2)``, 0 if all rows coincide. Only ``tile_rows`` rows of the (n, n) distances
+    exist at a time. Double backward raises RuntimeError.
 
     Args:
         x: (n, E) unit-norm embeddings.
-        t: sharpness of the potential.
+        t: Sharpness of the potential.
+        tile_rows: Sets memory, not value.
 
     Returns:
         () log of the mean over the n (n - 1) / 2 distinct pairs.
 
     Raises:
-        ValueError: if n < 2; naming the row, if an embedding is not finite.
+        ValueError: if n < 2.
+        NonFiniteLoss: naming the row, if an embedding is not finite.
     """
     if len(x) < 2:
         raise ValueError(f"uniformity needs at least 2 rows, got {tuple(x.shape)}")
@@ -60,17 +64,18 @@ def uniformity(x: Tensor, t: float = 2, tile_rows: int = 256) -> Tensor:
 
 @in_float32
 def modality_gap(x: Tensor, y: Tensor) -> Tensor:
-    """Distance of the two modalities' centroids, ``||mean_i x_i - mean_j y_j||`` (Liang et al. 2022, sec. 2).
+    """Distance of the centroids of two modalities, ``||mean_i x_i - mean_j y_j||`` (Liang et al. 2022, sec. 2).
 
     Args:
         x: (n, E) unit-norm embeddings of one modality.
-        y: (m, E) of the other; rows need not be paired.
+        y: (m, E) unit-norm embeddings of the other. Rows need not be paired.
 
     Returns:
         () Euclidean distance.
 
     Raises:
-        ValueError: if a side has no row; naming the row, if an embedding is not finite.
+        ValueError: if a side has no row.
+        NonFiniteLoss: naming the row, if an embedding is not finite.
     """
     if len(x) < 1 or len(y) < 1:
         raise ValueError(f"modality_gap needs rows on both sides, got {tuple(x.shape)} and {tuple(y.shape)}")
@@ -78,10 +83,11 @@ def modality_gap(x: Tensor, y: Tensor) -> Tensor:
 
 
 class _LogMeanPotential(torch.autograd.Function):
-    """Row i adds ``exp(r_i)`` with ``r_i = log sum_{j != i} exp(-t ||x_i - x_j||^2)``.
+    """Log-mean of the Gaussian potentials, with the gradient computed in the forward pass.
 
-    The potential is symmetric, so row i's gradient is twice that of its own sum: ``-4 t exp(r_i - L) sum_j p_ij (x_i -
-    x_j)``, with p the row's softmax and L the log of the total. All but L is at hand while the row's tile is.
+    Row i adds ``exp(r_i)`` with ``r_i = log sum_{j != i} exp(-t ||x_i - x_j||^2)``. The potential is symmetric, so the
+    gradient of row i is twice that of its own sum: ``-4 t exp(r_i - L) sum_j p_ij (x_i - x_j)`` with p the row's softmax
+    and L the log of the total. Everything but L is available while the row's tile exists.
     """
 
     @staticmethod
@@ -94,14 +100,14 @@ class _LogMeanPotential(torch.autograd.Function):
         for start in range(0, n, tile_rows):
             rows = slice(start, start + tile_rows)
             tile = buffer[: len(x[rows])]
-            torch.matmul(x[rows] * (2 * t), x.T, out=tile)
+            torch.matmul(x[rows] * (2 * t), x.T, out=tile)  # (R, n)
             tile.sub_(t * square_norm).sub_(t * square_norm[rows, None])  # -t ||x_i - x_j||^2
             tile.diagonal(offset=start).fill_(-torch.inf)
             peak = tile.amax(1, keepdim=True)
             total = tile.sub_(peak).exp_().sum(1, keepdim=True)
             log_total[rows] = (peak + total.log()).squeeze(1)
             if grad is not None:
-                torch.matmul(tile.div_(total), x, out=grad[rows])
+                torch.matmul(tile.div_(total), x, out=grad[rows])  # sum_j p_ij x_j
                 torch.sub(x[rows], grad[rows], out=grad[rows])
         log_sum = log_total.logsumexp(0)
         if grad is not None:

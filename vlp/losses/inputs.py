@@ -1,4 +1,4 @@
-"""What every loss does with its inputs: the precision it computes in, and a clear end for those that have no loss."""
+"""Input handling that all losses share: precision, and errors that name the row at fault."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ P = ParamSpec("P")
 
 
 class NonFiniteLoss(ValueError):
-    """A loss without a finite value; the message names the input row that caused it."""
+    """A loss whose value is not finite. The message names the input row that caused it."""
 
 
 def in_float32(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Make a loss compute in float32 whatever autocast says: half-precision arguments are widened, float64 ones stay.
+    """Decorate a loss to compute in float32 also under autocast. Half-precision arguments are widened, float64 ones stay.
 
-    The gradient returns in the dtype of the argument.
+    Each gradient has the dtype of its argument.
     """
 
     @wraps(loss)
@@ -36,9 +36,9 @@ def in_float32(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 
 def check_finite(loss: Tensor, **inputs: Tensor | float) -> Tensor:
-    """Return ``loss`` if it is finite, and otherwise name the row of ``inputs`` that is to blame.
+    """Return ``loss`` if it is finite, and otherwise raise an error that names the row of ``inputs`` at fault.
 
-    A NaN or infinity in any row reaches the loss, so only the () loss is looked at: one wait for the device per loss.
+    A NaN or infinity in any row reaches the loss, so only the () loss is checked: one host-device sync per loss.
 
     Raises:
         NonFiniteLoss: naming the input and its first row that is not finite, or the overflow if every row is finite.
@@ -53,10 +53,10 @@ def check_finite(loss: Tensor, **inputs: Tensor | float) -> Tensor:
     raise NonFiniteLoss(f"the loss is {loss.item()} although its inputs are finite: they are empty, or they overflow")
 
 
-def check_every_row(holds: Tensor, complaint: str) -> None:
-    """Raise ValueError ``row i COMPLAINT`` for the first i where ``holds`` (B,) bool is False."""
-    if not holds.all():
-        raise ValueError(f"row {first(~holds)} {complaint}")
+def check_every_row(is_valid: Tensor, problem: str) -> None:
+    """Raise ValueError ``row i PROBLEM`` for the first i where ``is_valid`` (B,) bool is False."""
+    if not is_valid.all():
+        raise ValueError(f"row {first(~is_valid)} {problem}")
 
 
 def check_ids(queries: Tensor, keys: Tensor, query_ids: Tensor, key_ids: Tensor) -> None:
@@ -69,15 +69,16 @@ def check_ids(queries: Tensor, keys: Tensor, query_ids: Tensor, key_ids: Tensor)
 
 
 def refuse_double_backward(name: str) -> None:
-    """To be called in the backward of a function whose gradient was made in its forward: autograd takes it as constant.
+    """Raise RuntimeError under ``create_graph=True``. Call it in the backward of a function that computes its gradient in
+    the forward pass.
 
-    Under ``create_graph=True`` that would silently be a second derivative of 0, which torch's ``once_differentiable``
-    lets pass where the incoming gradient is a constant.
+    Autograd takes such a gradient as a constant, so the second derivative would silently be 0. Torch's
+    ``once_differentiable`` does not notice that if the incoming gradient is a constant.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(f"{name} has no second derivative: backward with create_graph=True is not supported")
 
 
 def first(flags: Tensor) -> int:
-    """The first i where ``flags`` (B,) bool is True."""
+    """Return the first i where ``flags`` (B,) bool is True."""
     return int(flags.nonzero()[0])

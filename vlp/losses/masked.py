@@ -1,4 +1,4 @@
-"""Masked and causal modelling: what is hidden, or comes next, is told from what is not.
+"""Losses of masked and causal modelling: predict hidden or following tokens, or masked patches.
 
 M predicted positions, V vocabulary, C values of a patch.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlp.losses.inputs import check_finite, in_float32
 
-IGNORED = -100  # torch's and transformers' label of what is not predicted
+IGNORED = -100  # torch's and transformers' label for positions without a prediction
 
 
 @in_float32
@@ -23,33 +23,33 @@ def masked_cross_entropy(
     count: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """``1/count sum_i w_i [(1 - a) CE(logits_i, labels_i) + a CE(logits_i, softmax(teacher_i))]``, a = ``distill``.
+    """Masked language modelling (Devlin et al. 2019) with momentum distillation (ALBEF, Li et al. 2021, eq. 7).
 
-    BERT's masked language modelling (Devlin et al. 2019), with momentum distillation (ALBEF, Li et al. 2021, eq. 7).
-    Computed in float32; gradient flows to ``logits`` only. Where nothing is to be predicted it is 0, and so is the
-    gradient.
+    ``1/count sum_i w_i [(1 - a) CE(logits_i, labels_i) + a CE(logits_i, softmax(teacher_i))]`` with a = ``distill``.
+    Computed in float32. Gradient flows to ``logits`` only. Value and gradient are 0 if no row counts.
 
     Args:
-        logits: (M, V); M may be 0.
-        labels: (M,) int64; -100 = the row does not count.
-        teacher: (M, V) logits of the teacher.
-        distill: share of the teacher.
-        count: () what the sum is divided by; None = the number of rows that count. Over several processes the mean of
-            the losses is the loss of all rows where this is the mean of their numbers.
-        weight: (M,) w; None = 1 each.
+        logits: (M, V). M may be 0.
+        labels: (M,) int64. A row with -100 does not count.
+        teacher: (M, V) logits of the teacher, or None without distillation.
+        distill: Share of the teacher.
+        count: () divisor of the sum. None takes the number of rows that count. With the mean of that number over all
+            processes, the mean of their losses is the loss of all rows.
+        weight: (M,) w. None weights all rows by 1.
 
     Returns:
         () mean over rows, in nats.
 
     Raises:
-        ValueError: if the shapes differ; naming the row, if logits are not finite.
+        ValueError: if the shapes differ.
+        NonFiniteLoss: naming the row, if logits are not finite.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or (teacher is not None and teacher.shape != logits.shape):
         of_teacher = "" if teacher is None else f", teacher {tuple(teacher.shape)}"
         raise ValueError(
-            f"one label a row is needed: logits {tuple(logits.shape)}, labels {tuple(labels.shape)}{of_teacher}"
+            f"one label per row is needed: logits {tuple(logits.shape)}, labels {tuple(labels.shape)}{of_teacher}"
         )
-    rows = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    rows = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")  # (M,)
     if teacher is not None:
         soft = F.cross_entropy(logits, teacher.detach().softmax(1), reduction="none")
         rows = (1 - distill) * rows + distill * soft.masked_fill(labels == IGNORED, 0)
@@ -66,13 +66,14 @@ def masked_pixel_loss(predicted: Tensor, pixels: Tensor) -> Tensor:
 
     Args:
         predicted: (M, C). Gradient flows here only.
-        pixels: (M, C), normalised patch by patch or not.
+        pixels: (M, C), normalised per patch or not.
 
     Returns:
         () mean over patches and values.
 
     Raises:
-        ValueError: if the shapes differ or there is no patch; naming the row, if a value is not finite.
+        ValueError: if the shapes differ or there is no patch.
+        NonFiniteLoss: naming the row, if a value is not finite.
     """
     if predicted.shape != pixels.shape or not len(predicted):
         raise ValueError(f"patches need one prediction each, got {tuple(predicted.shape)} for {tuple(pixels.shape)}")

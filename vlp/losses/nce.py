@@ -1,10 +1,9 @@
 """Instance discrimination against a memory bank (Wu et al. 2018): every row of the bank is a class.
 
-The bank is state and lives elsewhere; here it is the (n, E) tensor of its rows, and gets no gradient. ``scale`` is 1 over
-the paper's temperature (0.07). The paper's proximal term is `vlp.losses.geometry.alignment` of the queries with their
-rows of the bank.
+The bank is an argument, the (n, E) tensor of its rows, and gets no gradient. ``scale`` is 1 over the paper's temperature
+(0.07). The paper's proximal term is `vlp.losses.geometry.alignment` of the queries with their own rows of the bank.
 
-B queries, n rows of the bank, m noise rows of one query, E embedding.
+B queries, n rows of the bank, m noise rows per query, E embedding.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ from vlp.losses.tiled import queue_info_nce
 def nce_loss(
     queries: Tensor, bank: Tensor, scale: Tensor | float, rows: Tensor, noise: Tensor, log_partition: Tensor | float
 ) -> Tensor:
-    """Tell a query's own row of the bank from m noise rows (Wu et al. 2018, eq. 7).
+    """Noise-contrastive estimation of a query's own row of the bank against m noise rows (Wu et al. 2018, eq. 7).
 
     ``-1/B sum_i [log h(i, rows_i) + sum_k log(1 - h(i, noise_ik))]`` with ``h(i, j) = P / (P + m Pn)``, ``P =
-    exp(scale q_i . b_j) / Z`` and ``Pn = 1/n``. In log-odds, so nothing underflows where the published code adds 1e-7.
-    With noise rows that are all of the bank, k times each, the gradient by the logits is that of `instance_softmax_loss`
-    times ``k / (P + k)``: as m grows, the two are the same.
+    exp(scale q_i . b_j) / Z`` and ``Pn = 1/n``. Computed from log-odds, which do not underflow (the published code adds
+    1e-7). If the noise is the whole bank, k times each row, the gradient with respect to the logits is that of
+    `instance_softmax_loss` times ``k / (P + k)``: the two losses agree as m grows.
 
     Args:
         queries: (B, E) embeddings, normally of unit norm. Gradient flows to them and to ``scale``.
         bank: (n, E) embeddings.
         scale: () or (1,) inverse temperature.
-        rows: (B,) int64 row of the bank that is the query's own.
+        rows: (B,) int64, each query's own row of the bank.
         noise: (B, m) int64 rows of the bank, from `draw_noise`.
         log_partition: () log Z, a constant from `log_partition`.
 
@@ -42,13 +41,14 @@ def nce_loss(
         () sum over the m + 1 rows, mean over queries, in nats.
 
     Raises:
-        ValueError: if the shapes do not fit or there is no noise; naming the row, if an embedding is not finite.
+        ValueError: if the shapes do not fit or there is no noise.
+        NonFiniteLoss: naming the row, if an embedding is not finite.
     """
     _check_bank(queries, bank, rows)
     if noise.dim() != 2 or len(noise) != len(queries) or noise.shape[1] < 1:
         raise ValueError(f"noise must be ({len(queries)}, m) rows of the bank with m >= 1, got {tuple(noise.shape)}")
     num_noise = noise.shape[1]
-    logits = _bank_logits(queries, bank, scale, torch.cat([rows[:, None], noise], dim=1))
+    logits = _bank_logits(queries, bank, scale, torch.cat([rows[:, None], noise], dim=1))  # (B, 1 + m)
     log_odds = logits - log_partition - math.log(num_noise / len(bank))  # of h: log P - log(m Pn)
     own, others = log_odds.split([1, num_noise], dim=1)
     return check_finite((F.softplus(-own).sum() + F.softplus(others).sum()) / len(queries), log_partition=log_partition)
@@ -56,9 +56,9 @@ def nce_loss(
 
 @in_float32
 def instance_softmax_loss(queries: Tensor, bank: Tensor, scale: Tensor | float, rows: Tensor) -> Tensor:
-    """Find a query's own row among all rows of the bank (Wu et al. 2018, eq. 2): what `nce_loss` approximates.
+    """Softmax over all rows of the bank (Wu et al. 2018, eq. 2), which `nce_loss` approximates.
 
-    Args and Raises: as in `nce_loss`. Never holds (B, n).
+    Args and Raises: as in `nce_loss`. Never stores (B, n).
 
     Returns:
         () mean over queries, in nats.
@@ -71,10 +71,10 @@ def instance_softmax_loss(queries: Tensor, bank: Tensor, scale: Tensor | float, 
 @torch.no_grad()
 @in_float32
 def log_partition(queries: Tensor, bank: Tensor, scale: Tensor | float) -> Tensor:
-    """log Z, the constant that `nce_loss` has for every query's sum (Wu et al. 2018, eq. 8).
+    """Estimate log Z, the constant in `nce_loss` (Wu et al. 2018, eq. 8).
 
-    ``log mean_i sum_j exp(scale q_i . b_j)``, over the whole bank. The published code estimates the same from the noise
-    rows of the first batch, once; call it again to follow the bank as it changes.
+    ``log mean_i sum_j exp(scale q_i . b_j)`` over the whole bank. The published code estimates it once, from the noise rows
+    of the first batch. Call this function again to follow the bank as it changes.
 
     Args:
         queries: (B, E) embeddings of some samples, or rows of the bank.
@@ -85,23 +85,23 @@ def log_partition(queries: Tensor, bank: Tensor, scale: Tensor | float) -> Tenso
         () without gradient.
 
     Raises:
-        ValueError: naming the row, if an embedding is not finite.
+        NonFiniteLoss: naming the row, if an embedding is not finite.
     """
-    logits = (scale * queries) @ bank.T
+    logits = (scale * queries) @ bank.T  # (B, n)
     return check_finite(logits.logsumexp((0, 1)), queries=queries, bank=bank, scale=scale) - math.log(len(queries))
 
 
 def draw_noise(
     rows: Tensor, num_rows: int, num_noise: int, generator: torch.Generator | None = None, may_be_own: bool = False
 ) -> Tensor:
-    """Rows of the bank, evenly and with replacement, for each query.
+    """Draw noise rows of the bank for each query, uniformly and with replacement.
 
     Args:
-        rows: (B,) int64 row of the bank that is the query's own.
+        rows: (B,) int64, each query's own row of the bank.
         num_rows: n.
         num_noise: m.
-        generator: on the device of ``rows``.
-        may_be_own: draw from all rows, as the published code does, so that a query's own row may be its noise too.
+        generator: On the device of ``rows``. None uses torch's default.
+        may_be_own: Draw from all rows, as the published code does, so that a query's own row may be among its noise.
 
     Returns:
         (B, m) int64.
@@ -117,11 +117,11 @@ def draw_noise(
 
 
 def _bank_logits(queries: Tensor, bank: Tensor, scale: Tensor | float, columns: Tensor) -> Tensor:
-    """(B, m) ``scale * q_i . b_j`` for j in (B, m) columns, from the smaller of (B, n) products and (B, m, E) rows."""
+    """Return (B, m) ``scale * q_i . b_j`` for j in (B, m) columns, by the cheaper of two ways."""
     scaled, bank = scale * queries, bank.detach()
-    if len(bank) <= columns.shape[1] * bank.shape[1]:
-        products = scaled @ bank.T
-        # even of rows not asked for: their gradient is 0 times the row
+    if len(bank) <= columns.shape[1] * bank.shape[1]:  # (B, n) products take less memory than (B, m, E) rows
+        products = scaled @ bank.T  # (B, n)
+        # also of the other rows: their gradient is 0 times the row, which is NaN for an infinite one
         check_finite(products.detach().sum(), queries=queries, bank=bank, scale=scale)
         return products.gather(1, columns)
     logits = torch.einsum("be,bme->bm", scaled, bank[columns])
@@ -132,5 +132,5 @@ def _bank_logits(queries: Tensor, bank: Tensor, scale: Tensor | float, columns: 
 def _check_bank(queries: Tensor, bank: Tensor, rows: Tensor) -> None:
     if len(queries) < 1 or queries.shape[1:] != bank.shape[1:] or rows.shape != queries.shape[:1]:
         raise ValueError(
-            f"queries {tuple(queries.shape)} need one row each of the bank {tuple(bank.shape)}, got {tuple(rows.shape)}"
+            f"queries {tuple(queries.shape)} need one row of the bank each: {tuple(bank.shape)}, got {tuple(rows.shape)}"
         )

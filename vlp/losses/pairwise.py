@@ -1,6 +1,8 @@
-"""Losses of pairs and triplets by Euclidean distance, and the choice of triplets within a batch.
+"""Losses of pairs and triplets by Euclidean distance, and the mining of triplets within a batch.
 
-B rows, E embedding, M candidates, T triplets. Embeddings need not be of unit norm; a margin means little without it.
+Embeddings need not have unit norm, but a margin is hard to choose without it.
+
+B rows, E embedding, M candidates, T triplets.
 """
 
 from __future__ import annotations
@@ -11,28 +13,29 @@ from torch import Tensor
 from vlp.losses.inputs import check_finite, check_ids, in_float32
 
 Triplets = tuple[Tensor, Tensor, Tensor]
-"""(T,) int64 each: rows of the anchors, and the candidates' rows of their positives and their negatives."""
+"""(T,) int64 each: rows of the anchors, and rows of their positives and negatives among the candidates."""
 
 
 @in_float32
 def contrastive_loss(a: Tensor, b: Tensor, is_match: Tensor, margin: float = 1.0) -> Tensor:
-    """Draw matches together and push others apart to a margin (Hadsell, Chopra & LeCun 2006, eq. 4).
+    """Contrastive loss of pairs: pull matches together, push others apart to a margin (Hadsell et al. 2006, eq. 4).
 
-    ``mean_i 1/2 (y d^2 + (1 - y) max(margin - d, 0)^2)``, d the Euclidean distance and y = 1 for a match (in the paper,
-    Y = 1 is a pair that does *not* match). pytorch-metric-learning's ``ContrastiveLoss`` has neither the square nor
-    the 1/2, normalises, and averages the pairs that are not 0, matches and others apart.
+    ``mean_i 1/2 (y d^2 + (1 - y) max(margin - d, 0)^2)`` with d the Euclidean distance and y = 1 for a match (in the paper,
+    Y = 1 is a pair that does *not* match). pytorch-metric-learning's ``ContrastiveLoss`` has neither the square nor the
+    1/2, normalises, and averages only over pairs with a loss above 0, separately for matches and others.
 
     Args:
         a: (B, E) embeddings.
         b: (B, E) embeddings, of either modality.
         is_match: (B,) bool.
+        margin: Smallest distance of a pair that does not match at which its loss is 0.
 
     Returns:
-        () mean over pairs, those at 0 included. A pair at distance 0 that does not match gets no gradient.
+        () mean over all pairs. A pair at distance 0 that does not match gets no gradient.
 
     Raises:
-        ValueError: if there is no pair, the shapes differ or ``is_match`` is not bool; naming the row, if an embedding
-            is not finite.
+        ValueError: if there is no pair, the shapes differ, or ``is_match`` is not bool.
+        NonFiniteLoss: naming the row, if an embedding is not finite.
     """
     if a.shape != b.shape or len(a) < 1 or is_match.shape != a.shape[:1] or is_match.dtype != torch.bool:
         raise ValueError(
@@ -46,22 +49,24 @@ def contrastive_loss(a: Tensor, b: Tensor, is_match: Tensor, margin: float = 1.0
 
 @in_float32
 def triplet_loss(anchor: Tensor, positive: Tensor, negative: Tensor, margin: float = 0.2) -> Tensor:
-    """Have the positive nearer than the negative by a margin (FaceNet, Schroff et al. 2015, sec. 3.1; there a sum).
+    """Triplet loss with squared distances (FaceNet, Schroff et al. 2015, sec. 3.1, where it is a sum).
 
-    ``mean_i max(||a_i - p_i||^2 - ||a_i - n_i||^2 + margin, 0)``, with squared distances. pytorch-metric-learning's
-    ``TripletMarginLoss`` has plain distances, a margin of 0.05, and averages the triplets that are not 0;
+    ``mean_i max(||a_i - p_i||^2 - ||a_i - n_i||^2 + margin, 0)``. pytorch-metric-learning's ``TripletMarginLoss`` has plain
+    distances, a margin of 0.05, and averages only over triplets with a loss above 0.
     ``torch.nn.functional.triplet_margin_loss`` has plain distances and a margin of 1.
 
     Args:
         anchor: (T, E) embeddings.
         positive: (T, E) embeddings.
         negative: (T, E) embeddings.
+        margin: Difference of squared distances at which the loss of a triplet is 0.
 
     Returns:
-        () mean over triplets, those at 0 included. Without a triplet, as mining may end, 0 with a gradient of 0.
+        () mean over all triplets. If mining found none, 0 with a gradient of 0.
 
     Raises:
-        ValueError: if the shapes differ; naming the row, if an embedding is not finite.
+        ValueError: if the shapes differ.
+        NonFiniteLoss: naming the row, if an embedding is not finite.
     """
     if not anchor.shape == positive.shape == negative.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (anchor, positive, negative))
@@ -80,30 +85,32 @@ def semi_hard_triplets(
     margin: float = 0.2,
     allowed: Tensor | None = None,
 ) -> Triplets:
-    """For each anchor and positive, the nearest negative with ``d_ap < d_an < d_ap + margin`` (FaceNet, sec. 3.2).
+    """Mine semi-hard triplets: for each anchor and positive the nearest negative with ``d_ap < d_an < d_ap + margin``.
 
-    All pairs of anchor and positive take part, as in the paper; those without such a negative are left out, so there
-    may be none. d is the squared Euclidean distance. Within one set of embeddings pass it twice, and
-    ``allowed=~torch.eye(B, dtype=torch.bool)``: no row is its own positive. pytorch-metric-learning's
+    FaceNet, sec. 3.2, with d the squared Euclidean distance. All pairs of anchor and positive take part, as in the paper.
+    Pairs without such a negative are skipped, so the result may be empty. For triplets within one set of embeddings pass
+    it twice, with ``allowed=~torch.eye(B, dtype=torch.bool)`` so that no row is its own positive. pytorch-metric-learning's
     ``TripletMarginMiner(type_of_triplets="semihard")`` returns every such negative instead of the nearest.
 
     Args:
         anchors: (B, E) embeddings.
         candidates: (M, E) embeddings.
         anchor_ids: (B,) int64.
-        candidate_ids: (M,) int64; a candidate with the anchor's id is a positive, any other a negative.
-        allowed: (B, M) bool, False where a pair may be neither.
+        candidate_ids: (M,) int64. A candidate with the anchor's id is a positive, any other a negative.
+        margin: Width of the range of semi-hard negatives.
+        allowed: (B, M) bool, False where a pair is neither positive nor negative. None allows all.
 
     Returns:
         Rows of anchors, positives and negatives, (T,) each, for `triplet_loss`.
 
     Raises:
-        ValueError: naming the row, if an embedding is not finite.
+        NonFiniteLoss: naming the row, if an embedding is not finite.
     """
     distance, is_positive, is_negative = _pairs(anchors, candidates, anchor_ids, candidate_ids, allowed)
     if distance.numel() == 0:
         return distance.nonzero().new_empty(3, 0).unbind()
-    # Each anchor's negatives in order of distance: the first beyond a positive is found without a cube of triplets.
+    # Each anchor's negatives in order of distance. A search then finds the first one beyond each positive, and the (B, M, M)
+    # triplets never exist.
     negatives, order = distance.masked_fill(~is_negative, torch.inf).sort(dim=1)
     beyond = torch.searchsorted(negatives, distance, right=True).clamp(max=distance.shape[1] - 1)  # (B, M)
     nearest = negatives.gather(1, beyond)
@@ -115,9 +122,9 @@ def semi_hard_triplets(
 def hardest_triplets(
     anchors: Tensor, candidates: Tensor, anchor_ids: Tensor, candidate_ids: Tensor, allowed: Tensor | None = None
 ) -> Triplets:
-    """For each anchor its farthest positive and its nearest negative (FaceNet, sec. 3.2; "batch hard").
+    """Mine "batch hard" triplets: each anchor with its farthest positive and its nearest negative (FaceNet, sec. 3.2).
 
-    An anchor without a positive or without a negative is left out. Equals pytorch-metric-learning's ``BatchHardMiner``.
+    Anchors without a positive or without a negative are skipped. Equals pytorch-metric-learning's ``BatchHardMiner``.
 
     Args:
         anchors, candidates, anchor_ids, candidate_ids, allowed: as in `semi_hard_triplets`.
@@ -126,7 +133,7 @@ def hardest_triplets(
         Rows of anchors, positives and negatives, (T,) each with T <= B, for `triplet_loss`.
 
     Raises:
-        ValueError: naming the row, if an embedding is not finite.
+        NonFiniteLoss: naming the row, if an embedding is not finite.
     """
     distance, is_positive, is_negative = _pairs(anchors, candidates, anchor_ids, candidate_ids, allowed)
     if distance.numel() == 0:
@@ -138,7 +145,7 @@ def hardest_triplets(
 
 
 def _pairs(anchors, candidates, anchor_ids, candidate_ids, allowed) -> Triplets:
-    """(B, M) squared distances, and which pairs are positives and which negatives."""
+    """Return (B, M) squared distances, and (B, M) bool each of the positive and of the negative pairs."""
     check_ids(anchors, candidates, anchor_ids, candidate_ids)
     is_positive = anchor_ids[:, None] == candidate_ids
     is_negative = ~is_positive

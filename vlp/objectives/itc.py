@@ -18,9 +18,9 @@ from vlp.config import Experiment
 from vlp.distributed import gather
 from vlp.errors import UserError
 from vlp.forward import Among, Forward, Head
-from vlp.losses.info_nce import info_nce, soft_info_nce
 from vlp.losses.inputs import in_float32
 from vlp.losses.sigmoid import sigmoid_loss
+from vlp.losses.softmax import info_nce, soft_info_nce
 from vlp.losses.tiled import tiled_info_nce, tiled_sigmoid_loss
 from vlp.objectives.needs import need_contrast, need_momentum
 from vlp.objectives.queues import Queue

@@ -17,7 +17,7 @@ from vlp.config import Experiment
 from vlp.distributed import broadcast_from_main, gather, rank, world_size
 from vlp.errors import UserError
 from vlp.forward import Forward
-from vlp.losses.info_nce import info_nce
+from vlp.losses.softmax import info_nce
 from vlp.losses.tiled import queue_info_nce
 from vlp.objectives.needs import need_image_views, need_momentum
 from vlp.objectives.queues import Queue

@@ -19,8 +19,8 @@ from vlp.config import Experiment
 from vlp.distributed import gather, gather_with_gradient, rank
 from vlp.errors import UserError
 from vlp.forward import Forward
-from vlp.losses.info_nce import id_targets, soft_info_nce
 from vlp.losses.inputs import in_float32
+from vlp.losses.softmax import id_targets, soft_info_nce
 from vlp.losses.tiled import queue_info_nce
 from vlp.objectives.needs import need_momentum, need_text_views
 from vlp.objectives.queues import Queue

@@ -13,7 +13,7 @@ from torch import Tensor
 from vlp.config import Experiment
 from vlp.distributed import gather_with_gradient, rank
 from vlp.forward import Forward
-from vlp.losses.info_nce import info_nce
+from vlp.losses.softmax import info_nce
 from vlp.objectives.needs import need_image_views
 
 

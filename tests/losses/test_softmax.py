@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from transformers.models.align.modeling_align import align_loss
 
-from vlp.losses.info_nce import id_targets, info_nce, soft_info_nce
 from vlp.losses.inputs import NonFiniteLoss
+from vlp.losses.softmax import id_targets, info_nce, soft_info_nce
 
 
 def unit(rows, width=16, dtype=torch.float64, seed=0):
