@@ -45,9 +45,10 @@ def tower_spec(folder: str, tower: Literal["image", "text"], kind: type[Spec]) -
     if spec is None:
         raise UserError(f"the run {folder} has no {tower} tower to start from; name a run that has one")
     if not isinstance(spec, kind):
+        name = spec.type if isinstance(spec, Foreign) else type(spec).__name__
         raise UserError(
-            f"the {tower} tower of the run {folder} is a {type(spec).__name__}, not a {kind.__name__}; start a "
-            f"{type(spec).__name__} from it, or name another run"
+            f"the {tower} tower of the run {folder} is a {name}, not a {kind.__name__}; start a {name} from it, or name "
+            "another run"
         )
     return spec
 
