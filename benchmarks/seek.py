@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vlp.data.order import MixtureOrder, SourceOrder
-from vlp.data.shards import ShardIndex, ShardReader, index_path
+from vlp.data.reading.shards import ShardIndex, ShardReader, index_path
 
 
 def measure(shards: int = 1000, samples: int = 1000) -> dict:

@@ -19,7 +19,7 @@ from conv_image import ConvNet
 
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import RandomResizedCrop, Resize
-from vlp.data.shards import Source
+from vlp.data.reading.shards import Source
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.text import BertText
 from vlp.models.albef import Albef

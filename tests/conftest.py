@@ -14,8 +14,8 @@ from PIL import Image
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from vlp.data.formats import Pair
-from vlp.data.pack import Packing, pack
+from vlp.data.preparing.formats import Pair
+from vlp.data.preparing.pack import Packing, pack
 from vlp.data.text import train_tokenizer
 from vlp.specs.config_file import ConfigLoader
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import TOY
 from vlp.config import FREE_ON_RESUME, Experiment, changed_keys, load_config, load_json
-from vlp.data.shards import Source
+from vlp.data.reading.shards import Source
 from vlp.errors import UserError
 from vlp.optim.optimizers import Lamb
 from vlp.specs.json import dump, from_plain, to_plain

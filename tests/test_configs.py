@@ -15,8 +15,8 @@ import torch
 from tests.conftest import ROOT, draw_pairs
 from vlp.commands.configs import read_entries
 from vlp.config import Experiment, load_config
-from vlp.data.pack import Packing, pack
-from vlp.data.shards import Source
+from vlp.data.preparing.pack import Packing, pack
+from vlp.data.reading.shards import Source
 from vlp.data.stream import TrainDataset
 from vlp.data.text import train_tokenizer
 from vlp.forward import StepContext

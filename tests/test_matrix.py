@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.fixtures.toy import SIZES
 from vlp.config import Data, Experiment, Training
 from vlp.data.augment import RandomResizedCrop
-from vlp.data.shards import Source
+from vlp.data.reading.shards import Source
 from vlp.data.text_views import Same
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage

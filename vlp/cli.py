@@ -114,8 +114,8 @@ def add_data_commands(actions) -> None:
 
 
 def run_pack(options: argparse.Namespace) -> int:
-    from vlp.data.formats import read_pairs
-    from vlp.data.pack import Packing, pack
+    from vlp.data.preparing.formats import read_pairs
+    from vlp.data.preparing.pack import Packing, pack
 
     if options.image_root and not options.image_root.is_dir():
         raise UserError(f"--image-root {options.image_root} is not a folder; give the one that image paths start from")
@@ -130,7 +130,7 @@ def run_pack(options: argparse.Namespace) -> int:
 
 
 def run_check(options: argparse.Namespace) -> int:
-    from vlp.data.inspect import check, to_lines
+    from vlp.data.preparing.inspect import check, to_lines
 
     with progress_bar("checking") as progress:
         found = check(options.shards, progress=progress)
@@ -139,7 +139,7 @@ def run_check(options: argparse.Namespace) -> int:
 
 
 def run_stats(options: argparse.Namespace) -> int:
-    from vlp.data.inspect import stats
+    from vlp.data.preparing.inspect import stats
 
     print(json.dumps(stats(options.shards, options.grid), indent=1))
     print(f"wrote {options.grid}")
@@ -147,7 +147,7 @@ def run_stats(options: argparse.Namespace) -> int:
 
 
 def run_tokenizer(options: argparse.Namespace) -> int:
-    from vlp.data.inspect import all_captions
+    from vlp.data.preparing.inspect import all_captions
     from vlp.data.text import train_tokenizer
 
     if options.vocab_size < 6:
@@ -165,9 +165,9 @@ def run_tokenizer(options: argparse.Namespace) -> int:
 
 
 def run_demo_data(options: argparse.Namespace) -> int:
-    from vlp.data.demo import openmoji_pairs
-    from vlp.data.formats import read_pairs
-    from vlp.data.pack import pack
+    from vlp.data.preparing.demo import openmoji_pairs
+    from vlp.data.preparing.formats import read_pairs
+    from vlp.data.preparing.pack import pack
 
     openmoji_pairs(options.folder / "drawings", options.hold_out)
     for split in ("train", "val"):

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vlp.data.annotated import Annotated
 from vlp.data.augment import RandomResizedCrop, Resize
 from vlp.data.mixup import Mixup
-from vlp.data.sentences import Sentences
-from vlp.data.shards import Source
+from vlp.data.reading.annotated import Annotated
+from vlp.data.reading.sentences import Sentences
+from vlp.data.reading.shards import Source
 from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.errors import UserError
 from vlp.optim.ema import MomentumConfig

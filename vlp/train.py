@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vlp.config import Experiment
-from vlp.data.order import stream
+from vlp.data.order import keyed_rng
 from vlp.data.stream import Loaded
 from vlp.distributed import all_reduce_sum, gather_objects
 from vlp.errors import UserError
@@ -162,7 +162,7 @@ class Trainer:
             keys += batch.keys
             # dropout and the like depend on (seed, step, process) alone: there is no random state to save or to lose
             torch.manual_seed(
-                int(stream(experiment.seed, 4, state.step, micro, self.accelerator.process_index).integers(2**62))
+                int(keyed_rng(experiment.seed, 4, state.step, micro, self.accelerator.process_index).integers(2**62))
             )
             with self.accelerator.accumulate(self.pretrainer):
                 own, total, f, complaint = self._losses(cached[micro] if experiment.train.grad_cache else batch)

@@ -18,8 +18,8 @@ Command: vlp data annotations snli-ve snli_ve_train.jsonl annotations/snli_ve_tr
 """
 
 from vlp.config import Data, Experiment, Saving, Training
-from vlp.data.annotated import Annotated
 from vlp.data.augment import RandAugment, RandomResizedCrop, Resize
+from vlp.data.reading.annotated import Annotated
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText

@@ -11,9 +11,9 @@ Differs: AdamW at higher learning rates, a queue of 2,048, momentum 0.99, and di
 from dataclasses import replace
 
 from vlp.config import Data, Experiment, Logging, Saving, Training
-from vlp.data.annotated import Annotated
 from vlp.data.augment import RandomResizedCrop, Resize
-from vlp.data.shards import Source
+from vlp.data.reading.annotated import Annotated
+from vlp.data.reading.shards import Source
 from vlp.encoders.decoder import Decoder
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage

@@ -17,8 +17,8 @@ Command: vlp data annotations refcoco refcoco+_train.json data/refcoco-train.jso
 """
 
 from vlp.config import Data, Experiment, Saving, Training
-from vlp.data.annotated import Annotated
 from vlp.data.augment import RandAugment, Resize, ResizeCrop
+from vlp.data.reading.annotated import Annotated
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText

@@ -25,9 +25,9 @@ Command: accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/a
 from dataclasses import replace
 
 from vlp.config import Data, Experiment, Saving, Training
-from vlp.data.annotated import Annotated
 from vlp.data.augment import RandAugment, RandomResizedCrop, Resize
-from vlp.data.shards import Source
+from vlp.data.reading.annotated import Annotated
+from vlp.data.reading.shards import Source
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText

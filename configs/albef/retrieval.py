@@ -30,7 +30,7 @@ from dataclasses import replace
 
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import RandAugment, RandomResizedCrop, Resize
-from vlp.data.shards import Source
+from vlp.data.reading.shards import Source
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText

@@ -9,8 +9,8 @@ Data: `daquar`, `easy` and `world` start from runs/albef-flickr8k-matching (conf
 from dataclasses import replace
 
 from vlp.config import Data, Experiment, Saving, Training
-from vlp.data.annotated import Annotated
 from vlp.data.augment import RandAugment, RandomResizedCrop, Resize
+from vlp.data.reading.annotated import Annotated
 from vlp.encoders.decoder import Decoder
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage

@@ -12,9 +12,9 @@ Differs: nothing is flipped or cropped, because captions say where things are.
 from dataclasses import replace
 
 from vlp.config import Data, Experiment, Logging, Saving, Training
-from vlp.data.annotated import Annotated
 from vlp.data.augment import RandomResizedCrop, Resize
-from vlp.data.shards import Source
+from vlp.data.reading.annotated import Annotated
+from vlp.data.reading.shards import Source
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText

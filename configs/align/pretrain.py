@@ -6,7 +6,7 @@ Paper: Jia et al. 2021, arXiv:2102.05918, section 5 and table 9. EfficientNet-B7
 
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import RandomResizedCrop, Resize, ResizeCrop
-from vlp.data.shards import Source
+from vlp.data.reading.shards import Source
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.models.dual import Dual

@@ -23,7 +23,7 @@ from dataclasses import replace
 
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import Resize, ResizeCrop
-from vlp.data.shards import Source
+from vlp.data.reading.shards import Source
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.models.dual import Dual

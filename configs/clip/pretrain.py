@@ -12,7 +12,7 @@ Command: accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/c
 
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import RandomResizedCrop, Resize
-from vlp.data.shards import Source
+from vlp.data.reading.shards import Source
 from vlp.encoders.open_clip import OpenClip
 from vlp.models.dual import Dual
 from vlp.objectives.itc import ImageTextContrast

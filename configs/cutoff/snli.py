@@ -16,7 +16,7 @@ Command: vlp train configs/mlm/pretrain.py:captions     # once, for all that sta
 """
 
 from vlp.config import Data, Experiment, Saving, Training
-from vlp.data.sentences import Sentences
+from vlp.data.reading.sentences import Sentences
 from vlp.encoders.text import BertText
 from vlp.models.single import Single
 from vlp.objectives.cutoff import Cutoff

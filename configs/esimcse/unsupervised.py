@@ -7,7 +7,7 @@ Paper: Wu et al. 2022, arXiv:2109.04380, section 3 and table 2: mean Spearman of
 from dataclasses import replace
 
 from vlp.config import Data, Experiment, Saving, Training
-from vlp.data.sentences import Sentences
+from vlp.data.reading.sentences import Sentences
 from vlp.data.text_views import Repetition
 from vlp.encoders.text import BertText
 from vlp.models.single import Single

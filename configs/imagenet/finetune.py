@@ -10,7 +10,7 @@ Paper: Jia et al. 2021, arXiv:2102.05918, section 5.3: top-1 88.64 % fine-tuned 
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import RandomResizedCrop, Resize
 from vlp.data.mixup import Mixup
-from vlp.data.shards import Source
+from vlp.data.reading.shards import Source
 from vlp.encoders.image import TimmImage
 from vlp.models.single import Single
 from vlp.objectives.classification import Classification

@@ -8,7 +8,7 @@ Paper: Wu et al. 2018, arXiv:1805.01978: a bank of all images, linear head to 12
 
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import ColourDistortion, RandomResizedCrop
-from vlp.data.shards import Source
+from vlp.data.reading.shards import Source
 from vlp.encoders.image import TimmImage
 from vlp.models.single import Single
 from vlp.objectives.instance import InstanceDiscrimination

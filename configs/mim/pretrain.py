@@ -11,7 +11,7 @@ Paper: Bao et al. 2022, arXiv:2106.08254 (BEiT): ViT-B/16 with relative position
 
 from vlp.config import Data, Experiment, Logging, Saving, Training
 from vlp.data.augment import ColourDistortion, RandomResizedCrop
-from vlp.data.shards import Source
+from vlp.data.reading.shards import Source
 from vlp.encoders.dall_e import DallE
 from vlp.encoders.image import TimmImage
 from vlp.encoders.patch_targets import Pixels

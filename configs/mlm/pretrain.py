@@ -11,7 +11,7 @@ Paper: Devlin et al. 2019, arXiv:1810.04805, section 3.1: 15 % of the tokens, of
 from dataclasses import replace
 
 from vlp.config import Data, Experiment, Logging, Saving, Training
-from vlp.data.sentences import Sentences
+from vlp.data.reading.sentences import Sentences
 from vlp.encoders.text import BertText
 from vlp.models.single import Single
 from vlp.objectives.mlm import MaskedText

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import ColourDistortion, GaussianBlur, RandomResizedCrop
-from vlp.data.shards import Source
+from vlp.data.reading.shards import Source
 from vlp.encoders.image import TimmImage
 from vlp.models.single import Single
 from vlp.objectives.moco import Moco

@@ -8,7 +8,7 @@ Paper: Chen et al. 2020, arXiv:2002.05709, appendix B.9: NT-Xent, small crops, c
 
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import ColourDistortion, RandomResizedCrop, simclr
-from vlp.data.shards import Source
+from vlp.data.reading.shards import Source
 from vlp.encoders.image import TimmImage
 from vlp.models.single import Single
 from vlp.objectives.simclr import SimClr

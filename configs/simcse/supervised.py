@@ -7,7 +7,7 @@ Paper: Gao et al. 2021, arXiv:2104.08821, section 4 and table 5: mean Spearman o
 from dataclasses import replace
 
 from vlp.config import Data, Experiment, Saving, Training
-from vlp.data.sentences import Sentences
+from vlp.data.reading.sentences import Sentences
 from vlp.encoders.text import BertText
 from vlp.models.single import Single
 from vlp.objectives.sentence import SimCse

@@ -36,7 +36,7 @@ from dataclasses import replace
 
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import RandAugment, RandomResizedCrop, Resize
-from vlp.data.shards import Source
+from vlp.data.reading.shards import Source
 from vlp.encoders.mome import BASE, BASE_PLUS, LARGE, Mome
 from vlp.models.vlmo import Vlmo
 from vlp.objectives.itc import ImageTextContrast

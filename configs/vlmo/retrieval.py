@@ -26,7 +26,7 @@ from dataclasses import replace
 
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import RandAugment, RandomResizedCrop, Resize
-from vlp.data.shards import Source
+from vlp.data.reading.shards import Source
 from vlp.encoders.mome import BASE
 from vlp.models.vlmo import Vlmo
 from vlp.objectives.itc import ImageTextContrast

@@ -9,10 +9,10 @@ Cost: 2 CPU cores.
 from dataclasses import replace
 
 from vlp.config import Data, Experiment, Logging, Saving, Training
-from vlp.data.annotated import Annotated
 from vlp.data.augment import RandomResizedCrop, Resize
-from vlp.data.sentences import Sentences
-from vlp.data.shards import Source
+from vlp.data.reading.annotated import Annotated
+from vlp.data.reading.sentences import Sentences
+from vlp.data.reading.shards import Source
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage
 from vlp.encoders.mome import TINY

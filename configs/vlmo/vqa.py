@@ -22,8 +22,8 @@ Command: vlp data annotations vqa2 QUESTIONS.json ANNOTATIONS.json data/vqa-trai
 from dataclasses import replace
 
 from vlp.config import Data, Experiment, Saving, Training
-from vlp.data.annotated import Annotated
 from vlp.data.augment import RandAugment, RandomResizedCrop, Resize
+from vlp.data.reading.annotated import Annotated
 from vlp.encoders.mome import BASE
 from vlp.models.vlmo import Vlmo
 from vlp.objectives.classification import Classification

@@ -18,9 +18,9 @@ Command: vlp data world data/world
 from dataclasses import replace
 
 from vlp.config import Data, Experiment, Logging, Saving, Training
-from vlp.data.annotated import Annotated
 from vlp.data.augment import RandomResizedCrop, Resize
-from vlp.data.shards import Source
+from vlp.data.reading.annotated import Annotated
+from vlp.data.reading.shards import Source
 from vlp.encoders.mome import TINY
 from vlp.encoders.patch_targets import Pixels
 from vlp.models.vlmo import Vlmo

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.conftest import draw_pairs, vlp
 from vlp.cli import main
-from vlp.data.shards import ShardReader
+from vlp.data.reading.shards import ShardReader
 from vlp.data.text import load_tokenizer
 
 

@@ -7,8 +7,8 @@ import tokenizers
 import transformers
 
 from vlp.commands.texts import add_text_commands
-from vlp.data.paraphrase import Seq2Seq, back_translate
-from vlp.data.sentences import Sentences
+from vlp.data.preparing.paraphrase import Seq2Seq, back_translate
+from vlp.data.reading.sentences import Sentences
 from vlp.errors import UserError
 
 SENTENCES = ["a red square", "a dog\u2028runs", "here is a blue thing", "last"]
@@ -78,7 +78,7 @@ def test_translators_are_applied_in_turn_and_the_table_has_a_line_for_each_sente
         (one_line(s), one_line(s.upper()[::-1])) for s in SENTENCES
     ]
     assert not list(translators.glob(".*.part"))
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="exists; remove it"):
         command("paraphrase", "sentences.txt", "out.tsv", "--translator", "mine:there", "mine:back")
 
 
@@ -112,11 +112,11 @@ def test_what_was_begun_with_other_translators_or_sentences_is_not_continued(tra
 
 def test_what_a_translator_does_wrong_is_said(translators):
     for name, message in [
-        ("mine:forgets", "made 3 texts of 4"),
+        ("mine:forgets", "returned 3 texts for 4"),
         ("mine:nothing", "no translator mine:nothing"),
         ("nomodule:x", "no translator nomodule:x"),
         ("nofolder", "no translator nofolder"),
-        (str(translators), "no translation model"),
+        (str(translators), "is not a translation model"),
     ]:
         with pytest.raises(UserError, match=message):
             command("paraphrase", "sentences.txt", "out.tsv", "--translator", name)

@@ -74,7 +74,7 @@ def test_processes_split_the_same_global_batches(world):
 def test_stand_in_comes_from_the_same_source_and_depends_on_the_try():
     order = MixtureOrder([SourceOrder([50], 0), SourceOrder([60], 0)], [None, None], 0)
     for position in range(20):
-        stand_ins = [order.another(position, attempt) for attempt in range(8)]
+        stand_ins = [order.replacement(position, attempt) for attempt in range(8)]
         assert {d.source for d in stand_ins} == {order.locate(position).source}
         assert len({d.row for d in stand_ins}) > 1
-        assert stand_ins == [order.another(position, attempt) for attempt in range(8)]
+        assert stand_ins == [order.replacement(position, attempt) for attempt in range(8)]

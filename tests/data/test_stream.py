@@ -15,9 +15,9 @@ from PIL import Image
 from tests.conftest import draw_pairs
 from vlp.data.augment import GaussianBlur, RandAugment, RandomResizedCrop, Resize, mentions_side
 from vlp.data.image import decode
-from vlp.data.pack import Packing, pack
+from vlp.data.preparing.pack import Packing, pack
 from vlp.data.preprocess import Preprocess
-from vlp.data.shards import ShardReader, Source
+from vlp.data.reading.shards import ShardReader, Source
 from vlp.data.stream import EvalDataset, TrainDataset, evaluation_batches, training_loader
 from vlp.data.text import load_tokenizer
 from vlp.errors import UserError
@@ -124,7 +124,7 @@ def test_caption_and_pixels_are_drawn_anew_every_epoch(open_stream, world):
     for n in range(50):
         rows = [batch[0].index(f"0/{n}/{n:04d}") for batch in batches]
         drawn = {tuple(batch[2][row]) for batch, row in zip(batches, rows)}
-        captions = {tuple(r) for r in tokenizer.rows(reader.read(*reader.place(n)).captions)}
+        captions = {tuple(r) for r in tokenizer.rows(reader.read(*reader.locate(n)).captions)}
         assert drawn <= captions
         assert len({batch[1][row].numpy().tobytes() for batch, row in zip(batches, rows)}) == 8
     first = [batch[2][batch[0].index(f"0/{n}/{n:04d}")] for batch in batches for n in range(50)]
@@ -257,7 +257,7 @@ def test_source_with_nothing_good_stops_in_one_line(tmp_path, open_stream, worke
 def test_source_without_pictures_is_refused(tmp_path, open_stream):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "0.json", b"{}")
-    with pytest.raises(UserError, match="holds no sample"):
+    with pytest.raises(UserError, match="no usable sample"):
         open_stream(Source(str(tmp_path)))
 
 
@@ -285,7 +285,7 @@ def test_evaluation_sees_every_good_sample_once_in_order(spoilt, processes, work
     batches = [parts[n % processes][n // processes] for n in range(-(-35 // 4))]
     samples = [sample for batch, _ in batches for sample in batch]
     reader = ShardReader(str(spoilt))
-    everything = [reader.read(*reader.place(n)) for n in range(35)]
+    everything = [reader.read(*reader.locate(n)) for n in range(35)]
     undecodable = ("undecodable", "truncated", "large")  # those without a caption still have a picture to classify
     assert [raw for _, raw in samples] == [s for s in everything if s.key not in undecodable]
     assert sorted(bad["key"] for _, unusable in batches for bad in unusable) == sorted(undecodable)

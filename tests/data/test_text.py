@@ -152,7 +152,7 @@ def test_clean_caption_keeps_so_many_words():
 
 def test_bad_tokenizers_are_users_errors(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no tokenizer.json and no vocab.txt"):
+    with pytest.raises(UserError, match="has neither tokenizer.json nor vocab.txt"):
         load_tokenizer(str(tmp_path / "empty"))
     with pytest.raises(UserError, match="no such file"):
         load_tokenizer(str(tmp_path / "missing"))

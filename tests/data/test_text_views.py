@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlp.data.sentences import Sentences
+from vlp.data.reading.sentences import Sentences
 from vlp.data.stream import TrainDataset
 from vlp.data.text import train_tokenizer
 from vlp.data.text_views import Repetition, Same
@@ -52,12 +52,12 @@ def test_a_word_is_said_twice_with_all_its_pieces():
                 if a + b + c < 6:  # at most max(2, int(0.32 * 3))
                     made = [CLS, *units[0] * a, *units[1] * b, *units[2] * c, SEP]
                     expected[a, b, c] = made
-    found = {tuple(draw(Repetition(of="word"), row, seed)) for seed in range(300)}
+    found = {tuple(draw(Repetition(unit="word"), row, seed)) for seed in range(300)}
     assert found == {tuple(each) for each in expected.values()}
 
 
 def test_a_text_of_special_tokens_alone_stays_as_it_is():
-    for view in (Repetition(), Repetition(of="word"), Same()):
+    for view in (Repetition(), Repetition(unit="word"), Same()):
         assert draw(view, [CLS, SEP], 0) == [CLS, SEP]
         assert draw(view, [CLS], 0) == [CLS]
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from vlp.data.vqa_answers import accuracy, normalised, without_punctuation
+from vlp.data.vqa_answers import accuracy, normalise_answer, without_punctuation
 
 KNOWN = {
     "Two": "2",
@@ -37,7 +37,7 @@ KNOWN = {
 
 @pytest.mark.parametrize("answer", KNOWN)
 def test_answer_is_written_as_the_official_code_writes_it(answer):
-    assert normalised(answer) == KNOWN[answer]
+    assert normalise_answer(answer) == KNOWN[answer]
 
 
 def test_more_than_32_periods_are_not_stripped():

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from vlp.commands.world import add_world_command
 from vlp.data.image import decode
-from vlp.data.shards import ShardReader
+from vlp.data.reading.shards import ShardReader
 from vlp.data.world import Scene, World, make
 from vlp.data.world.scenes import COLOURS, SIDES
 from vlp.data.world.shapes import CONVEX, OUTLINES, sprite
@@ -244,7 +244,7 @@ def test_a_small_shape_has_room_within_every_large_one(size):
         ({"colours": ("red", "red", "blue")}, "each once"),
         ({"relations": ("below",)}, "relations"),
         ({"colours": ("red", "blue")}, "3 things of different shape and colour"),
-        ({"shapes": ("star", "cross", "circle")}, "inside one another, of circle, square"),
+        ({"shapes": ("star", "cross", "circle")}, "with the relation inside, only circle, square"),
         ({"relations": ("inside",)}, "inside each other"),
     ],
 )
@@ -354,17 +354,17 @@ def test_an_interrupted_folder_is_completed_and_a_complete_one_left_alone(tmp_pa
     assert contents(make(tmp_path / "world", train=20, val=4, noise=0.5)) == whole
     monkeypatch.setattr(World, "scene", interrupt)
     assert contents(make_it()) == whole
-    with pytest.raises(UserError, match="holds another world"):
+    with pytest.raises(UserError, match="contains another world"):
         make_it(noise=0.25)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="is no world"):
+    with pytest.raises(UserError, match="is not a world"):
         make(tmp_path / "mine", train=2, val=2)
 
 
 @pytest.mark.parametrize("numbers", [{"train": 3}, {"val": 0}, {"noise": 1.5}, {"noise": -0.1}, {"seed": -1}])
 def test_numbers_out_of_range_are_refused(tmp_path, numbers):
-    with pytest.raises(UserError, match="cannot be; give"):
+    with pytest.raises(UserError, match="not possible; give"):
         make(tmp_path / "world", **{"train": 4, "val": 2, **numbers})
     assert not (tmp_path / "world").exists()
 
@@ -476,7 +476,7 @@ def test_pictures_compared_by_colour_shape_or_place_have_histograms_that_do_not_
 
 def read_all(folder: Path, split: str) -> list:
     reader = ShardReader(str(folder / split))
-    return [reader.read(*reader.place(n)) for n in range(len(reader))]
+    return [reader.read(*reader.locate(n)) for n in range(len(reader))]
 
 
 def test_pairs_of_fewer_scenes_are_the_first_of_more(larger, tmp_path):

@@ -8,7 +8,7 @@ from torch import nn
 
 from vlp.config import Data, Experiment
 from vlp.data.preprocess import Preprocess
-from vlp.data.shards import Source
+from vlp.data.reading.shards import Source
 from vlp.encoders.base import ImageTower, ImageTowerSpec, TextTower, TextTowerSpec
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from tests.objectives.fusing import pairs, tiny
 from vlp.config import Data, Experiment
-from vlp.data.annotated import Annotated
-from vlp.data.shards import Source
+from vlp.data.reading.annotated import Annotated
+from vlp.data.reading.shards import Source
 from vlp.encoders.decoder import Decoder
 from vlp.errors import UserError
 from vlp.forward import Forward, StepContext

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from vlp.config import Data, Experiment
-from vlp.data.sentences import Sentences
+from vlp.data.reading.sentences import Sentences
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.errors import UserError

@@ -6,7 +6,7 @@ import torch
 from tests.objectives.toys import assert_two_are_one, forward_of, views
 from vlp.config import Data, Experiment
 from vlp.data.augment import simclr
-from vlp.data.sentences import Sentences
+from vlp.data.reading.sentences import Sentences
 from vlp.data.text_views import Same
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText

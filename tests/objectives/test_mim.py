@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vlp.config import Data, Experiment
-from vlp.data.shards import Source
+from vlp.data.reading.shards import Source
 from vlp.encoders.image import TimmImage
 from vlp.encoders.patch_targets import Pixels, RandomCodes, patchify
 from vlp.encoders.text import BertText

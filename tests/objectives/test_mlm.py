@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vlp.config import Data, Experiment
-from vlp.data.sentences import Sentences
+from vlp.data.reading.sentences import Sentences
 from vlp.distributed import all_reduce_sum
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText

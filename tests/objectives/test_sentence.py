@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.conftest import ROOT
 from tests.processes import losses, records, resume, run, samples, tensors
 from vlp.config import Data, Experiment
-from vlp.data.sentences import Sentences
-from vlp.data.shards import Source
+from vlp.data.reading.sentences import Sentences
+from vlp.data.reading.shards import Source
 from vlp.data.text_views import Same
 from vlp.distributed import all_reduce_sum
 from vlp.encoders.image import TimmImage

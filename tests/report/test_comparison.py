@@ -13,7 +13,7 @@ from PIL import Image
 from tests.tasks.fakes import Blind, subject
 from vlp.cli import main
 from vlp.config import Data
-from vlp.data.annotated import Annotated
+from vlp.data.reading.annotated import Annotated
 from vlp.errors import UserError
 from vlp.report.alignment_uniformity import Plane, draw_planes, find_planes
 from vlp.report.comparison import write_comparison

@@ -16,7 +16,7 @@ from tests.processes import losses, run, start, tensors, wait_for_step
 from tests.test_bad_input import contents, refused
 from vlp.cli import main
 from vlp.config import load_json
-from vlp.data.sentences import Sentences
+from vlp.data.reading.sentences import Sentences
 from vlp.errors import UserError
 from vlp.models.single import Single
 from vlp.specs.json import dump

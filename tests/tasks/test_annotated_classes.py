@@ -9,10 +9,10 @@ import torch
 
 from tests.objectives.fusing import tiny
 from vlp.config import Data
-from vlp.data.annotated import Annotated
 from vlp.data.augment import Resize
 from vlp.data.image import decode
-from vlp.data.shards import ShardReader
+from vlp.data.reading.annotated import Annotated
+from vlp.data.reading.shards import ShardReader
 from vlp.data.text import train_tokenizer
 from vlp.data.world import World, make
 from vlp.encoders.fusion import AlternatingImages, Fusion
@@ -60,7 +60,7 @@ def task(world, **fields):
 def one_by_one(subject, world, given, fields):
     """(n,) how much rather the second class, of each line encoded by itself."""
     reader = ShardReader(str(world / "val"))
-    pictures = {s.key: s.image for s in (reader.read(*reader.place(n)) for n in range(len(reader)))}
+    pictures = {s.key: s.image for s in (reader.read(*reader.locate(n)) for n in range(len(reader)))}
     model, said = subject.model.eval(), []
     with torch.no_grad():
         for line in given:

@@ -8,7 +8,7 @@ from tests.conftest import TOY, toy_overrides
 from tests.models.test_albef import SPEC
 from tests.tasks.fakes import subject
 from vlp.cli import main
-from vlp.data.annotated import Annotated
+from vlp.data.reading.annotated import Annotated
 from vlp.encoders.mome import Mome
 from vlp.errors import UserError
 from vlp.models.single import Single

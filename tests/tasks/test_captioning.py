@@ -10,7 +10,7 @@ from PIL import Image
 from tests.conftest import draw_pairs
 from tests.models.test_albef import SPEC
 from tests.tasks.fakes import subject
-from vlp.data.pack import Packing, pack
+from vlp.data.preparing.pack import Packing, pack
 from vlp.data.text import load_tokenizer
 from vlp.encoders.decoder import Decoder
 from vlp.encoders.generate import beam_search

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from vlp.config import Data
-from vlp.data.sentences import Sentences
-from vlp.data.shards import Source
+from vlp.data.reading.sentences import Sentences
+from vlp.data.reading.shards import Source
 from vlp.data.text import train_tokenizer
 from vlp.encoders.text import BertText
 from vlp.errors import UserError

@@ -9,9 +9,9 @@ from tests.conftest import draw_pairs, toy_overrides
 from tests.processes import train
 from vlp.cli import main
 from vlp.config import Data
-from vlp.data.annotated import Annotated
-from vlp.data.pack import Packing, pack
-from vlp.data.shards import Source
+from vlp.data.preparing.pack import Packing, pack
+from vlp.data.reading.annotated import Annotated
+from vlp.data.reading.shards import Source
 from vlp.errors import UserError
 from vlp.tasks.annotated_classes import Classes
 from vlp.tasks.base import Task

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from tests.objectives.fusing import pairs, tiny
 from vlp.config import Data
-from vlp.data.formats import Pair
-from vlp.data.pack import pack
+from vlp.data.preparing.formats import Pair
+from vlp.data.preparing.pack import pack
 from vlp.data.preprocess import Preprocess
 from vlp.data.text import Tokenizer, train_tokenizer
 from vlp.encoders.fusion import Fusion

@@ -8,7 +8,7 @@ import torch
 
 from tests.objectives.fusing import tiny
 from vlp.config import Data
-from vlp.data.shards import RawSample
+from vlp.data.reading.shards import RawSample
 from vlp.data.text import train_tokenizer
 from vlp.data.world import World, make
 from vlp.errors import BadSample, UserError

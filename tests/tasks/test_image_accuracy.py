@@ -14,7 +14,7 @@ from vlp.cli import main
 from vlp.config import Data, Experiment, Training
 from vlp.data.augment import Resize
 from vlp.data.mixup import Mixup
-from vlp.data.shards import Source
+from vlp.data.reading.shards import Source
 from vlp.encoders.image import TimmImage
 from vlp.errors import BadSample, UserError
 from vlp.models.single import Single
@@ -58,7 +58,7 @@ def test_accuracy_counts_what_the_classifier_gets_right(folder):
 
 def test_labels_of_shards_are_what_the_source_names(folder):
     reader = Source(str(folder / "shards"), label="label").open()
-    assert [reader.read(*reader.place(n)).label for n in range(20)] == [n % 5 for n in range(20)]
+    assert [reader.read(*reader.locate(n)).label for n in range(20)] == [n % 5 for n in range(20)]
     assert Source(str(folder / "shards")).open().read(0, 0).label is None
     with pytest.raises(BadSample, match="source is 'labels.jsonl:1', which is no number"):
         Source(str(folder / "shards"), label="source").open().read(0, 0)

@@ -8,8 +8,8 @@ from torch import nn
 
 from tests.conftest import COLOURS
 from tests.tasks.fakes import Seer, subject
-from vlp.data.formats import Pair
-from vlp.data.pack import Packing, pack
+from vlp.data.preparing.formats import Pair
+from vlp.data.preparing.pack import Packing, pack
 from vlp.errors import UserError
 from vlp.tasks.minimal_pairs import MinimalPairs
 from vlp.types import Encoded

@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 from tests.conftest import ROOT, environment, toy_overrides, vlp
 from tests.processes import free_port, run, train
 from tests.tasks.fakes import Blind, Seer, subject
-from vlp.data.formats import Pair
-from vlp.data.pack import Packing, pack
-from vlp.data.shards import Source
+from vlp.data.preparing.formats import Pair
+from vlp.data.preparing.pack import Packing, pack
+from vlp.data.reading.shards import Source
 from vlp.errors import UserError
 from vlp.tasks.embeddings import encode_pairs
 from vlp.tasks.metrics import ranks

@@ -10,9 +10,9 @@ import torch
 from tests.conftest import COLOURS
 from tests.models.test_albef import SPEC
 from tests.tasks.fakes import subject
-from vlp.data.annotated import Annotated
 from vlp.data.augment import Resize
-from vlp.data.by_image import ByPicture
+from vlp.data.by_image import AnnotatedImageDataset
+from vlp.data.reading.annotated import Annotated
 from vlp.data.text import load_tokenizer
 from vlp.data.vqa_answers import accuracy
 from vlp.encoders.decoder import Decoder
@@ -65,14 +65,14 @@ def one_by_one(given, asked, double_first=False) -> list[str]:
     """Each question alone, with its own copy of the picture."""
     tokenizer, model, said = given.tokenizer, given.model, {}
     ids, mask, _ = tokenizer.targets(ANSWERS, 16)
-    dataset = ByPicture(replace(asked, split="test").open(), given.data.resize, given.preprocess, 10_000)
+    dataset = AnnotatedImageDataset(replace(asked, split="test").open(), given.data.resize, given.preprocess, 10_000)
     with torch.no_grad():
         for pictured in dataset.__getitems__(range(len(dataset)))[0]:
             for line in pictured.lines:
                 image = model.encode_image(given.preprocess.normalise(pictured.images[0][None]))
                 text = model.encode_text(*tokenizer([line.captions[0]], 16)[:2])
                 found = rank(model.decoder, model.ask(model.project(image), text), ids, mask, 99, double_first)
-                said[line.number] = ANSWERS[found.answers[0, 0]]
+                said[line.source_row] = ANSWERS[found.answers[0, 0]]
     return [said[number] for number in sorted(said)]
 
 
@@ -116,13 +116,13 @@ def test_classifier_of_vlmo_answers_as_for_each_question_alone(given, asked, tmp
     path = tmp_path / "results.json"
     Vqa(split="test", batch_size=3, questions=4, submission=str(path), resamples=20)(found)
     said = {}
-    dataset = ByPicture(replace(asked, split="test").open(), given.data.resize, model.preprocess, 10_000)
+    dataset = AnnotatedImageDataset(replace(asked, split="test").open(), given.data.resize, model.preprocess, 10_000)
     with torch.no_grad():
         for pictured in dataset.__getitems__(range(len(dataset)))[0]:
             for line in pictured.lines:
                 pixels = model.preprocess.normalise(pictured.images[0][None])
                 f = Forward(model, Batch(torch.zeros(1), pixels, *given.tokenizer([line.captions[0]], 16)[:2]))
-                said[line.number] = ANSWERS[int(model.classify(f).argmax())]
+                said[line.source_row] = ANSWERS[int(model.classify(f).argmax())]
     assert [line["answer"] for line in json.loads(path.read_text())] == [said[n] for n in sorted(said)]
     assert len(set(said.values())) > 1
 

@@ -8,7 +8,7 @@ import torch
 
 from tests.encoders.test_text import BERT, captions
 from vlp.config import Data, Experiment
-from vlp.data.shards import Source
+from vlp.data.reading.shards import Source
 from vlp.encoders.decoder import Decoder
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage

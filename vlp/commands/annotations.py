@@ -39,7 +39,7 @@ def add_annotation_commands(actions) -> None:
 
 
 def run_annotations(options: argparse.Namespace) -> int:
-    from vlp.data.annotation_formats import FORMATS, convert
+    from vlp.data.preparing.annotations import FORMATS, convert
 
     if options.format not in FORMATS:
         raise UserError(f"there is no format {options.format!r}; there are {', '.join(FORMATS)}")
@@ -51,8 +51,8 @@ def run_annotations(options: argparse.Namespace) -> int:
 
 
 def run_answers(options: argparse.Namespace) -> int:
-    from vlp.data.annotated import Annotated
-    from vlp.data.vqa_answers import normalised
+    from vlp.data.reading.annotated import Annotated
+    from vlp.data.vqa_answers import normalise_answer
 
     counts: Counter[str] = Counter()
     for file in options.files:
@@ -60,7 +60,7 @@ def run_answers(options: argparse.Namespace) -> int:
     if options.normalise:
         given, counts = counts, Counter()
         for answer, count in given.items():
-            counts[normalised(answer)] += count
+            counts[normalise_answer(answer)] += count
     kept = [answer for answer, count in counts.items() if answer and count >= options.min_count]
     if options.order == "count":
         kept.sort(key=lambda answer: (-counts[answer], answer))
@@ -77,7 +77,7 @@ def run_answers(options: argparse.Namespace) -> int:
 
 def count_answers(source) -> Counter[str]:
     """How often each answer was given: by so many annotators, or, where they do not count, in so many lines."""
-    from vlp.data.annotated import read_answers
+    from vlp.data.reading.annotated import read_answers
 
     reader, counts = source.open(), Counter()
     for row in range(len(reader)):

@@ -29,11 +29,11 @@ def add_dedup_command(actions) -> None:
 def run_dedup(options: argparse.Namespace) -> int:
     """0 where there is none, 1 where there are some."""
     from vlp.commands.progress import progress_bar
-    from vlp.data.dedup import find_twins, open_pictures
-    from vlp.data.shards import write_atomically
+    from vlp.data.preparing.dedup import find_twins, open_collection
+    from vlp.data.reading.shards import write_atomically
 
-    a = open_pictures(options.shards)
-    b = open_pictures(options.against) if options.against else None
+    a = open_collection(options.shards)
+    b = open_collection(options.against) if options.against else None
     with progress_bar("looking at pictures") as progress:
         twins, bad = find_twins(a, b, max(1, options.workers), progress)
     count = {by: sum(twin.by == by for twin in twins) for by in ("bytes", "pixels")}

@@ -40,7 +40,7 @@ def searcher(
         UserError: if the folder is not a run, or there are no images.
     """
     from vlp.data.image import decode
-    from vlp.data.shards import ShardReader
+    from vlp.data.reading.shards import ShardReader
     from vlp.loading.run import open_run
     from vlp.tasks.base import evaluating
     from vlp.tasks.embeddings import encode_pairs, encode_texts
@@ -55,7 +55,7 @@ def searcher(
     def search(text: str) -> list[tuple[np.ndarray, str]]:
         with evaluating(model.model):
             nearest = top(encode_texts(model, [text]), pairs.images, count)[0]
-        samples = [reader.read(*reader.place(row)) for row in pairs.rows[nearest].tolist()]
+        samples = [reader.read(*reader.locate(row)) for row in pairs.rows[nearest].tolist()]
         return [(decode(sample.image), sample.captions[0]) for sample in samples]
 
     return search

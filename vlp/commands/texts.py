@@ -38,7 +38,7 @@ def add_text_commands(actions) -> None:
 
 
 def run_triples(options: argparse.Namespace) -> int:
-    from vlp.data.sentences import nli_triples
+    from vlp.data.reading.sentences import nli_triples
     from vlp.files import write_atomically
 
     triples = list(chain.from_iterable(map(nli_triples, map(_existing, options.files))))
@@ -53,8 +53,8 @@ def run_triples(options: argparse.Namespace) -> int:
 
 def run_paraphrase(options: argparse.Namespace) -> int:
     from vlp.commands.progress import progress_bar
-    from vlp.data.formats import read_pairs
-    from vlp.data.paraphrase import back_translate, pair_captions
+    from vlp.data.preparing.formats import read_pairs
+    from vlp.data.preparing.paraphrase import back_translate, pair_captions
 
     if options.same_picture:
         groups = [pair.captions for pair in read_pairs(options.input, split=options.split)]

@@ -1,11 +1,11 @@
-"""From decoded pixels to the ones that a model sees: crops, flips, RandAugment as ALBEF has it, SimCLR's distortions.
+"""Image transforms: crops, flips, ALBEF's RandAugment, SimCLR's distortions.
 
-H, W pixels of the picture; h, w pixels that the model takes. Pixels stay uint8: `Preprocess.normalise` makes them float
-once a batch, on the device.
+H, W pixels of the image; h, w pixels of the model's input. Pixels stay uint8; `Preprocess.normalise` converts a batch to
+float on the device.
 
-A transform is called as ``transform(image, size, interpolation, rng, caption)``; it crops, resizes, flips, and then
-carries out the steps of its ``then``, which are called with (3, h, w) uint8 and ``rng``, and return the same shape.
-Every draw comes from ``rng``, so a sample's pixels are a function of the generator's seed alone.
+A transform is called as ``transform(image, size, interpolation, rng, caption)``. It crops, resizes, flips, and applies the
+steps in its field ``then``. A step is called with a (3, h, w) uint8 image and ``rng``, and returns the same shape. Every
+draw comes from ``rng``, so the pixels of a sample depend only on the seed of the generator.
 """
 
 from __future__ import annotations
@@ -28,21 +28,26 @@ GREY = 128.0
 
 
 def warp(image: Tensor, matrix: list[list[float]]) -> Tensor:
-    """(3, h, w) moved, bilinearly; from outside comes grey 128.
+    """Apply an affine transform with bilinear interpolation, filled with grey 128.
 
     Args:
-        matrix: (2, 3) from (x, y, 1) in ``image`` to (x, y) in the result, pixel centres at whole numbers (as OpenCV).
+        image: (3, h, w) uint8.
+        matrix: (2, 3) map from (x, y, 1) in ``image`` to (x, y) in the result, pixel centres at integers (as OpenCV).
+
+    Returns:
+        (3, h, w) uint8.
     """
     height, width = image.shape[1:]
     inverse = torch.linalg.inv(torch.tensor([*matrix, [0.0, 0.0, 1.0]], dtype=torch.float64)).tolist()
     y, x = torch.arange(float(height))[:, None], torch.arange(float(width))
-    u, v = (a * x + b * y + c for a, b, c in inverse[:2])  # (h, w) each: where a pixel of the result comes from
-    grid = torch.stack([(2 * u + 1) / width - 1, (2 * v + 1) / height - 1], -1)
-    moved = grid_sample(image[None].float() - GREY, grid[None], align_corners=False)  # zeros outside
+    u, v = (a * x + b * y + c for a, b, c in inverse[:2])  # (h, w) each: source coordinates of each pixel of the result
+    grid = torch.stack([(2 * u + 1) / width - 1, (2 * v + 1) / height - 1], -1)  # (h, w, 2) in [-1, 1]
+    moved = grid_sample(image[None].float() - GREY, grid[None], align_corners=False)  # (1, 3, h, w), zero outside
     return moved[0].add_(GREY).round_().to(torch.uint8)
 
 
 def rotate(image: Tensor, degrees: float) -> Tensor:
+    """Rotate about (w/2, h/2), filled with grey 128."""
     height, width = image.shape[1:]
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     x, y = width / 2, height / 2
@@ -50,11 +55,12 @@ def rotate(image: Tensor, degrees: float) -> Tensor:
 
 
 def sharpen(image: Tensor, factor: float) -> Tensor:
-    pil = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())  # torchvision takes three times as long
+    """Apply PIL's sharpness enhancement."""
+    pil = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())  # a third of torchvision's time
     return to_tensor(np.array(ImageEnhance.Sharpness(pil).enhance(factor)))
 
 
-# Each takes the image, the strength in [0, 1] and a sign of -1 or 1.
+# Arguments: image, strength in [0, 1], sign of -1 or 1.
 OPERATIONS = {
     "Identity": lambda image, strength, sign: image,
     "AutoContrast": lambda image, strength, sign: F.autocontrast(image),
@@ -73,11 +79,17 @@ OPERATIONS = {
 class RandAugment:
     """ALBEF's ten operations without colour changes (its ``dataset/randaugment.py``), after Cubuk et al. 2020.
 
-    ``n`` operations are drawn with replacement and each is carried out with ``probability``. At magnitude 7 of 10, as
-    published: brightness and sharpness x 1.36 (never less than 1), shear 0.21 about the top left pixel, translation 7
-    pixels whatever the image's size, rotation 21 degrees about (w/2, h/2); the last three with a random sign, bilinear,
-    filled with grey 128: each within 1/255 of the published code's pixels (whose sharpness overflows at 0.4 % of them,
-    which is not repeated here). torchvision's class of the same name has other strengths, signs and fill.
+    ``n`` operations are drawn with replacement, and each is applied with ``probability``. At the published magnitude of 7
+    of 10: brightness and sharpness x 1.36 (never less than 1), shear 0.21 about the top left pixel, translation by 7
+    pixels for every image size, rotation by 21 degrees about (w/2, h/2). The last three have a random sign, are bilinear
+    and filled with grey 128. Each result is within 1/255 of the published code's pixels, except that its sharpness
+    overflows at 0.4 % of the pixels, which is not reproduced. torchvision's class of the same name has other strengths,
+    signs and fill.
+
+    Args:
+        n: Number of operations.
+        magnitude: From 0 to 10.
+        probability: Probability that a drawn operation is applied.
     """
 
     n: int = 2
@@ -95,7 +107,13 @@ class RandAugment:
 
 @dataclass(frozen=True)
 class ColourDistortion:
-    """SimCLR's colour jitter and greyscale (Chen et al. 2020, appendix A); ``strength`` is the paper's s."""
+    """SimCLR's colour jitter and greyscale (Chen et al. 2020, appendix A).
+
+    Args:
+        strength: s of the paper.
+        probability: Probability of the colour jitter.
+        greyscale: Probability of the conversion to grey.
+    """
 
     strength: float = 1.0
     probability: float = 0.8
@@ -121,7 +139,12 @@ class ColourDistortion:
 
 @dataclass(frozen=True)
 class GaussianBlur:
-    """SimCLR's blur (Chen et al. 2020, appendix A): kernel of a tenth of the side, sigma uniform in pixels."""
+    """SimCLR's blur (Chen et al. 2020, appendix A) with a kernel of a tenth of the side.
+
+    Args:
+        probability: Probability of the blur.
+        sigma: Range of the uniform distribution of the standard deviation, in pixels.
+    """
 
     probability: float = 0.5
     sigma: tuple[float, float] = (0.1, 2.0)
@@ -137,28 +160,35 @@ Step = RandAugment | ColourDistortion | GaussianBlur
 
 
 def mentions_side(caption: str) -> bool:
-    """Whether mirroring the image would make the caption wrong: it has the word left or right."""
+    """Return whether the caption contains the word left or right, which mirroring would make wrong."""
     return re.search(r"\b(left|right)\b", caption, re.IGNORECASE) is not None
 
 
 def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """(3, H, W) uint8 to (3, h, w) uint8, antialiased as PIL does it, within 2/255 of PIL's pixels.
+    """Resize with PIL's antialiasing, within 2/255 of PIL's pixels.
 
-    Fastest (by 5x over PIL, with torch's kernel for bytes) where the memory of ``image`` is in the order (H, W, 3).
+    torch's kernel for bytes is 5 times as fast as PIL if the memory of ``image`` is in the order (H, W, 3).
+
+    Args:
+        image: (3, H, W) uint8.
+        size: (h, w).
+
+    Returns:
+        (3, h, w) uint8.
     """
     if interpolation not in ("bicubic", "bilinear"):
         raise UserError(f"interpolation {interpolation!r} is unknown; use 'bicubic' or 'bilinear'")
     height, width = image.shape[1:]
     image = image[None]
-    # The height first in the cases where Pillow >= 13 does so; torch begins with the width. What the first pass clips
-    # to [0, 255] makes a difference of up to 30 at sharp edges.
+    # Pillow >= 13 resizes the height first in these cases; torch always begins with the width. The order matters because
+    # the first pass clips to [0, 255], which changes pixels at sharp edges by up to 30.
     if height > size[0] and height - size[0] > 2 * (width - size[1]):
         image = interpolate(image, (size[0], width), mode=interpolation, antialias=True)
     return interpolate(image, size, mode=interpolation, antialias=True)[0]
 
 
 def finish(image: Tensor, flip: float, then: tuple[Step, ...], rng: np.random.Generator, caption: str) -> Tensor:
-    """Mirror with probability ``flip``, never where the caption mentions a side; then the further steps in order."""
+    """Mirror with probability ``flip``, unless the caption mentions a side, then apply the further steps in order."""
     if rng.random() < flip and not mentions_side(caption):
         image = image.flip(-1)
     for step in then:
@@ -167,15 +197,21 @@ def finish(image: Tensor, flip: float, then: tuple[Step, ...], rng: np.random.Ge
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """(H, W, 3) to a (3, H, W) view of the same memory."""
+    """Return a (3, H, W) view of an (H, W, 3) array."""
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A random part of the image, resized: its share of the area in ``scale``, its width over height in ``ratio``.
+    """Random crop, resized to the size of the model, drawn as torchvision draws it.
 
-    Drawn as torchvision draws it. ALBEF: scale (0.2, 1), ``then=(RandAugment(),)``; open_clip: scale (0.9, 1), flip 0.
+    ALBEF uses scale (0.2, 1) and ``then=(RandAugment(),)``; open_clip uses scale (0.9, 1) and flip 0.
+
+    Args:
+        scale: Range of the crop's share of the area.
+        ratio: Range of the crop's width over height.
+        flip: Probability of mirroring.
+        then: Further steps.
     """
 
     scale: tuple[float, float] = (0.2, 1.0)
@@ -191,7 +227,7 @@ class RandomResizedCrop:
         return finish(resize(crop, size, interpolation), self.flip, self.then, rng, caption)
 
     def box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """(top, left, height, width) in pixels: the first of ten draws that fits, or else the largest centred one."""
+        """Return (top, left, height, width) in pixels: the first of ten draws that fits, or else the largest centred crop."""
         for _ in range(10):
             area = height * width * rng.uniform(*self.scale)
             ratio = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
@@ -205,9 +241,14 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True)
 class ResizeCrop:
-    """ALIGN's: squashed to a rectangle of the model's shape, then a random crop whose side is ``fraction`` of it.
+    """ALIGN's transform: resize to a rectangle without keeping the aspect ratio, then a random crop.
 
-    The published numbers are a square of 346 pixels and a crop of 289.
+    The published values are a square of 346 pixels and a crop of 289.
+
+    Args:
+        fraction: Side of the crop over the side of the rectangle.
+        flip: Probability of mirroring.
+        then: Further steps.
     """
 
     fraction: float = 289 / 346
@@ -255,5 +296,5 @@ Transform = RandomResizedCrop | ResizeCrop | Resize
 
 
 def simclr(strength: float = 1.0, flip: float = 0.5) -> RandomResizedCrop:
-    """SimCLR's views (Chen et al. 2020, appendix A): small crops, colour distortion, blur."""
+    """Return SimCLR's transform (Chen et al. 2020, appendix A): small crops, colour distortion, blur."""
     return RandomResizedCrop(scale=(0.08, 1.0), flip=flip, then=(ColourDistortion(strength), GaussianBlur()))

@@ -1,4 +1,4 @@
-"""Annotations to evaluate: every line once, those of the same picture together, so that it is read and encoded once."""
+"""Annotations for evaluation, grouped by image: every line once, and every image read and encoded once."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlp.data.annotated import AnnotatedReader
 from vlp.data.image import decode
-from vlp.data.shards import RawSample
+from vlp.data.reading.annotated import AnnotatedReader
+from vlp.data.reading.shards import RawSample
 from vlp.errors import BadSample, UserError
 
 
 @dataclass
-class Pictured:
-    """A picture, or a pair of them, with all that is said of it.
+class AnnotatedImage:
+    """An image, or a pair of images, with all its annotations.
 
     Args:
         images: (3, H, W) uint8 each.
-        lines: without their pictures, in the order of the file.
+        lines: The annotations without their encoded images, in the order of the file.
     """
 
     images: list[Tensor]
     lines: list[RawSample]
 
 
-class ByPicture(Dataset):
-    """Numbers of pictures -> what is `Pictured`, and complaints of lines that had to be left out; for `evaluation_batches`.
+class AnnotatedImageDataset(Dataset):
+    """Indices of images to `AnnotatedImage` objects and quarantine entries of unusable lines, for `evaluation_batches`.
 
-    Answers may be missing or unknown, see `AnnotatedReader.annotation`. Pictures are in the order of their first line.
+    Images are in the order of their first line. Answers may be missing or unknown, see `AnnotatedReader.annotation`.
 
     Args:
-        transform: of an evaluated picture.
-        preprocess: of the image tower.
+        transform: Transform of an evaluated image.
+        preprocess: Format of the image tower.
     """
 
     def __init__(self, reader: AnnotatedReader, transform, preprocess, max_pixels: int):
@@ -43,24 +43,24 @@ class ByPicture(Dataset):
         for row in range(len(reader)):
             try:
                 groups.setdefault(reader.names(row), []).append(row)
-            except BadSample:  # said of it when it is its turn
+            except BadSample:  # a group of its own: __getitems__ reports the reason
                 groups[(row,)] = [row]
         self.groups = list(groups.values())
 
     def __len__(self) -> int:
         return len(self.groups)
 
-    def __getitems__(self, numbers: Sequence[int]) -> tuple[list[Pictured], list[dict]] | UserError:
+    def __getitems__(self, indices: Sequence[int]) -> tuple[list[AnnotatedImage], list[dict]] | UserError:
         found, bad = [], []
         try:
-            for rows in (self.groups[number] for number in numbers):
-                lines, complaints = self._lines(rows)
+            for rows in (self.groups[index] for index in indices):
+                lines, unusable = self._lines(rows)
                 try:
                     if lines:
-                        found.append(Pictured(self._pixels(rows[0]), lines))
+                        found.append(AnnotatedImage(self._pixels(rows[0]), lines))
                 except BadSample as e:
-                    complaints = [self.reader.complaint(0, row, str(e)) for row in rows]
-                bad += complaints
+                    unusable = [self.reader.quarantine_entry(0, row, str(e)) for row in rows]
+                bad += unusable
         except UserError as e:  # returned, as in `TrainDataset`
             return e
         return found, bad
@@ -71,7 +71,7 @@ class ByPicture(Dataset):
             try:
                 lines.append(self.reader.annotation(row))
             except BadSample as e:
-                bad.append(self.reader.complaint(0, row, str(e)))
+                bad.append(self.reader.quarantine_entry(0, row, str(e)))
         return lines, bad
 
     def _pixels(self, row: int) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""From the bytes of a picture to its pixels. H, W pixels."""
+"""Decoding of image files. H, W pixels."""
 
 from __future__ import annotations
 
@@ -23,14 +23,20 @@ UPRIGHT = {
 
 
 def decode(data: bytes, max_pixels: int = 64_000_000) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of a JPEG, PNG or WEBP file; of an animation, the first frame.
+    """Decode a JPEG, PNG or WEBP file; of an animation, the first frame.
 
-    The picture is upright: an EXIF orientation is applied, as viewers do (open_clip and ALBEF ignore it and show such a
-    photo sideways). What is transparent becomes white. 16-bit greys keep their upper 8 bits.
+    The EXIF orientation is applied, as viewers do (open_clip and ALBEF ignore it and show such a photo sideways).
+    Transparent pixels are composited on white. 16-bit greys keep their upper 8 bits.
+
+    Args:
+        data: The encoded image.
+        max_pixels: Limit of H * W. The header is checked before pixels are decoded.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
 
     Raises:
-        BadSample: another format, truncated or damaged, or more than ``max_pixels`` by its header, which is looked at
-            before anything is decoded.
+        BadSample: if the file has another format, is truncated or damaged, or is over the limit.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -47,7 +53,7 @@ def decode(data: bytes, max_pixels: int = 64_000_000) -> np.ndarray:
 
 
 def opaque(image: Image.Image) -> Image.Image:
-    """RGB, decoded, on white where it is transparent."""
+    """Decode an image to RGB, composited on white if it has transparent pixels."""
     image.load()
     if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
@@ -56,14 +62,15 @@ def opaque(image: Image.Image) -> Image.Image:
         rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
         rgb.info = image.info
         return rgb
-    return image if image.mode == "RGB" else image.convert("RGB")  # convert copies even where nothing is to do
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert() copies in every case
 
 
 def upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation."""
     if "exif" not in image.info:
         return image
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-    except Exception:  # a damaged block of metadata does not make the pixels bad
+    except Exception:  # damaged metadata leaves the pixels usable
         return image
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image

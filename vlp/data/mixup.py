@@ -1,6 +1,6 @@
-"""Mixup and CutMix: every picture of a batch is mixed with another, and so are their classes. For fine-tuning on classes.
+"""Mixup and CutMix for fine-tuning on classes: every image of a batch is mixed with another one, and so are their labels.
 
-B pictures, C classes.
+B images, C classes.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from vlp.types import Batch
 
 @dataclass(frozen=True)
 class Mixup:
-    """timm's: ``x = l x_i + (1 - l) x_j``, l from Beta(a, a) (Zhang et al. 2018), or a box of x_j in x_i (Yun et al. 2019).
+    """Mixup and CutMix as timm implements them.
 
-    l, the box and which of the two it is are drawn once a micro-batch of a process; j goes through it backwards.
+    Mixup is ``x = l x_i + (1 - l) x_j`` with l from Beta(a, a) (Zhang et al. 2018). CutMix pastes a box of x_j into x_i
+    (Yun et al. 2019). l, the box, and the choice between the two are drawn once per micro-batch of a process. j is i in
+    reverse order.
 
     Args:
-        mixup: a of mixup; 0 = none.
-        cutmix: a of CutMix; 0 = none.
-        probability: that a batch is mixed at all.
-        switch: share of CutMix where there are both.
+        mixup: a of Mixup; 0 disables it.
+        cutmix: a of CutMix; 0 disables it.
+        probability: Probability that a batch is mixed.
+        switch: Share of CutMix where both are enabled.
     """
 
     mixup: float = 0.8
@@ -31,31 +33,32 @@ class Mixup:
     switch: float = 0.5
 
     def __call__(self, batch: Batch, classes: int, key: tuple[int, ...]) -> Batch:
-        """The batch with mixed pictures, in place, and (B, C) ``targets``; the same for the same ``key``.
+        """Mix the images of a batch in place and return the batch with (B, C) ``targets``.
 
         Args:
-            batch: on its device, with normalised pictures and labels.
-            key: non-negative integers that all draws depend on.
+            batch: Batch on its device, with normalised images and labels.
+            classes: C.
+            key: Non-negative integers that all draws depend on. The same key gives the same result.
 
         Raises:
-            ValueError: if B is odd, or there are no labels.
+            ValueError: if B is odd, or the batch has no labels.
         """
         from timm.data import Mixup as TimmMixup
 
         if batch.labels is None or len(batch) % 2:
-            raise ValueError("pictures are mixed in pairs, of an even number with labels")
+            raise ValueError("images are mixed in pairs: the batch needs an even number of images, with labels")
         mixup = TimmMixup(
             mixup_alpha=self.mixup,
             cutmix_alpha=self.cutmix,
             prob=self.probability,
             switch_prob=self.switch,
-            label_smoothing=0.0,  # the objective's
+            label_smoothing=0.0,  # applied by the objective
             num_classes=classes,
         )
         before = np.random.get_state()  # timm draws from numpy's global generator
         np.random.seed(np.random.SeedSequence(key).generate_state(4))
         try:
-            image, targets = mixup(batch.image, batch.labels)
+            image, targets = mixup(batch.image, batch.labels)  # (B, 3, H, W), (B, C)
         finally:
             np.random.set_state(before)
         return replace(batch, image=image, targets=targets)

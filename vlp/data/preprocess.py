@@ -16,13 +16,13 @@ Interpolation = Literal["bicubic", "bilinear"]
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How pixels have to look for a tower: it belongs to the weights and travels with them.
+    """Pixel format that an image tower was trained with. It belongs to the weights and is stored with them.
 
     Args:
         size: (H, W) in pixels.
-        mean: per channel, of values in [0, 1].
-        std: per channel, of values in [0, 1].
-        interpolation: with which the pictures are resized.
+        mean: Mean per channel, of values in [0, 1].
+        std: Standard deviation per channel, of values in [0, 1].
+        interpolation: Filter that images are resized with.
     """
 
     size: tuple[int, int]
@@ -31,7 +31,7 @@ class Preprocess:
     interpolation: Interpolation
 
     def normalise(self, image: Tensor) -> Tensor:
-        """``(image / 255 - mean) / std``, on the device of the image, once a batch.
+        """Compute ``(image / 255 - mean) / std`` on the device of the image.
 
         Args:
             image: (B, 3, H, W) uint8.
@@ -40,10 +40,11 @@ class Preprocess:
             (B, 3, H, W) float32.
 
         Raises:
-            ValueError: if the image is not uint8, which usually means that it has been normalised before.
+            ValueError: if the image is not uint8, which usually means that it was normalised before.
         """
         if image.dtype != torch.uint8:
             raise ValueError(f"normalise takes uint8 images, not {image.dtype}")
         std = torch.tensor(self.std, device=image.device).view(3, 1, 1)
         mean = torch.tensor(self.mean, device=image.device).view(3, 1, 1)
+        # one multiplication and one subtraction, in place: the batch is copied once, by float()
         return image.float().mul_(1 / (255 * std)).sub_(mean / std)

@@ -1,7 +1,8 @@
-"""Captions -> token ids. B captions, L tokens of the longest.
+"""Tokenizers. B captions, L tokens of the longest caption.
 
-Two tokenizers meet one protocol: called with captions and a limit, they return ids, mask and the number of captions
-that were cut; they have ``vocab_size, pad_id, cls_id, sep_id, mask_id``; ``save`` writes what `load_tokenizer` reads.
+`Tokenizer` and `OpenClipTokenizer` share one protocol. Called with captions and a limit, they return ids, a mask, and the
+number of truncated captions. They have ``vocab_size, pad_id, cls_id, sep_id, mask_id``. ``save`` writes a file that
+`load_tokenizer` reads.
 """
 
 from __future__ import annotations
@@ -19,28 +20,28 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from vlp.data.shards import write_atomically
+from vlp.data.reading.shards import write_atomically
 from vlp.errors import UserError
 from vlp.files import resolve
 from vlp.types import Vocabulary
 
-# Data workers run beside each other: threads of their own would only wait for one another, and after a fork the library
-# would warn of a deadlock.
+# Data workers run in parallel, so threads inside each would only compete, and after a fork the library warns of a
+# deadlock.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-MAX_CHARACTERS = 1000  # of a trained vocabulary; rarer ones are unknown
+MAX_CHARACTERS = 1000  # alphabet of a trained vocabulary; rarer characters become [UNK]
 SPECIAL = {"pad": ("[PAD]", "<pad>"), "cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>"), "mask": ("[MASK]", "<mask>")}
 OPEN_CLIP_FILE = "open_clip_tokenizer.json"
 
 
 class Tokenizer:
-    """Any tokenizer of the ``tokenizers`` library, such as BERT's WordPiece, with ``[CLS]`` first.
+    """Tokenizer of the ``tokenizers`` library, such as BERT's WordPiece, with ``[CLS]`` first.
 
     Args:
-        backend: splits text into ids; its own truncation, padding and special tokens are replaced.
-        sep: whether ``[SEP]`` ends a caption. BERT's convention; ALBEF's weights were trained without it.
-        clean: whether captions go through `clean_caption` first, its limit of words apart; kept in what ``save`` writes. What is
-            to be generated does not: an answer is as it is written.
+        backend: The library's tokenizer. Its truncation, padding and special tokens are replaced.
+        sep: Append ``[SEP]`` to a caption, which is BERT's convention. ALBEF's weights were trained without it.
+        clean: Apply `clean_caption` to captions first, without its limit of words. Texts to generate (`target_rows`) are
+            not cleaned. ``save`` stores this setting.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, sep: bool = True, clean: bool = False):
@@ -68,46 +69,50 @@ class Tokenizer:
         return self._backend.get_vocab_size()
 
     def rows(self, captions: Sequence[str]) -> list[list[int]]:
-        """Ids of each caption, special tokens included, neither cut nor padded."""
+        """Return the ids of each caption with special tokens, neither truncated nor padded."""
         return [encoding.ids for encoding in self._backend.encode_batch(list(captions))]
 
     def words(self, caption: str) -> list[tuple[str, list[int]]]:
-        """The words as they are written, each with the places of its pieces in the caption's ids; punctuation is one too."""
+        """Return the words of a caption as written, each with the indices of its pieces in the ids. Punctuation is a word."""
         encoding = self._backend.encode(caption)
-        places: dict[int, list[int]] = {}
-        for place, word in enumerate(encoding.word_ids):
+        pieces: dict[int, list[int]] = {}
+        for index, word in enumerate(encoding.word_ids):
             if word is not None:
-                places.setdefault(word, []).append(place)
-        spans = ((encoding.offsets[p[0]][0], encoding.offsets[p[-1]][1], p) for p in places.values())
+                pieces.setdefault(word, []).append(index)
+        spans = ((encoding.offsets[p[0]][0], encoding.offsets[p[-1]][1], p) for p in pieces.values())
         return [(caption[begin:end].strip(), own) for begin, end, own in spans]
 
     def __call__(self, captions: Sequence[str], max_length: int) -> tuple[Tensor, Tensor, int]:
-        """Ids padded to the longest caption; a longer one than ``max_length`` is cut, keeping its ``[SEP]``.
+        """Tokenize captions and pad them to the longest. A caption over ``max_length`` is truncated and keeps its ``[SEP]``.
 
         Returns:
-            (B, L) int64 ids; (B, L) bool, True where there is a token; how many captions were cut.
+            (B, L) int64 ids; (B, L) bool mask, True for a token; number of truncated captions.
         """
         return self.pad(self.rows(captions), max_length)
 
     def pad(self, rows: list[list[int]], max_length: int) -> tuple[Tensor, Tensor, int]:
-        """As `__call__`, of rows of ids."""
+        """Pad rows of ids as `__call__` does."""
         return pad(rows, max_length, self.pad_id, keep_last=self.sep)
 
     def target_rows(self, texts: Sequence[str]) -> list[list[int]]:
-        """As `rows`, of what is to be generated: as it is written, ``[SEP]`` at its end, whatever captions lose or end in."""
+        """Return the ids of texts to generate: not cleaned, and always with ``[SEP]`` at the end."""
         rows = [encoding.ids for encoding in self._as_written.encode_batch(list(texts))]
         return rows if self.sep else [[*row, self.sep_id] for row in rows]
 
     def targets(self, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor, int]:
-        """As `__call__`, of `target_rows`."""
+        """Tokenize and pad texts to generate, see `target_rows` and `__call__`."""
         return pad(self.target_rows(texts), max_length, self.pad_id, keep_last=True)
 
     def text(self, ids: Sequence[int]) -> str:
-        """What ids say, special tokens left out."""
+        """Decode ids, without special tokens."""
         return self._backend.decode(list(ids)).strip()
 
     def vocabulary(self) -> Vocabulary:
-        """A piece continues a word by WordPiece's ``##``; where pieces mark the begin instead (RoBERTa), by its lack."""
+        """Describe the vocabulary for masking.
+
+        A piece continues a word if it has WordPiece's ``##``, or, in vocabularies that mark the begin of a word (RoBERTa),
+        if it lacks that mark.
+        """
         tokens = [self._backend.id_to_token(i) or "" for i in range(self.vocab_size)]
         added = self._backend.get_added_tokens_decoder()
         special = torch.tensor([i in added and added[i].special for i in range(self.vocab_size)])
@@ -124,14 +129,14 @@ class Tokenizer:
 
 
 class OpenClipTokenizer:
-    """The byte-pair encoding of open_clip's model ``name``: ``[CLS]`` is its start token, ``[SEP]`` its end token.
+    """Byte-pair encoding of open_clip's model ``name``. Its start token is ``[CLS]``, its end token ``[SEP]``.
 
     Raises:
-        UserError: for an unknown name, and for models whose tokenizer would come from a hub.
+        UserError: if the name is unknown, or the model's tokenizer is on a hub.
     """
 
     mask_id = None
-    pad_id = 0  # also the id of "!": only the mask tells them apart
+    pad_id = 0  # also the id of "!": the mask distinguishes them
 
     def __init__(self, name: str):
         import open_clip
@@ -151,25 +156,25 @@ class OpenClipTokenizer:
         return OpenClipTokenizer, (self.name,)  # the vocabulary stays in the package
 
     def rows(self, captions: Sequence[str]) -> list[list[int]]:
-        """Ids of each caption, special tokens included, neither cut nor padded."""
+        """Return the ids of each caption with special tokens, neither truncated nor padded."""
         return [[self.cls_id, *self._bpe.encode(caption), self.sep_id] for caption in captions]
 
     def __call__(self, captions: Sequence[str], max_length: int) -> tuple[Tensor, Tensor, int]:
-        """As `Tokenizer.__call__`; the limit is at most the model's context, and the end token is kept."""
+        """Tokenize as `Tokenizer.__call__` does. The limit is at most the model's context; the end token is kept."""
         return self.pad(self.rows(captions), max_length)
 
     def pad(self, rows: list[list[int]], max_length: int) -> tuple[Tensor, Tensor, int]:
-        """As `__call__`, of rows of ids."""
+        """Pad rows of ids as `__call__` does."""
         return pad(rows, min(max_length, self.context), self.pad_id, keep_last=True)
 
-    target_rows, targets = rows, __call__  # they end in the end token already
+    target_rows, targets = rows, __call__  # rows already end with the end token
 
     def text(self, ids: Sequence[int]) -> str:
-        """What ids say, special tokens left out."""
+        """Decode ids, without special tokens."""
         return self._bpe.decode([i for i in ids if i not in (self.cls_id, self.sep_id)]).strip()
 
     def vocabulary(self) -> Vocabulary:
-        """A piece that does not end its word is continued by the next, so words are not told apart: none continues."""
+        """Describe the vocabulary for masking. This encoding marks the end of a word, so no piece counts as a continuation."""
         special = torch.zeros(self.vocab_size, dtype=torch.bool)
         special[[self.cls_id, self.sep_id]] = True
         return Vocabulary(self.vocab_size, None, special, torch.zeros_like(special))
@@ -180,7 +185,11 @@ class OpenClipTokenizer:
 
 
 def pad(rows: list[list[int]], max_length: int, pad_id: int, keep_last: bool) -> tuple[Tensor, Tensor, int]:
-    """(B, L) int64 ids, (B, L) bool mask and the number of rows that were longer than ``max_length``."""
+    """Pad rows of ids to the longest.
+
+    Returns:
+        (B, L) int64 ids; (B, L) bool mask; number of rows that were truncated to ``max_length``.
+    """
     lengths = np.array([min(len(row), max_length) for row in rows])
     ids = np.full((len(rows), lengths.max(initial=0)), pad_id, dtype=np.int64)
     cut = 0
@@ -199,27 +208,27 @@ def _first_known(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> int | 
 
 
 def load_tokenizer(path: str, sep: bool | None = None, clean: bool = False) -> Tokenizer | OpenClipTokenizer:
-    """A tokenizer from local files.
+    """Load a tokenizer from local files.
 
     Args:
-        path: a folder with tokenizer.json or vocab.txt, as transformers and `Tokenizer.save` write it; one of these
+        path: A folder with tokenizer.json or vocab.txt, as transformers and `Tokenizer.save` write it; one of these
             files; ``pip:PACKAGE/path`` for either inside an installed package; or ``open_clip:MODEL``.
-        sep: whether ``[SEP]`` ends a caption; None = as the file says, and for a vocabulary, yes.
-        clean: see `Tokenizer`.
+        sep: Append ``[SEP]`` to a caption. None follows tokenizer.json; a vocab.txt always gets ``[SEP]``.
+        clean: See `Tokenizer`.
 
     Raises:
-        UserError: if nothing is there, it is not a tokenizer, or one that cannot clean.
+        UserError: if the path does not exist, is not a tokenizer, or cannot clean captions.
     """
     if path.startswith("open_clip:"):
         if clean:
-            raise UserError(f"{path} reads captions as they are; set data.clean=false")
+            raise UserError(f"{path} cannot clean captions; set data.clean=false")
         return OpenClipTokenizer(path.removeprefix("open_clip:"))
     file = found = resolve(path)
     if found.is_dir():
         names = ("tokenizer.json", "vocab.txt", OPEN_CLIP_FILE)
         file = next((found / name for name in names if (found / name).is_file()), None)
         if file is None:
-            raise UserError(f"{path} holds no tokenizer.json and no vocab.txt; give the folder of a fast tokenizer")
+            raise UserError(f"{path} has neither tokenizer.json nor vocab.txt; give the folder of a fast tokenizer")
     if file.name == OPEN_CLIP_FILE:
         return OpenClipTokenizer(json.loads(file.read_text())["name"])
     try:
@@ -227,13 +236,13 @@ def load_tokenizer(path: str, sep: bool | None = None, clean: bool = False) -> T
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{file} is not a tokenizer ({error}); give a tokenizer.json or a vocab.txt") from None
     if sep is None:
-        own = backend.encode("").ids  # what the file puts around an empty caption: [CLS] [SEP], [CLS] alone, or nothing
+        own = backend.encode("").ids  # tokens around an empty caption: [CLS] [SEP], only [CLS], or none
         sep = len(own) != 1
     return Tokenizer(backend, sep, clean)
 
 
 def _from_vocabulary(file: Path) -> tokenizers.Tokenizer:
-    """BERT's WordPiece over a vocab.txt; lower-case unless a tokenizer_config.json beside it says otherwise."""
+    """Build BERT's WordPiece from a vocab.txt, lower-case unless the tokenizer_config.json next to it disables that."""
     tokens = file.read_text(encoding="utf-8").splitlines()
     if "[UNK]" not in tokens:
         raise ValueError("it has no line [UNK]")
@@ -254,9 +263,11 @@ def _wordpiece(vocabulary: dict[str, int], lowercase: bool) -> tokenizers.Tokeni
 def train_tokenizer(
     captions: Iterable[str], vocab_size: int = 30_000, min_frequency: int = 2, lowercase: bool = True, sep: bool = True
 ) -> Tokenizer:
-    """WordPiece learned from ``captions``: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4, then characters and pieces.
+    """Train WordPiece on captions: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4, then characters and pieces.
 
-    ``vocab_size`` is an upper limit; pieces seen fewer than ``min_frequency`` times are not merged.
+    Args:
+        vocab_size: Upper limit of the number of tokens.
+        min_frequency: Pieces that occur less often are not merged.
     """
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     captions, counts = list(captions), Counter()
@@ -265,8 +276,8 @@ def train_tokenizer(
         counts.update(untrained.normalizer.normalize_str(caption))
     kept = sorted(counts, key=lambda c: (-counts[c], c))[:MAX_CHARACTERS]
     alphabet = sorted(c for c in kept if not c.isspace())
-    # Left to itself the trainer numbers the "##" characters in the order of a hash map, and breaks ties of frequency by
-    # these numbers: every run would give another vocabulary. Given beforehand, they are the same every time.
+    # The trainer would number the "##" characters in the order of a hash map and break ties of frequency by these numbers,
+    # so every run would give another vocabulary. Characters that are given as special tokens keep their order.
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
@@ -284,7 +295,7 @@ REMOVED = r"[,.'!?\"()*#:;~]"
 
 
 def _without_cleaning(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer without `_cleaning` in front, which may have been saved with it."""
+    """Return the tokenizer without the normalizers of `_cleaning`, which may be saved in its file."""
     state, cleaning = json.loads(backend.to_str()), json.loads(normalizers.Sequence(_cleaning()).__getstate__())
     steps, first = (state["normalizer"] or {}).get("normalizers", []), cleaning["normalizers"]
     if steps[: len(first)] != first:
@@ -294,16 +305,17 @@ def _without_cleaning(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _cleaning() -> list[normalizers.Normalizer]:
-    """`clean_caption`, without the limit of words, in the words of the tokenizers library."""
+    """Return `clean_caption`, without its limit of words, as normalizers of the tokenizers library."""
     spaces = [normalizers.Replace(mark, " ") for mark in "-/"]
     removed = normalizers.Replace(tokenizers.Regex(REMOVED), "")
     return [normalizers.Lowercase(), removed, *spaces, normalizers.Replace("<person>", "person")]
 
 
 def clean_caption(text: str, max_words: int = 30) -> str:
-    """ALBEF's normalisation: lower-case, without ``,.'!?"()*#:;~``, spaces for ``-`` and ``/``, ``max_words`` at most.
+    """Normalise a caption as ALBEF does.
 
-    Conceptual Captions' ``<person>`` becomes "person".
+    Lower case, without ``,.'!?"()*#:;~``, spaces for ``-`` and ``/``, at most ``max_words`` words. Conceptual Captions'
+    ``<person>`` becomes "person".
     """
     text = re.sub(REMOVED, "", text.lower())
     text = text.replace("-", " ").replace("/", " ").replace("<person>", "person")

@@ -1,7 +1,8 @@
-"""Further views of a text, made from its token ids: each is called as ``view(row, rng, vocabulary)`` and returns a row.
+"""Further views of a text, computed from its token ids.
 
-A row begins with ``[CLS]`` and may end with ``[SEP]``; neither moves. Every draw comes from ``rng``, which is seeded by
-(seed, epoch, sample): the views of an epoch are not those of the next.
+A view is called as ``view(row, rng, vocabulary)`` and returns a row of ids. A row begins with ``[CLS]`` and may end with
+``[SEP]``; a view moves neither. Every draw comes from ``rng``, which is seeded by (seed, epoch, sample), so the views of a
+sample differ between epochs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from vlp.types import Vocabulary
 
 @dataclass(frozen=True)
 class Same:
-    """The text itself: with dropout in the tower it is another view (SimCSE, Gao et al. 2021, sec. 3)."""
+    """The text itself. Dropout in the tower makes it a different view (SimCSE, Gao et al. 2021, sec. 3)."""
 
     def __call__(self, row: list[int], rng: np.random.Generator, vocabulary: Vocabulary) -> list[int]:
         return row
@@ -24,24 +25,26 @@ class Same:
 
 @dataclass(frozen=True)
 class Repetition:
-    """Some tokens, or words, said twice (ESimCSE, Wu et al. 2022, sec. 3.2).
+    """Repetition of some tokens or words (ESimCSE, Wu et al. 2022, sec. 3.2).
 
-    Of N, ``dup_len`` in [0, max(2, int(rate * N))] distinct ones are drawn, all lengths alike, at most N. The published
-    code excludes the upper end, caps it at 10, and draws once for all epochs; here it is the paper's, drawn every epoch.
+    Of N units, ``dup_len`` distinct ones are repeated, ``dup_len`` uniform in [0, max(2, int(rate * N))] and at most N.
+    The published code excludes the upper end, limits it to 10, and draws once for all epochs. This is the paper's version,
+    drawn in every epoch.
 
     Args:
-        rate: dup_rate; 0.32 for BERT-base.
-        of: "token" = pieces, as in the paper's best runs; "word" = a word with all its pieces.
+        rate: dup_rate of the paper; 0.32 for BERT-base.
+        unit: Unit of repetition. "token" repeats pieces, as in the paper's best runs. "word" repeats a word with all its
+            pieces.
     """
 
     rate: float = 0.32
-    of: Literal["token", "word"] = "token"
+    unit: Literal["token", "word"] = "token"
 
     def __call__(self, row: list[int], rng: np.random.Generator, vocabulary: Vocabulary) -> list[int]:
         special, continues = vocabulary.special.numpy(), vocabulary.continues.numpy()
         units: list[list[int]] = []
         for token in row:
-            if self.of == "word" and units and continues[token] and not special[token]:
+            if self.unit == "word" and units and continues[token] and not special[token]:
                 units[-1].append(token)
             else:
                 units.append([token])

@@ -1,6 +1,7 @@
-"""VQA's official rules: when two answers are the same, and how right an answer is that some of the annotators gave.
+"""VQA's official rules: normalisation of answers, and the accuracy of an answer against those of the annotators.
 
-Antol et al. 2015, sec. 3, and the evaluation code that goes with the data set, mistakes included: they are part of the number.
+The rules follow Antol et al. 2015, sec. 3, and the evaluation code of the data set, including its mistakes, which are part
+of every published number.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from collections.abc import Sequence
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
 PERIOD = re.compile(r"\.(?!\d)")
-MOST_PERIODS = 32  # the official code hands re.UNICODE, which is 32, to where the number of replacements goes
+MOST_PERIODS = 32  # the official code passes re.UNICODE, which is 32, as the number of replacements
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {word: str(number) for number, word in enumerate(DIGITS)} | {"none": "0"}
 ARTICLES = ("a", "an", "the")
-# each is also meant where one of its apostrophes is missing
+# a word that lacks one of the apostrophes is read as the contraction
 CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
     how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
@@ -34,29 +35,29 @@ APOSTROPHES = {
 
 
 def without_punctuation(answer: str) -> str:
-    """Signs become spaces, or vanish where one stands beside a space, or any number in the answer has a comma."""
+    """Replace punctuation by spaces; remove a sign next to a space, or every sign if a number in the answer has a comma."""
     number = COMMA_IN_NUMBER.search(answer) is not None
     signs = {s: "" if number or f"{s} " in answer or f" {s}" in answer else " " for s in PUNCTUATION}
     return PERIOD.sub("", answer.translate(str.maketrans(signs)), count=MOST_PERIODS)
 
 
-def normalised(answer: str) -> str:
-    """Lower case, numbers as digits, without articles and punctuation, contractions with their apostrophes."""
+def normalise_answer(answer: str) -> str:
+    """Return the answer in lower case, numbers as digits, without articles and punctuation, contractions with apostrophes."""
     words = without_punctuation(answer.replace("\n", " ").replace("\t", " ").strip()).lower().split()
     words = [number for word in words if (number := NUMBERS.get(word, word)) not in ARTICLES]
     return " ".join(APOSTROPHES.get(word, word) for word in words)
 
 
-def accuracy(answer: str, said: Sequence[str]) -> float:
-    """Mean over the annotators of min(1, matches among the others / 3).
+def accuracy(answer: str, annotators: Sequence[str]) -> float:
+    """Compute the mean over annotators of min(1, matches among the other annotators / 3).
 
     Args:
-        answer: of the model, as it wrote it.
-        said: what each of two or more annotators said; 10 in VQA v2.
+        answer: Answer of the model, not normalised.
+        annotators: Answer of each of two or more annotators; 10 in VQA v2.
     """
-    answer = normalised(answer)
-    if len(set(said)) > 1:  # only then does the official code do anything to them, and only this
-        said = [without_punctuation(each) for each in said]
-    matches = sum(each == answer for each in said)
-    others = [matches - (each == answer) for each in said]
+    answer = normalise_answer(answer)
+    if len(set(annotators)) > 1:  # the official code removes punctuation only if the annotators disagree
+        annotators = [without_punctuation(each) for each in annotators]
+    matches = sum(each == answer for each in annotators)
+    others = [matches - (each == answer) for each in annotators]
     return sum(min(1.0, n / 3) for n in others) / len(others)

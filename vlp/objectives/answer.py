@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlp.config import Experiment
-from vlp.data.annotated import Annotated
+from vlp.data.reading.annotated import Annotated
 from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.losses.masked import masked_cross_entropy

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlp.config import Experiment
-from vlp.data.sentences import Sentences
+from vlp.data.reading.sentences import Sentences
 from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.losses.divergence import jensen_shannon

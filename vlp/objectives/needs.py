@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vlp.config import Data, Experiment
-from vlp.data.sentences import Sentences
+from vlp.data.reading.sentences import Sentences
 from vlp.errors import UserError
 from vlp.forward import Head
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from vlp.data.shards import write_atomically
+from vlp.data.reading.shards import write_atomically
 from vlp.errors import UserError
 from vlp.report.alignment_uniformity import draw_planes, find_planes
 from vlp.report.examples import (

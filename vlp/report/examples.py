@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from vlp.data.image import decode
-from vlp.data.named_images import find_pictures
-from vlp.data.shards import ShardReader
+from vlp.data.reading.named_images import open_images
+from vlp.data.reading.shards import ShardReader
 from vlp.errors import BadSample, UserError
 from vlp.report.tables import Table
 
@@ -56,7 +56,7 @@ def wrong_with_pictures(result: dict, most: int = 12) -> list[dict]:
         first_of.setdefault(tuple(line["pictures"]), line)
     lines = list(first_of.values())[:most]
     try:
-        pictures = find_pictures(details["pictures"]) if lines else None
+        pictures = open_images(details["pictures"]) if lines else None
         return [line | {"pngs": [encoded(pictures.read(name)) for name in line["pictures"]]} for line in lines]
     except (UserError, BadSample):
         return [line | {"pngs": []} for line in lines]
@@ -95,7 +95,7 @@ def pictures_with_captions(result: dict, which: str) -> list[dict]:
 
 def thumbnail(reader: ShardReader, number: int) -> str:
     """Base64 PNG of a sample's picture."""
-    return encoded(reader.read(*reader.place(number)).image)
+    return encoded(reader.read(*reader.locate(number)).image)
 
 
 def encoded(picture: bytes) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from jinja2 import Environment
 
 from vlp.config import Experiment, load_without_code
-from vlp.data.shards import write_atomically
+from vlp.data.reading.shards import write_atomically
 from vlp.errors import UserError
 from vlp.report.examples import MACROS, captions_with_pictures, wrong_with_pictures
 from vlp.report.examples import STYLE as EXAMPLES_STYLE

@@ -15,7 +15,7 @@ from vlp.errors import UserError
 
 MODULES = {
     "vlp.config": ("Data", "Experiment", "Logging", "Saving", "Training"),
-    "vlp.data.annotated": ("Annotated",),
+    "vlp.data.reading.annotated": ("Annotated",),
     "vlp.data.augment": (
         "ColourDistortion",
         "GaussianBlur",
@@ -26,8 +26,8 @@ MODULES = {
     ),
     "vlp.data.mixup": ("Mixup",),
     "vlp.data.preprocess": ("Preprocess",),
-    "vlp.data.sentences": ("Sentences",),
-    "vlp.data.shards": ("Source",),
+    "vlp.data.reading.sentences": ("Sentences",),
+    "vlp.data.reading.shards": ("Source",),
     "vlp.data.text_views": ("Repetition", "Same"),
     "vlp.encoders.dall_e": ("DallE",),
     "vlp.encoders.decoder": ("Decoder",),
@@ -76,7 +76,7 @@ MODULES = {
 TYPES = {name: module for module, names in MODULES.items() for name in names}
 RENAMED = {"Mix": "Mixup", "Momentum": "MomentumConfig"}
 # short class name -> old field name -> its name today
-RENAMED_FIELDS: dict[str, dict[str, str]] = {}
+RENAMED_FIELDS: dict[str, dict[str, str]] = {"Repetition": {"of": "unit"}}
 # (short class name, field name of today) -> old value -> its value today
 RENAMED_VALUES: dict[tuple[str, str], dict[str, str]] = {}
 

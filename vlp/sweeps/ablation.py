@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from vlp.config import Experiment, load_config
-from vlp.data.shards import write_atomically
+from vlp.data.reading.shards import write_atomically
 from vlp.errors import UserError
 from vlp.report.run import png
 from vlp.specs.overrides import override

@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 
 from vlp.config import Experiment, changed_keys, load_json
-from vlp.data.shards import write_atomically
+from vlp.data.reading.shards import write_atomically
 from vlp.errors import UserError
 from vlp.specs.json import dump
 from vlp.specs.user_code import NO_CODE, UserCode, own_types

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from vlp.config import Data
-from vlp.data.annotated import Annotated, AnnotatedReader, to_evaluate
-from vlp.data.by_image import ByPicture, Pictured
-from vlp.data.shards import RawSample
+from vlp.data.by_image import AnnotatedImage, AnnotatedImageDataset
+from vlp.data.reading.annotated import Annotated, AnnotatedReader, to_evaluate
+from vlp.data.reading.shards import RawSample
 from vlp.data.stream import evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import BadSample, UserError
@@ -98,7 +98,7 @@ class Classes(Task):
         if source.text:
             need_reader(subject, "classification", len(source.image))
         reader, names = source.open(), source.class_list()
-        dataset = ByPicture(reader, data.resize, subject.preprocess, data.max_pixels)
+        dataset = AnnotatedImageDataset(reader, data.resize, subject.preprocess, data.max_pixels)
         own, bad = [], []
         with evaluating(subject.model):
             for pictures, unusable in evaluation_batches(
@@ -108,7 +108,7 @@ class Classes(Task):
                 lines = [line for picture in pictures for line in picture.lines]
                 if lines:
                     said = best_class(subject, pictures, len(names))
-                    own += [(line.number, line.index, line.label, best) for line, best in zip(lines, said)]
+                    own += [(line.source_row, line.image_id, line.label, best) for line, best in zip(lines, said)]
         found = sorted(row for part in gather_objects(own) for row in part)
         bad = [b for part in gather_objects(bad) for b in part]
         if not found:
@@ -180,7 +180,7 @@ class Told:
         return mistakes(source, wrong) | {"confused": pairs}
 
 
-def best_class(subject: EvalModel, pictures: Sequence[Pictured], classes: int) -> list[int]:
+def best_class(subject: EvalModel, pictures: Sequence[AnnotatedImage], classes: int) -> list[int]:
     """For all lines about P pictures; one is encoded once, of a pair both for each line.
 
     Raises:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlp import __version__
 from vlp.config import Data
-from vlp.data.annotated import AnnotatedReader
+from vlp.data.reading.annotated import AnnotatedReader
 from vlp.files import write_atomically
 from vlp.tasks.metrics import Interval
 from vlp.types import Encoded

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vlp.config import Data
-from vlp.data.shards import RawSample
+from vlp.data.reading.shards import RawSample
 from vlp.data.stream import EvalDataset, evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.encoders.generate import beam_search
@@ -87,7 +87,7 @@ class CaptionQuality(Task):
                 if samples:
                     own += zip((raw for _, raw in samples), self._captions(subject, [image for image, _ in samples]))
         # what the pictures hold does not travel
-        own = [(raw.number, raw.index, picture_id(raw), raw.captions, said) for raw, said in own]
+        own = [(raw.source_row, raw.image_id, picture_id(raw), raw.captions, said) for raw, said in own]
         found = sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0])
         if not found:
             raise UserError(f"{source} holds no usable picture; run `vlp data check` on it")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vlp.config import Data
-from vlp.data.sentences import Sentences
+from vlp.data.reading.sentences import Sentences
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import BadSample, UserError
 from vlp.specs.fields import setting
@@ -57,9 +57,9 @@ class TextAccuracy(Task):
                     try:
                         samples.append(reader.read(0, row))
                     except BadSample as e:
-                        bad.append(reader.complaint(0, row, str(e)))
+                        bad.append(reader.quarantine_entry(0, row, str(e)))
                 if samples:
-                    rows = torch.tensor([sample.number for sample in samples])
+                    rows = torch.tensor([sample.source_row for sample in samples])
                     right[rows] = 1 + self._right(subject, samples)
         found = merge(right)
         values = (found[found > 0] - 1).double().numpy()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlp.config import Data
-from vlp.data.annotated import Annotated, AnnotatedReader
-from vlp.data.dedup import Collection, Files, Named, Shards, same_bytes
-from vlp.data.shards import Source
+from vlp.data.preparing.dedup import AnnotatedCollection, Collection, FileCollection, ShardCollection, same_bytes
+from vlp.data.reading.annotated import Annotated, AnnotatedReader
+from vlp.data.reading.shards import Source
 from vlp.errors import UserError
 from vlp.tasks.base import Images, Task
 
@@ -37,13 +37,13 @@ def contaminated_images(task: Task, data: Data, allow: bool) -> int | None:
         return None
     shards = [Path(source.shards).resolve() for source in sources if isinstance(source, Source)]
     if isinstance(of_task, str) and Path(of_task).resolve() in shards:
-        return len(Shards(of_task))
+        return len(ShardCollection(of_task))
     asked = _pictures(of_task)
     try:
         trained = [_pictures(source.shards if isinstance(source, Source) else source.open()) for source in sources]
     except UserError:  # the run has moved, or its data has
         return None
-    named = sum(len(pictures) for pictures in (asked, *trained) if isinstance(pictures, Named))
+    named = sum(len(pictures) for pictures in (asked, *trained) if isinstance(pictures, AnnotatedCollection))
     if sum(map(len, trained)) > MOST or named > MOST_NAMED:
         return None
     found = {number: (pictures, other) for pictures in trained for number, other in same_bytes(asked, pictures)}
@@ -58,5 +58,5 @@ def contaminated_images(task: Task, data: Data, allow: bool) -> int | None:
 
 def _pictures(of: Images) -> Collection:
     if isinstance(of, str):
-        return Shards(of)
-    return Named(of) if isinstance(of, AnnotatedReader) else Files(of)
+        return ShardCollection(of)
+    return AnnotatedCollection(of) if isinstance(of, AnnotatedReader) else FileCollection(of)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vlp.data.shards import RawSample
+from vlp.data.reading.shards import RawSample
 from vlp.data.stream import EvalDataset, evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
@@ -57,7 +57,9 @@ def encode_pairs(subject: EvalModel, source: str, batch_size: int) -> EncodedPai
     with evaluating(model):
         for samples, unusable in evaluation_batches(dataset, batch_size, data.workers, subject.rank, world_size()):
             bad += unusable + [
-                dataset.reader.complaint(raw.shard, raw.row, "no caption") for _, raw in samples if not raw.captions
+                dataset.reader.quarantine_entry(raw.shard, raw.row, "no caption")
+                for _, raw in samples
+                if not raw.captions
             ]
             samples = [(image, raw) for image, raw in samples if raw.captions]
             if not samples:
@@ -66,7 +68,7 @@ def encode_pairs(subject: EvalModel, source: str, batch_size: int) -> EncodedPai
             embeds = model.encode_image(subject.preprocess.normalise(pixels)).embed.float().cpu()
             texts = encode_texts(subject, [c for _, raw in samples for c in raw.captions])
             texts = texts.split([len(raw.captions) for _, raw in samples])
-            own |= {raw.number: (e, t, raw) for e, t, (_, raw) in zip(embeds, texts, samples)}
+            own |= {raw.source_row: (e, t, raw) for e, t, (_, raw) in zip(embeds, texts, samples)}
     return _assemble(own, len(dataset), bad)
 
 
@@ -79,7 +81,7 @@ def _assemble(own: dict[int, tuple[Tensor, Tensor, RawSample]], size: int, bad: 
         torch.zeros(size, width),
     )
     for n, (embed, texts, raw) in own.items():
-        counts[n], ids[n], images[n] = len(texts), raw.index, embed
+        counts[n], ids[n], images[n] = len(texts), raw.image_id, embed
     counts, ids, images = merge(counts), merge(ids), merge(images)
     texts, starts = torch.zeros(int(counts.sum()), width), counts.cumsum(0) - counts
     for n, (_, embeds, _) in own.items():

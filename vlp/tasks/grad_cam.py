@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from vlp.data.augment import Resize
 from vlp.data.image import decode
-from vlp.data.order import stream
-from vlp.data.shards import ShardReader
+from vlp.data.order import keyed_rng
+from vlp.data.reading.shards import ShardReader
 from vlp.errors import BadSample, UserError
 from vlp.tasks.base import EvalModel, evaluating
 from vlp.types import Encoded
@@ -170,11 +170,11 @@ def draw_words(
     """
     layer, reader, rows = choose_layer(subject.model, layer), ShardReader(source), []
     wanted = {word.lower() for word in words}
-    for number in stream(subject.seed).permutation(len(reader)).tolist():
+    for number in keyed_rng(subject.seed).permutation(len(reader)).tolist():
         if len(rows) == pictures:
             break
         try:
-            sample = reader.read(*reader.place(number))
+            sample = reader.read(*reader.locate(number))
             captions = [c for c in sample.captions if not wanted or wanted & _words(subject, c)]
             if not captions:
                 continue

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from vlp.config import Data
-from vlp.data.annotated import Annotated, AnnotatedReader
 from vlp.data.augment import Resize
-from vlp.data.by_image import ByPicture, Pictured
-from vlp.data.shards import RawSample
+from vlp.data.by_image import AnnotatedImage, AnnotatedImageDataset
+from vlp.data.reading.annotated import Annotated, AnnotatedReader
+from vlp.data.reading.shards import RawSample
 from vlp.data.stream import evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import BadSample, UserError
@@ -87,7 +87,7 @@ class Grounding(Task):
         """
         data = subject.data
         layer = choose_layer(subject.model, self.layer)
-        dataset = ByPicture(self._source().open(), _whole, subject.preprocess, data.max_pixels)
+        dataset = AnnotatedImageDataset(self._source().open(), _whole, subject.preprocess, data.max_pixels)
         own, bad = [], []
         with evaluating(subject.model):
             for pictures, unusable in evaluation_batches(
@@ -96,9 +96,9 @@ class Grounding(Task):
                 bad += unusable
                 for line, size, cam in self._maps(subject, pictures, layer):
                     try:
-                        own.append((line.number, line.index, self._judge(line, size, cam)))
+                        own.append((line.source_row, line.image_id, self._judge(line, size, cam)))
                     except BadSample as e:
-                        bad.append(dataset.reader.complaint(0, line.row, str(e)))
+                        bad.append(dataset.reader.quarantine_entry(0, line.row, str(e)))
         found = sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0])
         bad = [b for part in gather_objects(bad) for b in part]
         if not found:
@@ -125,7 +125,7 @@ class Grounding(Task):
             bad=bad,
         )
 
-    def _maps(self, subject: EvalModel, pictures: list[Pictured], layer: int):
+    def _maps(self, subject: EvalModel, pictures: list[AnnotatedImage], layer: int):
         """Each line with the (height, width) of its picture and its (h, w) map."""
         if not pictures:
             return

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlp.config import Data
-from vlp.data.labelled import FORMS, Labelled, read_labelled
+from vlp.data.reading.labelled import FORMS, LabelledImages, read_labelled
 from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.specs.fields import setting
@@ -32,7 +32,7 @@ class ImageAccuracy(Task):
     have been in training.
 
     Args:
-        data: a folder of pictures, see `vlp.data.labelled`.
+        data: a folder of pictures, see `vlp.data.reading.labelled`.
         split: of it; None = all.
         batch_size: pictures at a time.
         resamples: of the bootstrap, over pictures.
@@ -54,7 +54,7 @@ class ImageAccuracy(Task):
         """Those of the pictures that are files of their own, see `vlp.tasks.contamination`."""
         return [picture for picture, _ in self._read()[0] if isinstance(picture, Path)]
 
-    def _read(self) -> tuple[Labelled, list[str]]:
+    def _read(self) -> tuple[LabelledImages, list[str]]:
         if not self.data:
             raise UserError(f"there are no pictures to classify: give data=FOLDER with {FORMS}")
         return read_labelled(Path(self.data), self.split)

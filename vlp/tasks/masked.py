@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlp.config import Data
-from vlp.data.formats import read_pairs
+from vlp.data.preparing.formats import read_pairs
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
 from vlp.forward import Forward

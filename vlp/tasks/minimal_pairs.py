@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlp.config import Data
-from vlp.data.shards import ShardReader
+from vlp.data.reading.shards import ShardReader
 from vlp.data.stream import EvalDataset, evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
@@ -43,7 +43,7 @@ class MinimalPairs(Task):
     def validate(self, data: Data) -> None:
         """Raises UserError where there are no scenes."""
         reader = ShardReader(self._source(data))
-        if len(reader) == 0 or "minimal_pair" not in reader.read(*reader.place(0)).meta:
+        if len(reader) == 0 or "minimal_pair" not in reader.read(*reader.locate(0)).meta:
             raise UserError(f"{self._source(data)} holds no scenes with a minimal pair; make some with vlp data world")
 
     def evaluated_images(self, data: Data) -> str:
@@ -72,7 +72,9 @@ class MinimalPairs(Task):
                 texts = [raw.captions[0] for raw in raws] + [raw.meta["minimal_pair"] for raw in raws]
                 true, false = scores(subject, torch.stack([image for image, _ in samples]), texts).chunk(2)
                 hits = ((true > false).double() + (true == false) / 2).tolist()
-                own += [(raw.number, raw.meta["number"] // 2, raw.meta["contrast"], h) for raw, h in zip(raws, hits)]
+                own += [
+                    (raw.source_row, raw.meta["number"] // 2, raw.meta["contrast"], h) for raw, h in zip(raws, hits)
+                ]
         found = sorted(row for part in gather_objects(own) for row in part)
         if not found:
             raise UserError(f"{source} holds no usable scene; run `vlp data check` on it")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlp.data.annotated import Annotated
-from vlp.data.shards import RawSample
+from vlp.data.reading.annotated import Annotated
+from vlp.data.reading.shards import RawSample
 
 SHOWN = 100  # lines
 PAIRS = 20  # that are mixed up

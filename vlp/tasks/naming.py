@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from vlp.data.shards import Source
+from vlp.data.reading.shards import Source
 from vlp.specs.fields import setting_of
 from vlp.tasks.base import EvalModel
 

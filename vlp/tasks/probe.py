@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlp.config import Data
-from vlp.data.labelled import FORMS, Labelled, Pictures, read_train_and_test
+from vlp.data.reading.labelled import FORMS, LabelledImageDataset, LabelledImages, read_train_and_test
 from vlp.data.stream import evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
@@ -61,7 +61,7 @@ class _Classes(Task):
         """Those of the test pictures that are files of their own, see `vlp.tasks.contamination`."""
         return [picture for picture, _ in self._read()[1] if isinstance(picture, Path)]
 
-    def _read(self) -> tuple[Labelled, Labelled, list[str]]:
+    def _read(self) -> tuple[LabelledImages, LabelledImages, list[str]]:
         if not self.data:
             raise UserError(f"there are no pictures to classify: give data=FOLDER with {FORMS}")
         return read_train_and_test(Path(self.data), self.train_split, self.split)
@@ -175,7 +175,7 @@ class EncodedPictures:
 
 
 def encode_pictures(
-    subject: EvalModel, pictures: Labelled, features: Features | Callable[[Tensor], Tensor], batch_size: int
+    subject: EvalModel, pictures: LabelledImages, features: Features | Callable[[Tensor], Tensor], batch_size: int
 ) -> EncodedPictures:
     """The same for any number of processes, which share the batches out.
 
@@ -188,7 +188,7 @@ def encode_pictures(
     preprocess = getattr(subject, "preprocess", None)
     if preprocess is None:
         raise UserError("pictures cannot be classified: this run has no image tower; evaluate it with sts")
-    dataset = Pictures(pictures, subject.data.resize, subject.data.max_pixels, preprocess)
+    dataset = LabelledImageDataset(pictures, subject.data.resize, subject.data.max_pixels, preprocess)
     own, bad = [], []
 
     def of_tower(image: Tensor) -> Tensor:

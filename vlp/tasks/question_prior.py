@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlp.data.annotated import Annotated, read_answers
+from vlp.data.reading.annotated import Annotated, read_answers
 from vlp.errors import BadSample
 
 WORDS = 12  # of a question's beginning

@@ -97,7 +97,7 @@ class Rerank(Retrieval):
         for samples, _ in evaluation_batches(
             dataset, self.batch_size, subject.data.workers, subject.rank, world_size()
         ):
-            samples = [(image, place[raw.number]) for image, raw in samples if raw.number in place]
+            samples = [(image, place[raw.source_row]) for image, raw in samples if raw.source_row in place]
             if not samples:
                 continue
             pixels = torch.stack([image for image, _ in samples]).to(subject.device)
@@ -203,13 +203,13 @@ def encode_pictures(subject: EvalModel, dataset: EvalDataset, batch_size: int) -
     own, bad = [], []
     for samples, unusable in evaluation_batches(dataset, batch_size, subject.data.workers, subject.rank, world_size()):
         bad += unusable + [
-            dataset.reader.complaint(raw.shard, raw.row, "no caption") for _, raw in samples if not raw.captions
+            dataset.reader.quarantine_entry(raw.shard, raw.row, "no caption") for _, raw in samples if not raw.captions
         ]
         samples = [(image, raw) for image, raw in samples if raw.captions]
         if samples:
             pixels = torch.stack([image for image, _ in samples]).to(subject.device)
             embeds = subject.model.encode_image(subject.preprocess.normalise(pixels)).embed.float().cpu()
-            own += [(raw.number, raw.index, raw.captions, e) for e, (_, raw) in zip(embeds.numpy(), samples)]
+            own += [(raw.source_row, raw.image_id, raw.captions, e) for e, (_, raw) in zip(embeds.numpy(), samples)]
     found = sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0])
     rows, ids, captions, embeds = map(list, zip(*found)) if found else ([], [], [], [])
     return Pictures(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlp.config import Data
-from vlp.data.shards import ShardReader
+from vlp.data.reading.shards import ShardReader
 from vlp.errors import UserError
 from vlp.specs import fields as specs
 from vlp.tasks.base import EvalModel, Result, Task

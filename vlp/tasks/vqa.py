@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from vlp.config import Data
-from vlp.data.annotated import Annotated, AnnotatedReader, read_list, to_evaluate, word
-from vlp.data.by_image import ByPicture
-from vlp.data.shards import RawSample
+from vlp.data.by_image import AnnotatedImageDataset
+from vlp.data.reading.annotated import Annotated, AnnotatedReader, read_list, to_evaluate, word
+from vlp.data.reading.shards import RawSample
 from vlp.data.stream import evaluation_batches
 from vlp.data.vqa_answers import accuracy
 from vlp.distributed import gather_objects, world_size
@@ -100,7 +100,7 @@ class Vqa(Task):
         prior = QuestionPrior(trained) if (trained := _trained(subject.data)) else None
         known = [] if how == "write" else self._list(source, prior, how, subject)
         say = self._say(how, subject, known)
-        dataset = ByPicture(source.open(), subject.data.resize, subject.preprocess, subject.data.max_pixels)
+        dataset = AnnotatedImageDataset(source.open(), subject.data.resize, subject.preprocess, subject.data.max_pixels)
         own, bad = [], []
         with evaluating(subject.model):
             for pictured, unusable in evaluation_batches(
@@ -109,7 +109,7 @@ class Vqa(Task):
                 bad += unusable
                 if pictured:
                     own += self._answer(subject, pictured, say)
-        found = sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0].number)
+        found = sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0].source_row)
         bad = [b for part in gather_objects(bad) for b in part]
         if not found:
             raise UserError(f"{source.path} holds no question with a picture, e.g. {bad[0]['reason']}")
@@ -123,7 +123,7 @@ class Vqa(Task):
         return Result(
             protocol=self._protocol(how, known, lines, source),
             data=source.described,
-            n={"questions": len(lines), "images": len({line.index for line in lines})},
+            n={"questions": len(lines), "images": len({line.image_id for line in lines})},
             metrics=metrics,
             details=details,
             bad=bad,
@@ -201,7 +201,7 @@ class Vqa(Task):
     ) -> tuple[dict[str, Interval], dict[str, Any]]:
         score = self._score(lines, source, subject)
         told = [n for n, line in enumerate(lines) if line.answers]
-        groups = np.array([lines[n].index for n in told])
+        groups = np.array([lines[n].image_id for n in told])
         if not told:
             return {}, {"answers": len(said)}
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vlp.config import Data
-from vlp.data.benchmarks import CifarPicture
-from vlp.data.labelled import FORMS, Labelled, read_labelled
+from vlp.data.reading.benchmarks import CifarImage
+from vlp.data.reading.labelled import FORMS, LabelledImages, read_labelled
 from vlp.errors import UserError
 from vlp.specs.fields import setting
 from vlp.tasks.base import EvalModel, Result, Task, evaluating
@@ -67,12 +67,12 @@ class ZeroShot(Task):
         """Those of the pictures that are files of their own, see `vlp.tasks.contamination`."""
         return [picture for picture, _ in self._read()[0] if isinstance(picture, Path)]
 
-    def _read(self) -> tuple[Labelled, list[str], str]:
+    def _read(self) -> tuple[LabelledImages, list[str], str]:
         """Pictures with their class numbers, class names, what the prompts are called."""
         if not self.data:
             raise UserError(f"zero-shot has no data: give data=FOLDER with {FORMS}")
         pictures, classes = read_labelled(Path(self.data), self.split)
-        prompts = self.prompts or ("cifar" if isinstance(pictures[0][0], CifarPicture) else "openai")
+        prompts = self.prompts or ("cifar" if isinstance(pictures[0][0], CifarImage) else "openai")
         templates_of(prompts)
         return pictures, class_names(classes, self.names), prompts
 

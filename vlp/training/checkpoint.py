@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from vlp.data.shards import write_atomically
+from vlp.data.reading.shards import write_atomically
 from vlp.errors import UserError
 from vlp.files import file_hash
 from vlp.weights.checkpoints import Tensors, all_steps, best_path

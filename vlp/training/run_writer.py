@@ -29,7 +29,7 @@ from accelerate import Accelerator
 
 from vlp import __version__
 from vlp.config import Experiment
-from vlp.data.shards import write_atomically
+from vlp.data.reading.shards import write_atomically
 from vlp.errors import UserError
 from vlp.specs.json import dump
 from vlp.specs.user_code import UserCode

@@ -1,4 +1,4 @@
-"""Scenes as a folder: pictures, shards, and what is asked and said of them; some captions swapped."""
+"""Writing scenes to a folder: images, shards, and annotations, with some captions swapped."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlp.data.formats import Pair
-from vlp.data.pack import pack
+from vlp.data.preparing.formats import Pair
+from vlp.data.preparing.pack import pack
 from vlp.data.world.pairs import paired
 from vlp.data.world.scenes import Scene, World
 from vlp.data.world.sentences import captions
@@ -19,7 +19,7 @@ from vlp.errors import UserError
 from vlp.files import write_atomically
 
 ANNOTATIONS = ("questions", "statements", "grounding", "pairs")  # .jsonl
-FIRST_VAL = 1_000_000_000  # number of the first scene of val, so that val stays the same whatever the size of train
+FIRST_VAL = 1_000_000_000  # number of the first scene of val, so that val does not depend on the size of train
 
 
 def make(
@@ -33,50 +33,56 @@ def make(
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Scenes as PNG files in ``folder``/pictures, and as shards in ``folder``/train and ``folder``/val.
+    """Write scenes as PNG files in ``folder``/pictures, and as shards in ``folder``/train and ``folder``/val.
 
-    Beside them, true of the picture whatever the noise: questions.jsonl and statements.jsonl, each line an object of
-    ``key`` (the sample's), ``text``, ``answer`` (a word; true or false) and ``split``; pairs.jsonl, statements about two
-    samples, see `vlp.data.world.pairs`; grounding.jsonl, which names each thing (``text``), with its ``box`` and
-    ``proposals``, the boxes of all things of the picture: left, top, width, height in pixels; and world.json, what all
-    this was made of. The json of a sample has number, contrast, minimal_pair, things and relations of the scene, and
-    captions_of: the key of the sample that its captions are of, which is another one if they were swapped.
+    Annotation files are written next to them. They are true of the image, with any noise:
 
-    The same for any number of workers. Fewer scenes are the first ones of more, and less noise is part of more noise.
-    In val no two things are related as in another picture, so that a caption is of one picture only (of 1000, 8 are of
-    two); in a large val that leaves fewer scenes with "inside", as there are fewest of them. A folder that is complete
-    is left as it is, and one whose making was interrupted is completed.
+    - questions.jsonl and statements.jsonl: ``key`` of the sample, ``text``, ``answer`` (a word, or true or false), ``split``.
+    - pairs.jsonl: statements about two samples, see `vlp.data.world.pairs`.
+    - grounding.jsonl: name of a thing (``text``), its ``box``, and ``proposals``, the boxes of all things of the image, as
+      (left, top, width, height) in pixels.
+    - world.json: the arguments of this function.
+
+    The json of a sample contains number, contrast, minimal_pair, things and relations of the scene, and captions_of: the
+    key of the sample that its captions describe, which is another sample if they were swapped.
+
+    The result is the same for any number of workers. A smaller number of scenes is a prefix of a larger one, and the
+    samples swapped at a lower noise are a subset of those at a higher one. In val no two things have the same relation in
+    two images, so that a caption describes one image only (8 of 1000 describe two). A large val therefore has fewer scenes
+    with "inside", which are the rarest. A complete folder is not changed, and an incomplete one is completed.
 
     Args:
-        world: None = the default one.
-        train: scenes; even, as they come in minimal pairs.
-        val: scenes; likewise.
-        noise: share of train's samples that have the captions of another one.
-        workers: processes that pack.
-        progress: called with (scenes drawn + scenes packed, what this will be in the end).
+        world: None selects the default world.
+        train: Number of scenes; even, because scenes come in minimal pairs.
+        val: Number of scenes; even.
+        noise: Share of train's samples that have the captions of another one.
+        workers: Number of packing processes.
+        progress: Called with (scenes drawn + scenes packed, total of both).
 
     Returns:
         ``folder``.
 
     Raises:
-        UserError: if a number is out of range, ``folder`` holds something else or cannot be written, or the world has
+        UserError: if a number is out of range, ``folder`` contains something else or cannot be written, or the world has
             too few different scenes for val.
     """
     world, folder = world or World(), Path(folder)
     if not 2 <= train <= FIRST_VAL or val < 2 or train % 2 or val % 2:
         raise UserError(
-            f"{train} scenes of train and {val} of val cannot be; give even numbers, as scenes come in pairs"
+            f"{train} scenes of train and {val} of val are not possible; give even numbers, because scenes come in pairs"
         )
     if not 0 <= noise <= 1 or seed < 0:
-        raise UserError(f"noise {noise} with seed {seed} cannot be; give a share from 0 to 1, and a seed from 0 on")
-    made_of = json.dumps({"world": asdict(world), "train": train, "val": val, "noise": noise, "seed": seed}, indent=1)
+        raise UserError(
+            f"noise {noise} with seed {seed} is not possible; give a share from 0 to 1, and a seed of 0 or more"
+        )
+    arguments = json.dumps({"world": asdict(world), "train": train, "val": val, "noise": noise, "seed": seed}, indent=1)
     total = 2 * (train + val)
     try:
-        if _complete(folder, made_of):
+        if _complete(folder, arguments):
             return folder
         numbers = {"train": range(train), "val": list(_val_numbers(world, val, seed))}
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "world.json", made_of.encode())
+        write_atomically(folder / "world.json", arguments.encode())
         pairs: dict[str, list[Pair]] = {"train": [], "val": []}
         files: dict[str, list[dict]] = {name: [] for name in ANNOTATIONS}
         done = 0
@@ -85,8 +91,8 @@ def make(
             for pair, scene in _draw(world, seed, numbers[split], folder / "pictures" / split):
                 pairs[split].append(pair)
                 scenes.append((pair.key, replace(scene, image=None)))
-                for name, said in _annotations(scene).items():
-                    files[name] += ({"key": pair.key, **line, "split": split} for line in said)
+                for name, annotated in _annotations(scene).items():
+                    files[name] += ({"key": pair.key, **line, "split": split} for line in annotated)
                 progress(done := done + 1, total)
             files["pairs"] += ({**line, "split": split} for line in paired(scenes, seed))
         for name, lines in files.items():
@@ -101,21 +107,21 @@ def make(
     return folder
 
 
-def _complete(folder: Path, made_of: str) -> bool:
-    """Whether the folder holds all of this already. Raises UserError if it holds anything else."""
+def _complete(folder: Path, arguments: str) -> bool:
+    """Return whether the folder is complete. Raise UserError if it contains anything else."""
     mark = folder / "world.json"
     if mark.is_file():
-        if mark.read_text() != made_of:
-            raise UserError(f"{folder} holds another world, see {mark}; remove it or choose another folder")
+        if mark.read_text() != arguments:
+            raise UserError(f"{folder} contains another world, see {mark}; remove it or choose another folder")
         parts = [f"{split}/manifest.json" for split in ("train", "val")] + [f"{name}.jsonl" for name in ANNOTATIONS]
         return all((folder / part).is_file() for part in parts)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is no world; remove it or choose another folder")
+        raise UserError(f"{folder} exists and is not a world; remove it or choose another folder")
     return False
 
 
 def _annotations(scene: Scene) -> dict[str, list[dict]]:
-    """The lines of each file about one picture."""
+    """Return the lines about one scene for each annotation file."""
     named = zip((f"the {t.colour} {t.shape}" for t in scene.things), scene.boxes)
     return {
         "questions": [{"text": text, "answer": answer} for text, answer in scene.questions],
@@ -125,7 +131,7 @@ def _annotations(scene: Scene) -> dict[str, list[dict]]:
 
 
 def _draw(world: World, seed: int, numbers: Iterable[int], folder: Path) -> Iterator[tuple[Pair, Scene]]:
-    """Writes the pictures into the folder of the split."""
+    """Write the images of a split and yield its pairs and scenes."""
     folder.mkdir(parents=True, exist_ok=True)
     for row, number in enumerate(numbers):
         scene, key = world.scene(seed, number), f"{folder.name}-{row:06d}"
@@ -144,20 +150,20 @@ def _draw(world: World, seed: int, numbers: Iterable[int], folder: Path) -> Iter
 
 
 def _val_numbers(world: World, count: int, seed: int) -> Iterator[int]:
-    """Of scenes in which no two things are related as in an earlier one, lest a caption be true of two pictures."""
+    """Yield numbers of scenes that share no relation of two things, so that no caption is true of two images."""
     seen: set[str] = set()
     number, fruitless = FIRST_VAL, 0
     while count:
         pair = [world.scene(seed, n) for n in (number, number + 1)]
-        told = {
+        links = {
             text
             for scene in pair
             for first, relation, second in zip(scene.things, scene.relations, scene.things[1:])
             for text in captions((first, second), (relation,))
         }
-        if seen.isdisjoint(told):
+        if seen.isdisjoint(links):
             yield from (number, number + 1)
-            seen |= told
+            seen |= links
             count, fruitless = count - 2, 0
         elif (fruitless := fruitless + 1) > 1000:
             raise UserError("this world has too few different scenes for a val of this size; make it smaller")
@@ -165,7 +171,7 @@ def _val_numbers(world: World, count: int, seed: int) -> Iterator[int]:
 
 
 def _swap(pairs: list[Pair], noise: float, seed: int) -> list[Pair]:
-    """Hands the captions of ``noise`` of the pairs round among these."""
+    """Rotate the captions among a random share ``noise`` of the pairs."""
     swapped = np.random.default_rng([seed, 0, 1]).permutation(len(pairs))[: round(noise * len(pairs))]
     pairs = list(pairs)
     for to, of in zip(swapped, [pairs[n] for n in np.roll(swapped, 1)]):

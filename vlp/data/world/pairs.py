@@ -1,8 +1,8 @@
-"""Statements about two pictures, as in NLVR2 (Suhr et al. 2019), that neither the text nor one of the pictures decides.
+"""Statements about two images, as in NLVR2 (Suhr et al. 2019), that neither the text nor one image decides.
 
-Lines come in fours: with one text, each of two first pictures beside each of two second ones. What the text compares has one
-value in one of the first and one of the second, and another value in the other two. So whatever the text and one picture
-are, the statement is true as often as false.
+Lines come in groups of four: one text with each combination of two first images and two second images. The compared
+attribute has one value in one first and one second image, and another value in the other two. For every text and single
+image, the statement is therefore true as often as false.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from vlp.data.world.scenes import Scene
 from vlp.data.world.sentences import between
 
 Keyed = tuple[str, Scene]
-# what is compared -> how it is said to be the same, and to differ
-SAID = {
+# compared attribute -> statement that it is the same, statement that it differs
+STATEMENTS = {
     "colour": ("the {} has the same colour in both pictures", "the {} has another colour in the other picture"),
     "shape": (
         "the {} thing has the same shape in both pictures",
@@ -30,13 +30,13 @@ SAID = {
 
 
 def paired(scenes: Iterable[Keyed], seed: int) -> Iterator[dict]:
-    """Lines with ``image0`` and ``image1`` (keys of samples), ``text``, ``answer`` (whether it is true) and ``kind``, of `SAID`.
+    """Yield lines with ``image0`` and ``image1`` (keys of samples), ``text``, ``answer`` (a bool) and ``kind`` of `STATEMENTS`.
 
-    Colours, shapes and places are compared between two minimal pairs, so that the histograms of the pictures say nothing.
-    A scene is in at most one group of four of each kind. Those of fewer scenes are the first of more.
+    Colours, shapes and places are compared between two minimal pairs, so that the histograms of the images carry no
+    information. A scene is in at most one group of four per kind. The lines of fewer scenes are a prefix of those of more.
 
     Args:
-        scenes: with the keys of their samples, minimal pairs side by side.
+        scenes: Keys of samples with their scenes; the two of a minimal pair follow each other.
     """
     waiting: dict[Hashable, list[tuple[Keyed, Keyed]]] = defaultdict(list)
     numbers: dict[int, list[Keyed]] = defaultdict(list)
@@ -48,7 +48,7 @@ def paired(scenes: Iterable[Keyed], seed: int) -> Iterator[dict]:
                 names, one, two = found[rng.integers(len(found))]
                 members = (own, other) if one < two else (other, own)
                 yield from _four(kind, names, waiting[kind, names, frozenset((one, two))], members, rng)
-        # of both, one would tell by the histogram which pictures go together
+        # only one of the pair: with both, the histogram would show which images belong together
         numbers[len(own[1].things)].append((own, other)[rng.integers(2)])
         for few, many in combinations(sorted(numbers), 2):
             while numbers[few] and numbers[many]:
@@ -57,7 +57,7 @@ def paired(scenes: Iterable[Keyed], seed: int) -> Iterator[dict]:
 
 
 def _compared(kind: str, own: Scene, other: Scene) -> Iterator[tuple[tuple[str, ...], str, str]]:
-    """What the two of a minimal pair differ in: the names of what is compared, and its value in either scene."""
+    """Yield the differences of a minimal pair: names of the compared things, and the value in each scene."""
     if kind == "place":
         places = [between(scene.things, scene.relations) for scene in (own, other)]
         yield from ((names, places[0][names], places[1][names]) for names in places[0] if _differ(names, *places))
@@ -74,13 +74,13 @@ def _differ(name: Hashable, own: dict, other: dict) -> bool:
 def _four(
     kind: str, names: tuple[str, ...], waiting: list[tuple[Keyed, Keyed]], members: tuple[Keyed, Keyed], rng
 ) -> Iterator[dict]:
-    """Lines of two times two scenes that differ in the same way, once there is a second two."""
+    """Yield the four lines of two minimal pairs that differ in the same way, once there are two."""
     waiting.append(members)
     if len(waiting) < 2:
         return
     left, right = (waiting[n] for n in rng.permutation(2))
     waiting.clear()
     said_same = bool(rng.integers(2))
-    text = SAID[kind][not said_same].format(*names)
+    text = STATEMENTS[kind][not said_same].format(*names)
     for (n, (left_key, _)), (m, (right_key, _)) in product(enumerate(left), enumerate(right)):
         yield {"image0": left_key, "image1": right_key, "text": text, "answer": (n == m) == said_same, "kind": kind}

@@ -1,4 +1,4 @@
-"""Scenes: drawn in minimal pairs, by a pure function of a seed and a number."""
+"""Scenes, drawn in minimal pairs. A scene is a pure function of a seed and a number."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ COLOURS = {
     "black": (20, 20, 20),
     "white": (240, 240, 240),
 }
-SHADE = 12  # a colour's name stands for shades up to this far from the above, of 255
-GREYS = (110, 180)  # of the background
-SIDES = {"small": 0.14, "large": 0.27}  # of the square with as many pixels, as a share of the picture's side
+SHADE = 12  # of 255: largest distance of a shade from the colour above
+GREYS = (110, 180)  # range of the background
+SIDES = {"small": 0.14, "large": 0.27}  # side of the square with as many pixels, as a share of the image's side
 ATTRIBUTES = {"order": ("shape", "colour", "shade", "size"), "shape": ("shape",), "colour": ("colour", "shade")}
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what can be said of it.
+    """An image with its descriptions.
 
     Args:
         image: (H, W, 3) uint8 RGB, H = W.
-        captions: complete descriptions, told from either end.
-        questions: (question, answer) with answers from `World.answers`: first one with "yes" and one with "no"; then
-            colour, shape and size of the two things that the minimal pair is about, and where they stand.
+        captions: Complete descriptions, one from each end.
+        questions: (question, answer) with answers from `World.answers`: first one with "yes" and one with "no", then
+            colour, shape and size of the two things that differ in the minimal pair, and their places.
         statements: (sentence, whether it is true), as many true as false.
-        minimal_pair: first caption of the other scene of the pair: the words of ``captions[0]``, and false here.
-        contrast: what the two things have exchanged in the other scene: "order" (their places), "shape" or "colour".
-        things: in the order of the first caption.
-        relations: of each thing to the next.
-        boxes: (left, top, width, height) of each thing in pixels, of what is covered too.
+        minimal_pair: First caption of the other scene of the pair. It has the words of ``captions[0]`` and is false here.
+        contrast: Attribute that the two things exchange in the other scene: "order" (their places), "shape" or "colour".
+        things: The things in the order of the first caption.
+        relations: Relation of each thing to the next.
+        boxes: (left, top, width, height) of each thing in pixels, including covered parts.
     """
 
     image: np.ndarray
@@ -57,18 +57,19 @@ class Scene:
 
 @dataclass(frozen=True)
 class World:
-    """What scenes are made of; a scene is a pure function of the world, a seed and a number.
+    """Settings of scenes. A scene is a pure function of the world, a seed and a number.
 
-    No two things of a scene have the same colour or the same shape, so that each is known by either. A thing is left
-    of another if no column of pixels has both and it is at least twice as far to the side as up or down; above,
-    likewise. Inside is always a small thing at the centre of a large one, both convex.
+    No two things of a scene have the same colour or the same shape, so that either identifies a thing. A thing is left of
+    another if no column of pixels contains both and its horizontal distance is at least twice the vertical one; "above" is
+    defined in the same way with the axes exchanged. "Inside" is always a small thing at the centre of a large one, both
+    convex.
 
     Args:
-        size: pixels of the picture's side; from 64 on, as below a circle is hardly one.
-        objects: how many things a scene has, each equally often: 2, 3 or both.
-        shapes: of `vlp.data.world.shapes.OUTLINES`.
-        colours: of `COLOURS`.
-        relations: of "left of", "above" and "inside", each with its inverse.
+        size: Side of the image in pixels, at least 64: smaller circles are not recognisable.
+        objects: Numbers of things in a scene, equally frequent: 2, 3 or both.
+        shapes: Names from `vlp.data.world.shapes.OUTLINES`.
+        colours: Names from `COLOURS`.
+        relations: Some of "left of", "above" and "inside", each with its inverse.
     """
 
     size: int = 64
@@ -79,18 +80,20 @@ class World:
 
     def __post_init__(self):
         if not 64 <= self.size <= 512:
-            raise UserError(f"pictures of {self.size} pixels a side cannot show the shapes; give a size from 64 to 512")
-        for what, given, known in (
+            raise UserError(f"images of {self.size} pixels a side cannot show the shapes; give a size from 64 to 512")
+        for field, given, known in (
             ("objects", self.objects, (2, 3)),
             ("shapes", self.shapes, OUTLINES),
             ("colours", self.colours, COLOURS),
             ("relations", self.relations, ("left of", "above", "inside")),
         ):
             if not given or len(set(given)) < len(given) or not set(given) <= set(known):
-                raise UserError(f"{what}={given} of the world; give some of {', '.join(map(str, known))}, each once")
+                raise UserError(f"{field}={given} of the world; give some of {', '.join(map(str, known))}, each once")
         shapes = [s for s in self.shapes if s in CONVEX] if "inside" in self.relations else self.shapes
         if min(len(shapes), len(self.colours)) < max(self.objects):
-            convex = f"; inside one another, of {', '.join(CONVEX)}" if len(shapes) < len(self.shapes) else ""
+            convex = (
+                f"; with the relation inside, only {', '.join(CONVEX)} count" if len(shapes) < len(self.shapes) else ""
+            )
             raise UserError(
                 f"{max(self.objects)} things of different shape and colour need as many shapes and colours{convex}"
             )
@@ -99,17 +102,17 @@ class World:
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """Every answer to a question, in a fixed order."""
+        """All answers to questions, in a fixed order."""
         relations = (word for relation in self.relations for word in (relation, INVERSE[relation]))
         return ("yes", "no", *self.colours, *self.shapes, *SIDES, *relations)
 
     def scene(self, seed: int, number: int) -> Scene:
-        """The scene of this number, from 0 on."""
+        """Draw the scene with this number, 0 or more."""
         pair = _draw_pair(self, np.random.default_rng([seed, number // 2]))
         own, other = pair.members[::-1] if number % 2 else pair.members
         true, false = links(*pair.linked(own)), links(*pair.linked(other))
         return Scene(
-            image=_picture(self.size, pair.grey, own),
+            image=_draw_image(self.size, pair.grey, own),
             captions=captions(own, pair.relations),
             questions=(
                 (f"is there {true[0]}?", "yes"),
@@ -130,7 +133,7 @@ class World:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two scenes; what differs is at the two ends of ``relations[link]``."""
+    """Two scenes that differ in the two things of ``relations[link]``."""
 
     members: tuple[tuple[Thing, ...], tuple[Thing, ...]]
     relations: tuple[str, ...]
@@ -149,24 +152,24 @@ def _draw_pair(world: World, rng: np.random.Generator) -> _Pair:
         nested = not set(relations) <= set(DIRECTIONS)
         things = _draw_things(world, relations, nested, rng)
         link = int(rng.integers(count - 1))
-        # Every colour has to stay as frequent as it is: where a thing is inside another, only shapes can be exchanged,
-        # and things of different size can exchange their places but not their colours.
+        # The frequency of every colour must not change. If a thing is inside another, only shapes can be exchanged. Things
+        # of different size can exchange their places but not their colours.
         contrast = "order" if not nested and rng.random() < 0.5 else "shape"
         if not nested and contrast == "shape" and things[link].size == things[link + 1].size and rng.random() < 0.5:
             contrast = "colour"
         other = _exchange(things, link, ATTRIBUTES[contrast])
         boxes = [hull(_sprite(world.size, t).box for t in alternatives) for alternatives in zip(things, other)]
         centres = place(world.size, relations, boxes, rng)
-        if centres is not None:  # else there is hardly any room for these, such as three large things in a row
+        if centres is not None:  # None if there is hardly any room, such as for three large things in a row
             members = tuple(tuple(replace(t, x=x, y=y) for t, (x, y) in zip(m, centres)) for m in (things, other))
             return _Pair(members, relations, link, contrast, int(rng.integers(GREYS[0], GREYS[1] + 1)))
 
 
 def _draw_relations(world: World, count: int, rng: np.random.Generator) -> tuple[str, ...]:
-    """One between each thing and the next, at most one of them "inside" or "around"."""
-    beside = [r for r in world.relations if r in DIRECTIONS]
+    """Draw a relation between each thing and the next, at most one of them "inside" or "around"."""
+    directions = [r for r in world.relations if r in DIRECTIONS]
     drawn = [world.relations[rng.integers(len(world.relations))]]
-    drawn += [beside[rng.integers(len(beside))] for _ in range(count - 2)]
+    drawn += [directions[rng.integers(len(directions))] for _ in range(count - 2)]
     inverted = rng.random(count - 1) < 0.5
     return tuple(INVERSE[drawn[n]] if inverted[n] else drawn[n] for n in rng.permutation(count - 1))
 
@@ -200,9 +203,11 @@ def _box(size: int, thing: Thing) -> tuple[int, int, int, int]:
     return thing.x + left, thing.y + top, right - left, bottom - top
 
 
-def _picture(size: int, grey: int, things: tuple[Thing, ...]) -> np.ndarray:
+def _draw_image(size: int, grey: int, things: tuple[Thing, ...]) -> np.ndarray:
     image = np.full((size, size, 3), grey, np.uint8)
-    for thing in sorted(things, key=lambda t: -SIDES[t.size]):  # what is inside comes after what is around it
+    for thing in sorted(
+        things, key=lambda t: -SIDES[t.size]
+    ):  # largest first, so that an inner thing is drawn over the outer one
         cut = _sprite(size, thing)
         left, top, right, bottom = cut.box
         image[thing.y + top : thing.y + bottom, thing.x + left : thing.x + right][cut.mask] = thing.shade

@@ -1,4 +1,4 @@
-"""The things of a scene, and what is said and asked of them."""
+"""The things of a scene, and sentences and questions about them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ INVERSE |= {inverse: relation for relation, inverse in INVERSE.items()}
 
 @dataclass(frozen=True)
 class Thing:
-    """One coloured shape; ``x`` and ``y`` are the pixel of its centre, ``shade`` the RGB that its colour has here."""
+    """One coloured shape. ``x`` and ``y`` are the pixel of its centre, ``shade`` is the RGB value of its colour."""
 
     shape: str
     colour: str
@@ -30,7 +30,7 @@ class Thing:
 
 
 def captions(things: Sequence[Thing], relations: Sequence[str]) -> tuple[str, str]:
-    """Everything that there is, told from the first thing on and from the last one on."""
+    """Describe all things, from the first to the last and from the last to the first."""
 
     def chain(things: Sequence[Thing], relations: Sequence[str]) -> str:
         text = f"{things[0].full} {relations[0]} {things[1].full}"
@@ -40,12 +40,12 @@ def captions(things: Sequence[Thing], relations: Sequence[str]) -> tuple[str, st
 
 
 def links(first: Thing, relation: str, second: Thing) -> tuple[str, str]:
-    """What is between two things, either way."""
+    """Describe the relation of two things, in both directions."""
     return f"{first.short} {relation} {second.short}", f"{second.short} {INVERSE[relation]} {first.short}"
 
 
 def between(things: Sequence[Thing], relations: Sequence[str]) -> dict[tuple[str, str], str]:
-    """How each thing stands to the next, by their shapes in the order of the alphabet."""
+    """Map each pair of neighbouring shapes, in alphabetical order, to their relation."""
     found = {}
     for first, relation, second in zip(things, relations, things[1:]):
         names = (first.shape, second.shape)
@@ -54,7 +54,10 @@ def between(things: Sequence[Thing], relations: Sequence[str]) -> dict[tuple[str
 
 
 def questions(first: Thing, relation: str, second: Thing) -> list[tuple[str, str]]:
-    """With answers: colour, shape, size and place. If the two exchange attributes, the questions stay the same."""
+    """Return (question, answer) about colour, shape, size and place.
+
+    The questions stay the same if the two things exchange attributes.
+    """
     both = (first, second)
     found = [(f"what colour is the {t.shape}?", t.colour) for t in both]
     found += [(f"what shape is the {t.colour} thing?", t.shape) for t in both]

@@ -1,6 +1,6 @@
-"""Flat shapes as sets of pixels, and places for them. x to the right, y down.
+"""Flat shapes as sets of pixels, and their placement. x to the right, y down.
 
-Shapes of the same side have exactly the same number of pixels, so that nobody can tell them apart by counting.
+Shapes with the same side have exactly the same number of pixels, so that counting does not distinguish them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 
 
 def _around(radii: list[float], turn: float = 0.0) -> np.ndarray:
-    """(V, 2) corners at these distances from the origin, at equal angles, ``turn`` circles after the top."""
+    """Return (V, 2) corners at the given distances from the origin and at equal angles, ``turn`` circles after the top."""
     angles = 2 * np.pi * (np.arange(len(radii)) / len(radii) + turn)
     return np.stack([np.sin(angles), -np.cos(angles)], 1) * np.array(radii)[:, None]
 
 
-# corners around the centroid, in order; every point is to be seen from there
+# corners around the centroid, in order; every shape is star-convex about it
 OUTLINES = {
     "circle": _around([1.0] * 64),
     "square": _around([1.0] * 4, 1 / 8),
@@ -29,17 +29,17 @@ OUTLINES = {
     ),
     "star": _around([1.0, 0.45] * 5),
 }
-CONVEX = ("circle", "square", "triangle", "diamond")  # a small one, centred, has room within a large one
+CONVEX = ("circle", "square", "triangle", "diamond")  # a small shape fits into the centre of a large one
 
 
 @dataclass(frozen=True)
 class Sprite:
-    """The pixels of a shape, cut out.
+    """The pixels of a shape.
 
     Args:
-        mask: (h, w) bool, True = the shape.
-        left: column of the mask's first pixel, counted from the centre.
-        top: row of the mask's first pixel, counted from the centre.
+        mask: (h, w) bool, True inside the shape.
+        left: Column of the mask's first pixel, counted from the centre.
+        top: Row of the mask's first pixel, counted from the centre.
     """
 
     mask: np.ndarray
@@ -48,19 +48,19 @@ class Sprite:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) from the centre, the latter two exclusive."""
+        """Bounding box (left, top, right, bottom) relative to the centre; right and bottom are exclusive."""
         return self.left, self.top, self.left + self.mask.shape[1], self.top + self.mask.shape[0]
 
 
 @cache
 def sprite(shape: str, side: int) -> Sprite:
-    """The ``side`` x ``side`` pixels that a growing outline of the shape reaches first."""
-    reach = side + 1  # no corner is as far away
+    """Return the first ``side`` x ``side`` pixels that a growing outline of the shape reaches."""
+    reach = side + 1  # farther than any corner
     # the centre of an even square is between pixels
     steps = np.arange(-reach, reach) + (0.5 if side % 2 == 0 else 0.0)
     x, y = np.meshgrid(steps, steps)
     grown = _growth(OUTLINES[shape], np.stack([x.ravel(), y.ravel()], 1))
-    # of the pixels that are reached at once, first the upper ones, then the middle ones: left and right stay alike
+    # ties: upper pixels first, then those in the middle, so that left and right stay symmetric
     first = np.lexsort((np.abs(x.ravel()), y.ravel(), grown.round(9)))[: side * side]
     mask = np.zeros(x.size, bool)
     mask[first] = True
@@ -70,22 +70,22 @@ def sprite(shape: str, side: int) -> Sprite:
 
 
 def _growth(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(N,) by what factor the outline is scaled when it passes through each of the (N, 2) points."""
+    """Compute the (N,) factors by which the outline is scaled when it passes through each of the (N, 2) points."""
     smallest = np.full(len(points), np.inf)
     for a, b in zip(corners, np.roll(corners, -1, 0)):
-        # the point as a sum of two neighbouring corners: in this wedge if no part is negative
+        # the point as a linear combination of two neighbouring corners: inside their wedge if no coefficient is negative
         parts = points @ np.linalg.inv(np.stack([a, b]))
         smallest = np.where((parts >= -1e-9).all(1), np.minimum(smallest, parts.sum(1)), smallest)
     return smallest
 
 
-# (x, y) from the first thing to the second
+# direction (x, y) from the first thing to the second
 DIRECTIONS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
-Box = tuple[int, int, int, int]  # left, top, right, bottom; pixels, the latter two exclusive
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom exclusive
 
 
 def hull(boxes: Iterable[Box]) -> Box:
-    """The smallest box around all."""
+    """Return the smallest box around all boxes."""
     left, top, right, bottom = zip(*boxes)
     return min(left), min(top), max(right), max(bottom)
 
@@ -93,15 +93,15 @@ def hull(boxes: Iterable[Box]) -> Box:
 def place(
     size: int, relations: Sequence[str], boxes: Sequence[Box], rng: np.random.Generator
 ) -> list[tuple[int, int]] | None:
-    """Random places in a picture of ``size`` x ``size`` pixels at which the relations hold.
+    """Draw random places in an image of ``size`` x ``size`` pixels at which the relations are true.
 
-    Boxes with one of `DIRECTIONS` between them are apart, and at least twice as far in this direction as aside; with
-    any other relation, one is inside the other, and they have the same centre. Of three, the first and the last are
-    apart as well.
+    Boxes related by one of `DIRECTIONS` do not overlap, and their distance in this direction is at least twice the other
+    one. With any other relation, one box is inside the other, and they have the same centre. Of three boxes, the first and
+    the last do not overlap either.
 
     Args:
-        relations: of each box to the next, one less than boxes; two or three boxes, at most one relation no direction.
-        boxes: from their centres.
+        relations: Relation of each of two or three boxes to the next; at most one is not a direction.
+        boxes: Boxes relative to their centres.
 
     Returns:
         (x, y) pixel of each box's centre; None if no attempt of 20 fits.

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlp.data.lines import Lines
-from vlp.data.shards import RawSample
+from vlp.data.reading.lines import Lines
+from vlp.data.reading.shards import RawSample
 from vlp.errors import BadSample, UserError
 from vlp.files import resolve
 
@@ -112,10 +112,10 @@ class SentenceReader:
                 raise BadSample(f"label {label!r} is not among {', '.join(source.classes)}")
             label = source.classes.index(label)
         # equal sentences are positives of each other, not negatives
-        index = int.from_bytes(hashlib.sha256(texts[0].encode()).digest()[:8], "big") & INDEX_MASK
-        return RawSample(str(row), shard, row, row, None, texts[:1], index, {}, texts[1:], label)
+        image_id = int.from_bytes(hashlib.sha256(texts[0].encode()).digest()[:8], "big") & INDEX_MASK
+        return RawSample(str(row), shard, row, row, None, texts[:1], image_id, {}, texts[1:], label)
 
-    def complaint(self, shard: int, row: int, reason: str) -> dict:
+    def quarantine_entry(self, shard: int, row: int, reason: str) -> dict:
         """A line of quarantine.jsonl."""
         return {"source": self.location, "shard": self.path.name, "key": str(row), "reason": reason}
 

@@ -1,11 +1,12 @@
-"""Pictures that stand twice, or in training and in evaluation data, by their content.
+"""Duplicate images within a collection, or between training and evaluation data.
 
-"bytes": the file is the same. Checksum and size, which a shard's index has, tell most apart without reading them; what is left
-is compared byte by byte. "pixels": it looks the same, scaled or encoded anew: of 16 x 16 places whether it gets brighter to
-the right (a difference hash of 256 bits, at most 10 of which may differ), and of 8 x 8 places the mean colour (which may differ
-by 12 of 255). Crops, mirrored and recoloured pictures are not found.
+"bytes": the files are equal. Checksum and size, which the index of a shard contains, exclude most pairs without reading the
+images; the remaining ones are compared byte by byte. "pixels": the images look the same, also if one was rescaled or
+re-encoded. Two fingerprints decide: a difference hash of 16 x 16 bits (brighter to the right or not; at most 10 bits may
+differ), and the mean colours of 8 x 8 cells (which may differ by 12 of 255). Crops, mirrored and recoloured images are not
+found.
 
-n and m pictures.
+n and m images.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlp.data.annotated import AnnotatedReader
 from vlp.data.image import decode
-from vlp.data.labelled import PICTURES
-from vlp.data.shards import IMAGES, ShardReader
+from vlp.data.reading.annotated import AnnotatedReader
+from vlp.data.reading.labelled import IMAGE_SUFFIXES
+from vlp.data.reading.shards import IMAGES, ShardReader
 from vlp.errors import BadSample, UserError
 
-HASH, COLOURS = 16, 8  # places a side
+HASH, COLOURS = 16, 8  # cells per side
 MOST_BITS, MOST_COLOUR = 10, 12
-MARGIN = 2  # of 255, that brightness has to rise: noise of flat areas is no gradient
+MARGIN = 2  # of 255: a smaller rise in brightness is noise of a flat area
 Progress = Callable[[int, int], None]
 
 
-class Shards:
-    """The pictures of shards."""
+class ShardCollection:
+    """Images of shards."""
 
     def __init__(self, location: str):
         self.reader = ShardReader(location)
@@ -43,33 +44,33 @@ class Shards:
     def __len__(self) -> int:
         return len(self.reader)
 
-    def keys(self) -> Iterator[tuple[int, int]]:
-        """(CRC-32, bytes) of each picture, from the indexes alone."""
+    def checksums(self) -> Iterator[tuple[int, int]]:
+        """Yield (CRC-32, bytes) of each image, read from the indexes."""
         for shard in range(len(self.reader.shards)):
             for members in self.reader.index(shard).members:
                 _, size, crc = next(members[e] for e in IMAGES if e in members)
                 yield crc, size
 
     def read(self, number: int) -> bytes:
-        return self.reader.read(*self.reader.place(number)).image
+        return self.reader.read(*self.reader.locate(number)).image
 
     def name(self, number: int) -> str:
-        shard, row = self.reader.place(number)
+        shard, row = self.reader.locate(number)
         return f"{Path(self.reader.shards[shard]).name}/{self.reader.index(shard).keys[row]}"
 
 
 class _WithoutIndex:
-    """Pictures that must be read to be told apart."""
+    """Base of collections whose checksums require reading the images."""
 
-    def keys(self) -> Iterator[tuple[int, int]]:
-        """(CRC-32, bytes) of each picture."""
+    def checksums(self) -> Iterator[tuple[int, int]]:
+        """Yield (CRC-32, bytes) of each image."""
         for number in range(len(self)):
             data = self.read(number)
             yield zlib.crc32(data), len(data)
 
 
-class Files(_WithoutIndex):
-    """Picture files."""
+class FileCollection(_WithoutIndex):
+    """Image files."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
@@ -87,11 +88,11 @@ class Files(_WithoutIndex):
         return str(self.paths[number])
 
 
-class Named(_WithoutIndex):
-    """The pictures that annotations name, each once."""
+class AnnotatedCollection(_WithoutIndex):
+    """Images that annotations name, each once."""
 
     def __init__(self, annotations: AnnotatedReader):
-        self.pictures, names = annotations.pictures, {}
+        self.store, names = annotations.store, {}
         for row in range(len(annotations)):
             try:
                 names |= dict.fromkeys(annotations.names(row))
@@ -104,7 +105,7 @@ class Named(_WithoutIndex):
 
     def read(self, number: int) -> bytes:
         try:
-            return self.pictures.read(self.names[number])
+            return self.store.read(self.names[number])
         except BadSample:
             return b""
 
@@ -112,23 +113,27 @@ class Named(_WithoutIndex):
         return self.names[number]
 
 
-Collection = Shards | Files | Named
+Collection = ShardCollection | FileCollection | AnnotatedCollection
 
 
-def open_pictures(location: str) -> Collection:
-    """Shards, or a folder with picture files at any depth. Raises UserError where there is neither."""
+def open_collection(location: str) -> Collection:
+    """Open shards, or a folder with image files at any depth.
+
+    Raises:
+        UserError: if the location has neither.
+    """
     folder = Path(location)
     if folder.is_dir() and not any(folder.glob("*.tar")):
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if not paths:
-            raise UserError(f"{location} holds neither shards nor pictures; give a folder of either")
-        return Files(paths)
-    return Shards(location)
+            raise UserError(f"{location} contains neither shards nor images; give a folder of either")
+        return FileCollection(paths)
+    return ShardCollection(location)
 
 
 @dataclass(frozen=True)
 class Twins:
-    """Two pictures with the same content; the second is of the other collection, where there are two."""
+    """Two images with the same content; the second is from the other collection if there are two."""
 
     by: Literal["bytes", "pixels"]
     first: str
@@ -136,12 +141,12 @@ class Twins:
 
 
 def same_bytes(a: Collection, b: Collection | None = None) -> list[tuple[int, int]]:
-    """Numbers of pictures with the same bytes: of ``a`` and ``b``, or, where there is no ``b``, of ``a`` and an earlier one."""
+    """Return index pairs of images with equal bytes: of ``a`` and ``b``, or of ``a`` and an earlier image of ``a``."""
     places = defaultdict(list)
-    for number, key in enumerate((b or a).keys()):
+    for number, key in enumerate((b or a).checksums()):
         places[key].append(number)
     found = []
-    for number, key in enumerate(a.keys()):
+    for number, key in enumerate(a.checksums()):
         others = places.get(key, ())
         data = None
         for other in others:
@@ -157,11 +162,14 @@ def same_bytes(a: Collection, b: Collection | None = None) -> list[tuple[int, in
 def find_twins(
     a: Collection, b: Collection | None = None, workers: int = 1, progress: Progress = lambda done, total: None
 ) -> tuple[list[Twins], int]:
-    """All twins, those by bytes first, and how many pictures could not be decoded.
+    """Find all duplicates.
 
     Args:
-        workers: threads that decode.
-        progress: called with (pictures decoded, pictures).
+        workers: Number of decoding threads.
+        progress: Called with (decoded images, images).
+
+    Returns:
+        The duplicates, those by bytes first, and the number of images that could not be decoded.
     """
     exact = same_bytes(a, b)
     total = len(a) + (len(b) if b else 0)
@@ -178,9 +186,11 @@ def find_twins(
 
 @dataclass
 class Prints:
-    """What pictures look like: (n, 256) bool, and (n, 192) mean colours; all zero where one cannot be decoded.
+    """Fingerprints of n images; zero for an image that cannot be decoded.
 
     Args:
+        bits: (n, 256) bool difference hash.
+        colours: (n, 192) uint8 mean colours.
         decoded: (n,) bool.
     """
 
@@ -190,28 +200,28 @@ class Prints:
 
 
 def print_of(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(H, W, 3) uint8 to (256,) bool and (192,) uint8."""
+    """Compute the (256,) bool hash and the (192,) uint8 mean colours of (H, W, 3) uint8 pixels."""
     image = Image.fromarray(pixels)
     grey = np.asarray(image.convert("L").resize((HASH + 1, HASH), Image.Resampling.BOX), dtype=np.int16)
     colours = np.asarray(image.resize((COLOURS, COLOURS), Image.Resampling.BOX))
     return (grey[:, 1:] - grey[:, :-1] > MARGIN).ravel(), colours.ravel()
 
 
-def _prints(pictures: Collection, workers: int, progress: Callable[[int], None]) -> tuple[Prints, int]:
+def _prints(images: Collection, workers: int, progress: Callable[[int], None]) -> tuple[Prints, int]:
     def one(number: int):
         try:
-            return print_of(decode(pictures.read(number)))
+            return print_of(decode(images.read(number)))
         except BadSample:
             return None
 
     prints = Prints(
-        torch.zeros(len(pictures), HASH * HASH, dtype=torch.bool),
-        torch.zeros(len(pictures), 3 * COLOURS**2, dtype=torch.uint8),
-        torch.zeros(len(pictures), dtype=torch.bool),
+        torch.zeros(len(images), HASH * HASH, dtype=torch.bool),
+        torch.zeros(len(images), 3 * COLOURS**2, dtype=torch.uint8),
+        torch.zeros(len(images), dtype=torch.bool),
     )
     with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(pictures), 512):
-            numbers = range(start, min(start + 512, len(pictures)))
+        for start in range(0, len(images), 512):
+            numbers = range(start, min(start + 512, len(images)))
             for number, found in zip(numbers, pool.map(one, numbers)):
                 if found is not None:
                     prints.bits[number], prints.colours[number] = map(torch.from_numpy, map(np.copy, found))
@@ -221,19 +231,22 @@ def _prints(pictures: Collection, workers: int, progress: Callable[[int], None])
 
 
 def same_pixels(a: Prints, b: Prints | None = None, chunk: int = 512) -> list[tuple[int, int]]:
-    """As `same_bytes`, by looks: every picture is compared with every other, ``chunk`` of them at a time."""
+    """Return index pairs as `same_bytes` does, of images that look the same.
+
+    Every image is compared with every other one, ``chunk`` images at a time.
+    """
     other, found = b or a, []
     keys = other.bits.float()
     ones = keys.sum(1)
     for start in range(0, len(a.bits), chunk):
         bits = a.bits[start : start + chunk].float()
-        differing = bits.sum(1, keepdim=True) + ones - 2 * bits @ keys.T  # (chunk, m)
+        differing = bits.sum(1, keepdim=True) + ones - 2 * bits @ keys.T  # (chunk, m) Hamming distances
         near = (differing <= MOST_BITS) & a.decoded[start : start + chunk, None] & other.decoded
         if b is None:
             near &= torch.arange(len(keys)) < torch.arange(start, start + len(bits))[:, None]
         rows, columns = near.nonzero(as_tuple=True)
         apart = (a.colours[start + rows].int() - other.colours[columns].int()).abs().amax(1)
         for row, column in zip((start + rows)[apart <= MOST_COLOUR].tolist(), columns[apart <= MOST_COLOUR].tolist()):
-            if not found or found[-1][0] != row:  # one twin of each is enough
+            if not found or found[-1][0] != row:  # one duplicate per image is enough
                 found.append((row, column))
     return found

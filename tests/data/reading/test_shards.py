@@ -20,9 +20,9 @@ import webdataset
 from PIL import Image
 
 from tests.conftest import draw_pairs
-from vlp.data.inspect import check
-from vlp.data.pack import Packing, pack
-from vlp.data.shards import ShardIndex, ShardReader, index_path, open_index
+from vlp.data.preparing.inspect import check
+from vlp.data.preparing.pack import Packing, pack
+from vlp.data.reading.shards import ShardIndex, ShardReader, index_path, open_index
 from vlp.errors import BadSample, UserError
 
 
@@ -55,7 +55,7 @@ def small_shard(path: Path, samples: int = 3) -> Path:
 
 
 def contents(reader: ShardReader) -> list[tuple[str, bytes, tuple[str, ...]]]:
-    samples = [reader.read(*reader.place(n)) for n in range(len(reader))]
+    samples = [reader.read(*reader.locate(n)) for n in range(len(reader))]
     return [(s.key, s.image, s.captions) for s in samples]
 
 
@@ -174,12 +174,12 @@ def test_index_of_others_does_not_make_different_pictures_the_same(tmp_path):
     for n in range(2):  # both count from 0
         write_tar(tmp_path / f"{n}.tar", [("0.png", picture(n)), ("0.json", b'{"caption": "a", "index": 0}')])
     reader = ShardReader(str(tmp_path))
-    assert [reader.read(shard, 0).index for shard in range(2)] == [0, 1]
+    assert [reader.read(shard, 0).image_id for shard in range(2)] == [0, 1]
     pack(draw_pairs(tmp_path / "p", 3), tmp_path / "x")
     pack(draw_pairs(tmp_path / "p", 2), tmp_path / "y")
     both = ShardReader(str(tmp_path / "{x,y}/*.tar"))
     assert both.sizes == [3, 2]  # each folder by its own manifest, though the shards have the same name
-    assert [both.read(*both.place(n)).index for n in range(5)] == [0, 1, 2, 3, 4]
+    assert [both.read(*both.locate(n)).image_id for n in range(5)] == [0, 1, 2, 3, 4]
 
 
 def test_threads_that_open_a_shard_at_once_all_read_it(tmp_path, monkeypatch):
@@ -203,7 +203,7 @@ def test_place_passes_over_empty_shards(tmp_path):
     for n, samples in enumerate((0, 2, 0, 0, 1, 0)):
         small_shard(tmp_path / f"{n}.tar", samples)
     reader = ShardReader(str(tmp_path))
-    assert [reader.place(n) for n in range(len(reader))] == [(1, 0), (1, 1), (4, 0)]
+    assert [reader.locate(n) for n in range(len(reader))] == [(1, 0), (1, 1), (4, 0)]
 
 
 # -- where shards are
@@ -370,7 +370,7 @@ def test_flipped_bit_in_an_indexed_shard_never_gives_other_samples(tmp_path):
             if row in hit:
                 with pytest.raises(BadSample, match="altered"):
                     reader.read(0, row)
-                assert reader.complaint(0, row, "x") == {
+                assert reader.quarantine_entry(0, row, "x") == {
                     "source": str(tmp_path),
                     "shard": "a.tar",
                     "key": str(row),

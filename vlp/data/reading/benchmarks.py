@@ -38,7 +38,7 @@ CIFARS = (
 
 
 @dataclass(frozen=True, order=True)
-class CifarPicture:
+class CifarImage:
     """A picture at an offset of a file of CIFAR's: 1,024 bytes each of red, green and blue, row by row."""
 
     file: Path
@@ -58,7 +58,7 @@ class CifarPicture:
 
 
 @dataclass(frozen=True, order=True)
-class FramedPicture:
+class FramedImage:
     """A picture file whose frame is no part of it."""
 
     path: Path
@@ -84,7 +84,7 @@ def find_cifar(folder: Path) -> Cifar | None:
     return next((cifar for cifar in CIFARS if (folder / cifar.names).is_file()), None)
 
 
-def read_cifar(folder: Path, cifar: Cifar, split: str | None) -> Iterator[tuple[CifarPicture, int, str]]:
+def read_cifar(folder: Path, cifar: Cifar, split: str | None) -> Iterator[tuple[CifarImage, int, str]]:
     """(picture, class, name) of the split "train" or "test"; None = both.
 
     Raises:
@@ -104,7 +104,7 @@ def read_cifar(folder: Path, cifar: Cifar, split: str | None) -> Iterator[tuple[
         for n, label in enumerate(records.reshape(-1, size)[:, cifar.label_bytes - 1].tolist()):
             if label >= len(names):
                 raise UserError(f"{file} has the class {label}, of which {cifar.names} gives no name; fetch both again")
-            yield CifarPicture(file, n * size + cifar.label_bytes), label, names[label]
+            yield CifarImage(file, n * size + cifar.label_bytes), label, names[label]
 
 
 def read_objectnet(folder: Path) -> dict[str, str] | None:

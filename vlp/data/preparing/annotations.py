@@ -1,7 +1,7 @@
-"""The official files of annotations -> lines as `vlp.data.annotated.Annotated` reads them by default.
+"""Conversion of official annotation files to the lines that `vlp.data.reading.annotated.Annotated` reads by default.
 
-A line has image (or image0 and image1), text, answers or label, and what else evaluators use: question_id, question_type,
-answer_type. Paths of images are those of the official folders.
+A line has image (or image0 and image1), text, answers or label, and further fields that evaluators use: question_id,
+question_type, answer_type. Paths of images are those of the official folders.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from vlp.data.formats import read_json, read_text
-from vlp.data.vqa_answers import normalised
+from vlp.data.preparing.formats import read_json, read_text
+from vlp.data.vqa_answers import normalise_answer
 from vlp.errors import UserError
 from vlp.files import resolve
 
-VG_WEIGHT = 0.5  # of an answer of Visual Genome; of VQA's, their share of the annotators (ALBEF)
+VG_WEIGHT = 0.5  # weight of a Visual Genome answer; the weight of a VQA answer is its share of the annotators (ALBEF)
 
 
 def expecting(expected: str) -> Callable:
-    """Says what was expected, and in which file, where a reader does not find it."""
+    """Turn the lookup errors of a reader into a UserError that names the file and the expected content."""
 
     def wrap(read: Callable[..., Iterator[dict]]):
         @wraps(read)
@@ -30,7 +30,7 @@ def expecting(expected: str) -> Callable:
             try:
                 yield from read(*files)
             except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
-                lacks = f"there is no {e}" if isinstance(e, KeyError) else f"its structure is another ({e})"
+                lacks = f"there is no {e}" if isinstance(e, KeyError) else f"its structure differs ({e})"
                 raise UserError(f"{' '.join(map(str, files))}: expected {expected}; {lacks}") from None
 
         return checked
@@ -40,12 +40,12 @@ def expecting(expected: str) -> Callable:
 
 @expecting("VQA v2's questions, and its annotations where there are some")
 def vqa2(questions: Path, annotations: Path | None = None) -> Iterator[dict]:
-    """``v2_OpenEnded_mscoco_*_questions.json`` and ``v2_mscoco_*_annotations.json``; a test set has no annotations."""
+    """Read ``v2_OpenEnded_mscoco_*_questions.json`` and ``v2_mscoco_*_annotations.json``; a test set has no annotations."""
     asked = read_json(questions)
     told = {a["question_id"]: a for a in read_json(annotations)["annotations"]} if annotations else {}
     if annotations and (missing := {q["question_id"] for q in asked["questions"]} ^ told.keys()):
         raise UserError(
-            f"{len(missing)} questions are in one of {questions} and {annotations} alone; give two of one split"
+            f"{len(missing)} questions are in only one of {questions} and {annotations}; give two files of the same split"
         )
     folder = asked["data_subtype"].replace("-dev", "")  # test-dev2015 is part of test2015
     for question in asked["questions"]:
@@ -60,7 +60,7 @@ def vqa2(questions: Path, annotations: Path | None = None) -> Iterator[dict]:
 
 @expecting("ALBEF's list of objects with image, question, and answer, dataset or question_id")
 def albef_vqa(*files: Path) -> Iterator[dict]:
-    """ALBEF's ``vqa_train.json``, ``vqa_val.json``, ``vg_qa.json``, ``vqa_test.json``: any number of them."""
+    """Read any number of ALBEF's ``vqa_train.json``, ``vqa_val.json``, ``vg_qa.json``, ``vqa_test.json``."""
     for file in files:
         for record in _list(file):
             line = {"image": record["image"], "text": record["question"]}
@@ -73,17 +73,17 @@ def albef_vqa(*files: Path) -> Iterator[dict]:
 
 @expecting("Visual Genome's question_answers.json and image_data.json")
 def visual_genome(questions: Path, images: Path) -> Iterator[dict]:
-    """Answers as VQA's rules write them."""
+    """Read Visual Genome's questions, with answers normalised by VQA's rules."""
     paths = {image["image_id"]: "/".join(image["url"].split("/")[-2:]) for image in read_json(images)}
     for image in read_json(questions):
         for qa in image["qas"]:
             line = {"image": paths[image["id"]], "text": qa["question"], "question_id": qa["qa_id"]}
-            yield line | {"answers": {normalised(qa["answer"]): VG_WEIGHT}}
+            yield line | {"answers": {normalise_answer(qa["answer"]): VG_WEIGHT}}
 
 
 @expecting("NLVR2's lines with sentence, label and identifier, or ALBEF's list with images, sentence and label")
 def nlvr2(file: Path) -> Iterator[dict]:
-    """``train.json``, ``dev.json``, ``test1.json``; label is True or False."""
+    """Read NLVR2's ``train.json``, ``dev.json``, ``test1.json``; label is True or False."""
     for record in _list(file):
         if "images" in record:
             images = record["images"]
@@ -92,7 +92,7 @@ def nlvr2(file: Path) -> Iterator[dict]:
             folder = f"images/train/{record['directory']}" if split == "train" else split
             images = [f"{folder}/{name}-img{n}.png" for n in (0, 1)]
         line = {"image0": images[0], "image1": images[1], "text": record["sentence"]}
-        if "label" in record:  # not in hidden tests
+        if "label" in record:  # hidden tests have no label
             line["label"] = str(record["label"])
         yield line | {name: record[name] for name in ("identifier",) if name in record}
 
@@ -101,12 +101,16 @@ def nlvr2(file: Path) -> Iterator[dict]:
     "SNLI-VE's lines with Flickr30K_ID, sentence2 and gold_label, or ALBEF's list with image, sentence and label"
 )
 def snli_ve(file: Path) -> Iterator[dict]:
-    """``snli_ve_train.jsonl``; label is entailment, neutral or contradiction."""
+    """Read ``snli_ve_train.jsonl``; label is entailment, neutral or contradiction."""
     for record in _list(file):
         if "Flickr30K_ID" in record:
             image, text, label = f"{record['Flickr30K_ID']}.jpg", record["sentence2"], record["gold_label"]
         else:
-            image, text, label = f"{record['image']}.jpg", record["sentence"], record["label"]  # it names them without
+            image, text, label = (
+                f"{record['image']}.jpg",
+                record["sentence"],
+                record["label"],
+            )  # ALBEF leaves the extension out
         yield {"image": image, "text": text, "label": label}
 
 
@@ -116,13 +120,13 @@ def snli_ve(file: Path) -> Iterator[dict]:
 def refcoco(
     file: Path, references: Path | None = None, instances: Path | None = None, detections: Path | None = None
 ) -> Iterator[dict]:
-    """ALBEF's ``refcoco+_train.json`` and the like; whatever else it says is kept.
+    """Read ALBEF's ``refcoco+_train.json`` and similar files; further fields are kept.
 
-    With ``refs(unc).p`` and ``instances.json`` also the box of each phrase and its split (train, val, testA, testB), and with
-    ``dets.json`` the proposals of its image.
+    ``refs(unc).p`` and ``instances.json`` add the box of each phrase and its split (train, val, testA, testB).
+    ``dets.json`` adds the proposals of its image.
     """
     if references and not instances:
-        raise UserError(f"{references} says which box, and instances.json where it is: give both")
+        raise UserError(f"{references} names boxes that instances.json contains; give both files")
     told, boxes, proposals = {}, {}, {}
     if references:
         told = {reference["ref_id"]: reference for reference in read_plain_pickle(references)}
@@ -140,26 +144,32 @@ def refcoco(
 
 
 class _Plain(pickle.Unpickler):
-    """Of numbers, texts, lists and dicts alone: a pickle that names anything else, which it could run, is refused."""
+    """Unpickler of numbers, texts, lists and dicts. It refuses every other name, which could run code."""
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def read_plain_pickle(file: Path) -> Any:
-    """RefCOCO's references, which come in no other form. Raises UserError where there is more in it than plain data."""
+    """Read a pickle of plain data, the only form in which RefCOCO's references are published.
+
+    Raises:
+        UserError: if the pickle contains anything else.
+    """
     try:
         with open(file, "rb") as stream:
             return _Plain(stream, encoding="latin1").load()
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror})") from None
     except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError) as error:
-        raise UserError(f"{file} is no pickle of plain lists and numbers ({error}); nothing of it was run") from None
+        raise UserError(
+            f"{file} is not a pickle of plain lists and numbers ({error}); none of its code was run"
+        ) from None
 
 
 @expecting("the folder data of the package easy_vqa, with train/questions.json and test/questions.json")
 def easy_vqa(folder: Path) -> Iterator[dict]:
-    """``pip:easy_vqa/data``; split is train or test."""
+    """Read ``pip:easy_vqa/data``; split is train or test."""
     for split in ("train", "test"):
         for question, answer, image in read_json(folder / split / "questions.json"):
             yield {"image": f"{split}/images/{image}.png", "text": question, "answers": answer, "split": split}
@@ -177,18 +187,22 @@ FORMATS = {
 
 
 def convert(format: str, files: Iterable[str]) -> Iterator[dict]:
-    """The lines of official files, which may be ``pip:PACKAGE/path``. Raises UserError where they are not of the format."""
+    """Yield the lines of official files, which may be ``pip:PACKAGE/path``.
+
+    Raises:
+        UserError: if a file is not of the format, or contains no annotation.
+    """
     files = [resolve(file) for file in files]
     try:
         lines = FORMATS[format](*files)
         yield next(lines)
     except StopIteration:
-        raise UserError(f"{' '.join(map(str, files))} holds no annotation") from None
+        raise UserError(f"{' '.join(map(str, files))} contains no annotation") from None
     yield from lines
 
 
 def _list(file: Path) -> list[Any]:
-    """A json list, or objects a line."""
+    """Read a json list, or one object per line."""
     if file.suffix == ".jsonl" or not read_text(file).lstrip().startswith("["):
         return [json.loads(line) for line in read_text(file).split("\n") if line.strip()]
     return read_json(file)

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from tests.conftest import SHARED
-from vlp.data.sentences import Sentences, nli_triples
+from vlp.data.reading.sentences import Sentences, nli_triples
 from vlp.errors import BadSample, UserError
 
 ROWS = [
@@ -22,7 +22,7 @@ def written(path, text: str, **how):
 def texts(source) -> list[tuple[str, ...]]:
     reader = source.open()
     samples = [reader.read(0, row) for row in range(len(reader))]
-    assert [s.number for s in samples] == list(range(len(reader)))
+    assert [s.source_row for s in samples] == list(range(len(reader)))
     return [(*s.captions, *s.texts) for s in samples]
 
 
@@ -60,7 +60,7 @@ def test_columns_are_views_in_the_order_asked_for_and_the_label_is_its_place(tmp
 
 def test_equal_sentences_have_an_equal_index_and_others_do_not(tmp_path):
     reader = written(tmp_path / "x.txt", "a\nb\na\n").open()
-    index = [reader.read(0, n).index for n in range(3)]
+    index = [reader.read(0, n).image_id for n in range(3)]
     assert index[0] == index[2] != index[1] and all(0 <= n < 2**40 for n in index)
 
 
@@ -71,7 +71,7 @@ def test_a_line_that_cannot_be_used_is_bad_and_the_others_stay(tmp_path):
     for row, reason in ((1, "1 columns"), (2, "empty"), (3, "label 'z'")):
         with pytest.raises(BadSample, match=reason):
             reader.read(0, row)
-    assert reader.complaint(0, 1, "r") == {"source": source.path, "shard": "x.tsv", "key": "1", "reason": "r"}
+    assert reader.quarantine_entry(0, 1, "r") == {"source": source.path, "shard": "x.tsv", "key": "1", "reason": "r"}
     jsonl = written(tmp_path / "x.jsonl", '{"a": \n[1]\n{"b": "x"}\n', columns=("a",)).open()
     for row, reason in enumerate(["parse", "object", "missing"]):
         with pytest.raises(BadSample, match=reason):

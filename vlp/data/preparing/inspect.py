@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from vlp.data.image import decode
-from vlp.data.order import stream
-from vlp.data.shards import ShardIndex, ShardReader, list_shards
+from vlp.data.order import keyed_rng
+from vlp.data.reading.shards import ShardIndex, ShardReader, list_shards
 from vlp.errors import BadSample, UserError
 
 
@@ -69,7 +69,7 @@ def check(location: str, max_pixels: int = 64_000_000, progress=lambda done, tot
                     raise BadSample("no caption")
                 found.captions += len(sample.captions)
             except BadSample as e:
-                found.dead.append(reader.complaint(0, row, str(e)))
+                found.dead.append(reader.quarantine_entry(0, row, str(e)))
         progress(n + 1, len(shards))
     found.duplicates = _duplicates(hashes, readers)
     return found
@@ -91,7 +91,7 @@ def all_captions(location: str) -> Iterator[str]:
     reader = ShardReader(location)
     for number in range(len(reader)):
         try:
-            yield from reader.read(*reader.place(number)).captions
+            yield from reader.read(*reader.locate(number)).captions
         except BadSample:  # `check` lists these
             continue
 
@@ -106,11 +106,11 @@ def stats(location: str, grid: Path | None, samples: int = 1000, columns: int = 
         UserError: if there is no sample that can be decoded, or the PNG cannot be written.
     """
     reader = ShardReader(location)
-    drawn = stream(seed).choice(len(reader), min(samples, len(reader)), replace=False)
+    drawn = keyed_rng(seed).choice(len(reader), min(samples, len(reader)), replace=False)
     widths, heights, sizes, words, per_image, shown = [], [], [], [], [], []
     for number in drawn.tolist():
         try:
-            sample = reader.read(*reader.place(number))
+            sample = reader.read(*reader.locate(number))
             pixels = decode(sample.image)
         except BadSample:
             continue

@@ -1,4 +1,4 @@
-"""Pictures by name: files of a folder, or samples of shards."""
+"""Images by name: files of a folder, or samples of shards."""
 
 from __future__ import annotations
 
@@ -8,34 +8,33 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from vlp.data.formats import make_key
-from vlp.data.shards import ShardReader
+from vlp.data.reading.shards import ShardReader, make_key
 from vlp.errors import BadSample, UserError
 from vlp.files import resolve
 
 
-class Pictures(Protocol):
+class NamedImages(Protocol):
     """Where pictures are read by name."""
 
     def read(self, name: str) -> bytes:
         """The encoded picture. Raises BadSample where there is none of this name."""
 
 
-def find_pictures(location: str) -> Pictures:
+def open_images(location: str) -> NamedImages:
     """Shards where there are some, else a folder of files, which may be inside a package."""
     if location.startswith("pip:"):
         location = str(resolve(location))
     if os.path.isdir(location):
         entries = os.listdir(location)
         shards = "manifest.json" in entries or any(name.endswith(".tar") for name in entries)
-        return Packed(location) if shards else Files(Path(location))
+        return ShardImages(location) if shards else FolderImages(Path(location))
     if ".tar" in location or "://" in location:
-        return Packed(location)
+        return ShardImages(location)
     raise UserError(f"no folder {location}; set images to the folder that the pictures' paths start from, or to shards")
 
 
 @dataclass(frozen=True)
-class Files:
+class FolderImages:
     """A folder; names are paths in it."""
 
     folder: Path
@@ -47,7 +46,7 @@ class Files:
             raise BadSample(f"no picture {name!r} in {self.folder} ({getattr(e, 'strerror', None) or e})") from None
 
 
-class Packed:
+class ShardImages:
     """Shards; names are keys of their samples, or the paths that `vlp data pack` made the keys from."""
 
     def __init__(self, location: str):

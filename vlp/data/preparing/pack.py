@@ -24,10 +24,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from vlp.data.formats import Pair
 from vlp.data.image import FORMATS, decode
-from vlp.data.locations import locked
-from vlp.data.shards import ShardIndex, index_path, write_atomically
+from vlp.data.preparing.formats import Pair
+from vlp.data.reading.locations import locked
+from vlp.data.reading.shards import ShardIndex, index_path, write_atomically
 from vlp.errors import BadSample, UserError
 
 

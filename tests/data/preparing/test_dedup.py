@@ -9,9 +9,9 @@ from PIL import Image
 
 from tests.conftest import COLOURS
 from vlp.cli import main
-from vlp.data.dedup import Files, find_twins, open_pictures, print_of, same_bytes
-from vlp.data.formats import Pair
-from vlp.data.pack import Packing, pack
+from vlp.data.preparing.dedup import FileCollection, find_twins, open_collection, print_of, same_bytes
+from vlp.data.preparing.formats import Pair
+from vlp.data.preparing.pack import Packing, pack
 
 
 def photo(seed: int, size=(120, 90)) -> Image.Image:
@@ -42,7 +42,7 @@ def shards(tmp_path):
 
 
 def test_twins_within_shards_are_those_with_the_same_bytes_or_looks(shards):
-    twins, bad = find_twins(open_pictures(str(shards)), workers=2)
+    twins, bad = find_twins(open_collection(str(shards)), workers=2)
     assert bad == 0
     assert [(t.by, t.first.split("/")[1], t.second.split("/")[1]) for t in twins] == [
         ("bytes", "05", "00"),
@@ -57,7 +57,7 @@ def test_twins_in_another_folder_whatever_its_names(shards, tmp_path):
     (held_out / "deep" / "y.png").write_bytes(bytes_of(photo(9), "PNG"))
     (held_out / "z.png").write_bytes(bytes_of(photo(99), "PNG"))
     (held_out / "broken.png").write_bytes(b"no picture")
-    twins, bad = find_twins(open_pictures(str(shards)), open_pictures(str(held_out)))
+    twins, bad = find_twins(open_collection(str(shards)), open_collection(str(held_out)))
     assert bad == 1
     assert [(t.by, t.first.split("/")[1], t.second.rsplit("/", 1)[1]) for t in twins] == [
         ("bytes", "03", "x.jpg"),
@@ -74,11 +74,11 @@ def test_scenes_that_differ_in_one_small_thing_are_not_twins(tmp_path):
             pixels[8:16, column : column + 8] = colour
             paths.append(tmp_path / f"{n}-{column}.png")
             Image.fromarray(pixels).save(paths[-1])
-    assert find_twins(Files(paths)) == ([], 0)
+    assert find_twins(FileCollection(paths)) == ([], 0)
 
 
 def test_equal_checksums_are_not_enough(tmp_path):
-    class Colliding(Files):
+    class Colliding(FileCollection):
         def keys(self):
             return iter([(1, 1)] * len(self))
 
@@ -118,4 +118,4 @@ def test_command_says_what_it_found_and_writes_every_pair(shards, tmp_path, caps
     assert main(["data", "dedup", str(shards), "--against", str(tmp_path / "nowhere")]) == 2
     (tmp_path / "empty").mkdir()
     assert main(["data", "dedup", str(tmp_path / "empty")]) == 2
-    assert "neither shards nor pictures" in capsys.readouterr().err
+    assert "neither shards nor images" in capsys.readouterr().err

@@ -13,33 +13,33 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlp.data.augment import Resize
-from vlp.data.benchmarks import CifarPicture, FramedPicture, find_cifar, read_cifar, read_objectnet
 from vlp.data.image import decode
 from vlp.data.preprocess import Preprocess
+from vlp.data.reading.benchmarks import CifarImage, FramedImage, find_cifar, read_cifar, read_objectnet
 from vlp.errors import BadSample, UserError
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMS = "a folder of pictures a class, a labels.jsonl, CIFAR's binary files, or ObjectNet"
 
-Picture = Path | CifarPicture | FramedPicture
-Labelled = list[tuple[Picture, int]]  # (picture, class number)
+ImageFile = Path | CifarImage | FramedImage
+LabelledImages = list[tuple[ImageFile, int]]  # (picture, class number)
 
 
 @dataclass(frozen=True)
 class _Row:
     """A picture whose class is known by ``key`` (the label's number or the folder), and is called ``name``."""
 
-    picture: Picture
+    picture: ImageFile
     key: int | str
     name: str
 
 
-def read_labelled(folder: Path, split: str | None) -> tuple[Labelled, list[str]]:
+def read_labelled(folder: Path, split: str | None) -> tuple[LabelledImages, list[str]]:
     """Pictures with their class numbers, and the classes' names as the folder has them.
 
     Args:
         folder: has one folder of pictures a class, or a labels.jsonl of objects with image, label and, optionally, name
-            and split; or see `vlp.data.benchmarks`.
+            and split; or see `vlp.data.reading.benchmarks`.
         split: rows of labels.jsonl with this split, or the folder FOLDER/SPLIT; None = all.
 
     Raises:
@@ -49,7 +49,7 @@ def read_labelled(folder: Path, split: str | None) -> tuple[Labelled, list[str]]
     return _number(rows, keys := _keys(rows)), list(keys.values())
 
 
-def read_train_and_test(folder: Path, train: str, test: str) -> tuple[Labelled, Labelled, list[str]]:
+def read_train_and_test(folder: Path, train: str, test: str) -> tuple[LabelledImages, LabelledImages, list[str]]:
     """Two splits whose classes have the same numbers.
 
     Raises:
@@ -78,7 +78,7 @@ def _keys(rows: list[_Row]) -> dict[int | str, str]:
     return dict(sorted(names.items(), key=lambda item: int(item[0]) if numbered else item[0]))
 
 
-def _number(rows: list[_Row], keys: dict[int | str, str]) -> Labelled:
+def _number(rows: list[_Row], keys: dict[int | str, str]) -> LabelledImages:
     number = {key: n for n, key in enumerate(keys)}
     return [(row.picture, number[row.key]) for row in rows]
 
@@ -92,7 +92,7 @@ def _read(folder: Path, split: str | None) -> list[_Row]:
         return [_Row(*row) for row in read_cifar(folder, cifar, split)]
     if names := read_objectnet(folder):
         found = _read_folders(folder / "images")
-        return [_Row(FramedPicture(row.picture), row.key, names[row.key]) for row in found if row.key in names]
+        return [_Row(FramedImage(row.picture), row.key, names[row.key]) for row in found if row.key in names]
     if split is not None:
         folder = folder / split
         if not folder.is_dir():
@@ -106,7 +106,7 @@ def _read_folders(folder: Path) -> list[_Row]:
         _Row(path, name, name)
         for name in classes
         for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in PICTURES
+        if path.suffix.lower() in IMAGE_SUFFIXES
     ]
     if len({row.key for row in rows}) < 2:
         raise UserError(f"{folder} holds neither labels.jsonl nor two folders of pictures, one a class")
@@ -131,15 +131,15 @@ def _read_labels(folder: Path, split: str | None) -> list[_Row]:
     return rows
 
 
-def pixels_of(picture: Picture, max_pixels: int) -> np.ndarray:
+def read_pixels(picture: ImageFile, max_pixels: int) -> np.ndarray:
     """(H, W, 3) uint8. Raises BadSample or OSError where there are none."""
     return decode(picture.read_bytes(), max_pixels) if isinstance(picture, Path) else picture.pixels(max_pixels)
 
 
-class Pictures(Dataset):
+class LabelledImageDataset(Dataset):
     """Numbers -> the numbers that could be decoded, their resized (3, H, W) uint8 pixels, and complaints of the others."""
 
-    def __init__(self, pictures: Labelled, resize: Resize, max_pixels: int, preprocess: Preprocess):
+    def __init__(self, pictures: LabelledImages, resize: Resize, max_pixels: int, preprocess: Preprocess):
         self.pictures, self.resize, self.max_pixels, self.preprocess = pictures, resize, max_pixels, preprocess
 
     def __len__(self) -> int:
@@ -150,7 +150,7 @@ class Pictures(Dataset):
         for n in numbers:
             picture = self.pictures[n][0]
             try:
-                image = pixels_of(picture, self.max_pixels)
+                image = read_pixels(picture, self.max_pixels)
                 pixels.append(self.resize(image, self.preprocess.size, self.preprocess.interpolation))
                 good.append(n)
             except (BadSample, OSError) as e:

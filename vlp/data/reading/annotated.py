@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlp.data.lines import Lines
-from vlp.data.named_images import find_pictures
-from vlp.data.shards import INDEX_BITS, RawSample
+from vlp.data.reading.lines import Lines
+from vlp.data.reading.named_images import open_images
+from vlp.data.reading.shards import IMAGE_ID_BITS, RawSample
 from vlp.errors import BadSample, UserError
 from vlp.files import resolve
 
@@ -133,7 +133,7 @@ class AnnotatedReader:
         self.classes = source.class_list()
         if source.label and not self.classes:
             raise UserError(f"name what the field {source.label!r} of {source.path} may hold: set classes")
-        self.pictures = find_pictures(source.images or str(self.lines.path.parent))
+        self.store = open_images(source.images or str(self.lines.path.parent))
 
     def _of_split(self) -> np.ndarray:
         """The lines of the split, none of them blank; one that cannot be read stays, to be counted as bad."""
@@ -159,9 +159,9 @@ class AnnotatedReader:
     def __len__(self) -> int:
         return len(self.lines)
 
-    def place(self, number: int) -> tuple[int, int]:
-        """(shard, row) of a sample by its number."""
-        return 0, number
+    def locate(self, source_row: int) -> tuple[int, int]:
+        """Return (shard, row) of a row of the source."""
+        return 0, source_row
 
     def names(self, row: int) -> tuple[str, ...]:
         """The pictures of a line. Raises BadSample where it names none."""
@@ -202,9 +202,9 @@ class AnnotatedReader:
             answers, counts = read_answers(record.get(source.answers))
             targets = self._targets(answers, counts) if self.classes and not source.label else None
         # equal names are the same picture; within the bits that a sample's index has
-        index = int.from_bytes(hashlib.sha256(names[0].encode()).digest()[:8], "big") % (1 << INDEX_BITS)
+        image_id = int.from_bytes(hashlib.sha256(names[0].encode()).digest()[:8], "big") % (1 << IMAGE_ID_BITS)
         key = str(self.numbers[row] + 1)
-        return RawSample(key, 0, row, row, None, captions, index, record, (), label, (), answers, targets)
+        return RawSample(key, 0, row, row, None, captions, image_id, record, (), label, (), answers, targets)
 
     def _targets(self, answers: Sequence[tuple[str, float]], counts: Sequence[int]) -> Tensor:
         """(C,) soft targets; of VQA's annotators by their number, else the weight."""
@@ -226,9 +226,9 @@ class AnnotatedReader:
 
     def images(self, row: int) -> list[bytes]:
         """The encoded pictures of a line. Raises BadSample where one is not there."""
-        return [self.pictures.read(name) for name in self.names(row)]
+        return [self.store.read(name) for name in self.names(row)]
 
-    def complaint(self, shard: int, row: int, reason: str) -> dict:
+    def quarantine_entry(self, shard: int, row: int, reason: str) -> dict:
         """A line of quarantine.jsonl; ``key`` is the line's number, from 1."""
         return {
             "source": self.location,

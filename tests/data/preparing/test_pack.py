@@ -18,10 +18,10 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, command, draw_pairs, environment, vlp
-from vlp.data.formats import Pair
 from vlp.data.image import decode
-from vlp.data.pack import Packing, pack
-from vlp.data.shards import ShardIndex, ShardReader, index_path
+from vlp.data.preparing.formats import Pair
+from vlp.data.preparing.pack import Packing, pack
+from vlp.data.reading.shards import ShardIndex, ShardReader, index_path
 from vlp.errors import UserError
 
 TEN = Packing(shard_samples=10)
@@ -53,8 +53,8 @@ def test_manifest_and_indexes_say_what_is_there(pairs, tmp_path):
         assert ShardIndex.load(index_path(tmp_path / line["shard"])) == ShardIndex.scan(tmp_path / line["shard"])
     reader = ShardReader(str(tmp_path))
     for n, pair in enumerate(pairs):
-        sample = reader.read(*reader.place(n))
-        assert (sample.key, sample.index, sample.captions) == (pair.key, n, pair.captions)
+        sample = reader.read(*reader.locate(n))
+        assert (sample.key, sample.image_id, sample.captions) == (pair.key, n, pair.captions)
         assert sample.image == Path(pair.image).read_bytes()
         assert sample.meta["source"] == "toy"
 
@@ -199,7 +199,7 @@ def test_bad_images_are_quarantined_with_their_reason(pairs, tmp_path):
         assert line["image"] == bad[line["key"]][0].image
         assert bad[line["key"]][1] in line["reason"]
     reader = ShardReader(str(tmp_path / "out"))
-    assert [reader.read(*reader.place(n)).key for n in range(20)] == [p.key for p in pairs[:20]]
+    assert [reader.read(*reader.locate(n)).key for n in range(20)] == [p.key for p in pairs[:20]]
     assert pack(mixed, tmp_path / "out", TEN) == manifest  # a second run remembers them
 
 
@@ -255,7 +255,7 @@ def test_captions_of_any_script_survive_and_half_a_surrogate_pair_does_no_harm(p
     pack([replace(pairs[0], captions=captions, extra={"index": "x", "note": "\ud83d"})], tmp_path)
     sample = ShardReader(str(tmp_path)).read(0, 0)
     assert sample.captions == (*captions[:-1], "half ? pair")
-    assert (sample.index, sample.meta["note"]) == (0, "?")
+    assert (sample.image_id, sample.meta["note"]) == (0, "?")
 
 
 # -- the folder

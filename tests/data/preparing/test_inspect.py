@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from tests.conftest import draw_pairs
-from vlp.data.inspect import Check, all_captions, check, stats, to_lines
-from vlp.data.pack import Packing, pack
-from vlp.data.shards import index_path
+from vlp.data.preparing.inspect import Check, all_captions, check, stats, to_lines
+from vlp.data.preparing.pack import Packing, pack
+from vlp.data.reading.shards import index_path
 from vlp.errors import UserError
 
 

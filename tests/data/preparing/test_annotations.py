@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from vlp.cli import main
-from vlp.data.annotated import Annotated
-from vlp.data.annotation_formats import convert
+from vlp.data.preparing.annotations import convert
+from vlp.data.reading.annotated import Annotated
 from vlp.errors import UserError
 
 VQA = {
@@ -155,10 +155,10 @@ def test_what_was_written_is_read_by_default(tmp_path):
     [
         (["vqa3", "{0}", "out"], "there is no format 'vqa3'; there are vqa2, "),
         (["vqa2", "{0}", "{1}", "out"], "there is no 'data_subtype'"),
-        (["vqa2", "{2}", "{3}", "out"], "1 questions are in one of"),
+        (["vqa2", "{2}", "{3}", "out"], "1 questions are in only one of"),
         (["albef-vqa", "{2}", "out"], "expected ALBEF's list"),
         (["nlvr2", "{0}", "out"], "there is no 'identifier'"),
-        (["snli-ve", "{4}", "out"], "holds no annotation"),
+        (["snli-ve", "{4}", "out"], "contains no annotation"),
         (["visual-genome", "{0}", "out"], "expected Visual Genome's question_answers.json and image_data.json"),
         (["refcoco", "gone.json", "out"], "gone.json"),
     ],
@@ -209,10 +209,10 @@ class Harm:
 @pytest.mark.parametrize(
     "content, message",
     [
-        (pickle.dumps([Harm()]), "nothing of it was run"),
+        (pickle.dumps([Harm()]), "none of its code was run"),
         (b"\x80\x02c__builtin__\neval\n", "it asks for __builtin__.eval"),
-        (b"no pickle", "is no pickle"),
-        (b"", "is no pickle"),
+        (b"no pickle", "is not a pickle"),
+        (b"", "is not a pickle"),
         (pickle.dumps([{"ref_id": 6}]), "there is no 5"),
     ],
 )

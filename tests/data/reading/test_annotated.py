@@ -11,14 +11,14 @@ from PIL import Image
 
 from tests.conftest import SHARED
 from vlp.config import Data, Experiment
-from vlp.data.annotated import Annotated, read_answers, to_evaluate
 from vlp.data.augment import RandomResizedCrop, Resize
-from vlp.data.by_image import ByPicture
-from vlp.data.formats import read_pairs
+from vlp.data.by_image import AnnotatedImageDataset
 from vlp.data.image import decode
-from vlp.data.pack import Packing, pack
+from vlp.data.preparing.formats import read_pairs
+from vlp.data.preparing.pack import Packing, pack
 from vlp.data.preprocess import Preprocess
-from vlp.data.shards import Source
+from vlp.data.reading.annotated import Annotated, read_answers, to_evaluate
+from vlp.data.reading.shards import Source
 from vlp.data.stream import TrainDataset, evaluation_batches
 from vlp.data.text import load_tokenizer
 from vlp.errors import BadSample, UserError
@@ -70,14 +70,14 @@ def test_a_line_is_a_sample_with_its_picture_text_and_answers(asked, folder):
         (("3", 1.0),),
         (("true", 1.0),),
     ]
-    assert [s.index == t.index for s, t in zip(samples, samples[1:])] == [True, False, True, False]
-    assert [s.number for s in samples] == list(range(5)) and samples[1].meta == LINES[1]
+    assert [s.image_id == t.image_id for s, t in zip(samples, samples[1:])] == [True, False, True, False]
+    assert [s.source_row for s in samples] == list(range(5)) and samples[1].meta == LINES[1]
 
 
 def test_split_keeps_its_lines_and_their_numbers_in_the_file(asked):
     val = replace(asked, split="val").open()
     assert val.sizes == [2] == [len(val)]
-    assert [(val.read(0, row).captions, val.complaint(0, row, "why")["key"]) for row in range(2)] == [
+    assert [(val.read(0, row).captions, val.quarantine_entry(0, row, "why")["key"]) for row in range(2)] == [
         (("where?",), "4"),
         (("really?",), "5"),
     ]
@@ -219,7 +219,7 @@ def test_picture_is_not_mirrored_where_the_answer_has_a_side(folder, world, tmp_
 
 @pytest.mark.parametrize("processes, workers", [(1, 0), (2, 0), (3, 2)])
 def test_evaluation_has_every_line_once_and_every_picture_once(asked, processes, workers):
-    dataset = ByPicture(asked.open(), Resize(), PREPROCESS, 10_000)
+    dataset = AnnotatedImageDataset(asked.open(), Resize(), PREPROCESS, 10_000)
     found = [
         pictured
         for rank in range(processes)
@@ -227,14 +227,14 @@ def test_evaluation_has_every_line_once_and_every_picture_once(asked, processes,
         for pictured in batch
         if not bad
     ]
-    assert sorted(line.number for p in found for line in p.lines) == list(range(5))
+    assert sorted(line.source_row for p in found for line in p.lines) == list(range(5))
     assert sorted(len(p.lines) for p in found) == [1, 2, 2] and all(len(p.images) == 1 for p in found)
 
 
 def test_evaluation_keeps_what_has_no_known_answer_and_names_what_it_leaves_out(asked, folder, tmp_path):
     source = replace(asked, path=write(tmp_path / "x.jsonl", BAD.values()), images=str(folder), classes=("red",))
-    batches = list(evaluation_batches(ByPicture(source.open(), Resize(), PREPROCESS, 10_000), 2, 0))
-    kept = [line.number for batch, _ in batches for p in batch for line in p.lines]
+    batches = list(evaluation_batches(AnnotatedImageDataset(source.open(), Resize(), PREPROCESS, 10_000), 2, 0))
+    kept = [line.source_row for batch, _ in batches for p in batch for line in p.lines]
     assert sorted(kept) == [3, 4] and sorted(int(b["key"]) for _, bad in batches for b in bad) == [1, 2, 3, 6, 7]
 
 

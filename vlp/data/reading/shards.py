@@ -24,21 +24,31 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from vlp.data.locations import cache_folder, fetch, list_shards, read_manifest, reason_of
 from vlp.data.order import GROUP_SAMPLES
+from vlp.data.reading.locations import cache_folder, fetch, list_shards, read_manifest, reason_of
 from vlp.errors import BadSample, UserError
 from vlp.files import write_atomically
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("json", "txt")
+IMAGE_FILE = re.compile(r"\.(jpe?g|png|webp)$", re.IGNORECASE)
 CAPTIONS = ("captions", "caption", "text")  # where a json has them: ours, img2dataset's, others'
-INDEX_BITS = 40  # of a sample's index
+IMAGE_ID_BITS = 40
 INDEX_VERSION = 1
 HEAD = re.compile(rb'{"version": %d, "samples": (\d+), "size": (\d+),' % INDEX_VERSION)
 MOST_PADDING = 1 << 20  # bytes of zeros at the end of a tar; writers pad to 10 KiB
 CHUNK = 1 << 22  # bytes read at a time
 FETCH_AGAIN = "fetch it again, or remove it from the folder"
 Member = tuple[int, int, int]  # offset in the tar, bytes, CRC-32
+
+
+def make_key(image: str, taken: set[str]) -> str:
+    """A name for the members of a tar, added to ``taken``: the path without extension, safe characters only."""
+    key = re.sub(r"[^A-Za-z0-9_-]+", "_", IMAGE_FILE.sub("", image)).strip("_")[-100:] or "image"
+    if key in taken:  # x.jpg and x.png, or a/b.jpg and a_b.jpg
+        key = f"{key}-{hashlib.sha256(image.encode()).hexdigest()[:16]}"
+    taken.add(key)
+    return key
 
 
 @dataclass(frozen=True)
@@ -208,10 +218,10 @@ class RawSample:
 
     Args:
         key: within the shard.
-        number: of the sample within the source, in the order of the shards.
+        source_row: row of the sample in its source, in the order of the shards.
         image: the encoded picture; None in a file of texts.
         captions: none empty; () where the sample has no text.
-        index: equal index = same picture, or same sentence.
+        image_id: equal for samples that show the same image, or have the same sentence.
         meta: whatever else the json holds.
         texts: further views of a text.
         label: number of the class, where there are classes.
@@ -223,10 +233,10 @@ class RawSample:
     key: str
     shard: int
     row: int
-    number: int
+    source_row: int
     image: bytes | None
     captions: tuple[str, ...]
-    index: int
+    image_id: int
     meta: dict
     texts: tuple[str, ...] = ()
     label: int | None = None
@@ -313,10 +323,10 @@ class ShardReader:
     def __len__(self) -> int:
         return self._offsets[-1]
 
-    def place(self, number: int) -> tuple[int, int]:
-        """(shard, row) of a sample by its number within the source."""
-        shard = bisect_right(self._offsets, number) - 1  # empty shards are passed over
-        return shard, number - self._offsets[shard]
+    def locate(self, source_row: int) -> tuple[int, int]:
+        """Return (shard, row) of a row of the source."""
+        shard = bisect_right(self._offsets, source_row) - 1  # the last of equal offsets: empty shards are skipped
+        return shard, source_row - self._offsets[shard]
 
     def _read(self, shard: int, member: Sequence[int]) -> bytes:
         offset, size, crc = member
@@ -329,7 +339,7 @@ class ShardReader:
             raise BadSample("altered since the shard was indexed (CRC-32 differs)")
         return data
 
-    def complaint(self, shard: int, row: int, reason: str) -> dict:
+    def quarantine_entry(self, shard: int, row: int, reason: str) -> dict:
         """A line of quarantine.jsonl."""
         name = os.path.basename(self.shards[shard])
         return {"source": self.location, "shard": name, "key": self.index(shard).keys[row], "reason": reason}
@@ -349,20 +359,20 @@ class ShardReader:
         captions = next((texts for name in CAPTIONS if (texts := _captions(meta.get(name)))), ())
         if not captions and "txt" in members:
             captions = _captions(self._read(shard, members["txt"]).decode("utf-8-sig", errors="replace"))
-        number = self._offsets[shard] + row
+        source_row = self._offsets[shard] + row
         label = None
         if self.label is not None:
             label = meta.get(self.label)
             if not isinstance(label, int) or isinstance(label, bool) or label < 0:
                 raise BadSample(f"{self.label} is {label!r}, which is no number of a class")
-        key, index = self.index(shard).keys[row], self._picture(meta, number)
-        return RawSample(key, shard, row, number, image, captions, index, meta, label=label)
+        key, image_id = self.index(shard).keys[row], self._image_id(meta, source_row)
+        return RawSample(key, shard, row, source_row, image, captions, image_id, meta, label=label)
 
-    def _picture(self, meta: dict, number: int) -> int:
+    def _image_id(self, meta: dict, source_row: int) -> int:
         """Our json's index, which is unique in its folder; others may number anything by that name."""
         own = meta.get("index")
         ours = self.one_folder and isinstance(own, int) and {"captions", "source"} <= meta.keys()
-        return own if ours and 0 <= own < 1 << INDEX_BITS else number
+        return own if ours and 0 <= own < 1 << IMAGE_ID_BITS else source_row
 
     def fingerprint(self) -> dict:
         """What the order of the samples, and where a manifest says so their content, depends on."""

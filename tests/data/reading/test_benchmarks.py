@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.tasks.fakes import NAMES, Seer, subject
-from vlp.data.labelled import pixels_of, read_labelled, read_train_and_test
+from vlp.data.reading.labelled import read_labelled, read_pixels, read_train_and_test
 from vlp.errors import UserError
 from vlp.tasks.zero_shot import ZeroShot
 
@@ -38,9 +38,9 @@ def test_cifar10_is_what_its_binary_files_hold(cifar10):
     folder, pictures = cifar10
     found, names = read_labelled(folder, None)
     assert names == ["airplane", "automobile", "bird"] and [label for _, label in found] == [0, 1, 2] * 6
-    assert all(np.array_equal(pixels_of(p, 0), own) for (p, _), own in zip(found, pictures))
+    assert all(np.array_equal(read_pixels(p, 0), own) for (p, _), own in zip(found, pictures))
     train, test, _ = read_train_and_test(folder, "train", "test")
-    assert len(train) == 15 and np.array_equal(pixels_of(test[2][0], 0), pictures[17])
+    assert len(train) == 15 and np.array_equal(read_pixels(test[2][0], 0), pictures[17])
 
 
 def test_cifar100_has_the_fine_label_second(tmp_path):
@@ -49,7 +49,7 @@ def test_cifar100_has_the_fine_label_second(tmp_path):
     data.tofile(tmp_path / "test.bin")
     found, names = read_labelled(tmp_path, "test")
     assert names == ["apple", "aquarium_fish", "baby"] and [label for _, label in found] == [2, 0, 1, 2]
-    assert np.array_equal(pixels_of(found[3][0], 0), pictures[3])
+    assert np.array_equal(read_pixels(found[3][0], 0), pictures[3])
 
 
 def test_damaged_or_pickled_cifar_is_refused(cifar10, tmp_path_factory):
@@ -96,7 +96,7 @@ def test_objectnet_counts_the_classes_that_imagenet_has_by_its_own_mappings(tmp_
         Image.fromarray(pixels).save(tmp_path / "images" / name / "0.png")
     found, names = read_labelled(tmp_path, None)
     assert names == ["mug", "t-shirt"] and [label for _, label in found] == [0, 1]
-    assert np.array_equal(pixels_of(found[0][0], 1000), np.full((16, 26, 3), 90))
+    assert np.array_equal(read_pixels(found[0][0], 1000), np.full((16, 26, 3), 90))
     (tmp_path / "mappings" / "objectnet_to_imagenet_1k.json").write_text("[")
     with pytest.raises(UserError, match="cannot be read"):
         read_labelled(tmp_path, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import re
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlp.data.reading.shards import IMAGE_FILE, make_key
 from vlp.errors import UserError
 
 IMAGE_NAMES = (
@@ -27,7 +27,6 @@ IMAGE_NAMES = (
     "img",
 )
 CAPTION_NAMES = ("captions", "caption", "title", "text", "sentences", "sentence", "description", "comment", "name")
-IMAGE_FILE = re.compile(r"\.(jpe?g|png|webp)$", re.IGNORECASE)
 CAPTION_NUMBER = r"#\d+$"  # Flickr8k's and Flickr30k's x.jpg#0 is x.jpg
 RESERVED = ("captions", "index", "source")  # what the shards' json keeps of its own
 
@@ -143,15 +142,6 @@ def merge(rows: Iterable[Row]) -> list[Row]:
         else:
             merged[row.image] = row
     return list(merged.values())
-
-
-def make_key(image: str, taken: set[str]) -> str:
-    """A name for the members of a tar, added to ``taken``: the path without extension, safe characters only."""
-    key = re.sub(r"[^A-Za-z0-9_-]+", "_", IMAGE_FILE.sub("", image)).strip("_")[-100:] or "image"
-    if key in taken:  # x.jpg and x.png, or a/b.jpg and a_b.jpg
-        key = f"{key}-{hashlib.sha256(image.encode()).hexdigest()[:16]}"
-    taken.add(key)
-    return key
 
 
 def read_text(file: Path) -> str:

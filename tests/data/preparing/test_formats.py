@@ -3,10 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from vlp.data.formats import Pair, make_key, read_pairs
+from vlp.data.preparing.formats import Pair, read_pairs
+from vlp.data.reading.shards import make_key
 from vlp.errors import UserError
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 
 
 def write(folder: Path, name: str, content) -> Path:
