@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import runpy
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from vlp.specs.user_code import NO_CODE, UserCode
 from vlp.training import grad_cache
 from vlp.training.engines import engine
 from vlp.training.grad_cache import CachedForward
+from vlp.training.interrupts import Stopped, TrainingInterrupt
 from vlp.training.run import Run
 from vlp.training.split_backward import DetachedForward
 from vlp.types import Batch
@@ -64,40 +64,6 @@ class StepConsensus:
     bad: list[dict]
 
 
-class Stopped(Exception):
-    """Asked to stop in the midst of what can be done again."""
-
-
-class Interrupted:
-    """Ctrl-C and SIGTERM: finish the step, save, exit 0. A second one ends the process at once, unless it comes within a second:
-    a launcher passes on what a terminal or a scheduler has sent to its processes too.
-
-    Processes are asked at different moments, so they act on ``agreed`` alone, which changes for all in the same step. An
-    evaluation, whose checkpoint is saved, is left ``at_once``: by a single process, as several would wait for each other.
-    """
-
-    def __init__(self):
-        self.asked = self.agreed = self.at_once = False
-        self.since = 0.0  # seconds
-
-    def __enter__(self) -> Interrupted:
-        self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _handle(self, number: int, frame) -> None:
-        if not self.asked:
-            self.asked, self.since = True, time.monotonic()
-            if self.at_once:
-                raise Stopped
-        elif time.monotonic() - self.since > 1:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 class Trainer:
     """A run under way. State changes in `advance` only, after the optimizer's step."""
 
@@ -116,7 +82,7 @@ class Trainer:
             )
         self.waited = 0.0
 
-    def fit(self, interrupted: Interrupted) -> bool:
+    def fit(self, interrupted: TrainingInterrupt) -> bool:
         """Trains to the last step, or to an interruption; True if it got to the end."""
         state, run = self.run.state, self.run
         if run.resumed_from and run.to_evaluate and not run.evaluated:  # killed between saving and evaluating
@@ -133,7 +99,7 @@ class Trainer:
                     self.evaluate(saved, interrupted)
         return True
 
-    def evaluate(self, saved: Path, interrupted: Interrupted) -> None:
+    def evaluate(self, saved: Path, interrupted: TrainingInterrupt) -> None:
         """Raises Stopped if a single process is asked to stop meanwhile."""
         interrupted.at_once = self.accelerator.num_processes == 1
         try:
@@ -146,7 +112,7 @@ class Trainer:
     def save(self) -> Path:
         return self.run.save(self.optimizer.optimizer, self.zero)
 
-    def step(self, micro_batches: Iterator, interrupted: Interrupted) -> dict:
+    def step(self, micro_batches: Iterator, interrupted: TrainingInterrupt) -> dict:
         """One optimizer step; returns its record for the log."""
         experiment, state = self.experiment, self.run.state
         began = time.monotonic()
@@ -248,7 +214,7 @@ class Trainer:
         with self.accelerator.autocast():
             return {name: self.experiment.objectives[name].enqueue(f) for name in self.run.state.queues}
 
-    def agree(self, losses: dict[str, Tensor], bad: list[dict], interrupted: Interrupted) -> StepConsensus:
+    def agree(self, losses: dict[str, Tensor], bad: list[dict], interrupted: TrainingInterrupt) -> StepConsensus:
         """Every process takes the same decision: engines differ in what a NaN on one process does."""
         mine = [float(loss.detach()) for loss in losses.values()]
         *sums, stop, num_bad = all_reduce_sum([*mine, interrupted.asked, len(bad)], self.accelerator.device)
@@ -329,7 +295,7 @@ def train(experiment: Experiment, resume: bool = False, code: UserCode = NO_CODE
     Args:
         code: The user's own code that the experiment is made of, to be kept with the run.
     """
-    with Interrupted() as interrupted:
+    with TrainingInterrupt() as interrupted:
         run = Run.start(experiment, resume, code)
         try:
             _fit(run, interrupted, code)
@@ -340,7 +306,7 @@ def train(experiment: Experiment, resume: bool = False, code: UserCode = NO_CODE
     return 0
 
 
-def _fit(run: Run, interrupted: Interrupted, code: UserCode) -> None:
+def _fit(run: Run, interrupted: TrainingInterrupt, code: UserCode) -> None:
     folder = run.experiment.folder
     if run.finished:
         run.records.say(f"{folder} is already at its last step, {run.total_steps}")

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 import transformers
 
-from vlp.commands.texts import add_text_commands
+from vlp.commands.texts import add_parsers
 from vlp.data.preparing.paraphrase import Seq2Seq, back_translate
 from vlp.data.reading.sentences import Sentences
 from vlp.errors import UserError
@@ -16,7 +16,7 @@ SENTENCES = ["a red square", "a dog\u2028runs", "here is a blue thing", "last"]
 
 def command(*arguments: object) -> int:
     parser = argparse.ArgumentParser()
-    add_text_commands(parser.add_subparsers(required=True))
+    add_parsers(parser.add_subparsers(required=True))
     options = parser.parse_args([str(a) for a in arguments])
     return options.run(options)
 

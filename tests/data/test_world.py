@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from vlp.commands.world import add_world_command
+from vlp.commands.world import add_parsers
 from vlp.data.image import decode
 from vlp.data.reading.shards import ShardReader
 from vlp.data.world import Scene, World, make
@@ -378,7 +378,7 @@ def test_progress_counts_to_the_end(tmp_path):
 
 def test_the_command_makes_the_same_world(tmp_path, capsys):
     parser = argparse.ArgumentParser()
-    add_world_command(parser.add_subparsers())
+    add_parsers(parser.add_subparsers())
     options = ["--train", "20", "--val", "4", "--noise", "0.2", "--size", "96", "--seed", "9"]
     parsed = parser.parse_args(["world", str(tmp_path / "a"), *options])
     assert parsed.run(parsed) == 0

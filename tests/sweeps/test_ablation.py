@@ -1,4 +1,4 @@
-"""An ablation trains what is missing, no more, and its table holds what the runs' own logs say."""
+"""An ablation trains only the unfinished runs, and its table has the numbers of their logs."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from PIL import Image
 from tests.conftest import ROOT, toy_overrides
 from vlp.cli import main
 from vlp.errors import UserError
-from vlp.sweeps.ablation import ablate, interval, load_ablation, results
+from vlp.sweeps.ablation import ablate, confidence_interval, load_ablation, read_results
 
 CONFIG = """
 from dataclasses import replace
@@ -34,16 +34,16 @@ def config(tmp_path, monkeypatch) -> Path:
     return path
 
 
-def test_interval_is_students():
+def test_interval_is_that_of_students_t():
     stats = pytest.importorskip("scipy.stats")
     values = [0.31, 0.35, 0.30, 0.37]
-    mean, half = interval(values)
+    mean, half = confidence_interval(values)
     low, high = stats.t.interval(0.95, 3, loc=mean, scale=stats.sem(values))
     assert (mean - half, mean + half) == pytest.approx((low, high), abs=1e-4)
-    assert math.isnan(interval([0.5])[1])
+    assert math.isnan(confidence_interval([0.5])[1])
 
 
-def test_an_override_reaches_every_variant_and_the_ablations_own_keys_do_not(config, tmp_path):
+def test_override_reaches_every_variant_except_for_fields_of_the_ablation(config, tmp_path):
     ablation = load_ablation(str(config), ["seeds=3", f"output={tmp_path}", "train.steps=7"])
     runs = ablation.runs()
     assert ablation.seeds == (3,)
@@ -55,19 +55,19 @@ def test_an_override_reaches_every_variant_and_the_ablations_own_keys_do_not(con
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "message"),
     [
         ("def config(): return 3", "returns a int, not a vlp.sweeps.ablation.Ablation"),
         ("config = ", "line 1"),
         ("import nothing_such", "nothing_such"),
     ],
 )
-def test_what_is_no_ablation_is_refused_in_one_line(tmp_path, capsys, text, complaint):
+def test_config_without_an_ablation_is_refused_in_one_line(tmp_path, capsys, text, message):
     path = tmp_path / "a.py"
     path.write_text(text)
     assert main(["ablate", str(path)]) == 2
     error = capsys.readouterr().err
-    assert complaint in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
 
 
 STAGED = """
@@ -81,7 +81,7 @@ def config():
 """
 
 
-def test_stages_as_a_variant_are_judged_by_the_last_one(config, tmp_path):
+def test_stages_are_compared_by_their_last_run(config, tmp_path):
     config.write_text(STAGED)
     ablation = load_ablation(str(config), [f"output={tmp_path}", "train.steps=7", "seeds=0,5"])
     (_, chain), ((last,), _) = ablation.chains()["staged"], ablation.chains()["last"]
@@ -93,45 +93,47 @@ def test_stages_as_a_variant_are_judged_by_the_last_one(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_stages_are_trained_and_tabulated_like_any_variant(world, config, tmp_path):
+def test_stages_are_trained_and_tabulated_as_any_variant(world, config, tmp_path):
     config.write_text(STAGED)
     overrides = [*map(str, toy_overrides(world, tmp_path)), "train.steps=2", "save.every=2"]
     ablation = load_ablation(str(config), overrides)
-    said = []
-    assert ablate(ablation, said.append)
+    logged = []
+    assert ablate(ablation, logged.append)
     folder = tmp_path / "toy-staged"
-    assert said == [str(folder / name) for name in ("staged-seed0/1-pairs", "staged-seed0/2-words", "last-seed0")]
-    own = json.loads((folder / "staged-seed0" / "2-words" / "eval.jsonl").read_text())["retrieval/mean_recall"]
-    assert results(ablation)["staged"] == {"retrieval/mean_recall": [own]}
+    assert logged == [str(folder / name) for name in ("staged-seed0/1-pairs", "staged-seed0/2-words", "last-seed0")]
+    metric = json.loads((folder / "staged-seed0" / "2-words" / "eval.jsonl").read_text())["retrieval/mean_recall"]
+    assert read_results(ablation)["staged"] == {"retrieval/mean_recall": [metric]}
     seconds = [
         json.loads(line)["seconds"]
         for name in ("1-pairs", "2-words")
         for line in (folder / "staged-seed0" / name / "log.jsonl").read_text().splitlines()
     ]
-    assert f"| staged | 1 | {sum(seconds) / 60:.1f} | {own:.1%} |" in (folder / "table.md").read_text()
+    assert f"| staged | 1 | {sum(seconds) / 60:.1f} | {metric:.1%} |" in (folder / "table.md").read_text()
 
 
 @pytest.mark.slow
-def test_it_trains_what_is_missing_and_tabulates_what_the_logs_say(world, config, tmp_path):
+def test_unfinished_runs_are_trained_and_the_table_has_the_numbers_of_the_logs(world, config, tmp_path):
     overrides = [o for o in toy_overrides(world, tmp_path) if not str(o).startswith("name=")]
     ablation = load_ablation(str(config), [*map(str, overrides), "train.steps=3", "save.every=3", f"output={tmp_path}"])
-    said = []
-    ablate(ablation, said.append)
-    assert len(said) == 4
+    logged = []
+    ablate(ablation, logged.append)
+    assert len(logged) == 4
     for variant, experiments in ablation.runs().items():
-        own = [json.loads((e.folder / "eval.jsonl").read_text().splitlines()[-1]) for e in experiments]
-        assert results(ablation)[variant]["retrieval/mean_recall"] == [line["retrieval/mean_recall"] for line in own]
+        lines = [json.loads((e.folder / "eval.jsonl").read_text().splitlines()[-1]) for e in experiments]
+        assert read_results(ablation)[variant]["retrieval/mean_recall"] == [
+            line["retrieval/mean_recall"] for line in lines
+        ]
     table = (ablation.folder / "table.md").read_text()
     assert table.count("\n| ") == 3 and "| smooth | 2 |" in table and "±" in table
     assert Image.open(ablation.folder / "plot.png").width > 300
 
-    said.clear()
-    (ablation.runs()["smooth"][1].folder / "eval.jsonl").unlink()  # as if it had been killed before its evaluation
+    logged.clear()
+    (ablation.runs()["smooth"][1].folder / "eval.jsonl").unlink()  # as after a kill before the evaluation
     before = {e.folder: (e.folder / "log.jsonl").read_text() for each in ablation.runs().values() for e in each}
-    ablate(ablation, said.append)
-    assert said == [str(tmp_path / "toy-ablation" / "smooth-seed1")]
+    ablate(ablation, logged.append)
+    assert logged == [str(tmp_path / "toy-ablation" / "smooth-seed1")]
     assert before == {e.folder: (e.folder / "log.jsonl").read_text() for each in ablation.runs().values() for e in each}
 
     changed = load_ablation(str(config), [*map(str, overrides), "train.steps=4", f"output={tmp_path}"])
     with pytest.raises(UserError, match="started with other values of .*train.steps"):
-        ablate(changed, said.append)
+        ablate(changed, logged.append)

@@ -1,4 +1,4 @@
-"""Stages are ordinary runs, each from the weights of the one before; stopped in whatever way, the command goes on with them."""
+"""Stages are ordinary runs that start from the weights of the previous one, and the same command continues them."""
 
 import json
 import shutil
@@ -35,22 +35,22 @@ def output(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(world, output) -> Path:
-    """Both stages in one go, in processes of their own."""
+    """Both stages, trained by one command without interruption."""
     done = run("train", STAGES, *toy_overrides(world, output), "name=whole", "stages.2.optim.lr=2e-3")
     assert done.codes == [0], done.errors
     return output / "whole"
 
 
-# --- what is to be run ------------------------------------------------------------------------------------------------
+# --- which runs they are ----------------------------------------------------------------------------------------------
 
 
-def test_every_later_stage_starts_from_the_folder_of_the_one_before():
+def test_later_stage_starts_from_the_folder_of_the_previous_one():
     first, second = replace(toy_stages(), output="somewhere").runs()
     assert (str(first.folder), first.model.weights) == (f"somewhere/{FIRST}", None)
     assert (str(second.folder), second.model.weights) == (f"somewhere/{SECOND}", str(first.folder))
 
 
-def test_overrides_reach_one_stage_by_name_or_number_or_all():
+def test_override_reaches_one_stage_by_name_or_number_or_all_stages():
     stages = toy_stages().overridden(
         ["stages.2-words.train.steps=9", "stages.1.optim.lr=0.5", "data.batch_size=4", "name=x", "output=y"]
     )
@@ -72,32 +72,31 @@ OVERRIDES = {
 
 
 @pytest.mark.parametrize("assignment", OVERRIDES)
-def test_override_that_cannot_be(capfd, tmp_path, assignment):
+def test_invalid_override_is_refused(capfd, tmp_path, assignment):
     assert OVERRIDES[assignment] in refused(capfd, "train", STAGES, assignment, f"output={tmp_path}")
     assert not list(tmp_path.iterdir())
 
 
-def test_stages_that_cannot_be(world, capfd, tmp_path):
+def test_invalid_stages_are_refused_before_the_first_one_starts(world, capfd, tmp_path):
     from tests.fixtures.toy import config as toy
 
     with pytest.raises(UserError, match="has no stage"):
         Stages("x", {}).runs()
     with pytest.raises(UserError, match="stage b: a Single has no field weights"):
         Stages("x", {"a": toy(), "b": replace(toy(), model=Single())}).runs()
-    # found out before the first one is begun
     overrides = [*toy_overrides(world, tmp_path), "stages.2.data.batch_size=0"]
     assert "data.batch_size is 0" in refused(capfd, "train", STAGES, *overrides)
     assert not list(tmp_path.iterdir())
 
 
-def test_refused_stage_leaves_nothing_behind(world, capfd, tmp_path):
-    """Not even the file in which its process was told what to do; nor is it begun where a later one could not be."""
+def test_refused_stage_leaves_no_file_behind(world, capfd, tmp_path):
+    """Nor does the first stage start if the data of a later one is missing."""
     runs = tmp_path / "runs"
     assert str(tmp_path / "nowhere") in refused(
         capfd, "train", STAGES, *toy_overrides(world, runs), f"stages.2.data.train={tmp_path / 'nowhere'}"
     )
     assert not runs.exists()
-    with pytest.raises(SystemExit):  # the process has said its line
+    with pytest.raises(SystemExit):  # its process has printed the reason
         main(["train", str(STAGES), *map(str, toy_overrides(world, runs)), "stages.1.data.batch_size=500"])
     assert "data.batch_size" in capfd.readouterr().err
     assert not list(runs.rglob("*.json"))
@@ -106,8 +105,8 @@ def test_refused_stage_leaves_nothing_behind(world, capfd, tmp_path):
     assert "cannot write" in said and "set output=FOLDER" in said
 
 
-def test_a_stage_by_itself_says_what_it_lacks(world, capfd, tmp_path):
-    """It is an ordinary experiment, whose weights are the folder of a run."""
+def test_single_stage_without_its_start_weights_is_refused(world, capfd, tmp_path):
+    """A stage is an ordinary experiment whose ``model.weights`` is a run folder."""
     _, second = toy_stages().overridden(toy_overrides(world, tmp_path)).runs()
     path = tmp_path / "second.json"
 
@@ -124,12 +123,12 @@ def test_a_stage_by_itself_says_what_it_lacks(world, capfd, tmp_path):
     assert not second.folder.exists()
 
 
-def test_a_run_that_cannot_be_says_so_once(tmp_path, capfd):
+def test_refused_run_prints_one_line(tmp_path, capfd):
     from tests.fixtures.toy import config as toy
 
-    broken = replace(toy(), output=str(tmp_path))  # there is no tokenizer
-    with RunQueue() as series, pytest.raises(SystemExit, match="2"):
-        series.train(broken)
+    broken = replace(toy(), output=str(tmp_path))  # its tokenizer is missing
+    with RunQueue() as queue, pytest.raises(SystemExit, match="2"):
+        queue.train(broken)
     found = capfd.readouterr().err
     assert "no such file or folder" in found and found.count("\n") == 1
 
@@ -138,7 +137,7 @@ def test_a_run_that_cannot_be_says_so_once(tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_the_second_stage_goes_on_from_the_weights_of_the_first(whole, world):
+def test_second_stage_starts_from_the_weights_of_the_first(whole, world):
     first, second = whole / "1-pairs", whole / "2-words"
     assert len(losses(first)) == len(losses(second)) == 6
     assert "loaded" in (second / "parameters.txt").read_text()
@@ -150,7 +149,7 @@ def test_the_second_stage_goes_on_from_the_weights_of_the_first(whole, world):
 
 
 @pytest.mark.slow
-def test_finished_stages_are_left_alone_and_others_refused(whole, world, capfd):
+def test_finished_stages_are_skipped_and_changed_ones_refused(whole, world, capfd):
     overrides = [*toy_overrides(world, whole.parent), "name=whole", "stages.2.optim.lr=2e-3"]
     before = contents(whole)
     done = run("train", STAGES, *overrides)
@@ -161,7 +160,7 @@ def test_finished_stages_are_left_alone_and_others_refused(whole, world, capfd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_in_a_stage_exits_0_and_is_continued_to_the_bit(whole, world, output, number):
+def test_stage_stopped_by_a_signal_exits_with_0_and_continues_bitwise(whole, world, output, number):
     arguments = ("train", STAGES, *toy_overrides(world, output), f"name={number.name}", "stages.2.optim.lr=2e-3")
     running = start(*arguments)
     folder = output / number.name / "2-words"
@@ -180,7 +179,7 @@ def test_asked_to_stop_in_a_stage_exits_0_and_is_continued_to_the_bit(whole, wor
     assert all(torch.equal(value, expected[name]) for name, value in tensors(folder, "model").items())
 
 
-def test_connected_processes_train_one_stage_a_command(world, output):
+def test_launched_processes_train_one_stage_per_command(world, output):
     arguments = ("train", STAGES, *toy_overrides(world, output), "name=connected")
     for said, ends in (("1-pairs is done; continue with 2-words: vlp train", 1), ("done: ", 2), ("all 2", 2)):
         running = start(*arguments, world=2)
@@ -195,12 +194,12 @@ def test_connected_processes_train_one_stage_a_command(world, output):
     assert json.loads((output / "connected/2-words/starts.jsonl").read_text())["processes"] == 2
 
 
-# --- VLMo's -----------------------------------------------------------------------------------------------------------
+# --- VLMo -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_vlmo_from_pictures_to_texts_to_pairs(world, output, tmp_path, capfd):
-    """The stages one by one, each in this process; texts come from a file, and leave what images go through as it was."""
+def test_vlmo_stages_train_on_images_then_texts_then_pairs(world, output, tmp_path, capfd):
+    """The stages run in this process. The text stage reads a file and changes no weight of the image stage."""
     texts = tmp_path / "texts.txt"
     texts.write_text("".join(f"a {colour} square number {n}\n" for n in range(20) for colour in ("red", "blue")))
     stages = toy_vlmo().overridden([*toy_overrides(world, output), "data.workers=0"])
@@ -222,13 +221,13 @@ def test_vlmo_from_pictures_to_texts_to_pairs(world, output, tmp_path, capfd):
         ".experts.vl." in name for name in tensors(pairs, "model")
     )
 
-    # pairs after pictures alone: there is no text expert to start from
+    # pairs directly after images: the run has no text expert to start from
     wrong = replace(runs[2], name="wrong", model=replace(runs[2].model, weights=str(images)))
     path.write_text(dump(wrong))
     capfd.readouterr()
     assert "lacks the text expert of encoder.layers.0" in refused(capfd, "train", path)
     assert not wrong.folder.exists()
-    # pairs cannot be trained from texts alone
+    # pair objectives on a source of texts
     alone = replace(runs[2], name="alone", data=runs[1].data)
     path.write_text(dump(alone))
     assert "needs pictures, and data.train names files of texts alone" in refused(capfd, "train", path)

@@ -1,4 +1,4 @@
-"""``vlp data annotations`` and ``vlp data answers``: official annotations to ours, and the list of what is answered."""
+"""``vlp data annotations`` converts official annotation files; ``vlp data answers`` lists the answers in annotations."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from vlp.errors import BadSample, UserError
 from vlp.files import write_atomically
 
 
-def add_annotation_commands(actions) -> None:
-    """Adds them to the actions of ``vlp data``."""
+def add_parsers(actions) -> None:
     annotations = actions.add_parser(
-        "annotations", help="official files of VQA, NLVR2, SNLI-VE, ... -> a .jsonl to train on and to evaluate"
+        "annotations", help="convert official files of VQA, NLVR2, SNLI-VE, ... to the .jsonl that vlp reads"
     )
     annotations.add_argument("format", help="vqa2, albef-vqa, visual-genome, nlvr2, snli-ve, refcoco or easy-vqa")
-    annotations.add_argument("files", nargs="+", help="of that format, e.g. QUESTIONS.json ANNOTATIONS.json")
+    annotations.add_argument("files", nargs="+", help="files of that format, e.g. QUESTIONS.json ANNOTATIONS.json")
     annotations.add_argument("output", type=Path, metavar="OUT.jsonl")
-    annotations.add_argument("--split", help="write this into every line")
+    annotations.add_argument("--split", help="write this split into every line")
     annotations.set_defaults(run=run_annotations)
 
-    answers = actions.add_parser("answers", help="annotations -> the list of their answers, the most frequent first")
+    answers = actions.add_parser("answers", help="list the answers of annotations, the most frequent first")
     answers.add_argument("files", nargs="+", metavar="ANNOTATIONS.jsonl")
     answers.add_argument("output", type=Path, metavar="OUT.txt")
-    answers.add_argument("--field", default="answers", help="of the answers (default: %(default)s)")
-    answers.add_argument("--split", help="lines of this split alone")
-    answers.add_argument("--min-count", type=int, default=1, help="times it was given (default: 1)")
-    answers.add_argument("--normalise", action="store_true", help="by VQA's official rules, before counting")
+    answers.add_argument("--field", default="answers", help="field with the answers (default: %(default)s)")
+    answers.add_argument("--split", help="read only lines of this split")
+    answers.add_argument("--min-count", type=int, default=1, help="fewest occurrences of a listed answer (default: 1)")
+    answers.add_argument(
+        "--normalise", action="store_true", help="apply the official VQA normalisation before counting"
+    )
     answers.add_argument(
         "--order",
         choices=("count", "appearance"),
         default="count",
-        help="most frequent first (default), or as they first appear in the files, as the classes of published VLMo files are",
+        help="most frequent first (default), or in order of first appearance, as in published VLMo checkpoints",
     )
     answers.set_defaults(run=run_answers)
 
@@ -58,25 +59,28 @@ def run_answers(options: argparse.Namespace) -> int:
     for file in options.files:
         counts.update(count_answers(Annotated(file, answers=options.field, split=options.split)))
     if options.normalise:
-        given, counts = counts, Counter()
-        for answer, count in given.items():
+        raw, counts = counts, Counter()
+        for answer, count in raw.items():
             counts[normalise_answer(answer)] += count
-    kept = [answer for answer, count in counts.items() if answer and count >= options.min_count]
+    listed = [answer for answer, count in counts.items() if answer and count >= options.min_count]
     if options.order == "count":
-        kept.sort(key=lambda answer: (-counts[answer], answer))
-    if not kept:
+        listed.sort(key=lambda answer: (-counts[answer], answer))
+    if not listed:
         raise UserError(
             f"no answer of {', '.join(options.files)} was given {options.min_count} times in {options.field!r}; "
             "name another --field or a lower --min-count"
         )
-    _write(options.output, "".join(f"{answer}\n" for answer in kept))
-    share = sum(counts[answer] for answer in kept) / counts.total()
-    print(f"{len(kept):,} answers in {options.output}, {share:.1%} of all that were given")
+    _write(options.output, "".join(f"{answer}\n" for answer in listed))
+    share = sum(counts[answer] for answer in listed) / counts.total()
+    print(f"{len(listed):,} answers in {options.output}, {share:.1%} of all that were given")
     return 0
 
 
 def count_answers(source) -> Counter[str]:
-    """How often each answer was given: by so many annotators, or, where they do not count, in so many lines."""
+    """Count each answer of an `vlp.data.reading.annotated.Annotated` source.
+
+    An answer counts once for each annotator that gave it, or once for each line if the line has no numbers of annotators.
+    """
     from vlp.data.reading.annotated import read_answers
 
     reader, counts = source.open(), Counter()

@@ -1,4 +1,4 @@
-"""``vlp data triples`` and ``vlp data paraphrase``: the tables that sentence methods train on."""
+"""``vlp data triples`` and ``vlp data paraphrase``: make the tables that sentence encoders are trained on."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ from pathlib import Path
 from vlp.errors import UserError
 
 
-def add_text_commands(actions) -> None:
+def add_parsers(actions) -> None:
     triples = actions.add_parser(
-        "triples", help="NLI lines -> sentence, entailed, contradicted (for supervised SimCSE)"
+        "triples", help="convert NLI lines to (sentence, entailed, contradicted) rows for supervised SimCSE"
     )
     triples.add_argument("files", type=Path, nargs="+", help="lines label<TAB>premise<TAB>hypothesis")
     triples.add_argument("output", type=Path, metavar="OUT.tsv")
     triples.set_defaults(run=run_triples)
 
-    paraphrase = actions.add_parser("paraphrase", help="sentences -> sentence, paraphrase (for CERT); resumable")
+    paraphrase = actions.add_parser("paraphrase", help="make (sentence, paraphrase) rows for CERT; resumable")
     paraphrase.add_argument(
-        "input", type=Path, help="a sentence a line; with --same-picture, annotations with captions"
+        "input", type=Path, help="a file with one sentence per line; with --same-image, annotations with captions"
     )
     paraphrase.add_argument("output", type=Path, metavar="OUT.tsv")
-    how = paraphrase.add_mutually_exclusive_group(required=True)
-    how.add_argument(
+    mode = paraphrase.add_mutually_exclusive_group(required=True)
+    mode.add_argument(
         "--translator",
         nargs="+",
         metavar="T",
-        help="applied in turn, there and back: module:function (list of texts -> list of texts), or a MarianMT folder",
+        help="translators of back-translation, in order: module:function (list of texts -> list of texts), or a MarianMT folder",
     )
-    how.add_argument("--same-picture", action="store_true", help="captions of one picture paraphrase each other")
-    paraphrase.add_argument("--split", help="of the annotations, where they have one")
-    paraphrase.add_argument("--batch-size", type=int, default=32, help="sentences translated at a time")
+    mode.add_argument(
+        "--same-image", "--same-picture", action="store_true", help="pair the captions of an image with each other"
+    )
+    paraphrase.add_argument("--split", help="read only this split of the annotations")
+    paraphrase.add_argument("--batch-size", type=int, default=32, help="sentences of a translator call (default: 32)")
     paraphrase.set_defaults(run=run_paraphrase)
 
 
@@ -56,15 +58,15 @@ def run_paraphrase(options: argparse.Namespace) -> int:
     from vlp.data.preparing.formats import read_pairs
     from vlp.data.preparing.paraphrase import back_translate, pair_captions
 
-    if options.same_picture:
+    if options.same_image:
         groups = [pair.captions for pair in read_pairs(options.input, split=options.split)]
         print(f"{pair_captions(groups, options.output):,} pairs in {options.output}")
         return 0
     lines = _existing(options.input).read_text(encoding="utf-8").split("\n")
     sentences = [line.strip() for line in lines if line.strip()]
     if not sentences:
-        raise UserError(f"{options.input} holds no sentence; give a file with one a line")
-    sys.path.insert(0, os.getcwd())  # where the user's own translator is
+        raise UserError(f"{options.input} has no sentence; give a file with one sentence per line")
+    sys.path.insert(0, os.getcwd())  # the user's translator may be a module of the working directory
     with progress_bar("translating") as progress:
         back_translate(sentences, options.translator, options.output, options.batch_size, progress)
     print(f"{len(sentences):,} paraphrases in {options.output}")
@@ -73,5 +75,5 @@ def run_paraphrase(options: argparse.Namespace) -> int:
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise UserError(f"no such file: {path}")
+        raise UserError(f"no such file: {path}; check the path")
     return path

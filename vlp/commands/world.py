@@ -1,4 +1,4 @@
-"""``vlp data world``: make a synthetic world."""
+"""``vlp data world``: draw a synthetic data set of coloured shapes."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import os
 from pathlib import Path
 
 
-def add_world_command(actions) -> None:
-    """Adds it to the actions of ``vlp data``."""
-    world = actions.add_parser("world", help="draw and pack a synthetic world of coloured shapes; needs no download")
+def add_parsers(actions) -> None:
+    world = actions.add_parser("world", help="draw and pack a synthetic world of coloured shapes, without a download")
     world.add_argument("folder", type=Path)
     world.add_argument(
-        "--train", type=int, default=10_000, help="scenes (default: %(default)s); even, they come in pairs"
+        "--train", type=int, default=10_000, help="training scenes; even, as they come in pairs (default: %(default)s)"
     )
-    world.add_argument("--val", type=int, default=1000, help="scenes (default: %(default)s); likewise")
     world.add_argument(
-        "--noise", type=float, default=0.0, help="share of train's captions that are swapped (default: 0)"
+        "--val", type=int, default=1000, help="validation scenes; even, as they come in pairs (default: %(default)s)"
     )
-    world.add_argument("--size", type=int, default=64, help="pixels of a picture's side (default: %(default)s)")
+    world.add_argument(
+        "--noise", type=float, default=0.0, help="fraction of training captions that are swapped (default: 0)"
+    )
+    world.add_argument("--size", type=int, default=64, help="side of an image in pixels (default: %(default)s)")
     world.add_argument("--seed", type=int, default=0)
     world.set_defaults(run=run_world)
 
@@ -41,6 +42,6 @@ def run_world(options: argparse.Namespace) -> int:
         )
     print(
         f"{options.train:,} samples in {options.folder / 'train'}, {options.val:,} in {options.folder / 'val'}, "
-        f"questions.jsonl, statements.jsonl, grounding.jsonl and pairs.jsonl beside them"
+        f"questions.jsonl, statements.jsonl, grounding.jsonl and pairs.jsonl in {options.folder}"
     )
     return 0

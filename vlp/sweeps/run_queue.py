@@ -1,25 +1,27 @@
-"""Runs one after the other, each in a process of its own, since an engine is set up once in a process.
+"""Train runs one after the other, each in its own process, since a process can set up an engine only once.
 
-Asked for again they go on where they stopped: a run that is finished is left alone, one that was begun is resumed.
+The queue can be stopped and started again: it skips finished runs and resumes a run that has started.
 """
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
+from types import FrameType
 
 from vlp.config import Experiment, changed_keys, load_json
-from vlp.data.reading.shards import write_atomically
 from vlp.errors import UserError
+from vlp.files import write_atomically
 from vlp.specs.json import dump
 from vlp.specs.user_code import NO_CODE, UserCode, own_types
+from vlp.training.interrupts import StopRequest
 from vlp.training.logging import read_log
 from vlp.weights import checkpoints
 
 
-def begun(experiment: Experiment) -> bool:
+def has_started(experiment: Experiment) -> bool:
     return (experiment.folder / "experiment.json").exists()
 
 
@@ -29,7 +31,7 @@ def check_same(experiment: Experiment) -> None:
     Raises:
         UserError: If it contains another one.
     """
-    if not begun(experiment):
+    if not has_started(experiment):
         return
     saved = load_json(experiment.folder / "experiment.json", own_types(experiment))
     if changed := changed_keys(saved, experiment.resolved()):
@@ -39,8 +41,8 @@ def check_same(experiment: Experiment) -> None:
         )
 
 
-def finished(experiment: Experiment) -> bool:
-    """Whether the run's last step is saved, and evaluated where the experiment evaluates."""
+def is_finished(experiment: Experiment) -> bool:
+    """Return whether the run's last step is saved, and evaluated if the experiment has tasks."""
     starts = read_log(experiment.folder / "starts.jsonl")
     total = starts[-1].get("total_steps", experiment.train.steps) if starts else None
     saved = checkpoints.all_steps(experiment.folder / "checkpoints")
@@ -49,62 +51,63 @@ def finished(experiment: Experiment) -> bool:
     return not experiment.evaluate or any(e["step"] == total for e in read_log(experiment.folder / "eval.jsonl"))
 
 
-class RunQueue:
-    """Trains one run at a time; as a context it passes Ctrl-C and SIGTERM on to the run under way, which saves and ends.
+class RunQueue(StopRequest):
+    """Context that trains one run at a time and forwards Ctrl-C and SIGTERM to it. The run then saves and exits.
 
     Args:
         code: The user's own code that the experiments are made of.
     """
 
     def __init__(self, code: UserCode = NO_CODE):
+        super().__init__()
         self.code = code
         self.process: subprocess.Popen | None = None
-        self.asked: int | None = None  # the signal
 
-    def __enter__(self) -> RunQueue:
-        self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _handle(self, number: int, frame) -> None:
-        self.asked = number
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        super().handle(number, frame)
         if self.process is not None:
             self.process.send_signal(number)
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
     def train(self, experiment: Experiment) -> bool:
-        """Begins the run, or goes on with it; True if it got to its end, False if it was asked to stop.
+        """Start or resume the run; return whether it finished, False if it was asked to stop.
 
         Raises:
-            SystemExit: with 2, if it cannot run; it has said why in its line.
-            UserError: if it fails otherwise.
+            SystemExit: With code 2, if the experiment is refused. Its process has printed the reason.
+            UserError: If the run fails in another way.
         """
         if self.asked:
             return False
         folder = experiment.folder
-        written, arguments = folder.parent / f"{folder.name}.json", ["--resume", str(folder)]
-        if not begun(experiment):
-            try:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(written, dump(experiment).encode())
-            except OSError as e:
-                raise UserError(
-                    f"cannot write {folder.parent}: {e.strerror or e}; set output=FOLDER to one that can be written"
-                ) from None
-            arguments = [str(written)]
+        resumed = has_started(experiment)
+        arguments = ["--resume", str(folder)] if resumed else [str(_write_experiment(experiment))]
         self.process = subprocess.Popen([sys.executable, "-m", "vlp.train", *arguments, *self.code.options])
-        if self.asked:  # while it was being started
-            self.process.send_signal(self.asked)
-        code = self.process.wait()
+        if self.asked:  # while the process was being created
+            self.process.send_signal(self.signal)
+        exit_code = self.process.wait()
         self.process = None
-        if not begun(experiment):  # it was refused: nothing of it stays
-            written.unlink(missing_ok=True)
-            with suppress(OSError):  # there may be others
+        if not has_started(experiment):  # it was refused, so leave nothing behind
+            _experiment_file(experiment).unlink(missing_ok=True)
+            with suppress(OSError):  # the folder of other runs stays
                 folder.parent.rmdir()
-        if code == 2 and not self.asked:
-            sys.exit(code)
-        if code and not self.asked:
-            raise UserError(f"{folder} ended with exit code {code}; run the command again to go on")
-        return finished(experiment)
+        if exit_code == 2 and not self.asked:
+            sys.exit(exit_code)
+        if exit_code and not self.asked:
+            raise UserError(f"{folder} ended with exit code {exit_code}; run the command again to continue")
+        return is_finished(experiment)
+
+
+def _experiment_file(experiment: Experiment) -> Path:
+    return experiment.folder.parent / f"{experiment.folder.name}.json"
+
+
+def _write_experiment(experiment: Experiment) -> Path:
+    """Write the experiment next to its run folder, as the config of the process that starts it."""
+    path = _experiment_file(experiment)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, dump(experiment).encode())
+    except OSError as e:
+        raise UserError(
+            f"cannot write {path.parent}: {e.strerror or e}; set output=FOLDER to one that can be written"
+        ) from None
+    return path

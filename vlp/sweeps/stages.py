@@ -1,11 +1,12 @@
-"""Pre-training in stages: runs of which each starts from the weights of the one before. ``vlp train CONFIG [key=value ...]``.
+"""Pre-training in stages: a sequence of runs, each of which starts from the weights of the previous one.
 
-FOLDER/1-images/ 2-text/ ...   the stages, each an ordinary run folder
+``vlp train CONFIG [key=value ...]`` trains them. Each stage is an ordinary run folder: FOLDER/1-images/, FOLDER/2-text/, ...
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -13,18 +14,20 @@ from vlp.config import Experiment, load_json
 from vlp.errors import UserError
 from vlp.specs.overrides import override
 from vlp.specs.user_code import NO_CODE, UserCode
-from vlp.sweeps.run_queue import RunQueue, begun, check_same, finished
+from vlp.sweeps.run_queue import RunQueue, check_same, has_started, is_finished
 from vlp.training.validation import validate
 
 
 @dataclass(frozen=True)
 class Stages:
-    """What to train, one after the other.
+    """Experiments to train one after the other.
 
     Args:
-        stages: name -> experiment, in order; the name is that of its folder. A stage starts from the newest whole checkpoint
-            of the one before, whatever its own ``model.weights`` says; the first from what it says.
-        output: folder that the folder of the stages is made in.
+        name: Name of the folder that contains the stages.
+        stages: Name -> experiment, in order. The name is that of the stage's folder. The first stage starts from its own
+            ``model.weights``. Each later stage starts from the newest undamaged checkpoint of the previous stage, and its
+            ``model.weights`` is replaced.
+        output: Folder in which the folder of the stages is created.
     """
 
     name: str
@@ -36,10 +39,10 @@ class Stages:
         return Path(self.output) / self.name
 
     def runs(self) -> list[Experiment]:
-        """The stages as they are run.
+        """Return the experiments with the folders and weights that they are trained with.
 
         Raises:
-            UserError: if there is none, or the model of a later one cannot start from a run.
+            UserError: If there is no stage, or the model of a later one cannot start from a run.
         """
         if not self.stages:
             raise UserError(f"{self.name} has no stage; give stages={{NAME: EXPERIMENT, ...}}")
@@ -54,11 +57,13 @@ class Stages:
         return runs
 
     def overridden(self, assignments: list[str]) -> Stages:
-        """As `vlp.specs.overrides.override`: ``name`` and ``output`` are of the whole, ``stages.NAME.KEY`` of one stage (or
-        ``stages.1.KEY`` of the first), every other key of all.
+        """Return the stages with each ``dotted.key=value`` applied in turn: see `vlp.specs.overrides.override`.
+
+        ``name`` and ``output`` are fields of the stages. ``stages.NAME.KEY``, or ``stages.1.KEY`` for the first, is a field
+        of one experiment. Every other key is a field of all experiments.
 
         Raises:
-            UserError: as `vlp.specs.overrides.override` does.
+            UserError: For an unknown key or a value of a wrong type.
         """
         changed = self
         for assignment in assignments:
@@ -77,51 +82,52 @@ class Stages:
         return changed
 
 
-def train_stages(stages: Stages, command: str, say=print, code: UserCode = NO_CODE) -> None:
-    """Trains what is not trained yet, each stage in a process of its own; asked to stop, it says how to go on.
+def train_stages(stages: Stages, command: str, log: Callable[[str], None] = print, code: UserCode = NO_CODE) -> None:
+    """Train the stages that are not finished, each in its own process.
 
-    Where a launcher has connected several processes these are the engine, which is set up once: then the stage that is next is
-    trained in them, and the command is to be given again for the one after.
+    Processes that a launcher has connected can set up an engine only once. They train the next stage, and the user runs
+    the same command again for the one after it.
 
     Args:
-        command: what to type to go on.
+        command: Command line that continues the stages, for messages.
+        log: Receives one line for each stage.
         code: The user's own code that the experiments are made of.
 
     Raises:
-        UserError: if a stage is not valid, a folder holds another one, or a run fails.
+        UserError: If a stage is not valid, its folder contains another experiment, or a run fails.
     """
     runs = stages.runs()
     for run in runs:
         validate(run)
         check_same(run)
-        for source in run.data.train:  # of the last one, too, before the first is trained
+        for source in run.data.train:  # a missing source of the last stage fails before the first is trained
             source.open()
-    missing = [run for run in runs if not finished(run)]
+    missing = [run for run in runs if not is_finished(run)]
     if os.environ.get("RANK", "0") != "0":
-        say = lambda text: None  # noqa: E731 - the main process says it
+        log = lambda text: None  # noqa: E731 - only the main process prints
     if not missing:
-        say(f"{stages.folder}: all {len(runs)} stages are done")
+        log(f"{stages.folder}: all {len(runs)} stages are finished")
     elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        _train_connected(missing, command, say, code)
+        _train_connected(missing, command, log, code)
     else:
-        with RunQueue(code) as series:
+        with RunQueue(code) as queue:
             for run in missing:
-                say(f"{run.folder}")
-                if not series.train(run):
-                    say(f"stopped in stage {run.name}; continue with: {command}")
+                log(f"{run.folder}")
+                if not queue.train(run):
+                    log(f"stopped in stage {run.name}; continue with: {command}")
                     return
-        say(f"done: {stages.folder}")
+        log(f"done: {stages.folder}")
 
 
-def _train_connected(missing: list[Experiment], command: str, say, code: UserCode) -> None:
+def _train_connected(missing: list[Experiment], command: str, log: Callable[[str], None], code: UserCode) -> None:
     from vlp.train import train
 
     run, *later = missing
-    say(f"{run.folder} (a launcher's processes train one stage; give the same command again for the next)")
-    if begun(run):
+    log(f"{run.folder} (launched processes train one stage; run the same command again for the next)")
+    if has_started(run):
         saved = load_json(run.folder / "experiment.json", code.types)
         train(replace(saved, name=run.name, output=run.output), resume=True, code=code)
     else:
         train(run, code=code)
-    if finished(run):
-        say(f"{run.name} is done; continue with {later[0].name}: {command}" if later else f"done: {run.folder.parent}")
+    if is_finished(run):
+        log(f"{run.name} is done; continue with {later[0].name}: {command}" if later else f"done: {run.folder.parent}")

@@ -107,7 +107,7 @@ def test_command_says_what_it_found_and_writes_every_pair(shards, tmp_path, caps
         main(["data", "dedup", str(shards), "--output", str(tmp_path / "out" / "twins.jsonl"), "--workers", "1"]) == 1
     )
     out = capsys.readouterr().out
-    assert "12 pictures" in out and "1 stood before by their bytes, 1 more by their pixels" in out
+    assert "12 images" in out and "1 duplicate an earlier image by their bytes, 1 more by their pixels" in out
     lines = [json.loads(line) for line in (tmp_path / "out" / "twins.jsonl").read_text().splitlines()]
     assert [line["by"] for line in lines] == ["bytes", "pixels"]
     other = tmp_path / "other"
