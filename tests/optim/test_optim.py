@@ -1,3 +1,5 @@
+"""Parameter groups, optimizers against references, and the learning rate by step."""
+
 import math
 
 import pytest
@@ -5,39 +7,43 @@ import timm.optim
 import torch
 from torch import nn
 
+from vlp.encoders.image import TimmImage
 from vlp.errors import UserError
 from vlp.optim.groups import describe_groups, parameter_groups
 from vlp.optim.optimizers import AdamW, Lamb, Lars, Sgd
 from vlp.optim.schedule import Schedule, set_lr
 
 
-class Tower(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.cls_token = nn.Parameter(torch.randn(1, 1, 4))
-        self.relative = nn.Parameter(torch.randn(3, 4))
-        self.proj = nn.Linear(4, 4)
-        self.norm = nn.LayerNorm(4)
-
-    def no_weight_decay(self):
-        return {"relative"}
-
-
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.image = Tower()
+        self.image = nn.Module()
+        self.image.cls_token = nn.Parameter(torch.randn(1, 1, 4))
+        self.image.relative = nn.Parameter(torch.randn(3, 4))
+        self.image.proj = nn.Linear(4, 4)
+        self.image.norm = nn.LayerNorm(4)
         self.words = nn.Embedding(5, 4)
         self.position_embeddings = nn.Embedding(5, 4)
         self.head = nn.Linear(4, 4)
         self.log_scale = nn.Parameter(torch.ones(1))
 
+    def no_weight_decay(self):
+        return {"image.rel*"}
+
     def layer_ids(self):
         return {name: 0 if name.startswith("image") else 1 if "head" not in name else 2 for name in self.state_dict()}
 
 
-def place(groups):
-    """{name: its group}, and a check that names and params go together and that none comes twice."""
+class Linear(nn.Linear):
+    def no_weight_decay(self):
+        return set()
+
+    def layer_ids(self):
+        raise NotImplementedError
+
+
+def groups_by_name(groups):
+    """Return parameter name -> group, after a check that each group lists names and params in the same number, each once."""
     names = [name for group in groups for name in group["names"]]
     assert len(names) == len(set(names))
     assert all(len(group["names"]) == len(group["params"]) for group in groups)
@@ -48,32 +54,32 @@ def test_every_trainable_parameter_is_in_exactly_one_group():
     model = Model()
     model.words.weight.requires_grad_(False)
     groups = parameter_groups(model, 0.1, layer_decay=0.5, lr_scales={"image.proj": 3.0})
-    by_name = {name: p for group in groups for name, p in zip(group["names"], group["params"])}
-    place(groups)
+    groups_by_name(groups)
+    grouped = {name: p for group in groups for name, p in zip(group["names"], group["params"])}
     expected = {name: p for name, p in model.named_parameters() if name != "words.weight"}
-    assert by_name.keys() == expected.keys()
-    assert all(by_name[name] is expected[name] for name in expected)
+    assert grouped.keys() == expected.keys()
+    assert all(grouped[name] is expected[name] for name in expected)
 
 
 def test_only_matrices_and_word_embeddings_are_decayed():
-    placed = place(parameter_groups(Model(), 0.1))
-    decayed = {name for name, group in placed.items() if group["weight_decay"] == 0.1}
+    by_name = groups_by_name(parameter_groups(Model(), 0.1))
+    decayed = {name for name, group in by_name.items() if group["weight_decay"] == 0.1}
     assert decayed == {"image.proj.weight", "words.weight", "head.weight"}
-    assert all(group["weight_decay"] == 0 for name, group in placed.items() if name not in decayed)
+    assert all(group["weight_decay"] == 0 for name, group in by_name.items() if name not in decayed)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "xcit_nano_12_p16_224"])
 def test_position_embeddings_of_timm_models_are_not_decayed(name):
-    placed = place(parameter_groups(nn.ModuleDict({"trunk": timm.create_model(name)}), 0.1))
-    special = [key for key in placed if "pos_embed" in key or "cls_token" in key]
+    by_name = groups_by_name(parameter_groups(TimmImage(name, weights=None).build(), 0.1))
+    special = [key for key in by_name if "pos_embed" in key or "cls_token" in key]
     assert special
-    assert all(placed[key]["weight_decay"] == 0 for key in special)
-    assert placed["trunk.blocks.0.attn.qkv.weight"]["weight_decay"] == 0.1
+    assert all(by_name[key]["weight_decay"] == 0 for key in special)
+    assert by_name["model.blocks.0.attn.qkv.weight"]["weight_decay"] == 0.1
 
 
 def test_learning_rate_scales_multiply_and_the_longest_prefix_counts():
     groups = parameter_groups(Model(), 0.1, layer_decay=0.5, lr_scales={"image": 10.0, "image.proj": 3.0, "head": 2.0})
-    scale = {name: group["lr_scale"] for name, group in place(groups).items()}
+    scale = {name: group["lr_scale"] for name, group in groups_by_name(groups).items()}
     assert scale["image.norm.weight"] == 0.25 * 10
     assert scale["image.proj.weight"] == 0.25 * 3
     assert scale["words.weight"] == 0.5
@@ -83,9 +89,9 @@ def test_learning_rate_scales_multiply_and_the_longest_prefix_counts():
 def test_tied_weights_are_counted_once():
     model = Model()
     model.head.weight = model.image.proj.weight
-    placed = place(parameter_groups(model, 0.1))
-    assert "image.proj.weight" in placed
-    assert "head.weight" not in placed
+    by_name = groups_by_name(parameter_groups(model, 0.1))
+    assert "image.proj.weight" in by_name
+    assert "head.weight" not in by_name
 
 
 def test_misspelt_prefix_gets_a_suggestion():
@@ -98,23 +104,25 @@ def test_prefix_ends_at_a_dot():
         parameter_groups(Model(), 0.1, lr_scales={"imag": 2.0})
 
 
-def test_layer_decay_without_layer_ids_and_a_frozen_model_are_user_errors():
+def test_layer_decay_without_layer_ids_and_frozen_model_are_user_errors():
     with pytest.raises(UserError, match="layer_ids"):
-        parameter_groups(nn.Linear(2, 2), 0.1, layer_decay=0.9)
+        parameter_groups(Linear(2, 2), 0.1, layer_decay=0.9)
     with pytest.raises(UserError, match="no parameter is trainable"):
-        parameter_groups(nn.Linear(2, 2).requires_grad_(False), 0.1)
+        parameter_groups(Linear(2, 2).requires_grad_(False), 0.1)
 
 
 def test_audit_table_shows_every_group():
     groups = parameter_groups(Model(), 0.1)
     header, *lines = describe_groups(groups).splitlines()
     assert len(lines) == len(groups)
-    assert sum(int(line.split()[1].replace(",", "")) for line in lines) == sum(p.numel() for p in Model().parameters())
+    assert sum(int(line.split()[1].replace(",", "")) for line in lines) == sum(
+        p.numel() for p in Model().parameters()
+    )
     assert any("words.weight" in line and " 0.1 " in line for line in lines)
 
 
 def lamb_by_algorithm_2(weight, gradients, spec, adapt):
-    """You et al. 2020, algorithm 2, one number at a time."""
+    """Reference: You et al. 2020, algorithm 2, one number at a time."""
     (beta1, beta2), w = spec.betas, weight.flatten().tolist()
     m, v = [0.0] * len(w), [0.0] * len(w)
     for t, gradient in enumerate(gradients, start=1):
@@ -141,7 +149,7 @@ def random_gradients(model, steps=5):
 
 def test_lamb_equals_algorithm_2():
     spec = Lamb(lr=0.05, weight_decay=0.3)
-    model = nn.Linear(3, 2).double()
+    model = Linear(3, 2).double()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     gradients = random_gradients(model)
     run(spec.build(parameter_groups(model, spec.weight_decay)), model, gradients)
@@ -153,7 +161,7 @@ def test_lamb_equals_algorithm_2():
 @pytest.mark.parametrize("adapt_undecayed", [False, True])
 def test_lamb_equals_timm_without_clipping(adapt_undecayed):
     spec = Lamb(lr=0.05, weight_decay=0.3, adapt_undecayed=adapt_undecayed)
-    ours, theirs = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+    ours, theirs = Linear(3, 2).double(), Linear(3, 2).double()
     for model in (ours, theirs):
         nn.init.constant_(model.weight, 0.0 if adapt_undecayed else 0.5)  # a zero weight has trust ratio 1
         nn.init.constant_(model.bias, 0.1)
@@ -168,7 +176,7 @@ def test_lamb_equals_timm_without_clipping(adapt_undecayed):
 
 
 def test_lamb_without_weight_decay_still_adapts_its_matrices():
-    model = nn.Linear(3, 2)
+    model = Linear(3, 2)
     optimizer = Lamb(lr=0.1, weight_decay=0.0).build(parameter_groups(model, 0.0))
     before = model.weight.detach().clone()
     run(optimizer, model, random_gradients(model, steps=1))
@@ -178,7 +186,7 @@ def test_lamb_without_weight_decay_still_adapts_its_matrices():
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_sgd_equals_the_recurrence(nesterov):
     spec = Sgd(lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.3)
-    model = nn.Linear(3, 2).double()
+    model = Linear(3, 2).double()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     gradients = random_gradients(model)
     run(spec.build(parameter_groups(model, spec.weight_decay)), model, gradients)
@@ -192,7 +200,7 @@ def test_sgd_equals_the_recurrence(nesterov):
 
 def test_lars_steps_in_proportion_to_the_weights():
     spec = Lars(lr=0.7, momentum=0.9, trust=0.01, weight_decay=0.3)
-    model = nn.Linear(3, 2).double()
+    model = Linear(3, 2).double()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     gradients = random_gradients(model)
     run(spec.build(parameter_groups(model, spec.weight_decay)), model, gradients)

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, and the settings of the momentum encoder."""
+"""Exponential moving average (EMA) of the weights, and the settings of the momentum encoder."""
 
 from __future__ import annotations
 
@@ -9,40 +9,45 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vlp.specs.fields import setting
+
 
 @dataclass(frozen=True)
 class MomentumConfig:
-    """The momentum encoder: a moving average of the whole model that encodes keys or gives targets, without gradient.
+    """Momentum encoder: an EMA of the whole model that encodes keys or computes targets, without gradient.
 
     Args:
-        decay: share of the old weights that stays at each step (MoCo 0.999, ALBEF and ESimCSE 0.995).
-        mode: "train" = with dropout and batch statistics, as MoCo and ALBEF run theirs, but where the model is frozen;
-            "eval" = without (ESimCSE).
+        decay: Fraction of the old weights that remains at each step (0.999 in MoCo, 0.995 in ALBEF and ESimCSE).
+        mode: "train" runs the momentum encoder with dropout and batch statistics, as MoCo and ALBEF do. Modules that
+            are frozen in the model remain in evaluation mode. "eval" runs it without either (ESimCSE).
     """
 
-    decay: float = 0.999
+    decay: float = setting(0.999, least=0, most=1)
     mode: Literal["train", "eval"] = "train"
 
 
 class EMA:
     """Exponential moving average of a model's weights: a <- decay * a + (1 - decay) * w, in float32 after every step.
 
-    Buffers (running means) are copied, not averaged. ``network`` is the model with the averaged weights; it takes no
-    gradient.
+    Buffers such as running means are copied instead of averaged.
+
+    Attributes:
+        network: Copy of the model with the averaged weights. It takes no gradient.
     """
 
     def __init__(self, model: nn.Module, decay: float, mode: Literal["train", "eval"] = "eval"):
         self.decay = decay
         self.network = copy.deepcopy(model).float().requires_grad_(False)
-        if mode == "eval":  # else as the model: what is frozen there stays in evaluation mode here too
+        if mode == "eval":  # "train" keeps the mode of each module, so frozen modules remain in evaluation mode
             self.network.eval()
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
+        """Move the average towards the weights of ``model`` by one step."""
         current = [p.detach().float() for p in model.parameters()]
         torch._foreach_lerp_(list(self.network.parameters()), current, 1 - self.decay)
-        for own, buffer in zip(self.network.buffers(), model.buffers()):
-            own.copy_(buffer)
+        for averaged, buffer in zip(self.network.buffers(), model.buffers()):
+            averaged.copy_(buffer)
 
     def tensors(self) -> dict[str, Tensor]:
         return self.network.state_dict()

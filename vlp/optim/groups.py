@@ -3,55 +3,73 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from vlp.errors import UserError
-from vlp.optim.optimizers import UNDECAYED
+
+# Parameters that are added to every token or take the place of one. Weight decay would only pull them towards 0, as it
+# would a bias. The names are those of timm, transformers and open_clip, and each is a whole dotted component of a
+# parameter's name. Word embeddings are not listed, because BERT decays them.
+UNDECAYED = frozenset(
+    ("pos_embed", "positional_embedding", "position_embeddings")
+    + ("relative_position_bias_table", "relative_attention_bias", "token_type_embeddings")
+    + ("cls_token", "dist_token", "reg_token", "mask_token", "class_embedding", "cls_emb")
+)
+
+
+class Trainable(Protocol):
+    """The part of `vlp.models.base.Model` that parameter groups read."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def no_weight_decay(self) -> Collection[str]: ...
+
+    def layer_ids(self) -> Mapping[str, int]: ...
 
 
 def parameter_groups(
-    model: nn.Module,
+    model: Trainable,
     weight_decay: float,
     layer_decay: float = 1.0,
     lr_scales: Mapping[str, float] | None = None,
 ) -> list[dict]:
-    """Sort the trainable parameters into groups of one weight decay and one learning-rate scale.
+    """Sort the trainable parameters into groups with the same weight decay and learning-rate scale.
 
-    No decay for parameters of at most one dimension (norms, biases, temperature), for the names in `UNDECAYED`, and for
-    what any submodule lists in ``no_weight_decay()`` (timm's convention: names or glob patterns relative to it).
+    Parameters of at most one dimension (norms, biases, temperature), the names in `UNDECAYED` and the names or glob patterns
+    of ``model.no_weight_decay()`` have no weight decay.
 
     Args:
-        weight_decay: of the decayed groups.
-        layer_decay: the learning rate of layer ``i`` of ``model.layer_ids()`` (a mapping of every trainable parameter's
-            name to 0 ... L) is scaled by ``layer_decay ** (L - i)``.
-        lr_scales: name prefix (whole dotted components) to a further factor; the longest prefix of a name counts.
+        model: Model whose parameters are grouped.
+        weight_decay: Weight decay of all other parameters.
+        layer_decay: Factor on the learning rate from a layer to the one before it. The rate of layer ``i`` of
+            ``model.layer_ids()``, which maps the name of every trainable parameter to 0 ... L, is scaled by
+            ``layer_decay ** (L - i)``.
+        lr_scales: Name prefix, made of whole dotted components, -> further factor on the learning rate. The longest
+            prefix of a name counts.
 
     Returns:
         Groups for a torch optimizer, each with ``params``, ``names`` (in the order of params), ``weight_decay``,
-        ``lr_scale`` and ``decayed`` (False in the groups that have no decay whatever ``weight_decay`` is).
+        ``lr_scale`` and ``decayed`` (False for the groups that have no decay at any value of ``weight_decay``).
 
     Raises:
-        UserError: if nothing is trainable, a prefix matches nothing, or layer decay is asked of a model without ids.
+        UserError: If no parameter is trainable, a prefix matches no parameter, or the model has no layer ids for
+            ``layer_decay``.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise UserError("no parameter is trainable; unfreeze a part of the model")
     layer_scales = _layer_scales(model, trainable, layer_decay)
     prefix_scales = _prefix_scales(trainable, lr_scales or {})
-    listed = {
-        f"{path}.{pattern}" if path else pattern
-        for path, module in model.named_modules()
-        if hasattr(module, "no_weight_decay")
-        for pattern in module.no_weight_decay()
-    }
+    patterns = model.no_weight_decay()
     groups: dict[tuple[bool, float], dict] = {}
     for name, parameter in trainable.items():
-        named = not UNDECAYED.isdisjoint(name.split(".")) or any(fnmatchcase(name, pattern) for pattern in listed)
-        decayed = parameter.ndim > 1 and not named
+        listed = not UNDECAYED.isdisjoint(name.split(".")) or any(fnmatchcase(name, pattern) for pattern in patterns)
+        decayed = parameter.ndim > 1 and not listed
         scale = layer_scales[name] * prefix_scales[name]
         empty = {"params": [], "names": [], "weight_decay": weight_decay if decayed else 0.0}
         group = groups.setdefault((decayed, scale), {**empty, "lr_scale": scale, "decayed": decayed})
@@ -61,12 +79,12 @@ def parameter_groups(
 
 
 def starts_with(name: str, prefix: str) -> bool:
-    """Whether a dotted name does; a ``*`` in the prefix stands for anything up to the next dot."""
+    """Return whether a dotted name starts with a prefix, in which ``*`` matches anything up to the next dot."""
     return re.match(re.escape(prefix).replace(r"\*", r"[^.]*"), name) is not None
 
 
 def describe_groups(groups: list[dict], num_names: int = 3) -> str:
-    """The audit as a table: one line a group, with its first ``num_names`` parameter names and how many more."""
+    """Return a table with one line for each group: its sizes, its settings and its first ``num_names`` parameters."""
     lines = [f"{'tensors':>7} {'parameters':>12} {'weight_decay':>12} {'lr_scale':>9}  names"]
     for group in groups:
         names, size = group["names"], sum(parameter.numel() for parameter in group["params"])
@@ -79,12 +97,15 @@ def describe_groups(groups: list[dict], num_names: int = 3) -> str:
     return "\n".join(lines)
 
 
-def _layer_scales(model: nn.Module, trainable: Mapping[str, Tensor], layer_decay: float) -> dict[str, float]:
+def _layer_scales(model: Trainable, trainable: Mapping[str, Tensor], layer_decay: float) -> dict[str, float]:
     if layer_decay == 1.0:
         return dict.fromkeys(trainable, 1.0)
-    if not hasattr(model, "layer_ids"):
-        raise UserError(f"layer_decay={layer_decay} needs layer_ids() of {type(model).__name__}; set layer_decay=1.0")
-    ids = model.layer_ids()
+    try:
+        ids = model.layer_ids()
+    except NotImplementedError:
+        raise UserError(
+            f"layer_decay={layer_decay} needs layer_ids() of {type(model).__name__}; set layer_decay=1.0"
+        ) from None
     if missing := sorted(trainable.keys() - ids.keys()):
         raise ValueError(f"{type(model).__name__}.layer_ids() has no layer for {', '.join(missing)}")
     last = max(ids.values())

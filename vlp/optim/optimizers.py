@@ -1,7 +1,6 @@
-"""Optimisers as frozen settings, parameter groups that can be read, and the learning rate as a function of the step.
+"""Optimizers as frozen settings.
 
-Nothing here holds state outside the optimizer's own per-parameter tensors: the schedule is computed from the global
-step, because a prepared scheduler object steps once per process.
+An optimizer keeps no state except for tensors of its parameters, so a checkpoint stores all of it by parameter name.
 """
 
 from __future__ import annotations
@@ -12,23 +11,25 @@ import torch
 from torch import Tensor
 
 from vlp.errors import UserError
+from vlp.specs.fields import setting
 
 
 @dataclass(frozen=True)
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019).
 
-    The defaults are CLIP's for its ViT models (Radford et al. 2021, tables 19 and 20), also open_clip's. ``betas[1]``
-    of 0.98 instead of 0.999 forgets old gradients sooner, which keeps large contrastive batches from loss spikes.
+    The defaults are those of CLIP for its ViT models (Radford et al. 2021, tables 19 and 20) and of open_clip. With
+    ``betas[1]`` of 0.98 instead of 0.999 the optimizer forgets old gradients sooner, which prevents loss spikes of large
+    contrastive batches.
     """
 
-    lr: float = 5e-4
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
-    weight_decay: float = 0.2
+    lr: float = setting(5e-4, least=0)
+    betas: tuple[float, float] = setting((0.9, 0.98), least=0, below=1)
+    eps: float = setting(1e-6, least=0)
+    weight_decay: float = setting(0.2, least=0)
 
     def build(self, groups: list[dict]) -> torch.optim.Optimizer:
-        # Fused is one pass over memory: 15 times as fast as the default on a CPU, 3.7 times as fast as foreach.
+        # One pass over memory: 15 times as fast as the default on a CPU, and 3.7 times as fast as foreach.
         return torch.optim.AdamW(
             groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
         )
@@ -36,19 +37,22 @@ class AdamW:
 
 @dataclass(frozen=True)
 class Sgd:
-    """Stochastic gradient descent with momentum, weight decay as part of the gradient (torch's form).
+    """Stochastic gradient descent with momentum, and weight decay as part of the gradient, as in torch.
 
     ``b <- momentum * b + (g + weight_decay * w);  w -= lr * b``. The defaults are those of instance discrimination and
-    MoCo for 256 pictures a step, which decay biases and norms too: here those have no weight decay.
+    MoCo for 256 images a step. Both also decay biases and norms, which have no weight decay here.
 
     Args:
-        nesterov: step by ``g + momentum * b`` in place of b.
+        lr: Learning rate.
+        momentum: Factor of the momentum buffer b.
+        nesterov: Step by ``g + momentum * b`` instead of b.
+        weight_decay: Weight decay.
     """
 
-    lr: float = 0.03
+    lr: float = setting(0.03, least=0)
     momentum: float = 0.9
     nesterov: bool = False
-    weight_decay: float = 1e-4
+    weight_decay: float = setting(1e-4, least=0)
 
     def __post_init__(self):
         if self.momentum < 0 or self.nesterov and not self.momentum:
@@ -67,17 +71,18 @@ class Sgd:
 
 @dataclass(frozen=True)
 class Lars:
-    """LARS (You et al. 2017) as SimCLR trains with it: `Sgd` with steps scaled to the size of each parameter tensor.
+    """LARS (You et al. 2017) as SimCLR uses it: `Sgd` with steps scaled to the norm of each parameter tensor.
 
     ``b <- momentum * b + trust ||w|| / (||g|| + weight_decay ||w||) * (g + weight_decay * w);  w -= lr * b``.
-    Parameters without weight decay (biases, norms) take plain steps. The defaults are SimCLR's for 4,096 pictures a
-    step, lr 0.3 for each 256. Needs whole parameters: under ZeRO or FSDP the norms would be those of shards.
+    Parameters without weight decay (biases, norms) take the steps of `Sgd`. The defaults are those of SimCLR for 4,096
+    images a step, with lr 0.3 for each 256. LARS needs whole parameters: under ZeRO or FSDP the norms would be those of
+    shards.
     """
 
-    lr: float = 4.8
+    lr: float = setting(4.8, least=0)
     momentum: float = 0.9
     trust: float = 1e-3
-    weight_decay: float = 1e-6
+    weight_decay: float = setting(1e-6, least=0)
 
     def build(self, groups: list[dict]) -> torch.optim.Optimizer:
         from timm.optim import Lars
@@ -89,18 +94,22 @@ class Lars:
 
 @dataclass(frozen=True)
 class Lamb:
-    """LAMB (You et al. 2020, algorithm 2), with ALIGN's learning rate and weight decay and the paper's other values.
+    """LAMB (You et al. 2020, algorithm 2). Learning rate and weight decay default to ALIGN's, the rest to the paper's.
 
     Args:
-        adapt_undecayed: also scale the steps of biases, norms, temperature and embeddings that have no weight decay by
-            their trust ratio, as algorithm 2 reads. The authors' code leaves them out, as is the default here: a bias
-            that is almost 0 could hardly move.
+        lr: Learning rate.
+        betas: Decay of the averages of the gradient and of its square.
+        eps: Added to the root of the second moment.
+        weight_decay: Weight decay.
+        adapt_undecayed: Whether to scale the steps of parameters without weight decay (biases, norms, temperature,
+            position embeddings) by their trust ratio too, as in algorithm 2. The authors' code does not, and neither does
+            the default: a bias near 0 could hardly change.
     """
 
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-6
-    weight_decay: float = 1e-5
+    lr: float = setting(1e-3, least=0)
+    betas: tuple[float, float] = setting((0.9, 0.999), least=0, below=1)
+    eps: float = setting(1e-6, least=0)
+    weight_decay: float = setting(1e-5, least=0)
     adapt_undecayed: bool = False
 
     def build(self, groups: list[dict]) -> torch.optim.Optimizer:
@@ -111,12 +120,12 @@ class Lamb:
 class LambOptimizer(torch.optim.Optimizer):
     """Algorithm 2 of You et al. 2020, with bias correction, phi(z) = z and no clipping of gradients or trust ratios.
 
-    ``r = m_hat / (sqrt(v_hat) + eps) + weight_decay * w;  w -= lr * (||w|| / ||r||) * r``, norms per parameter tensor.
-    The ratio is 1 where a norm is 0, and in groups whose ``adapt`` is False. The per-parameter state has torch AdamW's
-    three names, so a checkpoint stores both alike. ``timm.optim.Lamb(max_grad_norm=None)`` takes the same steps, but
-    keeps the step count in the group, in a form that differs between timm's versions.
+    ``r = m_hat / (sqrt(v_hat) + eps) + weight_decay * w;  w -= lr * (||w|| / ||r||) * r``, with norms of each parameter
+    tensor. The ratio is 1 if a norm is 0, and in groups whose ``adapt`` is False. The state of a parameter has the three
+    names of torch's AdamW, so a checkpoint stores both optimizers in the same form. ``timm.optim.Lamb(max_grad_norm=None)``
+    takes the same steps, but stores the step count in the group, in a form that depends on timm's version.
 
-    Needs whole parameters: under ZeRO or FSDP the norms would be those of shards.
+    LAMB needs whole parameters: under ZeRO or FSDP the norms would be those of shards.
     """
 
     def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
@@ -137,26 +146,17 @@ class LambOptimizer(torch.optim.Optimizer):
     def _step_one(self, weight: Tensor, group: dict) -> None:
         state = self.state[weight]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU: reading it never waits for a device
+            state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU, so that reading it needs no device sync
             state["exp_avg"] = torch.zeros_like(weight)
             state["exp_avg_sq"] = torch.zeros_like(weight)
         state["step"] += 1
         step, (beta1, beta2) = state["step"].item(), group["betas"]
-        mean = state["exp_avg"].lerp_(weight.grad, 1 - beta1)
-        square = state["exp_avg_sq"].mul_(beta2).addcmul_(weight.grad, weight.grad, value=1 - beta2)
-        update = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        update = torch.div(mean, update, out=update).div_(1 - beta1**step).add_(weight, alpha=group["weight_decay"])
+        mean = state["exp_avg"].lerp_(weight.grad, 1 - beta1)  # m
+        square = state["exp_avg_sq"].mul_(beta2).addcmul_(weight.grad, weight.grad, value=1 - beta2)  # v
+        update = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])  # sqrt(v_hat) + eps
+        update = torch.div(mean, update, out=update).div_(1 - beta1**step)  # m_hat / (sqrt(v_hat) + eps)
+        update.add_(weight, alpha=group["weight_decay"])  # r
         if group["adapt"]:
             weight_norm, update_norm = torch.linalg.vector_norm(weight), torch.linalg.vector_norm(update)
             update *= torch.where((weight_norm > 0) & (update_norm > 0), weight_norm / update_norm, 1.0)
         weight.add_(update, alpha=-group["lr"])
-
-
-# Added to every token or standing in for one, as a bias is, so weight decay would only pull them towards 0. Named as in
-# timm, transformers and open_clip; a dotted component of the parameter's name must be equal. Word embeddings are not
-# among them: BERT decays those.
-UNDECAYED = frozenset(
-    ("pos_embed", "positional_embedding", "position_embeddings")
-    + ("relative_position_bias_table", "relative_attention_bias", "token_type_embeddings")
-    + ("cls_token", "dist_token", "reg_token", "mask_token", "class_embedding", "cls_emb")
-)
