@@ -255,14 +255,19 @@ def test_checkpoint_of_another_model_is_refused_whole(other, message):
     assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
 
 
+class Sequential(nn.Sequential):
+    def no_weight_decay(self):
+        return set()
+
+
 @pytest.mark.parametrize("settings", [AdamW(), Lamb()])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_optimizer_goes_on_from_its_tensors_to_the_bit(settings, layout):
+def test_optimizer_continues_bitwise_from_its_saved_tensors(settings, layout):
     """In any memory layout of the weights: a fused step pairs weights and averages by their place in memory."""
 
     def build():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).to(memory_format=layout)
+        model = Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).to(memory_format=layout)
         return model, settings.build(parameter_groups(model, 0.1))
 
     def step(model, optimizer, seed):
