@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Two nodes of eight GPUs: sbatch launch/slurm.sh configs/align/demo.py data.batch_size=4096
-# Submitted again after a time limit it continues: SLURM's SIGTERM saves, and RUN, if it is there, is resumed.
+# Two nodes with eight GPUs each: sbatch launch/slurm.sh configs/align/demo.py data.batch_size=4096
+# To continue after the time limit: RUN=runs/demo sbatch launch/slurm.sh. At the time limit SLURM sends SIGTERM, at which
+# the run saves a checkpoint and exits. Without a run in $RUN the arguments start a new one.
 #SBATCH --job-name=vlp
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -72,6 +72,7 @@ def _construct(cls: type, fields: dict[str, Any]) -> Any:
 
 
 def dump(spec: Any) -> str:
+    """Return the JSON of a spec, as a run folder stores it."""
     return json.dumps(to_plain(spec), indent=1)
 
 

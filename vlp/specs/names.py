@@ -1,7 +1,8 @@
 """Names of the spec types in ``experiment.json``.
 
-A file stores the short class name, so that a module may move without making old run folders unreadable. Files written
-before short names existed store ``module:Class``; `RENAMED` lists the classes that had another name then.
+A file stores the short class name, so that a module may move without making old run folders unreadable. Files from before
+short names store ``module:Class``. `RENAMED`, `RENAMED_FIELDS` and `RENAMED_VALUES` lead from names of earlier versions to
+those of today.
 """
 
 from __future__ import annotations
@@ -136,11 +137,11 @@ def _type_of_vlp(name: str) -> str | None:
 
 
 def current_fields(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a stored spec under the names, and with the values, of today."""
-    name = cls.__name__
-    renamed = {RENAMED_FIELDS.get(name, {}).get(field, field): value for field, value in fields.items()}
-    return {field: _current_value(name, field, value) for field, value in renamed.items()}
-
-
-def _current_value(name: str, field: str, value: Any) -> Any:
-    return RENAMED_VALUES.get((name, field), {}).get(value, value) if isinstance(value, str) else value
+    """Return the fields of a stored spec with the names and values of today. Renames of a class apply to its subclasses."""
+    for name in [base.__name__ for base in reversed(cls.__mro__)]:
+        new_names = RENAMED_FIELDS.get(name, {})
+        fields = {new_names.get(field, field): value for field, value in fields.items()}
+        for field, value in fields.items():
+            if isinstance(value, str):
+                fields[field] = RENAMED_VALUES.get((name, field), {}).get(value, value)
+    return fields

@@ -14,6 +14,7 @@ from vlp.specs.types import describe_type
 
 
 def suggest(name: str, names: list[str]) -> str:
+    """Return the end of a message about an unknown name: the closest known name, or all of them."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(names))}"
 
@@ -36,14 +37,14 @@ def override(spec: Spec, assignments: list[str]) -> Spec:
 
 
 def _set(node: Any, key: str, path: list[str], text: str) -> Any:
-    """A copy of ``node`` in which what ``path`` leads to is ``text``, read as the type that belongs there."""
+    """Return a copy of ``node`` whose value at ``path`` is ``text``, parsed as the type of that value."""
     head, *rest = path
     if is_dataclass(node):
         hints = typing.get_type_hints(type(node))
         names = [f.name for f in dataclasses.fields(node)]
         if head not in names:
             raise UserError(f"{key}: {type(node).__name__} has no field {head!r}{suggest(head, names)}")
-        old, hint = getattr(node, head), hints[head]
+        old, hint = getattr(node, head), hints[head]  # reflection: the fields of any spec
     elif isinstance(node, dict):
         if head not in node and rest:
             raise UserError(f"{key}: there is no {head!r} here{suggest(head, list(node))}")
@@ -65,7 +66,7 @@ def _set(node: Any, key: str, path: list[str], text: str) -> Any:
 
 
 def _parse(key: str, text: str, hint: Any, old: Any) -> Any:
-    """Parse ``text`` as a value of type ``hint``. A tuple of specs may be given as paths separated by commas."""
+    """Return ``text`` parsed as the type ``hint``. A tuple of specs may be given as paths separated by commas."""
     if kinds := _spec_kinds(hint):
         return tuple(old[0].at(path) if old else kinds[0](path) for path in text.split(","))
     if hint is Any or is_dataclass(hint):

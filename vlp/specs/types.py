@@ -11,7 +11,7 @@ from vlp.errors import UserError
 
 
 def describe_type(hint: Any) -> str:
-    """What a field takes, in words."""
+    """Return a description of the values that a type hint allows."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
     names[Any] = "anything"
     origin, options = typing.get_origin(hint), typing.get_args(hint)
@@ -20,19 +20,28 @@ def describe_type(hint: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(repr, options))}"
     if origin is tuple:
-        each = "any number of" if options[-1] is ... else str(len(options))
-        return f"a tuple ({each} x {describe_type(options[0])})"
+        count = "any number of" if options[-1] is ... else str(len(options))
+        return f"a tuple ({count} x {describe_type(options[0])})"
     if origin is dict:
         return f"a dict of texts to {describe_type(options[1])}"
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
+    return names.get(hint) or (hint.__name__ if isinstance(hint, type) else str(hint))
 
 
 def check_types(value: Any, key: str = "") -> None:
-    """Raises UserError for the first field, at any depth, whose value is not of the type that it is declared with."""
+    """Check the values of a spec, at any depth, against the types of their fields.
+
+    Args:
+        value: Spec, or a dict or tuple that contains specs.
+        key: Dotted key of ``value``, for the message.
+
+    Raises:
+        UserError: For the first value of a wrong type.
+    """
     if is_dataclass(value):
         hints = typing.get_type_hints(type(value))
         for field in fields(value):
-            inner, name = getattr(value, field.name), f"{key}.{field.name}".lstrip(".")
+            inner = getattr(value, field.name)  # reflection: the fields of any spec
+            name = f"{key}.{field.name}".lstrip(".")
             if not fits(inner, hints[field.name]):
                 raise UserError(f"{name} is {inner!r}; it takes {describe_type(hints[field.name])}")
             check_types(inner, name)
@@ -42,7 +51,7 @@ def check_types(value: Any, key: str = "") -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether ``value`` is of the type; a whole number is also a number, but true and false are neither."""
+    """Return whether a value is of a type. A whole number is also a number, but true and false are not numbers."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True

@@ -1,9 +1,9 @@
-"""Checkpoints: a folder of safetensors and JSON, the same for every engine, checked by checksum before anything is loaded.
+"""Save checkpoints: folders of safetensors and JSON in the same form for every engine.
 
     step-00000500/ model.safetensors  optimizer.safetensors  average.safetensors  state.json  manifest.json
 
-The folder is written under another name, synced, and renamed, so that one that has its name is whole; manifest.json holds
-the SHA-256 of every file, so that one that was damaged later is noticed. Nothing in it is ever unpickled.
+The folder is written under a temporary name, synced, and renamed, so a folder with the final name is complete.
+manifest.json has the SHA-256 of every file, which is checked before anything is loaded. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -35,16 +35,25 @@ def _sync(path: Path) -> None:
 
 
 def save(folder: Path, step: int, files: dict[str, Tensors], state: dict) -> Path:
-    """Writes ``folder/step-STEP``: a safetensors file for each entry of ``files``, and the counters.
+    """Write the checkpoint ``folder/step-STEP``.
+
+    Args:
+        folder: Folder of the checkpoints.
+        step: Optimizer steps so far.
+        files: Name of a safetensors file -> its tensors.
+        state: Counters for state.json.
+
+    Returns:
+        The checkpoint's folder.
 
     Raises:
-        UserError: if the folder cannot be written (disk full, no permission); what was there before stays.
+        UserError: If the folder cannot be written (disk full, no permission). An earlier checkpoint is not changed.
     """
     final = folder / f"step-{step:08d}"
     temporary = folder / f".step-{step:08d}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".step-*.tmp"):  # of a run that was killed while it saved
+        for leftover in folder.glob(".step-*.tmp"):  # of a process that was killed during a save
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir()
         for name, tensors in files.items():
@@ -60,35 +69,35 @@ def save(folder: Path, step: int, files: dict[str, Tensors], state: dict) -> Pat
         os.replace(temporary, final)
         _sync(folder)
     except (OSError, SafetensorError) as e:
-        full = getattr(e, "errno", None) == errno.ENOSPC or "No space" in str(e)
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+        full = isinstance(e, OSError) and e.errno == errno.ENOSPC or "No space" in str(e)
         advice = "free some space" if full else "check that the folder can be written"
-        raise UserError(
-            f"cannot save {final}: {getattr(e, 'strerror', None) or e}; {advice}, then resume the run"
-        ) from None
+        raise UserError(f"cannot save {final}: {reason}; {advice}, then resume the run") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
 def prune(folder: Path, keep: int, step: int) -> None:
-    """Removes all but the newest ``keep`` checkpoints up to ``step``, and the best one.
+    """Remove all checkpoints except for the newest ``keep`` ones up to ``step`` and the best one.
 
-    A later one is damaged: the run went on from one before it.
+    A checkpoint after ``step`` is damaged, since the run was resumed from an earlier one.
     """
     newest = [path for path in all_steps(folder) if int(path.name[5:]) <= step][:keep]
     for path in all_steps(folder):
         if path not in newest and path != best_path(folder):
-            # renamed first, so that a half-removed checkpoint does not keep its name
+            # renamed first, so that a partly removed checkpoint never has a final name
             gone = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             os.replace(path, gone)
             shutil.rmtree(gone, ignore_errors=True)
 
 
 def mark_best(folder: Path, step: int, metric: str, value: float) -> None:
+    """Record which checkpoint is the best one."""
     write_atomically(folder / "best.json", json.dumps({"step": step, "metric": metric, "value": value}).encode())
 
 
-# Optimizer state in one form for every engine: "KEY/PARAMETER" -> tensor, full-sized, by the parameter's name.
+# Optimizer state has one form for every engine: "KEY/PARAMETER NAME" -> full-sized tensor.
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -96,11 +105,12 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, zero: bool) -> Tensors:
-    """State of every trained parameter.
+    """Return the optimizer state of every trained parameter.
 
     Args:
-        model: unwrapped.
-        optimizer: torch's own, or DeepSpeed's ZeRO optimizer if ``zero``; then every process must call this.
+        model: Model without the engine's wrapper.
+        optimizer: A torch optimizer, or DeepSpeed's ZeRO optimizer with ``zero``.
+        zero: Whether the state is sharded over processes. Then every process must call this.
     """
     if zero:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -110,7 +120,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, zero: 
             _link_state(optimizer)
         keys = [k for k, v in inner.items() if v.ndim > 0] if inner else []
         tensors = {f"{k}/{n}": safe_get_full_optimizer_state(p, k) for n, p in _trained(model) for k in keys}
-        if "step" in inner:  # SGD counts none
+        if "step" in inner:  # SGD has no step count
             tensors |= {f"step/{n}": inner["step"].clone() for n, _ in _trained(model)}
         return tensors | {f"master/{n}": safe_get_full_fp32_param(p) for n, p in _trained(model)}
     state = {n: optimizer.state[p] for n, p in _trained(model) if p in optimizer.state}
@@ -118,7 +128,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, zero: 
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, zero: bool, tensors: Tensors) -> None:
-    """Inverse of `optimizer_tensors`, across engines and numbers of processes."""
+    """Load the result of `optimizer_tensors`, which another engine or number of processes may have saved."""
     by_parameter: dict[str, Tensors] = {}
     for name, tensor in tensors.items():
         key, _, parameter = name.partition("/")
@@ -129,7 +139,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, zero: boo
     for name, p in _trained(model):
         values = {k: v for k, v in by_parameter.get(name, {}).items() if k != "master"}
         if values:
-            # the step count stays where torch keeps it; the rest has the parameter's memory layout, as fused steps assume
+            # fused optimizers assume that averages have the memory layout of the parameter; the step count has its own
             optimizer.state[p] = {
                 k: v.clone() if v.shape != p.shape or k == "step" else torch.empty_like(p).copy_(v)
                 for k, v in values.items()
@@ -137,8 +147,11 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, zero: boo
 
 
 def _link_state(optimizer) -> None:
-    """Lets ZeRO's state be asked for by parameter. DeepSpeed does so itself after the first step, but of the first
-    parameter group only: the others have no state yet when it looks (deepspeed 0.19.8)."""
+    """Make ZeRO's state accessible by parameter.
+
+    DeepSpeed does so itself after the first step, but only for the first parameter group, because the other groups have no
+    state yet at that moment (deepspeed 0.19.8).
+    """
     optimizer._hp_optimizer_states_linked = False
     optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -149,7 +162,7 @@ def _load_zero(model: nn.Module, optimizer, by_parameter: dict[str, Tensors]) ->
     example = next(iter(by_parameter.values()), {})
     keys = [k for k, v in example.items() if k not in ("step", "master")]
     if keys:
-        # ZeRO has no state before its first step, and only state that exists can be set
+        # ZeRO creates its state in the first step, and only existing state can be set
         for flat in optimizer.single_partition_of_fp32_groups:
             state = optimizer.optimizer.state[flat] = {k: torch.zeros_like(flat) for k in keys}
             if "step" in example:

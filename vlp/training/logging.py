@@ -1,4 +1,4 @@
-"""What a run says: a JSON line a step, a live console, and, if asked, TensorBoard and Weights & Biases."""
+"""Log of a run: one JSON line per step, the console, and optionally TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vlp.specs.json import dump
 
 
 def truncate_log(path: Path, step: int) -> None:
-    """Drops the lines after ``step``, and a last line that a kill cut short, so that every step has one line."""
+    """Remove the lines after ``step``, and a last line that was only partly written, so that every step has one line."""
     if not path.exists():
         return
     kept = []
@@ -36,7 +36,7 @@ def truncate_log(path: Path, step: int) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a file of JSON lines, without a last one that a kill cut short."""
+    """Return the records of a file of JSON lines, without a last line that was only partly written."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -47,14 +47,18 @@ def read_log(path: Path) -> list[dict]:
 
 
 def peak_memory_mib() -> float:
-    """Peak resident memory of this process, MiB."""
+    """Return the peak resident memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def require(settings: Logging) -> None:
-    """Raises UserError where what is to be logged to is not installed."""
-    for package, wanted in (("tensorboard", settings.tensorboard), ("wandb", settings.wandb is not None)):
-        if wanted and importlib.util.find_spec(package) is None:
+    """Check that the packages to log with are installed.
+
+    Raises:
+        UserError: If one is not.
+    """
+    for package, enabled in (("tensorboard", settings.tensorboard), ("wandb", settings.wandb is not None)):
+        if enabled and importlib.util.find_spec(package) is None:
             raise UserError(f"log.{package} needs a package that is not installed; pip install 'vlp[{package}]'")
 
 
@@ -81,7 +85,7 @@ def _wandb(experiment: Experiment):
 
 
 class RunLog:
-    """The log of the main process; the others have none."""
+    """Log of the main process. The other processes do not log."""
 
     def __init__(self, experiment: Experiment, step: int, total_steps: int):
         self.lines = open(experiment.folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115 - closed in close()
@@ -106,8 +110,8 @@ class RunLog:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, record: dict) -> None:
-        """Writes one step; ``record`` holds ``step`` and numbers by name."""
-        # JSON has no NaN: the loss of a skipped step is null
+        """Log the numbers of one step, which ``record`` contains by name together with ``step``."""
+        # JSON has no NaN, so the loss of a skipped step is null
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.lines.write(json.dumps(finite) + "\n")
         numbers = {k: v for k, v in record.items() if k not in ("step", "time") and isinstance(v, (int, float))}
@@ -118,7 +122,7 @@ class RunLog:
             self.wandb.log(numbers, step=record["step"])
         last = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['samples_per_second']:.0f} samples/s"
         self.progress.update(self.task, completed=record["step"], last=last)
-        # where no bar can be drawn (a file, a scheduler's log), a line now and then
+        # a console without a progress bar, such as a scheduler's log file, gets a line every ten seconds
         if not self.console.is_terminal and (time.monotonic() - self.said > 10 or record["step"] == self.total_steps):
             self.said = time.monotonic()
             left = (self.total_steps - record["step"]) * record["seconds"]
