@@ -18,7 +18,8 @@ from vlp.cli import main
 from vlp.encoders.decoder import Decoder
 from vlp.encoders.mome import Mome
 from vlp.errors import UserError
-from vlp.loading.load_model import LoadOptions, load_model
+from vlp.loading.base import LoadOptions
+from vlp.loading.load_model import load_model
 from vlp.models.vlmo import Vlmo
 from vlp.weights.albef import AlbefCheckpoint, export_albef
 from vlp.weights.vlmo import VlmoCheckpoint, export_vlmo
@@ -103,7 +104,7 @@ def unit(features) -> torch.Tensor:
 
 
 def test_transformers_folders_embed_as_their_own_classes_do(folder, photo):
-    subject = load_model(str(folder)).subject
+    eval_model = load_model(str(folder)).eval_model
     own = transformers.AutoModel.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     given = transformers.AutoImageProcessor.from_pretrained(folder)(images=[photo], return_tensors="pt")
@@ -113,22 +114,24 @@ def test_transformers_folders_embed_as_their_own_classes_do(folder, photo):
         texts = {"input_ids": texts["input_ids"]}
     with torch.no_grad():
         image, text = unit(own.get_image_features(**given)), unit(own.get_text_features(**texts))
-        ids, mask, cut = subject.tokenizer(TEXTS, subject.data.max_length)
-        ours = subject.model.encode_text(ids, mask).embed
-        pixels = subject.data.resize(np.array(photo), subject.preprocess.size, subject.preprocess.interpolation)
-        normal = subject.preprocess.normalise(pixels[None])
-        found = subject.model.encode_image(normal).embed
+        ids, mask, cut = eval_model.tokenizer(TEXTS, eval_model.data.max_length)
+        ours = eval_model.model.encode_text(ids, mask).embed
+        pixels = eval_model.data.resize(
+            np.array(photo), eval_model.preprocess.size, eval_model.preprocess.interpolation
+        )
+        normal = eval_model.preprocess.normalise(pixels[None])
+        found = eval_model.model.encode_image(normal).embed
     assert cut == 0
     torch.testing.assert_close(ours, text, rtol=0, atol=2e-6)
     theirs = given["pixel_values"]
     if theirs.ndim == 4:  # its pixels, to what two ways of resizing differ by
-        tolerance = 2 / 255 / min(subject.preprocess.std)
+        tolerance = 2 / 255 / min(eval_model.preprocess.std)
         torch.testing.assert_close(normal, theirs.float(), rtol=0, atol=tolerance)
         with torch.no_grad():
-            torch.testing.assert_close(subject.model.encode_image(theirs).embed, image, rtol=0, atol=2e-6)
+            torch.testing.assert_close(eval_model.model.encode_image(theirs).embed, image, rtol=0, atol=2e-6)
     torch.testing.assert_close(found @ ours.T, image @ text.T, rtol=0, atol=0.02)
     scale = own.temperature.reciprocal() if hasattr(own, "temperature") else own.logit_scale.exp()
-    assert float(subject.model.scale.detach()) == pytest.approx(float(scale.detach()), rel=1e-5)
+    assert float(eval_model.model.scale.detach()) == pytest.approx(float(scale.detach()), rel=1e-5)
 
 
 def test_knn_probe_and_sts_take_them_too(folder, tmp_path, monkeypatch):
@@ -158,15 +161,18 @@ def test_knn_probe_and_sts_take_them_too(folder, tmp_path, monkeypatch):
         name: json.loads(next(tmp_path.glob(f"runs/eval/*/eval/{name}*.json")).read_text())["metrics"]
         for name in ("knn", "probe", "sts")
     }
-    subject = load_model(str(folder)).subject
+    eval_model = load_model(str(folder)).eval_model
     with torch.no_grad():
         images = []
         for line in labels:
             pixels = np.array(Image.open(tmp_path / line["image"]))
-            pixels = subject.data.resize(pixels, subject.preprocess.size, subject.preprocess.interpolation)
-            images.append(subject.model.encode_image(subject.preprocess.normalise(pixels[None])).embed[0])
+            pixels = eval_model.data.resize(pixels, eval_model.preprocess.size, eval_model.preprocess.interpolation)
+            images.append(eval_model.model.encode_image(eval_model.preprocess.normalise(pixels[None])).embed[0])
         texts = torch.cat(
-            [subject.model.encode_text(*subject.tokenizer([t], subject.data.max_length)[:2]).embed for t in TEXTS]
+            [
+                eval_model.model.encode_text(*eval_model.tokenizer([t], eval_model.data.max_length)[:2]).embed
+                for t in TEXTS
+            ]
         )
     nearest = [max(range(8), key=lambda k: float(images[n] @ images[k])) for n in range(8, 16)]
     hits = sum(labels[k]["label"] == labels[n]["label"] for n, k in enumerate(nearest, start=8))
@@ -209,8 +215,8 @@ def test_sizes_and_heads_of_an_albef_file_are_those_of_its_tensors(tmp_path):
     reference, *_, given, _ = published("albef_retrieval")
     state = load_file(SHARED / "parity/albef_retrieval/weights.safetensors")
     save_file(state, tmp_path / "ALBEF.safetensors")
-    opened = load_model(str(tmp_path / "ALBEF.safetensors"), opening=LoadOptions(head_width=16))
-    model = opened.subject.model
+    opened = load_model(str(tmp_path / "ALBEF.safetensors"), options=LoadOptions(head_width=16))
+    model = opened.eval_model.model
     assert model.itm is not None and model.itc and model.mlm is None
     assert opened.reports["model"].new == () and opened.reports["model"].unexpected == ()
     with torch.no_grad():
@@ -241,7 +247,7 @@ def test_every_head_that_a_file_has_is_there(tmp_path, heads, fusion):
     own = spec.build().eval()
     exported = export_albef(AlbefCheckpoint(own.state_dict()))
     save_file({k: v.contiguous().clone() for k, v in exported.items()}, tmp_path / "x.safetensors")
-    model = load_model(str(tmp_path / "x.safetensors"), opening=LoadOptions(head_width=16)).subject.model
+    model = load_model(str(tmp_path / "x.safetensors"), options=LoadOptions(head_width=16)).eval_model.model
     ours, theirs = model.state_dict(), own.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
@@ -282,11 +288,13 @@ def test_albef_file_has_no_tokenizer_and_says_so(albef_file, pictures, capsys, m
 
 
 def test_albef_is_seen_at_other_pixels_where_asked(albef_file):
-    opened = load_model(str(albef_file), opening=LoadOptions(image_size=64, head_width=16, max_length=9))
-    assert opened.subject.preprocess.size == (64, 64) and opened.subject.data.max_length == 9
+    opened = load_model(str(albef_file), options=LoadOptions(image_size=64, head_width=16, max_length=9))
+    assert opened.eval_model.preprocess.size == (64, 64) and opened.eval_model.data.max_length == 9
     assert opened.reports["model"].resized == ("image.model.pos_embed",)
     assert (
-        opened.subject.data.clean and opened.subject.data.sep is False and opened.subject.data.resize.mode == "squash"
+        opened.eval_model.data.clean
+        and opened.eval_model.data.sep is False
+        and opened.eval_model.data.resize.mode == "squash"
     )
 
 
@@ -309,15 +317,15 @@ def test_sizes_experts_and_heads_of_a_vlmo_file_are_those_of_its_tensors(tmp_pat
     own = spec.build().eval()
     exported = export_vlmo(VlmoCheckpoint(own.state_dict()))
     save_file({k: v.contiguous().clone() for k, v in exported.items()}, tmp_path / "vlmo.safetensors")
-    opened = load_model(str(tmp_path / "vlmo.safetensors"), opening=LoadOptions(head_width=12))
-    model, pixels = opened.subject.model, torch.randn(2, 3, 32, 32)
+    opened = load_model(str(tmp_path / "vlmo.safetensors"), options=LoadOptions(head_width=12))
+    model, pixels = opened.eval_model.model, torch.randn(2, 3, 32, 32)
     assert model.state_dict().keys() == own.state_dict().keys()
     with torch.no_grad():
         ids, mask = torch.randint(3, 30, (2, 9)), torch.ones(2, 9, dtype=torch.bool)
         torch.testing.assert_close(model.encode_image(pixels).embed, own.encode_image(pixels).embed)
         torch.testing.assert_close(model.encode_text(ids, mask).embed, own.encode_text(ids, mask).embed)
     assert opened.reports["model"].new == ()
-    assert opened.subject.data.max_length == min(40, spec.encoder.max_text_length)
+    assert opened.eval_model.data.max_length == min(40, spec.encoder.max_text_length)
 
 
 @pytest.mark.parametrize("lost", ["_imag.", "patch_embed", "word_embeddings", "token_type_embeddings"])
@@ -355,14 +363,14 @@ def test_open_clip_file_scores_as_open_clip_does(tmp_path, monkeypatch, photo):
     torch.manual_seed(0)
     own, _, transform = open_clip.create_model_and_transforms("tiny")
     torch.save(own.state_dict(), tmp_path / "tiny.pt")
-    subject = load_model(f"open_clip:tiny/{tmp_path}/tiny.pt").subject
+    eval_model = load_model(f"open_clip:tiny/{tmp_path}/tiny.pt").eval_model
     with torch.no_grad():
         image = own.eval().encode_image(transform(photo)[None], normalize=True)
         text = own.encode_text(open_clip.get_tokenizer("tiny")(TEXTS), normalize=True)
-        ids, mask, _ = subject.tokenizer(TEXTS, subject.data.max_length)
-        pixels = subject.data.resize(np.array(photo), subject.preprocess.size, "bicubic")
-        ours = subject.model.encode_image(subject.preprocess.normalise(pixels[None])).embed
-        found = subject.model.encode_text(ids, mask).embed
+        ids, mask, _ = eval_model.tokenizer(TEXTS, eval_model.data.max_length)
+        pixels = eval_model.data.resize(np.array(photo), eval_model.preprocess.size, "bicubic")
+        ours = eval_model.model.encode_image(eval_model.preprocess.normalise(pixels[None])).embed
+        found = eval_model.model.encode_text(ids, mask).embed
     torch.testing.assert_close(found, text, rtol=0, atol=2e-6)
     torch.testing.assert_close(ours @ found.T, image @ text.T, rtol=0, atol=5e-3)
 
@@ -379,9 +387,9 @@ def test_what_is_nothing_known_is_one_line_that_says_what_it_can_be(tmp_path, ca
     torch.save({"a": Harm()}, tmp_path / "harm.pth")
     for what, message in (
         (tmp_path / "nothing", "no such file or folder"),
-        (tmp_path / "x.safetensors", "which is no model known here; it can be a run's folder"),
+        (tmp_path / "x.safetensors", "of an unknown model; give a run folder"),
         (tmp_path / "bert", "a folder of a bert model that cannot be evaluated"),
-        (tmp_path, "cannot be evaluated; it can be a run's folder"),
+        (tmp_path, "cannot be evaluated; give a run folder"),
         (tmp_path / "harm.pth", "would run code on loading"),
         ("open_clip:ViT-B-33", "open_clip has no model"),
     ):

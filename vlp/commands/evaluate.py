@@ -68,7 +68,8 @@ def run(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from vlp.distributed import rank
-    from vlp.loading.load_model import LoadOptions, load_model
+    from vlp.loading.base import LoadOptions
+    from vlp.loading.load_model import load_model
     from vlp.specs.fields import check_limits
     from vlp.specs.overrides import override
     from vlp.tasks.contamination import contaminated_images
@@ -85,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         check_limits(task, key if name is None else "")
     check_limits(load_options)
     loaded = load_model(options.model, options.checkpoint, load_options, own_types)
-    model = loaded.subject
+    model = loaded.eval_model
     for part, report in loaded.reports.items():
         print(f"{part} weights: {report or 'random'}")
     for task in tasks.values():
@@ -130,7 +131,7 @@ def choose_tasks(
     Raises:
         UserError: if there is no such task, or an assignment does not fit.
     """
-    from vlp.loading.load_model import LoadOptions
+    from vlp.loading.base import LoadOptions
     from vlp.specs.overrides import override
     from vlp.tasks.naming import result_name
 
@@ -182,7 +183,7 @@ def describe(name: str, own: Any = None) -> str:
     """
     import textwrap
 
-    from vlp.loading.load_model import LoadOptions
+    from vlp.loading.base import LoadOptions
     from vlp.specs.docstrings import field_docs, summary
     from vlp.tasks.find import find_task
 

@@ -27,14 +27,16 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from vlp.loading.run import open_run
+    from vlp.loading.run import load_run
     from vlp.tasks.grad_cam import draw_words
 
-    model, step = open_run(options.folder, options.checkpoint, read_code(options, options.folder).types)
+    own_types = read_code(options, options.folder).types
+    loaded = load_run(options.folder, options.checkpoint, own_types=own_types)
+    model = loaded.eval_model
     source, path = options.data or model.data.val, options.output or options.folder / "gradcam.png"
     if not source:
         raise UserError("gradcam has no images; give --data SHARDS")
     words = tuple(filter(None, options.words.split(",")))
     captions = draw_words(model, source, path, words, options.images, options.layer)
-    print("\n".join([*captions, f"step {step}; wrote {path}"]))
+    print("\n".join([*captions, f"step {loaded.step}; wrote {path}"]))
     return 0

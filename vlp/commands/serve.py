@@ -41,12 +41,12 @@ def searcher(
     """
     from vlp.data.image import decode
     from vlp.data.reading.shards import ShardReader
-    from vlp.loading.run import open_run
+    from vlp.loading.run import load_run
     from vlp.tasks.base import evaluating
     from vlp.tasks.embeddings import encode_pairs, encode_texts
     from vlp.tasks.metrics import top
 
-    model, _ = open_run(folder, own_types=own_types)
+    model = load_run(folder, own_types=own_types).eval_model
     source = data or model.data.val
     if source is None:
         raise UserError("there is nothing to search; give --data SHARDS, or set data.val in the config")

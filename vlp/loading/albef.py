@@ -1,35 +1,63 @@
-"""A published ALBEF file as a model: its sizes and heads are those of its tensors, as no config comes with it."""
+"""Load a published ALBEF file. It comes without a config, so sizes and heads are read off its tensors."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from vlp.config import Data
+from vlp.data.augment import Resize
 from vlp.data.preprocess import Preprocess
+from vlp.data.text import load_tokenizer
 from vlp.encoders.decoder import Decoder
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage, TimmTower
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
+from vlp.loading.base import NO_OPTIONS, LoadedModel, LoadOptions, published
 from vlp.models.albef import Albef, AlbefModel
-from vlp.weights.albef import AlbefCheckpoint
+from vlp.weights.albef import AlbefCheckpoint, load_albef
 
-# which the published code gives to every file, whatever its image tower started from
+# The published code normalises by these for every file, whatever its image tower started from.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-HEAD_WIDTH = 64  # of ViT-B and of BERT-base; no shape tells it
+HEAD_WIDTH = 64  # of ViT-B and of BERT-base; no tensor shape tells it
+
+
+def load_albef_file(path: Path, state: Mapping[str, Tensor], options: LoadOptions = NO_OPTIONS) -> LoadedModel:
+    """Load ALBEF weights with the preprocessing of the published code.
+
+    Images are squashed. Texts end without ``[SEP]`` and lose their punctuation. For retrieval they are truncated.
+
+    Args:
+        path: The file.
+        state: Its tensors.
+        options: Settings that replace these. The tokenizer must be given to read texts.
+
+    Raises:
+        UserError: if the sizes do not go together, or the tokenizer does not fit.
+    """
+    model = build_albef(load_albef(state), options.image_size, options.head_width or HEAD_WIDTH)
+    max_length = min(30 if model.itc else 64, model.text.max_length)
+    data = Data((), None, "", sep=False, clean=True, max_length=max_length, resize=Resize("squash"))
+    data = options.applied_to(data)
+    tokenizer = load_tokenizer(data.tokenizer, data.sep, data.clean) if data.tokenizer else None
+    return published(path.stem, model, tokenizer, data, [path])
 
 
 def build_albef(checkpoint: AlbefCheckpoint, image_size: int | None = None, head_width: int = HEAD_WIDTH) -> AlbefModel:
-    """The model with the checkpoint's student in it, its account in ``reports``.
+    """Build the model of a checkpoint and load its student into it.
 
     Args:
-        image_size: pixels, a multiple of the patch's; None = what the positions were trained at, else they are resized.
-        head_width: of every attention head.
+        checkpoint: The checkpoint.
+        image_size: In pixels, a multiple of the patch size. Position embeddings are resized to it. None takes the size
+            that they were trained at.
+        head_width: Width of every attention head.
 
     Raises:
         UserError: if the sizes do not go together.
@@ -40,7 +68,7 @@ def build_albef(checkpoint: AlbefCheckpoint, image_size: int | None = None, head
     sizes |= {"dropout": 0.1, "eps": 1e-12}  # BERT's
     decoder = _numbers(student, r"decoder\.layers\.(\d+)\.")
     spec = Albef(
-        TimmImage("vit_base_patch16_224"),  # not looked at: the tower is there
+        TimmImage("vit_base_patch16_224"),  # a placeholder: the tower is given
         text,
         Fusion(images=_images(student), layers=_layers(student) // _images(student), **sizes),
         itc="image_projection.weight" in student,
@@ -61,7 +89,7 @@ def _layers(student: Mapping[str, Tensor]) -> int:
 
 
 def _images(student: Mapping[str, Tensor]) -> int:
-    """2 where layers stand in twins that share the keys of images, as NLVR2's do."""
+    """Return 2 if pairs of layers share the keys of images, as in NLVR2's files, else 1."""
     key = "fusion.layers.{}.cross_attention.key.weight".format
     twins = _layers(student) % 2 == 0 and torch.equal(student[key(0)], student[key(1)])
     return 2 if twins else 1
@@ -73,7 +101,7 @@ def _image_tower(student: Mapping[str, Tensor], image_size: int | None, head_wid
     size = image_size or side * math.isqrt(positions.shape[1] - 1)
     if size % side or width % head_width:
         raise UserError(
-            f"pictures of {size} pixels in patches of {side}, and {width} channels in heads of {head_width}; "
+            f"images of {size} pixels in patches of {side}, and {width} channels in heads of {head_width}; "
             "give image_size=, or head_width=, that divide"
         )
     vit = VisionTransformer(

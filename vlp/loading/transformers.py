@@ -1,8 +1,8 @@
-"""CLIP, ALIGN and SigLIP from a transformers folder, for evaluation: transformers' own classes as towers of a `DualEncoder`.
+"""Load CLIP, ALIGN and SigLIP from a transformers folder: transformers' own modules as the towers of a `DualEncoder`.
 
-Preprocessing, tokenizer, projections and temperature are the folder's own.
+Preprocessing, tokenizer, projections and temperature are those of the folder.
 
-B batch, L text tokens, D width of a tower, H and W pixels, P patches, p pixels of a patch's side.
+B images or texts, L text tokens, D width of a tower, H and W pixels, P patches of p x p pixels.
 """
 
 from __future__ import annotations
@@ -11,56 +11,49 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlp.config import Data
 from vlp.data.augment import Resize
 from vlp.data.preprocess import Preprocess
 from vlp.data.text import pad
 from vlp.encoders.base import ImageTower, PooledTextTower
 from vlp.errors import UserError
+from vlp.loading.base import NO_OPTIONS, LoadedModel, LoadOptions, published
 from vlp.models.dual import Dual, DualEncoder
 from vlp.weights import reading
 from vlp.weights.reading import LoadReport
 
 FILES = ("model.safetensors", "pytorch_model.bin")
-INDEX = "model.safetensors.index.json"  # where the weights are in several files
-# numbers from 0 that older versions kept in their files
+INDEX = "model.safetensors.index.json"  # names the files of weights that are in several
+# Buffers of older versions: position numbers from 0.
 DERIVED = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 PROJECTIONS = {"clip": "both", "align": "text-to-image", "siglip": "none", "siglip2": "none"}
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
-class Folder(NamedTuple):
-    """What `load_folder` gives."""
-
-    model: DualEncoder
-    tokenizer: TransformersTokenizer
-    resize: Resize
-    files: list[Path]  # of the weights
-
-
 def model_type(folder: Path) -> str | None:
-    """What config.json says, None where there is none."""
+    """Return the model type in a folder's config.json, None where there is none."""
     try:
         return json.loads((folder / "config.json").read_text()).get("model_type")
     except (OSError, ValueError, AttributeError):
         return None
 
 
-def load_folder(folder: Path) -> Folder:
-    """A CLIPModel, AlignModel, SiglipModel or Siglip2Model that `save_pretrained` or a hub wrote.
+def load_transformers(folder: Path, options: LoadOptions = NO_OPTIONS) -> LoadedModel:
+    """Load a CLIPModel, AlignModel, SiglipModel or Siglip2Model that ``save_pretrained`` or a hub wrote.
 
-    Siglip2's pictures of any shape are squashed to the largest square of patches that they may have.
+    Siglip2 takes images of any shape. Here they are squashed to the largest square of patches that it takes.
 
     Raises:
         UserError: if a part is missing, cannot be read without running code, or does not fit.
     """
     from transformers import AutoConfig, AutoModel
 
+    options.refuse(f"{folder} has its own", "tokenizer", "image_size", "head_width")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = AutoModel.from_config(config).float()
@@ -71,25 +64,32 @@ def load_folder(folder: Path) -> Folder:
     report = reading.load(model, state, ignored=DERIVED)
     preprocess, resize = _preprocessing(folder, config)
     tokenizer = TransformersTokenizer(folder)
-    bias = getattr(model, "logit_bias", None)
+    dual = _dual_encoder(model, preprocess, tokenizer, report)
+    data = Data((), None, str(folder), max_length=dual.text.max_length, resize=resize)
+    return published(folder.resolve().name, dual, tokenizer, options.applied_to(data), files)
+
+
+def _dual_encoder(
+    model: nn.Module, preprocess: Preprocess, tokenizer: TransformersTokenizer, report: LoadReport
+) -> DualEncoder:
+    kind = model.config.model_type
+    learned, parts = dict(model.named_parameters()), dict(model.named_children())
+    bias = learned.get("logit_bias")  # SigLIP's
     spec = Dual(
-        projection=PROJECTIONS[config.model_type],
-        embed_size=model.visual_projection.out_features if config.model_type == "clip" else None,
-        temperature=_temperature(model),
+        projection=PROJECTIONS[kind],
+        embed_size=model.visual_projection.out_features if kind == "clip" else None,
+        temperature=model.temperature.item() if kind == "align" else math.exp(-model.logit_scale.item()),
         temperature_min=None,
         bias=None if bias is None else bias.item(),
     )
     image = TransformersImageTower(model.vision_model, preprocess, report)
-    kind = config.model_type.removesuffix("2")
-    dual = DualEncoder(spec, image, TransformersTextTower(model.text_model, kind, tokenizer.padding, report))
-    for name, projection in (("image_projection", "visual_projection"), ("text_projection", "text_projection")):
-        if hasattr(model, projection):
-            setattr(dual, name, getattr(model, projection))
-    return Folder(dual, tokenizer, resize, files)
-
-
-def _temperature(model: nn.Module) -> float:
-    return model.temperature.item() if hasattr(model, "temperature") else math.exp(-model.logit_scale.item())
+    text = TransformersTextTower(model.text_model, kind.removesuffix("2"), tokenizer.padding, report)
+    dual = DualEncoder(spec, image, text)
+    if "visual_projection" in parts:
+        dual.image_projection = model.visual_projection
+    if "text_projection" in parts:
+        dual.text_projection = model.text_projection
+    return dual
 
 
 def _line(error: Exception) -> str:
@@ -102,38 +102,39 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in dict.fromkeys(names)]
     if files := [folder / name for name in FILES if (folder / name).is_file()]:
         return files[:1]
-    raise UserError(f"{folder} holds a config.json but no {' or '.join(FILES)}; fetch the weights too")
+    raise UserError(f"{folder} has a config.json but no {' or '.join(FILES)}; fetch the weights too")
 
 
 def _preprocessing(folder: Path, config) -> tuple[Preprocess, Resize]:
-    """How the folder's own image processor makes pixels: its steps as one affine map of them, and one resize and crop."""
+    """Return the steps of the folder's image processor: one affine map of the pixels, and one resize and crop."""
     from transformers import AutoImageProcessor
 
     try:
         own = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{folder} lacks preprocessor_config.json, which says what pictures look like: {error}"
+            f"{folder} lacks preprocessor_config.json, which says how images are prepared: {error}"
         ) from error
+    steps = own.to_dict()  # each family of processors has some of them
     interpolation = INTERPOLATIONS.get(int(own.resample))
     if interpolation is None:
-        raise UserError(f"{folder} resizes with PIL's filter {int(own.resample)}; only bilinear and bicubic are here")
+        raise UserError(
+            f"{folder} resizes with PIL's filter {int(own.resample)}; only bilinear and bicubic are supported"
+        )
     if config.model_type == "siglip2":
         sides = (own.patch_size * math.isqrt(own.max_num_patches),) * 2
         return Preprocess(sides, tuple(own.image_mean), tuple(own.image_std), interpolation), Resize(mode="squash")
-    crops = bool(getattr(own, "do_center_crop", False))
+    crops = bool(steps.get("do_center_crop"))
     shortest = "shortest_edge" in own.size and own.size["shortest_edge"]
     resized = (shortest, shortest) if shortest else (own.size["height"], own.size["width"])
     size = (own.crop_size["height"], own.crop_size["width"]) if crops else resized
     if shortest and not crops:
-        raise UserError(
-            f"{folder} does not crop pictures, so that they would have different shapes; set do_center_crop"
-        )
-    # x * factor - offset, then - mean, / std, of x in [0, 255]; ours takes x / 255
+        raise UserError(f"{folder} does not crop images, so that they would have different shapes; set do_center_crop")
+    # theirs: (x * factor - offset - mean) / std of x in [0, 255]; `Preprocess` takes x / 255
     scale = 255 * own.rescale_factor if own.do_rescale else 255.0
-    offset = float(getattr(own, "rescale_offset", False) or False)
+    offset = float(steps.get("rescale_offset") or False)
     mean, std = (own.image_mean, own.image_std) if own.do_normalize else ((0.0,) * 3, (1.0,) * 3)
-    again = own.image_std if getattr(own, "include_top", False) else (1.0,) * 3  # EfficientNet's
+    again = own.image_std if steps.get("include_top") else (1.0,) * 3  # EfficientNet divides twice
     preprocess = Preprocess(
         tuple(size),
         tuple((m + offset) / scale for m in mean),
@@ -144,16 +145,16 @@ def _preprocessing(folder: Path, config) -> tuple[Preprocess, Resize]:
 
 
 class TransformersImageTower(ImageTower):
-    """A vision model of transformers as one token: what it pools, before any projection."""
+    """A vision model of transformers as one token: its pooled output, before any projection."""
 
     def __init__(self, model: nn.Module, preprocess: Preprocess, report: LoadReport):
         super().__init__()
         self.model, self.preprocess, self.report = model, preprocess, report
-        config = model.config
-        self.width: int = getattr(config, "hidden_dim", None) or config.hidden_size  # ALIGN's is an EfficientNet
+        # ALIGN's is an EfficientNet, whose hidden_dim is the width
+        self.width: int = model.config.to_dict().get("hidden_dim") or model.config.hidden_size
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised to (B, 1, D)."""
+        """Return (B, 1, D) pooled tokens of (B, 3, H, W) normalised images."""
         if self.model.config.model_type == "siglip2_vision_model":
             patches, shape = patches_of(image, self.model.config.patch_size)
             mask = torch.ones(patches.shape[:2], dtype=torch.int64, device=image.device)
@@ -163,19 +164,29 @@ class TransformersImageTower(ImageTower):
 
 
 def patches_of(image: Tensor, side: int) -> tuple[Tensor, tuple[int, int]]:
-    """(B, 3, H, W) to (B, P, p * p * 3) as Siglip2 has them, row by row and channels last, and (rows, columns)."""
+    """Cut images into patches as Siglip2 does, row by row and channels last.
+
+    Args:
+        image: (B, 3, H, W).
+        side: p.
+
+    Returns:
+        (B, P, p * p * 3) patches, and (rows, columns).
+    """
     rows, columns = image.shape[2] // side, image.shape[3] // side
     patches = image.unflatten(2, (rows, side)).unflatten(4, (columns, side))  # (B, 3, rows, p, columns, p)
     return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2), (rows, columns)
 
 
 class TransformersTextTower(PooledTextTower):
-    """A text model of transformers as one token: what it pools, or its first state (ALIGN).
+    """A text model of transformers as one token: its pooled output, or its first state (ALIGN).
 
     Args:
+        model: The text model.
         kind: "clip", "align" or "siglip".
-        padding: the tokenizer's id and side. SigLIP was trained with it in view: texts are padded to the whole context,
-            where the tokenizer pads, and nothing is masked.
+        padding: Id and side of the tokenizer's padding. SigLIP was trained with visible padding: texts are padded to the
+            whole context, on the tokenizer's side, and nothing is masked.
+        report: What loading the weights did.
     """
 
     def __init__(self, model: nn.Module, kind: str, padding: tuple[int, str], report: LoadReport):
@@ -187,22 +198,31 @@ class TransformersTextTower(PooledTextTower):
         self.max_length: int = config.max_position_embeddings
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, L) ids, padded on the right with the same id, and their (B, L) bool mask, to (B, 1, D)."""
+        """Encode texts.
+
+        Args:
+            input_ids: (B, L) int64, padded on the right with the id of ``padding``.
+            attention_mask: (B, L) bool.
+
+        Returns:
+            (B, 1, D) pooled tokens.
+        """
         if self.kind == "siglip":
             whole = F.pad(input_ids, (0, self.max_length - input_ids.shape[1]), value=self.padding[0])
             if self.padding[1] == "left":
-                turned = torch.arange(self.max_length, device=whole.device) + attention_mask.sum(1, keepdim=True)
-                whole = whole.gather(1, turned % self.max_length)
+                # rotate each row to the right by its number of padding tokens
+                source = torch.arange(self.max_length, device=whole.device) + attention_mask.sum(1, keepdim=True)
+                whole = whole.gather(1, source % self.max_length)
             return self.model(input_ids=whole).pooler_output[:, None]
         out = self.model(input_ids=input_ids, attention_mask=attention_mask.long())
         return out.pooler_output[:, None] if self.kind == "clip" else out.last_hidden_state[:, :1]
 
 
 class TransformersTokenizer:
-    """The tokenizer of a transformers folder, by the protocol of `vlp.data.text`.
+    """The tokenizer of a transformers folder, with the interface of `vlp.data.text.Tokenizer`.
 
     Raises:
-        UserError: if there is none, or it needs a package that is not installed.
+        UserError: if the folder has none, or it needs a package that is not installed.
     """
 
     mask_id = None
@@ -213,16 +233,16 @@ class TransformersTokenizer:
         try:
             self._own = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, ImportError, AttributeError) as error:
-            raise UserError(f"{folder} holds no tokenizer that can be read here: {_line(error)}") from error
+            raise UserError(f"{folder} has no tokenizer that can be read: {_line(error)}") from error
         self.vocab_size: int = len(self._own)
         self.pad_id = 0 if self._own.pad_token_id is None else self._own.pad_token_id
         self.padding = self.pad_id, self._own.padding_side
         self._ends = self.rows(["a"])[0][-1] in self._own.all_special_ids
 
     def rows(self, captions: Sequence[str]) -> list[list[int]]:
-        """Ids of each caption, special tokens included, neither cut nor padded."""
+        """Return the ids of each text, with special tokens, neither truncated nor padded."""
         return self._own(list(captions), verbose=False)["input_ids"]
 
     def __call__(self, captions: Sequence[str], max_length: int) -> tuple[Tensor, Tensor, int]:
-        """As `vlp.data.text.Tokenizer.__call__`; a token at the end stays at the end of what is cut."""
+        """Tokenize as `vlp.data.text.Tokenizer.__call__`. A special token at the end is kept when a text is truncated."""
         return pad(self.rows(captions), max_length, self.pad_id, keep_last=self._ends)

@@ -1,35 +1,59 @@
-"""A published VLMo file as a model: its sizes, experts and heads are those of its tensors, as no config comes with it."""
+"""Load a published VLMo file. It comes without a config, so sizes, experts and heads are read off its tensors."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
+from vlp.config import Data
+from vlp.data.augment import Resize
+from vlp.data.text import load_tokenizer
 from vlp.encoders.mome import BASE_PLUS, Mome
 from vlp.errors import UserError
+from vlp.loading.base import NO_OPTIONS, LoadedModel, LoadOptions, published
 from vlp.models.vlmo import Vlmo, VlmoModel
 from vlp.models.vlmo_start import start
-from vlp.weights.vlmo import TEXT_POSITIONS, VlmoCheckpoint
+from vlp.weights.vlmo import TEXT_POSITIONS, VlmoCheckpoint, load_vlmo
 
 HEAD_WIDTH = 64  # of base and large
-
-
 NEEDED = ("encoder.image.patches.weight", "encoder.image.kind.weight", "encoder.text.words.weight")
 NEEDED += ("encoder.layers.0.experts.image.expand.weight", "encoder.layers.0.experts.text.expand.weight")
+
+
+def load_vlmo_file(path: Path, state: Mapping[str, Tensor], options: LoadOptions = NO_OPTIONS) -> LoadedModel:
+    """Load VLMo weights with the preprocessing of the published code: squashed images, texts of at most 40 tokens.
+
+    Args:
+        path: The file.
+        state: Its tensors.
+        options: Settings that replace these. The tokenizer must be given to read texts.
+
+    Raises:
+        UserError: if a part is missing, the sizes do not go together, or the tokenizer does not fit.
+    """
+    model = build_vlmo(load_vlmo(state), str(path), options.image_size, options.head_width)
+    max_length = min(40, model.text.max_length)
+    data = options.applied_to(Data((), None, "", max_length=max_length, resize=Resize("squash")))
+    tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
+    return published(path.stem, model, tokenizer, data, [path])
 
 
 def build_vlmo(
     checkpoint: VlmoCheckpoint, name: str, image_size: int | None = None, head_width: int | None = None
 ) -> VlmoModel:
-    """The model with the checkpoint's student in it, its account in ``reports``.
+    """Build the model of a checkpoint and load its student into it.
 
     Args:
-        name: of the file, for messages.
-        image_size: pixels, a multiple of the patch's; None = what the positions were trained at, else they are resized.
-        head_width: of every attention head, which no shape tells where positions are absolute; None = as published.
+        checkpoint: The checkpoint.
+        name: Name of the file, for messages.
+        image_size: In pixels, a multiple of the patch size. Positions are resized to it. None takes the size that they were
+            trained at.
+        head_width: Width of every attention head. Only needed with absolute positions, where no tensor shape tells it. None
+            takes the published one.
 
     Raises:
         UserError: if a part or an expert is missing, or the sizes do not go together.
@@ -55,7 +79,7 @@ def build_vlmo(
 
 
 def encoder_of(student: Mapping[str, Tensor], image_size: int | None, head_width: int | None) -> Mome:
-    """The transformer that a student is of."""
+    """Return the spec of the transformer that the tensors belong to."""
     width, patch = _width(student), student["encoder.image.patches.weight"].shape[2]
     found = {name: _layers(student, rf"experts\.{name}\.") for name in ("image", "text", "vl")}
     layers = 1 + max(_layers(student, ""))
@@ -64,7 +88,7 @@ def encoder_of(student: Mapping[str, Tensor], image_size: int | None, head_width
         side = math.isqrt(student["encoder.image.positions"].shape[-2] - 1)
         heads = width // (head_width or (width // BASE_PLUS.heads if width == BASE_PLUS.width else HEAD_WIDTH))
         length = len(student["encoder.text.positions.weight"])
-    else:  # (2 h - 1)^2 distances and three of the first token, for each head of each layer
+    else:  # the table has (2 h - 1)^2 + 3 rows for an h x h grid, and a column for each head of each layer
         side, heads, length = (math.isqrt(len(relative) - 3) + 1) // 2, relative.shape[1] // layers, TEXT_POSITIONS
     return Mome(
         width=width,
@@ -88,5 +112,5 @@ def _width(student: Mapping[str, Tensor]) -> int:
 
 
 def _layers(student: Mapping[str, Tensor], part: str) -> list[int]:
-    """Numbers of the layers that have ``part``, a regular expression."""
+    """Return the numbers of the layers with parameters whose names match ``part``, a regular expression."""
     return sorted({int(found[1]) for key in student if (found := re.match(rf"encoder\.layers\.(\d+)\.{part}", key))})

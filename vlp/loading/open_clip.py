@@ -1,0 +1,31 @@
+"""Load a model of open_clip, with weights of its own or from a file."""
+
+from __future__ import annotations
+
+import open_clip
+
+from vlp.config import Data
+from vlp.data.augment import Resize
+from vlp.data.text import load_tokenizer
+from vlp.encoders.open_clip import OpenClip
+from vlp.files import resolve
+from vlp.loading.base import NO_OPTIONS, LoadedModel, LoadOptions, published
+from vlp.models.dual import Dual
+
+
+def load_open_clip(name: str, options: LoadOptions = NO_OPTIONS) -> LoadedModel:
+    """Load ``NAME``, at random, ``NAME/TAG`` with pretrained weights, or ``NAME/FILE``.
+
+    Raises:
+        UserError: if open_clip has no such model, or the weights do not fit.
+    """
+    options.refuse("open_clip's models have their own", "image_size", "head_width")
+    model_name, _, weights = name.partition("/")
+    towers = OpenClip(model_name, weights=weights or None).resolved()
+    model = Dual(towers=towers, projection="none", temperature=None if weights else 1.0).build()
+    tag = open_clip.get_pretrained_cfg(model_name, weights) if weights else None
+    resize = Resize("squash" if (tag or {}).get("resize_mode") == "squash" else "center")
+    own = Data((), None, f"open_clip:{model_name}", max_length=towers.context_length, resize=resize)
+    data = options.applied_to(own)
+    files = [resolve(weights)] if weights and not tag else []
+    return published(f"open_clip:{name}", model, load_tokenizer(data.tokenizer), data, files)
