@@ -1,7 +1,7 @@
-"""An experiment is one frozen dataclass: written in a Python file, overridden by ``dotted.key=value``, kept as JSON.
+"""An experiment is one frozen dataclass: defined in a Python file, changed by ``dotted.key=value``, and stored as JSON.
 
-The JSON in the run folder holds every fact that the run depends on, sizes of the towers included, so that the run can be
-resumed and evaluated without the file and without the weights that it started from.
+The JSON in a run folder contains everything that the run depends on, including the sizes of the towers. The run can be
+resumed and evaluated without the config file and without the weights that it started from.
 """
 
 from __future__ import annotations
@@ -22,30 +22,31 @@ from vlp.optim.ema import MomentumConfig
 from vlp.optim.optimizers import AdamW
 from vlp.optim.schedule import Schedule
 from vlp.specs.config_file import call_config
+from vlp.specs.fields import setting
 from vlp.specs.json import flatten, read, read_without_code, to_plain
 from vlp.specs.names import NO_TYPES
 
 
 @dataclass(frozen=True)
 class Data:
-    """Where samples come from and what is done to them.
+    """Sources of samples and how they are preprocessed.
 
     Args:
-        train: sources of the training stream: shards of pictures with captions, annotations, or files of texts.
-        val: shards for the evaluations during training and for `vlp eval`'s default; None = none.
-        tokenizer: folder, tokenizer.json, vocab.txt, ``pip:PACKAGE/path`` or ``open_clip:NAME``.
-        sep: whether ``[SEP]`` ends a caption; None = as the tokenizer has it. ALBEF's weights were trained without.
-        clean: whether captions are lower-cased and lose their punctuation first, as ALBEF's weights know them: see
-            `vlp.data.text.clean_caption`.
-        batch_size: samples of one optimizer step over all processes and accumulated micro-batches.
-        max_length: tokens of a caption; longer ones are cut and counted.
-        augment: what training pictures go through; every draw is seeded by (seed, epoch, sample).
-        views: what further views of each picture go through: SimCLR and MoCo take one.
-        text_views: how further views of each text are made from the first: see `vlp.data.text_views`.
-        resize: what evaluated pictures go through.
-        workers: loading processes of each training process.
-        max_bad_fraction: of all samples; the run stops when more than this many are found unusable.
-        max_pixels: a picture with more is bad.
+        train: Sources of the training stream: shards of image-caption pairs, annotations, or files of texts.
+        val: Shards for evaluations during training, and the default of ``vlp eval``. None disables both.
+        tokenizer: Folder, tokenizer.json, vocab.txt, ``pip:PACKAGE/path`` or ``open_clip:NAME``.
+        sep: Whether ``[SEP]`` ends a text. None follows the tokenizer. ALBEF was trained without it.
+        clean: Whether to lower-case captions and remove their punctuation, the preprocessing that ALBEF was trained
+            with: see `vlp.data.text.clean_caption`.
+        batch_size: Samples of an optimizer step, over all processes and accumulated micro-batches.
+        max_length: Tokens of a text. Longer texts are truncated and counted.
+        augment: Transform of training images. Its random numbers depend only on (seed, epoch, sample).
+        views: Transforms of further views of each image. SimCLR and MoCo read one.
+        text_views: Transforms of a text into its further views: see `vlp.data.text_views`.
+        resize: Transform of evaluated images.
+        workers: Data-loading processes of each training process.
+        max_bad_fraction: Fraction of all samples. The run stops if more than these are unusable.
+        max_pixels: Images with more pixels are unusable.
     """
 
     train: tuple[Source | Annotated | Sentences, ...]
@@ -53,53 +54,55 @@ class Data:
     tokenizer: str = ""
     sep: bool | None = None
     clean: bool = False
-    batch_size: int = 256
-    max_length: int = 64
+    batch_size: int = setting(256, least=1)
+    max_length: int = setting(64, least=2)  # [CLS] and a token
     augment: Any = field(default_factory=RandomResizedCrop)
     views: tuple[Any, ...] = ()
     text_views: tuple[Any, ...] = ()
     resize: Resize = field(default_factory=Resize)
-    workers: int = 1
-    max_bad_fraction: float = 0.01
+    workers: int = setting(1, least=0)
+    max_bad_fraction: float = setting(0.01, least=0, most=1)
     max_pixels: int = 64_000_000
 
 
 @dataclass(frozen=True)
 class Training:
-    """The loop.
+    """Settings of the training loop.
 
     Args:
-        steps: optimizer steps; None = from ``epochs``.
-        epochs: passes over all samples, rounded up to whole steps; None = from ``steps``.
-        precision: float32, or bfloat16 autocast (the losses stay float32).
-        accumulation: micro-batches of a step. The contrastive losses see the negatives of one micro-batch.
-        grad_cache: they see those of all micro-batches, for a second forward of the towers: see `vlp.training.grad_cache`.
-        clip_norm: the gradient's norm is scaled down to this; None = not.
-        layer_decay: learning rate of a layer relative to the one after it (1 = the same).
-        lr_scales: parameter-name prefix -> factor on the learning rate.
-        frozen: parameter-name prefixes that are not trained; a ``*`` stands for anything up to the next dot.
-        ema_decay: of the averaged weights that are evaluated and saved beside the trained ones; None = no average.
-        mix: mixup and CutMix of the pictures and their classes, see `vlp.data.mixup`; None = neither.
-        backward: of all losses "once", or "per_loss", before the next one's forward, for less memory: see `vlp.training.split_backward`.
-        activation_checkpointing: what the backward pass makes again to save memory, see `vlp.encoders.activation_checkpointing`: "cheap" =
-            what lies between matrix products, "full" = whole blocks.
-        compile: run the model through torch.compile.
-        nonfinite: what to do at a loss or gradient that is not finite: stop, naming the samples, or skip the step.
-        processes: stop at start-up unless the launcher started this many; None = any number.
-        engine: stop at start-up unless this runs; None = any.
-        threads: of each process on a CPU; None = torch's choice.
+        steps: Optimizer steps. None computes them from ``epochs``.
+        epochs: Passes over all samples, rounded up to whole steps. None if ``steps`` is set.
+        precision: float32, or bfloat16 autocast with losses in float32.
+        accumulation: Micro-batches of a step. Contrastive losses take negatives from one micro-batch.
+        grad_cache: Contrast against all micro-batches of the step, at the cost of a second forward pass of the towers.
+        clip_norm: Largest norm of the gradient, which is scaled down to it. None disables clipping.
+        layer_decay: Learning rate of a layer relative to the next one. 1 disables it.
+        lr_scales: Parameter-name prefix -> factor on the learning rate.
+        frozen: Parameter-name prefixes that are not trained. ``*`` matches anything up to the next dot.
+        ema_decay: Decay of an exponential moving average of the weights, which is evaluated and saved in addition to the
+            trained weights. None disables it.
+        mix: Mixup and CutMix of images and their classes: see `vlp.data.mixup`. None disables both.
+        backward: "once" runs one backward pass for all losses. "per_loss" runs that of a loss before the forward pass of
+            the next one, which needs less memory.
+        activation_checkpointing: Activations to recompute in the backward pass instead of storing them: "cheap" for the
+            operations between matrix products, "full" for whole blocks. See `vlp.encoders.activation_checkpointing`.
+        compile: Whether to run the towers through torch.compile.
+        nonfinite: What to do if a loss or the gradient is not finite: "stop" and name the samples, or "skip" the step.
+        processes: Number of processes that the launcher must have started. None allows any number.
+        engine: Engine that must run. None allows any.
+        threads: CPU threads of each process. None follows torch.
     """
 
     steps: int | None = None
     epochs: float | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
-    accumulation: int = 1
+    accumulation: int = setting(1, least=1)
     grad_cache: bool = False
-    clip_norm: float | None = 1.0
+    clip_norm: float | None = setting(1.0, above=0)
     layer_decay: float = 1.0
     lr_scales: dict[str, float] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
-    ema_decay: float | None = None
+    ema_decay: float | None = setting(None, least=0, most=1)
     mix: Mixup | None = None
     backward: Literal["once", "per_loss"] = "once"
     activation_checkpointing: Checkpointing = "none"
@@ -107,7 +110,7 @@ class Training:
     nonfinite: Literal["stop", "skip"] = "stop"
     processes: int | None = None
     engine: Literal["single", "ddp", "deepspeed"] | None = None
-    threads: int | None = None
+    threads: int | None = setting(None, least=1)
 
 
 @dataclass(frozen=True)
@@ -115,28 +118,29 @@ class Saving:
     """Checkpoints.
 
     Args:
-        every: steps; the last step is always saved.
-        keep: the newest so many stay, and the best one.
-        best: ``task/metric`` that decides which is best (higher is better), e.g. ``retrieval/mean_recall``; None = none is.
+        every: Steps between checkpoints. The last step is always saved.
+        keep: Number of newest checkpoints to keep in addition to the best one.
+        best: ``task/metric`` that selects the best checkpoint (higher is better), e.g. ``retrieval/mean_recall``. None
+            selects no checkpoint.
     """
 
-    every: int = 500
-    keep: int = 2
+    every: int = setting(500, least=1)
+    keep: int = setting(2, least=1)
     best: str | None = None
 
 
 @dataclass(frozen=True)
 class Logging:
-    """What is written beside log.jsonl, which has a line for every step.
+    """Logs in addition to log.jsonl, which has one line per step.
 
     Args:
-        geometry_every: steps between measures of alignment, uniformity and modality gap; 0 = never.
-        tensorboard: also write TensorBoard events (extra ``tensorboard``).
-        wandb: project to log to (extra ``wandb``); None = no.
-        samples: also write every step's sample keys, a file a process, for debugging the data.
+        geometry_every: Steps between measurements of alignment, uniformity and modality gap. 0 disables them.
+        tensorboard: Whether to write TensorBoard events (extra ``tensorboard``).
+        wandb: Weights & Biases project to log to (extra ``wandb``). None disables it.
+        samples: Whether to write the sample keys of every step, in one file for each process, to debug the data.
     """
 
-    geometry_every: int = 10
+    geometry_every: int = setting(10, least=0)
     tensorboard: bool = False
     wandb: str | None = None
     samples: bool = False
@@ -144,15 +148,23 @@ class Logging:
 
 @dataclass(frozen=True)
 class Experiment:
-    """All of a run.
+    """Everything that defines a run.
 
     Args:
-        name: of the run folder in ``output``.
-        model: a spec with ``build()`` and ``resolved()``, e.g. `vlp.models.dual.Dual`.
-        objectives: name -> objective; the total loss is the sum of weight * loss.
-        momentum: the momentum encoder of the objectives that want one; None = none is kept.
-        evaluate: name -> task, run every ``evaluate_every`` steps and at the end.
-        evaluate_every: steps; 0 = only at the end.
+        name: Name of the run folder in ``output``.
+        model: Model spec, e.g. `vlp.models.dual.Dual`.
+        objectives: Name -> objective. The total loss is the sum of weight * loss.
+        data: Sources of samples and their preprocessing.
+        optim: Optimizer settings: see `vlp.optim.optimizers`.
+        schedule: Learning-rate schedule.
+        train: Settings of the training loop.
+        momentum: Momentum encoder, for objectives that need one. None disables it.
+        evaluate: Name -> task, evaluated every ``evaluate_every`` steps and at the end.
+        evaluate_every: Steps between evaluations. 0 evaluates only at the end.
+        save: Checkpoints.
+        log: Logs in addition to log.jsonl.
+        seed: Seed of all random numbers.
+        output: Folder in which the run folder is created.
     """
 
     name: str
@@ -164,10 +176,10 @@ class Experiment:
     train: Training = field(default_factory=Training)
     momentum: MomentumConfig | None = None
     evaluate: dict[str, Any] = field(default_factory=dict)
-    evaluate_every: int = 0
+    evaluate_every: int = setting(0, least=0)
     save: Saving = field(default_factory=Saving)
     log: Logging = field(default_factory=Logging)
-    seed: int = 0
+    seed: int = setting(0, least=0)
     output: str = "runs"
 
     @property
@@ -175,12 +187,12 @@ class Experiment:
         return Path(self.output) / self.name
 
     def resolved(self) -> Experiment:
-        """With every size and normalisation that the weights bring, and every class, written out."""
+        """Return the experiment with every value that weights and annotations determine filled in: sizes, classes, ..."""
         train = tuple(s.resolved() if isinstance(s, Annotated) else s for s in self.data.train)
         return replace(self, model=self.model.resolved(), data=replace(self.data, train=train))
 
 
-# What may change between a run and its continuation: nothing that a loss depends on.
+# Keys that may change when a run is resumed. No loss depends on them.
 FREE_ON_RESUME = ("name", "output", "data.workers", "train.processes", "train.engine", "train.threads", "save", "log")
 
 
@@ -226,7 +238,7 @@ def _checked(experiment: Any, path: Path) -> Experiment:
 
 
 def changed_keys(old: Experiment, new: Experiment) -> list[str]:
-    """Dotted keys in which two experiments differ, those of `FREE_ON_RESUME` left out."""
+    """Return the dotted keys in which two experiments differ, except for those in `FREE_ON_RESUME`."""
     a, b = flatten(to_plain(old)), flatten(to_plain(new))
     keys = [k for k in {**a, **b} if a.get(k) != b.get(k)]
     return [k for k in keys if not any(k == free or k.startswith(free + ".") for free in FREE_ON_RESUME)]

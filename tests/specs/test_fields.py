@@ -16,6 +16,7 @@ class Inner:
     betas: tuple[float, ...] = setting((0.9, 0.98), least=0, below=1)
     ks: tuple[int, ...] = setting((1,), least=1, least_items=1)
     workers: int = setting(1, least=0, changes_result=False)
+    norm: float | None = setting(1.0, above=0)
     name: str = "x"
 
 
@@ -36,6 +37,7 @@ def test_values_at_the_limits_pass():
         (Outer(1, Inner(decay=1.5)), "parts.decay is 1.5; set it to at most 1"),
         (Outer(1, {"a": (Inner(), Inner(decay=-1))}), "parts.a.1.decay is -1; set it to at least 0"),
         (Outer(1, Inner(betas=(0.9, 1.0))), "parts.betas has 1.0; set it below 1"),
+        (Outer(1, Inner(norm=0.0)), "parts.norm is 0.0; set it above 0"),
         (Outer(1, Inner(ks=())), r"parts.ks is \(\); give at least 1"),
         (Outer(1, Inner(ks=(1, 0))), "parts.ks has 0; set it to at least 1"),
         (Outer(1, Inner(decay=math.nan)), "parts.decay is nan"),

@@ -22,6 +22,7 @@ from vlp.errors import UserError
 from vlp.models.base import Encodings, Model, ModelSpec
 from vlp.models.dual import l2_normalize, tower_layer_ids
 from vlp.models.temperature import LearnedScale, check_temperatures
+from vlp.specs.fields import setting
 from vlp.types import Answers, Encoded
 from vlp.weights import reading
 from vlp.weights.albef import as_twins, load_albef
@@ -73,7 +74,7 @@ class Albef(ModelSpec):
     classes: int | None = None
     assignment: bool = False
     decoder: Decoder | None = None
-    embed_size: int = 256
+    embed_size: int = setting(256, least=1)
     temperature: float = 0.07
     temperature_min: float | None = 0.001
     temperature_max: float | None = 0.5

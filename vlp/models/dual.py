@@ -20,6 +20,7 @@ from vlp.encoders.open_clip import OpenClip
 from vlp.errors import UserError
 from vlp.models.base import Model, ModelSpec
 from vlp.models.temperature import LearnedScale, check_temperatures
+from vlp.specs.fields import setting
 from vlp.types import Encoded
 from vlp.weights import reading
 from vlp.weights.reading import LoadReport
@@ -48,7 +49,7 @@ class Dual(ModelSpec):
     text: TextTowerSpec | None = None
     towers: OpenClip | None = None
     projection: Literal["text-to-image", "both", "none"] = "text-to-image"
-    embed_size: int | None = None
+    embed_size: int | None = setting(None, least=1)
     temperature: float | None = 1.0
     temperature_form: Literal["temperature", "logit_scale"] = "temperature"
     temperature_min: float | None = 0.01

@@ -18,6 +18,7 @@ from vlp.encoders.base import ImageTowerSpec, TextTowerSpec, Tower
 from vlp.encoders.heads import PatchHead, check_patch_masking, vocabulary_head
 from vlp.errors import UserError
 from vlp.models.base import Encodings, Model, ModelSpec
+from vlp.specs.fields import setting
 from vlp.types import Encoded
 from vlp.weights.reading import LoadReport
 
@@ -43,7 +44,7 @@ class Single(ModelSpec):
     head: Literal["none", "linear", "mlp", "tanh"] = "none"
     head_norm: bool = False
     hidden_size: int | None = None
-    embed_size: int | None = None
+    embed_size: int | None = setting(None, least=1)
     classes: int | None = None
     mlm: bool = False
     mim: Any = None

@@ -22,6 +22,7 @@ from vlp.models.base import Encodings, Modality, Model, ModelSpec
 from vlp.models.dual import l2_normalize
 from vlp.models.temperature import LearnedScale, check_temperatures
 from vlp.models.vlmo_start import grid_of_run, start
+from vlp.specs.fields import setting
 from vlp.types import Encoded
 from vlp.weights.reading import LoadReport
 from vlp.weights.run import is_run
@@ -65,7 +66,7 @@ class Vlmo(ModelSpec):
     mim: Any = None
     classes: int | None = None
     images: int = 1
-    embed_size: int | None = None
+    embed_size: int | None = setting(None, least=1)
     tie_words: bool = False
     temperature: float = 0.07
     temperature_min: float | None = 0.01

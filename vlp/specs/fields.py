@@ -19,6 +19,7 @@ class Setting:
 
     least: float | None = None
     most: float | None = None
+    above: float | None = None
     below: float | None = None
     least_items: int = 0
     changes_result: bool = True
@@ -30,6 +31,7 @@ def setting(
     default_factory: Callable[[], Any] | Any = MISSING,
     least: float | None = None,
     most: float | None = None,
+    above: float | None = None,
     below: float | None = None,
     least_items: int = 0,
     changes_result: bool = True,
@@ -41,12 +43,13 @@ def setting(
         default_factory: Function that returns the default.
         least: Smallest allowed number. A limit applies to each number of a tuple, and None always passes.
         most: Largest allowed number.
+        above: Lower bound that is itself not allowed.
         below: Upper bound that is itself not allowed.
         least_items: Fewest allowed items of a tuple.
         changes_result: Whether the result of a task depends on the field. It does not depend on, e.g., the number of
             data workers, so results of different values may be compared.
     """
-    metadata = {"setting": Setting(least, most, below, least_items, changes_result)}
+    metadata = {"setting": Setting(least, most, above, below, least_items, changes_result)}
     if default_factory is not MISSING:
         return dataclasses.field(default_factory=default_factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -90,5 +93,7 @@ def _check(key: str, value: Any, setting: Setting) -> None:
             raise UserError(f"{key} {has} {number}; set it to at least {setting.least:g}")
         if setting.most is not None and not number <= setting.most:
             raise UserError(f"{key} {has} {number}; set it to at most {setting.most:g}")
+        if setting.above is not None and not number > setting.above:
+            raise UserError(f"{key} {has} {number}; set it above {setting.above:g}")
         if setting.below is not None and not number < setting.below:
             raise UserError(f"{key} {has} {number}; set it below {setting.below:g}")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from typing import Any
 
 from vlp.config import Experiment
 from vlp.errors import UserError
@@ -16,41 +14,12 @@ from vlp.tasks.base import Task
 from vlp.training import grad_cache, split_backward
 from vlp.training.logging import require
 
-# dotted key -> smallest and largest value; None (the setting is off) passes
-LIMITS = {
-    "data.batch_size": (1, math.inf),
-    "data.max_length": (2, math.inf),  # [CLS] and a token
-    "data.workers": (0, math.inf),
-    "data.max_bad_fraction": (0, 1),
-    "train.accumulation": (1, math.inf),
-    "train.clip_norm": (1e-12, math.inf),
-    "train.ema_decay": (0, 1),
-    "train.threads": (1, math.inf),
-    "momentum.decay": (0, 1),
-    "model.embed_size": (1, math.inf),
-    "optim.lr": (0, math.inf),
-    "optim.eps": (0, math.inf),
-    "optim.weight_decay": (0, math.inf),
-    "seed": (0, math.inf),
-    "evaluate_every": (0, math.inf),
-    "save.every": (1, math.inf),
-    "save.keep": (1, math.inf),
-    "log.geometry_every": (0, math.inf),
-}
-
 
 def validate(experiment: Experiment) -> None:
     """Raises UserError for values of a wrong type, out of range, or that do not go together."""
     check_types(experiment)
     _check_json(experiment)
-    for key, (least, most) in LIMITS.items():
-        value: Any = experiment
-        for name in key.split("."):
-            value = getattr(value, name, None)
-        _within(key, value, least, most)
-    for beta in getattr(experiment.optim, "betas", ()):
-        if not 0 <= beta < 1:
-            raise UserError(f"optim.betas has {beta}; give numbers from 0 to below 1")
+    check_limits(experiment)
     if not experiment.name:
         raise UserError("the run has no name; set name=NAME, which its folder gets")
     data, train = experiment.data, experiment.train
@@ -77,20 +46,12 @@ def validate(experiment: Experiment) -> None:
     for name, task in experiment.evaluate.items():
         if not isinstance(task, Task):
             raise UserError(f"evaluate.{name} is not a vlp.tasks.base.Task; make its class a subclass")
-        check_limits(task, f"evaluate.{name}")
     best = experiment.save.best
     if best is not None and best.split("/")[0] not in experiment.evaluate:
         raise UserError(
             f"save.best={best!r} names no task of evaluate ({', '.join(experiment.evaluate) or 'there is none'})"
         )
     require(experiment.log)
-
-
-def _within(key: str, value: Any, least: float, most: float) -> None:
-    if value is not None and not least <= value <= most:
-        raise UserError(
-            f"{key} is {value}; set it to {f'at least {least:g}' if value < least else f'at most {most:g}'}"
-        )
 
 
 def _check_json(experiment: Experiment) -> None:
