@@ -1,9 +1,10 @@
-# make demo: train ALIGN on real pictures and report. make test: run the tests. Both set up .venv first.
+# make demo: train ALIGN on drawings with names, evaluate, and write a report. make test: run the tests. make docs: build the
+# documentation. Each sets up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
 
-.PHONY: demo test test-fast bench lint clean
+.PHONY: demo test test-fast bench docs lint clean
 
 demo: .venv/.demo
 	$(BIN)/vlp data demo data/openmoji
@@ -20,6 +21,9 @@ test-fast: .venv/.dev
 bench: .venv/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
 
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,10 +33,15 @@ lint: .venv/.dev
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo]'
 	touch $@
 
+.venv/.docs: setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
 .venv/.dev: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
 	touch $@
 
 clean:
-	rm -rf .venv runs data
+	rm -rf .venv runs data site

@@ -1,6 +1,6 @@
 """Encoder x fusion x objective: every cell takes a step that trains all of the model, or is refused in one line.
 
-``python -m tests.test_matrix`` prints the table that README.md has between ``<!-- matrix -->`` and ``<!-- /matrix -->``.
+``python -m tests.test_matrix`` prints the table that docs/methods.md has between ``<!-- matrix -->`` and ``<!-- /matrix -->``.
 """
 
 from __future__ import annotations
@@ -239,8 +239,8 @@ def test_every_cell_takes_a_step_or_is_refused_in_one_line(row, column):
 
 
 def readme() -> dict[str, dict[str, str]] | None:
-    """Row -> column -> cell, or None where README.md has no such table."""
-    text = (ROOT / "README.md").read_text()
+    """Row -> column -> cell, or None where docs/methods.md has no such table."""
+    text = (ROOT / "docs" / "methods.md").read_text()
     if "<!-- matrix -->" not in text:
         return None
     lines = text.split("<!-- matrix -->")[1].split("<!-- /matrix -->")[0].strip().splitlines()

@@ -186,7 +186,7 @@ def table1() -> Ablation:
         by, so that its matching head is judged by the minimal pairs only. Hard negatives are sampled by the similarity
         of the momentum encoder.
     Measured: 3 seeds, mean R@1 by ITC 2.4 % (+ ITC), 2.5 % (+ hard negatives), 9.5 % (+ distillation in ITC), 9.8 % (+
-        in MLM); minimal pairs 50 % throughout; table1.png is its plot (vlp ablate configs/albef/world.py:table1).
+        in MLM); minimal pairs 50 % throughout; docs/figures/albef_table1.png is its plot (vlp ablate configs/albef/world.py:table1).
     Cost: about 5 minutes a run on one CPU core.
     Command: vlp data world data/world-noisy --train 10000 --val 1000 --noise 0.2
         vlp data tokenizer data/world-noisy/train data/world-noisy/tokenizer --vocab-size 200

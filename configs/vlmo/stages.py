@@ -224,7 +224,7 @@ def staged_or_not() -> Ablation:
     Differs: in the paper both sides see the same pairs and the first two stages are extra; here all have the same time.
         ALBEF (Li et al. 2021, arXiv:2107.07651) is an addition.
     Measured: mean recall of both directions over 3 seeds, chance 0.53 %: three stages 1.6 % ± 0.1, pairs only 1.1 % ±
-        0.1, ALBEF 0.6 % ± 0.1, in 11.4, 10.1 and 9.1 minutes; staged_or_not.png (vlp ablate
+        0.1, ALBEF 0.6 % ± 0.1, in 11.4, 10.1 and 9.1 minutes; docs/figures/vlmo_staged_or_not.png (vlp ablate
         configs/vlmo/stages.py:staged_or_not).
     Cost: one CPU core shared with other work, about 10 minutes a seed and variant.
     Command: vlp ablate configs/vlmo/stages.py:staged_or_not

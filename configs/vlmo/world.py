@@ -7,7 +7,7 @@ Data: 10,000 scenes to train and 1,000 to evaluate; questions whose answer depen
     experts in the last 2, at 64 pixels.
 Differs: both sides have the same time, and the pairs-only side spends all of it on pairs. Then both learn the answers
     of the questions.
-Measured: three stages 30.5 % ± 1.7, pairs only 28.2 % ± 1.2, over 3 seeds; staged_or_not_world.png (vlp ablate
+Measured: three stages 30.5 % ± 1.7, pairs only 28.2 % ± 1.2, over 3 seeds; docs/figures/vlmo_staged_or_not_world.png (vlp ablate
     configs/vlmo/world.py). The questions only give 31.2 %: in five minutes neither uses the image.
 Cost: one CPU core shared with other work, 5.2 minutes a seed and variant.
 Command: vlp data world data/world
