@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 
 from mkdocs.structure.files import File
 
-from vlp.commands.configs import read_entries
+from vlp.commands.configs import read_entries, read_sections, read_summary
 from vlp.commands.evaluate import shown
 from vlp.specs.docstrings import field_docs, summary
 from vlp.specs.names import MODULES
@@ -63,7 +64,9 @@ def describe(cls: type) -> list[str]:
 def default(field: Field) -> str:
     if field.default_factory is not MISSING:
         value = field.default_factory()
-        return f"{type(value).__name__}()" if hasattr(value, "__dataclass_fields__") else str(value)
+        return f"{type(value).__name__}()" if is_dataclass(value) else str(value)
+    if isinstance(field.default, tuple):
+        return str(field.default)
     return shown(field.default) or '""'
 
 
@@ -75,15 +78,24 @@ def experiments() -> str:
         "`vlp show CONFIG` prints every value of one.",
     ]
     for path in sorted((ROOT / "configs").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        lines += ["", f"## {path.relative_to(ROOT)}", *notebook(ast.get_docstring(tree))]
+        docstrings = {node.name: ast.get_docstring(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
         for entry in read_entries(path):
-            name = entry.config.rpartition(".py")[2]
-            lines += ["", f"## {path.relative_to(ROOT)}{name}", "", entry.summary]
-            for section, text in entry.sections.items():
-                if section == "Command":
-                    lines += ["", "```bash", *text, "```"]
-                else:
-                    lines += ["", f"**{section}:** {to_markdown(' '.join(text))}"]
+            name = entry.config.rpartition(":")[2] if ":" in entry.config else "config"
+            lines += ["", f"### {path.parent.name}/{path.name}:{name}", *notebook(docstrings[name])]
     return "\n".join(lines)
+
+
+def notebook(docstring: str) -> list[str]:
+    title, _, rest = docstring.partition("\n\n")
+    lines = ["", read_summary(title)]
+    for section, text in read_sections(rest).items():
+        if section == "Command":
+            lines += ["", "```bash", *text, "```"]
+        else:
+            lines += ["", f"**{section}:** {to_markdown(' '.join(text))}"]
+    return lines
 
 
 def to_markdown(text: str) -> str:
