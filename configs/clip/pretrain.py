@@ -3,9 +3,10 @@
 Paper: Radford et al. 2021, arXiv:2103.00020: bias-free projections, learned logit scale from 1/0.07, at most 100. On
     DataComp-1B, open_clip's ViT-B/32 at 256 pixels reaches 72.8 % zero-shot on ImageNet (open_clip's results table).
 Data: your own shards. For fine-tuning set model.towers.weights to a tag of a hub (laion2b_s34b_b79k) or a local file.
-As published: 32,768 pairs a step, 32 epochs, AdamW at 5e-4 with betas 0.9 and 0.98, eps 1e-6 and weight decay 0.2,
-    2,000 steps of warm-up, cosine decay to 0, no gradient clipping, random square crops without flips.
-Differs: bfloat16; the paper uses float16.
+As published: 32,768 pairs a step, 32 epochs, AdamW at 5e-4 with betas 0.9 and 0.98, eps 1e-6 and weight decay 0.2, 2,000
+    steps of warm-up, cosine decay to 0, no gradient clipping.
+Differs: bfloat16; the paper uses float16. Crops are open_clip's, of 0.9 or more of the image; the paper's are random
+    squares of the resized image. Class token and position embeddings have no weight decay.
 Cost: 4,096 pairs a GPU on 8 GPUs; with less memory set data.batch_size. Not run here.
 Command: accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/clip/pretrain.py data.train=shards/train data.val=shards/val
 """

@@ -82,9 +82,10 @@ class RandAugment:
     ``n`` operations are drawn with replacement, and each is applied with ``probability``. At the published magnitude of 7
     of 10: brightness and sharpness x 1.36 (never less than 1), shear 0.21 about the top left pixel, translation by 7
     pixels for every image size, rotation by 21 degrees about (w/2, h/2). The last three have a random sign, are bilinear
-    and filled with grey 128. Each result is within 1/255 of the published code's pixels, except that its sharpness
-    overflows at 0.4 % of the pixels, which is not reproduced. torchvision's class of the same name has other strengths,
-    signs and fill.
+    and filled with grey 128. Each result is within 1/255 of the published code's pixels, with two exceptions
+    that are not reproduced. Its sharpness overflows at 0.4 % of the pixels. Its AutoContrast negates the darkest value as
+    uint8, so that every channel whose darkest value is not 0 becomes white. torchvision's class of the same name has
+    other strengths, signs and fill.
 
     Args:
         n: Number of operations.
