@@ -298,7 +298,7 @@ def test_disk_that_fills_up_while_it_logs(world, tmp_path, capfd, monkeypatch, w
 
 
 def test_errors_of_the_program_keep_their_traceback(world, tmp_path, monkeypatch):
-    from vlp.training import run as module
+    from vlp.training import setup as module
 
     monkeypatch.setattr(module, "parameter_groups", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -183,6 +183,11 @@ class Experiment:
     output: str = "runs"
 
     @property
+    def micro_batch_size(self) -> int:
+        """Samples of a micro-batch over all processes."""
+        return self.data.batch_size // self.train.accumulation
+
+    @property
     def folder(self) -> Path:
         return Path(self.output) / self.name
 

@@ -26,10 +26,11 @@ from vlp.losses.inputs import NonFiniteLoss
 from vlp.optim.schedule import set_lr
 from vlp.specs.user_code import NO_CODE, UserCode
 from vlp.training import grad_cache
-from vlp.training.engines import engine
 from vlp.training.grad_cache import CachedForward
 from vlp.training.interrupts import Stopped, TrainingInterrupt
+from vlp.training.logging import peak_memory_mib
 from vlp.training.run import Run
+from vlp.training.setup import set_up
 from vlp.training.split_backward import DetachedForward
 from vlp.types import Batch
 
@@ -70,12 +71,12 @@ class Trainer:
     def __init__(self, run: Run):
         self.run, self.accelerator, self.experiment = run, run.accelerator, run.experiment
         accelerator = run.accelerator
-        self.zero = engine(accelerator) == "deepspeed"
+        self.zero = run.is_zero
         bundle = DetachedForward if self.experiment.train.backward == "per_loss" else Forward
         self.pretrainer, self.optimizer = accelerator.prepare(
             Pretrainer(run.model, self.experiment.objectives, bundle), run.optimizer
         )
-        run.restore_optimizer(self.optimizer.optimizer, self.zero)
+        run.restore_optimizer(self.optimizer.optimizer)
         if self.zero and self.experiment.train.grad_cache:
             raise UserError(
                 "train.grad_cache goes past DeepSpeed's backward; use another launch config, or set it to false"
@@ -85,17 +86,17 @@ class Trainer:
     def fit(self, interrupted: TrainingInterrupt) -> bool:
         """Trains to the last step, or to an interruption; True if it got to the end."""
         state, run = self.run.state, self.run
-        if run.resumed_from and run.to_evaluate and not run.evaluated:  # killed between saving and evaluating
+        if run.resumed_from and run.is_evaluation_due and not run.is_evaluated:  # killed between saving and evaluating
             self.evaluate(run.resumed_from, interrupted)
         with closing(run.micro_batches()) as micro_batches:
             while state.step < run.total_steps:
-                run.records.step(self.step(micro_batches, interrupted))
+                run.writer.log_step(self.step(micro_batches, interrupted))
                 last = state.step == run.total_steps
-                if last or interrupted.agreed or run.to_evaluate or state.step % self.experiment.save.every == 0:
+                if last or interrupted.agreed or run.is_evaluation_due or state.step % self.experiment.save.every == 0:
                     saved = self.save()
                 if interrupted.agreed and not last:
                     return False
-                if run.to_evaluate:
+                if run.is_evaluation_due:
                     self.evaluate(saved, interrupted)
         return True
 
@@ -110,7 +111,7 @@ class Trainer:
             interrupted.at_once = False
 
     def save(self) -> Path:
-        return self.run.save(self.optimizer.optimizer, self.zero)
+        return self.run.save(self.optimizer.optimizer)
 
     def step(self, micro_batches: Iterator, interrupted: TrainingInterrupt) -> dict:
         """One optimizer step; returns its record for the log."""
@@ -134,7 +135,7 @@ class Trainer:
                 own, total, f, complaint = self._losses(cached[micro] if experiment.train.grad_cache else batch)
                 agreed = self.agree({**own, "loss": total}, loaded.bad, interrupted)
                 interrupted.agreed |= agreed.stop
-                self.run.records.quarantine(agreed.bad)
+                self.run.writer.quarantine(agreed.bad)
                 finite = finite and all(map(math.isfinite, agreed.losses.values()))
                 if finite:
                     self.accelerator.backward(total)
@@ -157,7 +158,7 @@ class Trainer:
         asked = time.monotonic()
         loaded = next(micro_batches)
         self.waited += time.monotonic() - asked
-        self.run.records.batch(loaded.batch.keys)
+        self.run.writer.log_samples(loaded.batch.keys)
         self.run.state.truncated_captions += loaded.truncated_captions
         return loaded, self.prepare(loaded.batch)
 
@@ -234,7 +235,7 @@ class Trainer:
         what = complaint.removesuffix(" is not finite") or (
             f"gradient norm {norm}" if norm is not None else f"loss {losses.get('loss')}"
         )
-        self.run.records.nonfinite(what, everyones)
+        self.run.writer.log_nonfinite(what, everyones)
         if self.experiment.train.nonfinite == "stop" or (self.zero and norm is not None):
             raise UserError(
                 f"step {self.run.state.step + 1}: {what} is not finite; its {len(everyones)} samples are in "
@@ -269,7 +270,7 @@ class Trainer:
             "seconds": seconds,
             "samples_per_second": experiment.data.batch_size / seconds,
             "data_wait": self.waited / seconds,
-            "memory_mib": self.run.memory_mib(),
+            "memory_mib": peak_memory_mib(self.accelerator.device),
         }
         every = experiment.log.geometry_every
         if f is not None and every and state.step % every == 0 and len(f.batch) > 1:
@@ -296,7 +297,7 @@ def train(experiment: Experiment, resume: bool = False, code: UserCode = NO_CODE
         code: The user's own code that the experiment is made of, to be kept with the run.
     """
     with TrainingInterrupt() as interrupted:
-        run = Run.start(experiment, resume, code)
+        run = set_up(experiment, resume, code)
         try:
             _fit(run, interrupted, code)
         except BaseException:
@@ -308,18 +309,18 @@ def train(experiment: Experiment, resume: bool = False, code: UserCode = NO_CODE
 
 def _fit(run: Run, interrupted: TrainingInterrupt, code: UserCode) -> None:
     folder = run.experiment.folder
-    if run.finished:
-        run.records.say(f"{folder} is already at its last step, {run.total_steps}")
+    if run.is_finished:
+        run.writer.log(f"{folder} is already at its last step, {run.total_steps}")
         return
     try:
         done = Trainer(run).fit(interrupted)
     except Stopped:
         done = False
     if done:
-        run.records.say(f"done: {folder}")
+        run.writer.log(f"done: {folder}")
     else:
         command = shlex.join(["vlp", "train", "--resume", str(folder), *code.options])
-        run.records.say(f"stopped at step {run.state.step} and saved; continue with: {command}")
+        run.writer.log(f"stopped at step {run.state.step} and saved; continue with: {command}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Start the engine that the launcher asked for (one process, DDP or DeepSpeed), and check that it runs."""
+"""Start the engine that the launcher has set up (one process, DDP or DeepSpeed), and check that it runs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from vlp.config import Training
 from vlp.errors import UserError
 
 
-def start(train: Training, micro_batch: int) -> Accelerator:
-    """The Accelerator of this process.
+def start_engine(train: Training, micro_batch: int) -> Accelerator:
+    """Start the engine that the launcher has set up in the environment; return the Accelerator of this process.
+
+    Several launch commands silently start a single process, unconnected processes, or another engine. So engine, number
+    of processes and backend are compared with what the launcher and the config announced.
 
     Args:
-        micro_batch: samples of one forward pass over all processes.
+        train: Settings of the training loop.
+        micro_batch: Samples of a micro-batch over all processes.
 
     Raises:
-        UserError: where engine, number of processes or backend are not what the launcher or the config asked for (several
-            launch commands silently start one process, unconnected ones, or another engine).
+        UserError: If they differ, or the micro-batch cannot be split over the processes.
     """
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     cuda = torch.cuda.is_available()
@@ -38,7 +41,7 @@ def start(train: Training, micro_batch: int) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if deepspeed and not cuda else [],
     )
     if dist.is_available() and dist.is_initialized():
-        dist.barrier()  # one that ends because of what follows would break off the others' connecting
+        dist.barrier()  # a process that exits in the checks below would interrupt others that are still connecting
     _check_launch(accelerator, train, deepspeed)
     if micro_batch % accelerator.num_processes:
         raise UserError(
@@ -50,12 +53,13 @@ def start(train: Training, micro_batch: int) -> Accelerator:
         settings["train_micro_batch_size_per_gpu"] = micro_batch // accelerator.num_processes
         settings["gradient_accumulation_steps"] = train.accumulation
         settings["gradient_clipping"] = train.clip_norm or 0.0
-        # a torch optimizer of ours, not DeepSpeed's own
+        # the optimizers of vlp are not among those that DeepSpeed has tested
         settings["zero_allow_untested_optimizer"] = True
     return accelerator
 
 
 def engine(accelerator: Accelerator) -> str:
+    """Return the name of the engine that runs: "single", "ddp" or "deepspeed"."""
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         return "deepspeed"

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -46,8 +47,10 @@ def read_log(path: Path) -> list[dict]:
     return records
 
 
-def peak_memory_mib() -> float:
-    """Return the peak resident memory of this process in MiB."""
+def peak_memory_mib(device: torch.device) -> float:
+    """Return the peak memory of this process in MiB: allocated on a GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -104,9 +107,9 @@ class RunLog:
         )
         self.task = self.progress.add_task(experiment.name, completed=step, total=total_steps, last="")
         self.progress.start()
-        self.total_steps, self.said = total_steps, time.monotonic()
+        self.total_steps, self.last_print = total_steps, time.monotonic()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, record: dict) -> None:
@@ -123,10 +126,12 @@ class RunLog:
         last = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['samples_per_second']:.0f} samples/s"
         self.progress.update(self.task, completed=record["step"], last=last)
         # a console without a progress bar, such as a scheduler's log file, gets a line every ten seconds
-        if not self.console.is_terminal and (time.monotonic() - self.said > 10 or record["step"] == self.total_steps):
-            self.said = time.monotonic()
+        if not self.console.is_terminal and (
+            time.monotonic() - self.last_print > 10 or record["step"] == self.total_steps
+        ):
+            self.last_print = time.monotonic()
             left = (self.total_steps - record["step"]) * record["seconds"]
-            self.say(
+            self.print(
                 f"step {record['step']}/{self.total_steps}  {last}  wait {record['data_wait']:.0%}  about {left / 60:.1f} min left"
             )
 

@@ -1,15 +1,15 @@
-"""What a run writes into its folder besides checkpoints. Only the main process writes, but for the samples' names.
+"""Write the files of a run folder other than checkpoints. Only the main process writes, except for the sample keys.
 
 runs/NAME/
-  experiment.json   the resolved experiment; with a checkpoint, all that it takes to rebuild the model
+  experiment.json   the resolved experiment; with a checkpoint, everything that is needed to rebuild the model
   tokenizer/        a copy
   code/             copies of the config and of the modules that it imports from its folder
-  data.json         what the order of the samples depends on
-  parameters.txt    where every weight came from, its learning rate and weight decay
-  starts.jsonl      a line for each time it was started or continued: command, machine, processes
-  log.jsonl         a line a step
-  eval.jsonl        a line an evaluation; eval/TASK.json holds the newest in full
-  quarantine.jsonl  samples that could not be used, with shard, key and reason
+  data.json         fingerprints of the data, on which the order of the samples depends
+  parameters.txt    the source of every weight, its learning rate and weight decay
+  starts.jsonl      one line for each start or resume: command, machine, processes
+  log.jsonl         one line per step
+  eval.jsonl        one line per evaluation; eval/TASK.json contains the newest in full
+  quarantine.jsonl  unusable samples, with shard, key and reason
   nonfinite.jsonl   the samples of steps whose loss or gradient was not finite
   checkpoints/      see `vlp.training.checkpoint`
 """
@@ -29,8 +29,9 @@ from accelerate import Accelerator
 
 from vlp import __version__
 from vlp.config import Experiment
-from vlp.data.reading.shards import write_atomically
+from vlp.data.text import Tokenizer
 from vlp.errors import UserError
+from vlp.files import write_atomically
 from vlp.specs.json import dump
 from vlp.specs.user_code import UserCode
 from vlp.tasks.base import EvalModel, Result
@@ -40,36 +41,57 @@ from vlp.training.state import TrainState
 
 
 class RunWriter:
-    """The files of one run, as one process writes them. ``state`` is the run's own: its step is what a line is about."""
+    """Writer of the files of one run in one process.
+
+    Args:
+        experiment: The experiment, whose ``folder`` is written.
+        accelerator: The engine.
+        state: State of the run. A line is about its step.
+        epoch_samples: Samples of an epoch.
+    """
 
     def __init__(self, experiment: Experiment, accelerator: Accelerator, state: TrainState, epoch_samples: int):
         self.experiment, self.accelerator, self.state = experiment, accelerator, state
         self.folder, self.epoch_samples = experiment.folder, epoch_samples
         self.known_bad = {(b["source"], b["shard"], b["key"]) for b in read_log(self.folder / "quarantine.jsonl")}
-        self.log: RunLog | None = None
-        self.samples = None
+        self.run_log: RunLog | None = None  # of the main process
+        self.sample_file = None
 
     def open(
-        self, resume: bool, tokenizer, fingerprints: list[dict], audit: str, total_steps: int, code: UserCode
+        self,
+        resume: bool,
+        tokenizer: Tokenizer | None,
+        fingerprints: list[dict],
+        parameters: str,
+        total_steps: int,
+        code: UserCode,
     ) -> None:
-        """Makes the folder, or cuts the logs of a resumed run back to the step that it goes on from.
+        """Create the run's folder, or truncate the logs of a resumed run to the step of its checkpoint.
+
+        Args:
+            resume: Whether the folder is that of a run to continue.
+            tokenizer: Tokenizer to copy.
+            fingerprints: Contents of data.json.
+            parameters: Contents of parameters.txt.
+            total_steps: Optimizer steps of the whole run.
+            code: The user's own code, copied to code/.
 
         Raises:
-            UserError: if the folder cannot be written.
+            UserError: If the folder cannot be written.
         """
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 if not resume:
-                    for leftover in ("tokenizer", "code"):  # of a start that was killed here
+                    for leftover in ("tokenizer", "code"):  # of a process that was killed at this point
                         shutil.rmtree(self.folder / leftover, ignore_errors=True)
                     if tokenizer:
                         tokenizer.save(self.folder / "tokenizer")
                     write_atomically(self.folder / "data.json", json.dumps(fingerprints, indent=1).encode())
-                    write_atomically(self.folder / "parameters.txt", audit.encode())
+                    write_atomically(self.folder / "parameters.txt", parameters.encode())
                 self._copy_code(code)
-                # last, since a folder that has it is a run
+                # last, because a folder with an experiment.json is a run
                 write_atomically(self.folder / "experiment.json", dump(self.experiment).encode())
                 for name in ("log.jsonl", "eval.jsonl", *(p.name for p in self.folder.glob("samples.*.jsonl"))):
                     truncate_log(self.folder / name, self.state.step)
@@ -78,11 +100,11 @@ class RunWriter:
                 raise UserError(
                     f"cannot write {self.folder}: {e.strerror or e}; set output=FOLDER to one that can be written"
                 ) from None
-            self.log = RunLog(self.experiment, self.state.step, total_steps)
-        self.accelerator.wait_for_everyone()  # the main process has cut the logs back
+            self.run_log = RunLog(self.experiment, self.state.step, total_steps)
+        self.accelerator.wait_for_everyone()  # until the main process has truncated the logs
         if self.experiment.log.samples:
             path = self.folder / f"samples.{self.accelerator.process_index}.jsonl"
-            self.samples = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close()
+            self.sample_file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close()
 
     def _copy_code(self, code: UserCode) -> None:
         for inside, path in code.files().items():
@@ -92,7 +114,7 @@ class RunWriter:
                 write_atomically(target, path.read_bytes())
 
     def _write_start(self, total_steps: int) -> None:
-        """How the run was started or continued, for the report and for whoever wonders later."""
+        """Record how the run was started or continued. The report shows the command."""
         command = ["vlp", *sys.argv[1:]] if os.path.basename(sys.argv[0]) == "vlp" else ["python", *sys.argv]
         start = {
             "step": self.state.step,
@@ -107,21 +129,27 @@ class RunWriter:
         with open(self.folder / "starts.jsonl", "a") as f:
             f.write(json.dumps(start) + "\n")
 
-    def say(self, text: str) -> None:
-        if self.log:
-            self.log.say(text)
+    def log(self, text: str) -> None:
+        """Print a line on the console."""
+        if self.run_log:
+            self.run_log.print(text)
 
-    def step(self, record: dict) -> None:
-        if self.log:
-            self.log.step(record)
+    def log_step(self, record: dict) -> None:
+        """Log the numbers of one step, which ``record`` contains by name together with ``step``."""
+        if self.run_log:
+            self.run_log.step(record)
 
-    def batch(self, keys: Sequence[str]) -> None:
-        """The samples of the step under way, where ``log.samples`` asks for them."""
-        if self.samples:
-            self.samples.write(json.dumps({"step": self.state.step + 1, "keys": list(keys)}) + "\n")
+    def log_samples(self, keys: Sequence[str]) -> None:
+        """Write the sample keys of a micro-batch of the current step, if ``log.samples`` is set."""
+        if self.sample_file:
+            self.sample_file.write(json.dumps({"step": self.state.step + 1, "keys": list(keys)}) + "\n")
 
     def quarantine(self, bad: list[dict]) -> None:
-        """Writes newly found bad samples; raises UserError when there are too many of them."""
+        """Record unusable samples that are not in quarantine.jsonl yet.
+
+        Raises:
+            UserError: If more than ``data.max_bad_fraction`` of all samples are unusable.
+        """
         new = {(b["source"], b["shard"], b["key"]): b for b in bad}
         new = {k: b for k, b in new.items() if k not in self.known_bad}
         self.known_bad |= new.keys()
@@ -135,27 +163,33 @@ class RunWriter:
             counts = ", ".join(f"{n} in {s}" for s, n in sources.items())
             raise UserError(
                 f"{len(self.known_bad)} samples are bad ({counts}), more than data.max_bad_fraction="
-                f"{self.experiment.data.max_bad_fraction:g} of {self.epoch_samples}; see {path}, mend the data or raise the limit"
+                f"{self.experiment.data.max_bad_fraction:g} of {self.epoch_samples}; see {path}, repair the data or raise the limit"
             )
 
-    def nonfinite(self, what: str, keys: list[str]) -> None:
+    def log_nonfinite(self, cause: str, keys: list[str]) -> None:
+        """Record the samples of a step whose loss or gradient is not finite.
+
+        Args:
+            cause: The number that is not finite, e.g. "gradient norm inf".
+            keys: Keys of the samples of all processes.
+        """
         if self.accelerator.is_main_process:
             with open(self.folder / "nonfinite.jsonl", "a") as f:
-                f.write(json.dumps({"step": self.state.step + 1, "what": what, "samples": keys}) + "\n")
-            self.say(f"step {self.state.step + 1}: {what} is not finite; samples in nonfinite.jsonl")
+                f.write(json.dumps({"step": self.state.step + 1, "cause": cause, "samples": keys}) + "\n")
+            self.log(f"step {self.state.step + 1}: {cause} is not finite; its samples are in nonfinite.jsonl")
 
-    def evaluation(self, results: dict[str, Result], subject: EvalModel) -> None:
+    def log_evaluation(self, results: dict[str, Result], model: EvalModel) -> None:
+        """Write each task's result to eval/TASK.json, and the metrics of all tasks as one line of eval.jsonl."""
         line = {"step": self.state.step}
         for name, result in results.items():
-            result.write(self.folder / "eval" / f"{name}.json", subject, self.state.step)
+            result.write(self.folder / "eval" / f"{name}.json", model, self.state.step)
             line |= {f"{name}/{metric}": interval.value for metric, interval in result.metrics.items()}
-            seen = f"  ({result.trained_on:,} of its pictures trained on)" if result.trained_on else ""
-            self.say(
-                f"step {self.state.step}: {name}  " + "  ".join(f"{m} {i}" for m, i in result.metrics.items()) + seen
-            )
+            metrics = "  ".join(f"{metric} {interval}" for metric, interval in result.metrics.items())
+            seen = f"  ({result.trained_on:,} of its images are training images)" if result.trained_on else ""
+            self.log(f"step {self.state.step}: {name}  {metrics}{seen}")
         with open(self.folder / "eval.jsonl", "a") as f:
             f.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
-        for file in filter(None, (self.log, self.samples)):
+        for file in filter(None, (self.run_log, self.sample_file)):
             file.close()

@@ -1,0 +1,249 @@
+"""Build everything that a training run needs before its first step."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from vlp.config import Experiment, Training
+from vlp.data.reading.annotated import AnnotatedReader
+from vlp.data.stream import TrainDataset
+from vlp.data.text import Tokenizer, load_tokenizer
+from vlp.errors import UserError
+from vlp.models.base import Model
+from vlp.objectives.needs import has_pictures
+from vlp.optim.ema import EMA
+from vlp.optim.groups import describe_groups, parameter_groups, starts_with
+from vlp.optim.optimizers import Lamb, Lars
+from vlp.specs.user_code import NO_CODE, UserCode
+from vlp.training.engines import engine, start_engine
+from vlp.training.run import Run
+from vlp.training.run_writer import RunWriter
+from vlp.training.state import TrainState
+from vlp.training.validation import validate
+from vlp.weights import checkpoints
+
+
+def set_up(experiment: Experiment, resume: bool, code: UserCode = NO_CODE) -> Run:
+    """Build a run in this process and create its folder, or reopen the folder of a run to resume.
+
+    Args:
+        experiment: The experiment. It is resolved here, unless the run is resumed.
+        resume: Whether to continue from the newest undamaged checkpoint in the run's folder.
+        code: The user's own code that the experiment is made of, to be kept with the run.
+
+    Raises:
+        UserError: If the experiment cannot be trained. Nothing has been written by then.
+    """
+    validate(experiment)
+    folder, data = experiment.folder, experiment.data
+    accelerator = start_engine(experiment.train, experiment.micro_batch_size)
+    if not resume and (folder / "experiment.json").exists():
+        raise UserError(f"{folder} already holds a run; continue it with --resume {folder}, or set another name=...")
+    checkpoint = checkpoints.newest_whole(folder / "checkpoints") if resume else None
+    accelerator.wait_for_everyone()  # every process has looked before one of them writes
+    if not resume:
+        experiment = experiment.resolved()
+    torch.manual_seed(experiment.seed)
+    # a checkpoint contains every weight, so a resumed run does not need the files that it once started from
+    model = experiment.model.build(load_weights=checkpoint is None)
+    tokenizer = load_run_tokenizer(experiment, model, resume) if model.text is not None else None
+    dataset = TrainDataset(
+        data.train,
+        (data.augment, *data.views),
+        model.preprocess if has_pictures(data) else None,
+        tokenizer,
+        data.max_length,
+        data.max_pixels,
+        experiment.seed,
+        data.text_views,
+    )
+    if resume:
+        check_same_data(folder, dataset)
+    check_dataset(experiment, dataset)
+    for task in experiment.evaluate.values():
+        task.validate(data)
+    total_steps = count_steps(experiment, len(dataset))
+    prepare_model(model, experiment.train, accelerator)
+    state = initial_state(experiment, model, len(dataset), accelerator.device)
+    groups = parameter_groups(
+        model, experiment.optim.weight_decay, experiment.train.layer_decay, experiment.train.lr_scales
+    )
+    if engine(accelerator) == "deepspeed":
+        check_zero(experiment)
+    optimizer = experiment.optim.build(groups)
+    if checkpoint is not None:
+        checkpoints.load_model(model, checkpoints.read(checkpoint, "model"), checkpoint)
+        state.load(checkpoints.read_state(checkpoint), partial(checkpoints.read, checkpoint))
+    writer = RunWriter(experiment, accelerator, state, len(dataset))
+    run = Run(experiment, accelerator, model, tokenizer, dataset, optimizer, state, writer, total_steps, checkpoint)
+    reports = [f"{part} weights: {report or 'random'}" for part, report in model.reports.items()]
+    parameters = "\n".join([*reports, "", describe_groups(optimizer.param_groups)]) + "\n"
+    writer.open(resume, tokenizer, [reader.fingerprint() for reader in dataset.readers], parameters, total_steps, code)
+    for line in (describe(run), *(reports if checkpoint is None else ())):
+        writer.log(line)
+    return run
+
+
+def load_run_tokenizer(experiment: Experiment, model: Model, resume: bool) -> Tokenizer:
+    """Load the tokenizer, from the run's folder if the run is resumed.
+
+    Raises:
+        UserError: If the text tower has fewer tokens or positions than the experiment needs.
+    """
+    data, tower = experiment.data, model.text
+    if resume:
+        tokenizer = load_tokenizer(str(experiment.folder / "tokenizer"))
+    else:
+        tokenizer = load_tokenizer(data.tokenizer, data.sep, data.clean)
+    if tokenizer.vocab_size > tower.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the text tower only {tower.vocab_size}; "
+            f"use the tokenizer of its weights, or set the tower's vocab_size"
+        )
+    if data.max_length > tower.max_length:
+        raise UserError(
+            f"data.max_length={data.max_length} but the text tower takes {tower.max_length} tokens; lower it"
+        )
+    return tokenizer
+
+
+def check_dataset(experiment: Experiment, dataset: TrainDataset) -> None:
+    """Check that the data have the model's classes and at least one batch.
+
+    Raises:
+        UserError: If not.
+    """
+    num_classes, batch_size = experiment.model.classes, experiment.data.batch_size
+    for reader in dataset.readers:
+        if num_classes is None or not isinstance(reader, AnnotatedReader) or not reader.classes:
+            continue
+        if len(reader.classes) != num_classes:
+            raise UserError(
+                f"{reader.location} has {len(reader.classes)} classes and the model {num_classes}; "
+                f"set model.classes to {len(reader.classes)}"
+            )
+    if batch_size > len(dataset):
+        raise UserError(
+            f"data.batch_size={batch_size} is larger than the data ({len(dataset)} samples in "
+            f"{', '.join(reader.location for reader in dataset.readers)}); lower it to at most that"
+        )
+
+
+def check_same_data(folder: Path, dataset: TrainDataset) -> None:
+    """Check that a resumed run reads the data that it was started with.
+
+    The order of samples is a function of the sizes of the shards. With one more shard the run would repeat some samples and
+    miss others.
+
+    Raises:
+        UserError: If the data have changed, or data.json is damaged.
+    """
+    path = folder / "data.json"
+    if not path.exists():
+        return
+    try:
+        fingerprints = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is damaged; put it back, or remove it to resume unchecked") from None
+    for reader, before in zip(dataset.readers, fingerprints):
+        if reader.fingerprint() != before:
+            raise UserError(
+                f"the shards at {reader.location} are not the ones that {folder} was started with "
+                f"({before['samples']:,} samples in {before['shards']} shards then, {len(reader):,} in "
+                f"{len(reader.shards)} now); put them back, or start a new run"
+            )
+
+
+def check_zero(experiment: Experiment) -> None:
+    """Check that DeepSpeed's ZeRO can train the experiment.
+
+    Raises:
+        UserError: If not.
+    """
+    if isinstance(experiment.optim, (Lamb, Lars)):
+        raise UserError(
+            f"{type(experiment.optim).__name__} needs whole parameters and ZeRO cuts them up; use "
+            f"vlp.optim.optimizers.AdamW, or another launch config"
+        )
+    if experiment.train.nonfinite == "skip" and experiment.train.accumulation > 1:
+        raise UserError("train.nonfinite=skip with DeepSpeed needs train.accumulation=1; set one of them")
+
+
+def count_steps(experiment: Experiment, epoch_samples: int) -> int:
+    """Return the optimizer steps of a run.
+
+    Raises:
+        UserError: Unless exactly one of steps and epochs is set, and gives at least one step.
+    """
+    train = experiment.train
+    if (train.steps is None) == (train.epochs is None):
+        raise UserError("set one of train.steps and train.epochs, and the other to none")
+    if train.steps is not None:
+        steps = train.steps
+    else:
+        steps = math.ceil(train.epochs * epoch_samples / experiment.data.batch_size)
+    if steps < 1:
+        raise UserError(f"train.steps or train.epochs gives {steps} steps; make it at least one")
+    return steps
+
+
+def prepare_model(model: Model, train: Training, accelerator: Accelerator) -> None:
+    """Freeze parameters, set up activation checkpointing, memory format and compilation, and switch to training mode.
+
+    Raises:
+        UserError: If a prefix of ``train.frozen`` matches no parameter.
+    """
+    for prefix in train.frozen:
+        frozen = [p for name, p in model.named_parameters() if starts_with(name, prefix)]
+        if not frozen:
+            children = ", ".join(dict(model.named_children()))
+            raise UserError(f"train.frozen: no parameter starts with {prefix!r}; they start with {children}")
+        for p in frozen:
+            p.requires_grad_(False)
+    if train.activation_checkpointing != "none":
+        model.set_activation_checkpointing(train.activation_checkpointing)
+    model.to(accelerator.device)
+    if engine(accelerator) != "deepspeed":  # ZeRO sends weights as plain bytes, which loses the memory format
+        # channels_last speeds up convolutions and is neutral for transformers
+        model.to(memory_format=torch.channels_last)
+    if train.compile:
+        for tower in filter(None, (model.image, model.text)):
+            tower.compile()
+    model.train()
+    # frozen modules stay in evaluation mode: no dropout, and BatchNorm keeps its statistics
+    for name, module in model.named_modules():
+        if any(starts_with(f"{name}.", f"{prefix}.") for prefix in train.frozen):
+            module.eval()
+
+
+def initial_state(experiment: Experiment, model: Model, epoch_samples: int, device: torch.device) -> TrainState:
+    """Return the counters, averages and queues at the start of a run."""
+    state = TrainState()
+    if experiment.train.ema_decay is not None:
+        state.average = EMA(model, experiment.train.ema_decay)
+    if experiment.momentum:
+        state.momentum = EMA(model, experiment.momentum.decay, experiment.momentum.mode)
+    # a generator of its own, so that queues start equal on every process, whatever random numbers the model used
+    generator = torch.Generator().manual_seed(experiment.seed)
+    for name, objective in experiment.objectives.items():
+        if hasattr(objective, "init_queue"):
+            state.queues[name] = objective.init_queue(model, epoch_samples, device, generator)
+    return state
+
+
+def describe(run: Run) -> str:
+    """Return one line about the run: its size, its length and where it starts."""
+    parameters = list(run.model.parameters())
+    total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    start = f"resumed at step {run.state.step} from {run.resumed_from.name}" if run.resumed_from else "from step 0"
+    return (
+        f"{run.folder}: {total / 1e6:.1f} M parameters ({trained / 1e6:.1f} M trained), "
+        f"{run.epoch_samples:,} samples an epoch, {run.total_steps:,} steps of "
+        f"{run.experiment.data.batch_size} samples, {run.accelerator.num_processes} process(es), {start}"
+    )
