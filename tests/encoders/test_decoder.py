@@ -113,12 +113,12 @@ def test_what_was_read_before_need_not_be_read_again():
     source = model.project(tokens, seen)
     ids, mask = texts((6, 6, 6))
     whole = model.read(ids[:, :-1], mask[:, :-1], source).states.view(3, 6, -1)
-    past = KVCache()
+    cache = KVCache()
     for begin, end in ((0, 1), (1, 4), (4, 6)):
-        written = model.read(ids[:, begin:end], mask[:, begin:end], source, past=past)
+        written = model.read(ids[:, begin:end], mask[:, begin:end], source, cache=cache)
         torch.testing.assert_close(written.states.view(3, end - begin, -1), whole[:, begin:end])
-        past = written.past
-    assert past.length == 6
+        cache = written.cache
+    assert cache.length == 6
 
 
 def score(model: AnswerDecoder, ids, mask, tokens, seen) -> torch.Tensor:

@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlp.encoders.fusion import BERT_LAYER, Fusion, FusionEncoder, ImageTokens
-from vlp.encoders.ragged import Layout
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
 
@@ -281,18 +280,6 @@ def test_checkpointing_recomputes_with_the_same_dropout():
     torch.testing.assert_close(gradients[2], gradients[0])
     torch.manual_seed(6)
     assert not torch.equal(out, model(tokens, mask, model.project(image), at="first"))
-
-
-@pytest.mark.parametrize("pack", [True, False])
-def test_layout_packs_and_pads(pack):
-    _, tokens, mask = inputs()
-    layout = Layout.of(mask, pack)
-    packed = layout.pack(tokens[:, : layout.width])
-    assert packed.shape[0] == (12 if pack else 24) and layout.width == (6 if pack else LENGTH)
-    padded = layout.pad(packed)
-    assert torch.equal(padded[mask[:, : layout.width]], tokens[mask])
-    flat = (mask[:, : layout.width]).flatten().nonzero()[:, 0]
-    assert torch.equal(packed[layout.packed(flat)], tokens[mask])
 
 
 def test_bf16_autocast_stays_close():

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from vlp.encoders.mome import BASE, BASE_PLUS, LARGE, SMALL, MomeEncoder
-from vlp.encoders.mome_layer import Rows, SharedAttention, Wanted
+from vlp.encoders.mome_layer import SharedAttention
+from vlp.encoders.ragged import RaggedBatch
 from vlp.encoders.relative_position import RelativePositions, text_index
 
 CPU = torch.device("cpu")
@@ -26,33 +27,7 @@ def encoder(seed=0, **changes):
 def given():
     torch.manual_seed(1)
     text, image = torch.randn(3, L, 16, dtype=torch.float64), torch.randn(3, P, 16, dtype=torch.float64)
-    return Rows(LENGTHS, P, CPU), text, image
-
-
-# --- where tokens stand ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("lengths", "patches"), [(LENGTHS, P), (LENGTHS, 0), ((4, 4), P), ((4, 4), 0), ((0, 0), P)])
-def test_packing_undoes_padding_and_starts_and_owners_are_those_of_the_tokens(lengths, patches):
-    rows = Rows(lengths, patches, CPU)
-    text = [(row, "text", n) for row, length in enumerate(lengths) for n in range(length)]
-    tokens = text + [(row, "image", n) for row in range(len(lengths)) for n in range(patches)]
-    states = torch.arange(1.0, 1 + len(tokens))[:, None]
-    padded = rows.pad(states)
-    assert padded.shape == (len(lengths), max(lengths) + patches, 1)
-    assert torch.equal(rows.pack(padded), states)
-    for place, (row, kind, n) in enumerate(tokens):
-        assert padded[row, n + (max(lengths) if kind == "image" else 0), 0] == place + 1
-        assert rows.owner[place] == row
-    assert (padded != 0).sum() == len(tokens)
-    mask = rows.mask
-    assert mask is None if len(set(lengths)) == 1 else torch.equal(mask[:, 0, 0], padded[..., 0] != 0)
-    assert torch.equal(padded[torch.arange(len(lengths)), 0], states[rows.starts])
-
-
-def test_lengths_come_from_the_mask_and_an_empty_text_has_one_token():
-    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]]).bool()
-    assert Rows.of_texts(mask).lengths == (2, 1, 3)
+    return RaggedBatch(LENGTHS, P, CPU), text, image
 
 
 # --- experts ---------------------------------------------------------------------------------------------------------
@@ -78,9 +53,9 @@ def test_each_token_is_served_by_its_modality_below_and_by_the_vision_language_e
         *[(n, name, count) for n in (0, 1) for name, count in (("text", words), ("image", patches))],
         *[(n, "vl", words + patches) for n in (2, 3)],
     ]
-    alone = Rows(LENGTHS, 0, CPU)
+    alone = RaggedBatch(LENGTHS, 0, CPU)
     assert used(lambda m: m(alone, text)) == [(n, "text", words) for n in range(4)]
-    pictures = Rows((0, 0, 0), P, CPU)
+    pictures = RaggedBatch((0, 0, 0), P, CPU)
     assert used(lambda m: m(pictures, image=image)) == [(n, "image", patches) for n in range(4)]
     assert used(lambda m: m(pictures, image=image, joint=True))[-1] == (3, "vl", patches)
 
@@ -125,12 +100,12 @@ def slow(model, row, text, image, joint):
 def test_outputs_are_those_of_a_row_token_by_token(which):
     model, (rows, text, image) = encoder(), given()
     text, image = (None if which == "image" else text), (None if which == "text" else image)
-    rows = Rows(LENGTHS if text is not None else (0, 0, 0), P if image is not None else 0, CPU)
+    rows = RaggedBatch(LENGTHS if text is not None else (0, 0, 0), P if image is not None else 0, CPU)
     found = rows.pad(model(rows, text, image, joint=which == "both"))
     for row in range(3):
         words = None if text is None else text[row, : LENGTHS[row]]
         expected = slow(model, row, words, None if image is None else image[row], which == "both")
-        own = found[row] if rows.mask is None else found[row][rows.mask[row, 0, 0]]
+        own = found[row] if rows.attention_mask is None else found[row][rows.attention_mask[row, 0, 0]]
         torch.testing.assert_close(own, expected)
 
 
@@ -138,14 +113,14 @@ def test_outputs_are_those_of_a_row_token_by_token(which):
 def test_wanted_tokens_are_those_of_the_whole():
     model, (rows, text, image) = encoder(), given()
     whole = model(rows, text, image, joint=True)
-    first = model(rows, text, image, joint=True, wanted=Wanted.first(rows))
+    first = model(rows, text, image, joint=True, outputs=rows.first_tokens())
     torch.testing.assert_close(first, whole[rows.starts])
     row, column = torch.tensor([1, 0, 1]), torch.tensor([5, 2, 0])
-    some = model(rows, text, image, joint=True, wanted=Wanted.at(rows, row, column))
+    some = model(rows, text, image, joint=True, outputs=rows.tokens_at(row, column))
     torch.testing.assert_close(some, rows.pad(whole)[row, column])
-    pictures = Rows((0, 0, 0), P, CPU)
+    pictures = RaggedBatch((0, 0, 0), P, CPU)
     whole = model(pictures, image=image)
-    some = model(pictures, image=image, wanted=Wanted.at(pictures, row, (column - 1).clamp(min=0)))
+    some = model(pictures, image=image, outputs=pictures.tokens_at(row, (column - 1).clamp(min=0)))
     torch.testing.assert_close(some, pictures.pad(whole)[row, (column - 1).clamp(min=0)])
 
 
@@ -155,28 +130,28 @@ def test_wanted_tokens_are_those_of_the_whole():
 @pytest.mark.parametrize("kept", [(True, False, True), (False, False, True), (True, True, True)])
 def test_rows_that_skip_a_branch_stay_and_the_others_make_up_for_them(kept, monkeypatch):
     model, (rows, text, image) = encoder(drop_path=0.5).train(), given()
-    layer, states = model.layers[1], model.start(rows, text, image)
+    layer, states = model.layers[1], model.pack(rows, text, image)
     bias = model.positions(rows.width, True)[1]
     kept = torch.tensor(kept)
-    monkeypatch.setattr(layer, "_draw", lambda rows: (kept, 2.0))
+    monkeypatch.setattr(layer, "_draw_kept_rows", lambda rows: (kept, 2.0))
     factor = 2.0 * kept.double()[rows.owner, None]
     expected = states + factor * layer.attention(layer.norm(states), rows, bias, layer.gamma_1)
     expected = expected + factor * layer._experts(expected, rows, False)
     torch.testing.assert_close(layer(states, rows, bias, False), expected)
-    top, first = model.layers[3], Wanted.first(rows)
-    monkeypatch.setattr(top, "_draw", lambda rows: (kept, 2.0))
+    top, first = model.layers[3], rows.first_tokens()
+    monkeypatch.setattr(top, "_draw_kept_rows", lambda rows: (kept, 2.0))
     torch.testing.assert_close(top(states, rows, bias, True, first), top(states, rows, bias, True)[rows.starts])
 
 
 def test_draws_have_the_rate_of_the_layer_and_always_leave_one_row_to_compute():
     layers = encoder(drop_path=0.6).train().layers
     assert [layer.drop_path for layer in layers] == pytest.approx([0, 0.2, 0.4, 0.6])
-    kept, share = layers[2]._draw(Rows((0,) * 5000, P, CPU))
+    kept, share = layers[2]._draw_kept_rows(RaggedBatch((0,) * 5000, P, CPU))
     assert kept.double().mean() == pytest.approx(0.6, abs=0.03) and share == pytest.approx(1 / 0.6)
-    draws = [layers[3]._draw(Rows((0,), P, CPU)) for _ in range(200)]
+    draws = [layers[3]._draw_kept_rows(RaggedBatch((0,), P, CPU)) for _ in range(200)]
     assert all(kept.any() for kept, _ in draws)
     assert {share for _, share in draws} == {0.0, 1 / (1 - layers[3].drop_path)}
-    assert layers[3].eval()._draw(Rows((0,) * 5, P, CPU))[0].all()
+    assert layers[3].eval()._draw_kept_rows(RaggedBatch((0,) * 5, P, CPU))[0].all()
 
 
 def test_biases_are_those_of_one_layer_and_grow_with_it_alone():
@@ -217,7 +192,7 @@ def test_published_sizes_have_their_experts(spec):
 def test_biases_are_not_rounded_where_the_rest_is():
     """To bfloat16 a bias of 16 is known to 0.06, and the weight of its token to 6 %."""
     torch.manual_seed(0)
-    attention, rows = SharedAttention(32, 2), Rows((5, 5), 4, torch.device("cpu"))
+    attention, rows = SharedAttention(32, 2), RaggedBatch((5, 5), 4, torch.device("cpu"))
     states, bias = torch.randn(18, 32), 8 * torch.randn(2, 9, 9)
     torch.nn.init.zeros_(attention.qkv.weight[:64].data)  # the bias alone tells where to look
     with torch.no_grad():

@@ -223,7 +223,7 @@ def test_layers_deepen_from_the_embeddings_to_the_heads():
 # --- what cannot be -----------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "image_size 40 x 40 is no multiple of patch_size 16": {"encoder": replace(ENCODER, image_size=40)},
+    "image_size 40 x 40 is not a multiple of patch_size 16": {"encoder": replace(ENCODER, image_size=40)},
     "heads do not divide the width": {"encoder": replace(ENCODER, heads=5)},
     "vl_from is 3; with 3 layers it is 0 to 2": {"encoder": replace(ENCODER, vl_from=3)},
     "the vl expert needs image and text": {

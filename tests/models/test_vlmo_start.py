@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vlp.encoders.mome import SMALL
-from vlp.encoders.mome_layer import Rows
 from vlp.encoders.patch_targets import Pixels
+from vlp.encoders.ragged import RaggedBatch
 from vlp.errors import UserError
 from vlp.forward import StepContext
 from vlp.models.vlmo import Vlmo, VlmoModel
@@ -61,7 +61,7 @@ def image_states(model: VlmoModel) -> torch.Tensor:
     picture = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         inputs = encoder.image(picture)
-        return encoder(Rows((0,) * 4, inputs.shape[1], inputs.device), image=inputs)
+        return encoder(RaggedBatch.of_images(4, inputs.shape[1], inputs.device), image=inputs)
 
 
 # --- where experts start ----------------------------------------------------------------------------------------------

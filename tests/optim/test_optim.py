@@ -115,9 +115,7 @@ def test_audit_table_shows_every_group():
     groups = parameter_groups(Model(), 0.1)
     header, *lines = describe_groups(groups).splitlines()
     assert len(lines) == len(groups)
-    assert sum(int(line.split()[1].replace(",", "")) for line in lines) == sum(
-        p.numel() for p in Model().parameters()
-    )
+    assert sum(int(line.split()[1].replace(",", "")) for line in lines) == sum(p.numel() for p in Model().parameters())
     assert any("words.weight" in line and " 0.1 " in line for line in lines)
 
 

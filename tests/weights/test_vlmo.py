@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from scipy.interpolate import RectBivariateSpline
 
 from vlp.encoders.mome import Mome
-from vlp.encoders.mome_layer import Rows
+from vlp.encoders.ragged import RaggedBatch
 from vlp.encoders.relative_position import TableGrid, image_index, spread
 from vlp.errors import UserError
 from vlp.models.vlmo import Vlmo
@@ -169,7 +169,9 @@ def test_beits_images_give_what_beit_gives(shared, tmp_path):
     )
     encoder, picture = images.build().eval().encoder, torch.randn(2, 3, 32, 32)
     inputs = encoder.image(picture)
-    states = encoder.layered(inputs.flatten(0, 1), Rows((0, 0), 5, torch.device("cpu")), 0, LAYERS, joint=False)
+    states = encoder.run_layers(
+        inputs.flatten(0, 1), RaggedBatch.of_images(2, 5, torch.device("cpu")), 0, LAYERS, joint=False
+    )
     wanted = theirs.patch_embed(picture)
     wanted = torch.cat([theirs.cls_token.expand(2, -1, -1), wanted], 1)
     for block in theirs.blocks:

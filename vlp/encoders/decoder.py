@@ -1,11 +1,11 @@
-"""A decoder that writes texts: causal BERT layers with cross-attention to what they are about (ALBEF, Li et al. 2021, fig. 4).
+"""A text decoder: causal BERT layers with cross-attention to a source (ALBEF, Li et al. 2021, fig. 4).
 
-For an answer that is fusion's states of image and question, for a caption the image's tokens. Whatever is the same for many
-texts runs once: the source's keys and values, and the tokens that texts begin with (`KVCache`). The last token of a text is
-never read, since nothing follows it, and the vocabulary head sees no position but those that predict a real token.
+For answers the source is the fused states of image and question, for captions the image tokens. Work that is the same for
+many texts runs once: the keys and values of the source, and the tokens that texts begin with (`KVCache`). The last token of a
+text is not processed, since nothing follows it, and the vocabulary head computes only positions that predict a real token.
 
-Q sources, n texts, L tokens of a text, S tokens of a source, T tokens that are read and followed by one, D width, h heads, V
-vocabulary, R tokens read before.
+Q sources, n texts, L tokens of a text, S tokens of a source, T tokens that are processed, R tokens in the cache, M predicted
+tokens, D width, h heads, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from vlp.encoders.base import LayerSizes, TextTower
 from vlp.encoders.fusion import CROSS, CrossAttentionCache, Fusion
 from vlp.encoders.fusion_layer import FusionLayer, merge_heads
 from vlp.encoders.heads import VocabularyHead
-from vlp.encoders.ragged import Layout
+from vlp.encoders.ragged import RaggedBatch
 from vlp.weights import reading
 from vlp.weights.reading import LoadReport
 
 
 @dataclass(frozen=True)
 class Decoder(Fusion):
-    """Layers that write, as many and as large as those of `Fusion`, from whose fields theirs are.
+    """A decoder with the layers and sizes of `Fusion`, whose fields it has.
 
     Args:
-        weights: a BERT folder, from whose layers ``first_layer`` on self-attention and feed-forward start, and from the rest of
-            which embeddings and head do. Not used where the whole model starts from other weights: without a decoder
-            among these, it starts as their fusion layers, as published.
-        source: what it writes about: "fusion" of image and text, or the "image" alone.
+        weights: A BERT folder. Self-attention and feed-forward start from its layers, beginning with ``first_layer``, the
+            embeddings and the head from its other weights. Not used if the whole model starts from other weights: without a
+            decoder among these, the decoder starts as their fusion layers, as published.
+        source: The decoder attends to the "fusion" of image and text, or only to the "image".
     """
 
     source: Literal["fusion", "image"] = "fusion"
@@ -45,8 +45,8 @@ class Decoder(Fusion):
 
         Args:
             text: Text tower, whose width, vocabulary and longest text the decoder takes.
-            sizes: Of the layers of ``text``.
-            source_width: Of the source's tokens.
+            sizes: Sizes of the layers of ``text``.
+            source_width: Width of the source's tokens.
             load_weights: False leaves the parameters random even where ``weights`` is set.
 
         Raises:
@@ -55,9 +55,9 @@ class Decoder(Fusion):
         self.check(text.width)
         model = AnswerDecoder(self, text, sizes, source_width)
         if load_weights and self.weights:
-            given = self.read_weights()
-            model.report = self.load(model.layers, self.read_layers(given), CROSS)
-            words = {k.removeprefix("embeddings."): v for k, v in given.items() if k.startswith("embeddings.")}
+            state = self.read_weights()
+            model.report = self.load(model.layers, self.read_layers(state), CROSS)
+            words = {k.removeprefix("embeddings."): v for k, v in state.items() if k.startswith("embeddings.")}
             reading.load(model.embeddings, words, ignored=("position_ids",))
             model.head.load(self.weights)
         return model
@@ -65,10 +65,11 @@ class Decoder(Fusion):
 
 @dataclass(frozen=True)
 class KVCache:
-    """Self-attention's keys and values of the tokens that were read, (n, h, R, D / h) for every layer.
+    """Keys and values of self-attention for the tokens that were processed before.
 
     Args:
         length: R.
+        layers: (n, h, R, D / h) keys and values for each layer.
     """
 
     length: int = 0
@@ -78,8 +79,20 @@ class KVCache:
         return KVCache(self.length, tuple((key[rows], value[rows]) for key, value in self.layers))
 
 
+EMPTY = KVCache()
+
+
 class WordEmbeddings(nn.Module):
-    """BERT's: words, positions and the first token type, summed and normalised; named as BERT names them."""
+    """BERT's embeddings, by BERT's names: words, positions and the first token type, summed and normalised.
+
+    Args:
+        width: D.
+        vocab_size: V.
+        positions: Number of positions.
+        token_types: Number of token types, of which only the first is used.
+        dropout: Rate.
+        eps: Of the norm.
+    """
 
     def __init__(self, width: int, vocab_size: int, positions: int, token_types: int, dropout: float, eps: float):
         super().__init__()
@@ -92,57 +105,82 @@ class WordEmbeddings(nn.Module):
             nn.init.normal_(part.weight, std=0.02)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """(T,) ids and where they stand in their texts, to (T, D)."""
+        """Return (T, D) embeddings of (T,) ids at (T,) positions of their texts."""
         words = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
         return self.dropout(self.LayerNorm(words + self.position_embeddings(positions)))
 
 
 class DecoderLayer(FusionLayer):
-    """Fusion's layer, of which each token sees those before it alone."""
+    """A fusion layer with causal self-attention."""
 
-    def write(self, states: Tensor, layout: Layout, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
-        """Self-attention of (T, D) states, and all keys and values, (n, h, R + W, D / h) each.
+    def read_causally(
+        self, states: Tensor, batch: RaggedBatch, cached: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Causal self-attention with its residual branch and norm.
 
-        Padding stands on the right, where nothing before it looks: it needs no mask.
+        Padding is on the right, where the causal mask hides it from every real token. It needs no mask of its own.
+
+        Args:
+            states: (T, D).
+            batch: Where the T tokens are.
+            cached: (n, h, R, D / h) keys and values of the tokens before, or None.
+
+        Returns:
+            (T, D) states, and all keys and values, (n, h, R + W, D / h) each.
         """
         attention = self.self_attention
         query, key, value = (
-            attention.split(layout.pad(part(states))) for part in (attention.query, attention.key, attention.value)
-        )
+            attention.split(batch.pad(part(states))) for part in (attention.query, attention.key, attention.value)
+        )  # (n, h, W, D / h)
         causal = None
-        if past is not None:
-            before, width = past[0].shape[2], layout.width
-            key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+        if cached is not None:
+            before, width = cached[0].shape[2], batch.width
+            key, value = torch.cat([cached[0], key], 2), torch.cat([cached[1], value], 2)  # (n, h, R + W, D / h)
             causal = torch.ones(width, before + width, dtype=torch.bool, device=key.device).tril(before)
         dropout = attention.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, causal, dropout, is_causal=past is None)
-        states = self.self_norm(states + self.dropout(attention.out(layout.pack(merge_heads(attended)))))
+        attended = F.scaled_dot_product_attention(query, key, value, causal, dropout, is_causal=cached is None)
+        states = self.self_norm(states + self.dropout(attention.out(batch.pack(merge_heads(attended)))))
         return states, key, value
 
 
 @dataclass(frozen=True)
-class Generated:
-    """What was read of n texts.
+class DecodedStates:
+    """Final states of n texts.
 
     Args:
-        states: (T, D) of the last layer.
-        layout: where these stand in the texts.
-        past: what was read before, and now; of use where all texts are of one length.
+        states: (T, D).
+        batch: Where the T tokens are in the texts.
+        cache: Keys and values of all tokens so far. Only valid for texts of equal length.
     """
 
     states: Tensor
-    layout: Layout
-    past: KVCache
+    batch: RaggedBatch
+    cache: KVCache
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Predictions of every token of n texts but the first.
+
+    Args:
+        logits: (M, V).
+        labels: (M,) int64 true tokens.
+        text: (M,) int64 text that each token belongs to.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    text: Tensor
 
 
 class AnswerDecoder(nn.Module):
-    """What comes next, given what was written and what it is about.
+    """Predicts the next token of a text from the tokens before it and from a source.
 
     Args:
-        spec: resolved.
-        text: tower, whose vocabulary and width it takes.
-        sizes: of its layers.
-        source_width: of the source's tokens.
+        spec: Resolved.
+        text: Text tower, whose width, vocabulary and longest text the decoder takes.
+        sizes: Sizes of the layers of ``text``.
+        source_width: Width of the source's tokens.
     """
 
     def __init__(self, spec: Decoder, text: TextTower, sizes: LayerSizes, source_width: int):
@@ -154,7 +192,7 @@ class AnswerDecoder(nn.Module):
         layer = (text.width, source_width, spec.heads, spec.hidden_size, spec.dropout, spec.eps)
         self.layers = nn.ModuleList(DecoderLayer(*layer) for _ in range(spec.layers))
         for module in self.layers.modules():
-            if isinstance(module, nn.Linear):  # as BERT
+            if isinstance(module, nn.Linear):  # initialised as in BERT
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         self.head = VocabularyHead(text.width, self.embeddings.word_embeddings, sizes.eps)
@@ -163,7 +201,12 @@ class AnswerDecoder(nn.Module):
         self.report: LoadReport | None = None
 
     def project(self, tokens: Tensor, mask: Tensor | None = None) -> CrossAttentionCache:
-        """(Q, S, source width), and their (Q, S) bool mask, padding on the right, to the keys and values of every layer."""
+        """Project the tokens of sources to the keys and values of every layer.
+
+        Args:
+            tokens: (Q, S, source width).
+            mask: (Q, S) bool of the real tokens, padding on the right. None if all are.
+        """
         if mask is not None:
             mask = mask.clone()
             mask[:, 0] = True  # attention over nothing is NaN
@@ -177,38 +220,39 @@ class AnswerDecoder(nn.Module):
         mask: Tensor,
         source: CrossAttentionCache,
         rows: Tensor | None = None,
-        past: KVCache = KVCache(),
-    ) -> Generated:
-        """n texts that go on from ``past``.
+        cache: KVCache = EMPTY,
+    ) -> DecodedStates:
+        """Process the tokens of n texts.
 
         Args:
             input_ids: (n, L) int64.
             mask: (n, L) bool, padding on the right.
-            rows: (n,) int64 source of each text; None = they go through the Q sources in order, again and again, and read
-                keys and values where they are.
+            source: Q sources, see `project`.
+            rows: (n,) int64 source of each text. None takes the Q sources in order, repeatedly, and reads keys and values in
+                place.
+            cache: Of the tokens before, which ``input_ids`` continue.
 
         Raises:
             ValueError: if there are more tokens than positions.
         """
-        if past.length + input_ids.shape[1] > self.max_length:
+        if cache.length + input_ids.shape[1] > self.max_length:
             raise ValueError(
-                f"texts of {past.length + input_ids.shape[1]} tokens; there are {self.max_length} positions"
+                f"texts of {cache.length + input_ids.shape[1]} tokens; there are {self.max_length} positions"
             )
-        layout = Layout.of(mask, self.pack)
-        ids = layout.pack(input_ids[:, : layout.width, None])[:, 0]
-        places = torch.arange(layout.width, device=ids.device).expand(layout.rows, -1)
-        states = self.embeddings(ids, past.length + layout.pack(places[..., None])[:, 0])
-        kept = []
+        batch = RaggedBatch.of_texts(mask, pack=self.pack)
+        ids = batch.pack(input_ids[:, : batch.width, None])[:, 0]  # (T,)
+        positions = torch.arange(batch.width, device=ids.device).expand(batch.rows, -1)
+        states = self.embeddings(ids, cache.length + batch.pack(positions[..., None])[:, 0])  # (T, D)
+        layers = []
         for number, layer in enumerate(self.layers):
-            before = past.layers[number] if past.layers else None
-            states, *pair = self._step(layer.write, states, layout, before)
-            given = (*source.layer(number), rows, None, source.mask)
-            states = self._step(layer.read_image, states, layout, *given)
-            kept.append(tuple(pair))
-        return Generated(states, layout, KVCache(past.length + layout.width, tuple(kept)))
+            cached = cache.layers[number] if cache.layers else None
+            states, key, value = self._step(layer.read_causally, states, batch, cached)
+            states = self._step(layer.read_image, states, batch, *source.layer(number), rows, None, source.mask)
+            layers.append((key, value))
+        return DecodedStates(states, batch, KVCache(cache.length + batch.width, tuple(layers)))
 
     def words(self, states: Tensor) -> Tensor:
-        """(T, D) to (T, V) logits of what comes next."""
+        """Return (T, V) logits of the next token after (T, D) states."""
         return self.head(states, self.embeddings.word_embeddings)
 
     def predict(
@@ -217,48 +261,32 @@ class AnswerDecoder(nn.Module):
         mask: Tensor,
         source: CrossAttentionCache,
         rows: Tensor | None = None,
-        past: KVCache = KVCache(),
+        cache: KVCache = EMPTY,
     ) -> Predicted:
-        """Every token of (n, L) texts but the first, from those before it; arguments as those of `read`."""
-        follows = mask[:, 1:]
-        written = self.read(input_ids[:, :-1], follows, source, rows, past)
-        layout = written.layout
-        places = torch.stack(
-            [follows, input_ids[:, 1:], torch.arange(len(mask), device=mask.device)[:, None].expand_as(follows)], 2
-        )
-        # one token stands even where nothing follows, and without packing padding does
-        real, labels, text = layout.pack(places[:, : layout.width]).unbind(1)
-        kept = real.bool()
-        return Predicted(self.words(written.states[kept]), labels[kept], text[kept])
+        """Predict every token of (n, L) texts but the first from the tokens before it. Arguments as those of `read`."""
+        follows = mask[:, 1:]  # (n, L - 1) whether a real token follows
+        decoded = self.read(input_ids[:, :-1], follows, source, rows, cache)
+        batch = decoded.batch
+        text = torch.arange(len(mask), device=mask.device)[:, None].expand_as(follows)
+        targets = torch.stack([follows, input_ids[:, 1:], text], 2)  # (n, L - 1, 3)
+        is_real, labels, text = batch.pack(targets[:, : batch.width]).unbind(1)  # (T,) each
+        # a text of one token keeps a state that nothing follows, and without packing padding has states, too
+        kept = is_real.bool()
+        return Predicted(self.words(decoded.states[kept]), labels[kept], text[kept])
 
-    def _step(self, part, *given):
-        return checkpointed(part, self.checkpointing, *given)
+    def _step(self, part, *inputs):
+        return checkpointed(part, self.checkpointing, *inputs)
 
     def layer_ids(self) -> dict[str, int]:
-        """Parameter name to layer, from 1, embeddings 0; the head comes after the last."""
+        """Return each parameter's depth: embeddings 0, layers from 1, head after the last layer."""
         depth = {name: int(name.split(".")[1]) + 1 for name, _ in self.named_parameters() if name.startswith("layers.")}
         top = len(self.layers) + 1
         return {n: depth.get(n, 0 if n.startswith("embeddings.") else top) for n, _ in self.named_parameters()}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are no weights: embeddings of positions and of token types."""
+        """Return the names of the embeddings of positions and of token types."""
         return {f"embeddings.{name}.weight" for name in ("position_embeddings", "token_type_embeddings")}
 
-    def set_activation_checkpointing(self, how: Checkpointing) -> None:
-        """See `vlp.encoders.activation_checkpointing`."""
-        self.checkpointing = how
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """The tokens of n texts, the first apart.
-
-    Args:
-        logits: (T, V).
-        labels: (T,) int64, what stands there.
-        text: (T,) int64, of which text.
-    """
-
-    logits: Tensor
-    labels: Tensor
-    text: Tensor
+    def set_activation_checkpointing(self, mode: Checkpointing) -> None:
+        """Switch activation checkpointing of the layers."""
+        self.checkpointing = mode

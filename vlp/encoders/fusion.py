@@ -1,10 +1,9 @@
-"""Fusion of texts with images: BERT layers that also attend to the tokens of an image (ALBEF, Li et al. 2021, sec. 3.1).
+"""Fusion encoder: BERT layers in which texts also attend to the tokens of an image (ALBEF, Li et al. 2021, sec. 3.1).
 
-An image is long and a text short, so what an image costs here is the projection to its keys and values. `project` does
-that once, and every text that is fused with the image reads them in place. Linear layers see real tokens only.
+Images are long and texts short, so most of the work is to project image tokens to keys and values. `FusionEncoder.project` does
+that once per image, and every text that is fused with the image reads them in place. Linear layers process real tokens only.
 
-B images, A texts, n pairs, P image tokens, L text tokens, W <= L of the longest text, D width, h heads, T real tokens of all
-texts.
+B images, A texts, n pairs, P image tokens, L text tokens, D width, h heads, T text tokens of all pairs, M selected tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 from vlp.encoders.activation_checkpointing import Checkpointing, checkpointed
 from vlp.encoders.base import TextTowerSpec
 from vlp.encoders.fusion_layer import Attend, FusionLayer
-from vlp.encoders.ragged import Layout
+from vlp.encoders.ragged import RaggedBatch
 from vlp.encoders.text import BertText, read_encoder
 from vlp.errors import UserError
 from vlp.weights import reading
@@ -33,26 +32,27 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 CROSS = ("cross_attention", "cross_norm")
-Wanted = Tensor | Literal["first"] | None
+Outputs = Tensor | Literal["first"] | None
+"""The outputs to compute: None for all, "first" for the first token of each pair, (M,) int64 for some tokens."""
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """Layers of cross-attention on top of a text tower.
+    """Cross-attention layers on top of a text tower.
 
     Args:
-        layers: how many.
-        weights: a BERT folder, ``pip:PACKAGE/folder`` or the folder of a run, from whose layers ``first_layer`` on
-            self-attention and feed-forward start; BERT has no cross-attention, that is new. None = all random.
-        first_layer: ALBEF's text tower takes layers 0 to 5, its fusion 6 to 11.
-        images: how many a text looks at: every layer stands so many times in a row, each time for the next image, with
-            keys and values of images in common (ALBEF's NLVR2 has 2: twins).
-        heads: None = as in the weights, or else the text tower.
-        hidden_size: of the feed-forward part; None = likewise.
-        dropout: of hidden states and attention alike; None = likewise.
-        eps: of the norms; None = likewise.
-        pack: linear layers see real tokens only, for whose number a GPU's host waits (once, twice with ``texts``; a CPU
-            loses nothing). False = all L positions, nothing waits.
+        layers: Number of layers.
+        weights: A BERT folder, ``pip:PACKAGE/folder`` or a run folder. Self-attention and feed-forward start from its layers,
+            beginning with ``first_layer``. BERT has no cross-attention: that starts at random. None starts all at random.
+        first_layer: ALBEF's text tower takes layers 0 to 5 of BERT, its fusion layers 6 to 11.
+        images: Images per text. Each layer is repeated that many times in a row, once for each image, and the repetitions
+            share the keys and values of images. ALBEF has 2 for NLVR2 and calls the repetitions twins.
+        heads: Attention heads. None takes those of the weights, or else of the text tower.
+        hidden_size: Of the feed-forward part, or None likewise.
+        dropout: Rate, for hidden states and attention alike, or None likewise.
+        eps: Of the norms, or None likewise.
+        pack: Linear layers process real tokens only. On a GPU that costs a host-device sync per pass, two with ``texts``. On
+            a CPU it is free. False processes all L positions, without a sync.
     """
 
     layers: int = 6
@@ -88,12 +88,12 @@ class Fusion:
         return replace(self, **{name: found[name] for name in missing})
 
     def build(self, width: int, image_width: int, load_weights: bool = True) -> FusionEncoder:
-        """The module of a `resolved` spec.
+        """Build the module of a `resolved` spec.
 
         Args:
             width: D of the text tower.
-            image_width: of the image tower.
-            load_weights: False = leave the parameters random whatever ``weights`` says: a checkpoint follows.
+            image_width: Width of the image tower.
+            load_weights: False leaves the parameters random even where ``weights`` is set.
 
         Raises:
             UserError: if the sizes do not go together, or the weights do not fit.
@@ -105,9 +105,9 @@ class Fusion:
         return model
 
     def check(self, width: int) -> None:
-        """Raises UserError where layers cannot be of this width."""
+        """Raise UserError if layers of this width are impossible."""
         if self.images < 1:
-            raise UserError(f"fusion with {self.images} images a text; give 1 or more")
+            raise UserError(f"fusion with {self.images} images per text; give 1 or more")
         if self.layers < 1 or width % self.heads:
             raise UserError(
                 f"fusion of {self.layers} layers with {self.heads} heads on a text tower of width {width}; "
@@ -115,23 +115,27 @@ class Fusion:
             )
 
     def read_weights(self) -> dict[str, Tensor]:
-        """What ``weights`` names, by BERT's names."""
+        """Return the tensors of ``weights`` by BERT's names."""
         return read_run(self.weights, "text.model") if is_run(self.weights) else read_encoder(self.weights, "bert")
 
-    def read_layers(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The layers from ``first_layer`` on, by our names, numbered from 0."""
-        state = {}
+    def read_layers(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the layers from ``first_layer`` on by the names of `FusionLayer`, numbered from 0."""
+        layers = {}
         for number in range(self.layers * self.images):
             for theirs, ours in BERT_LAYER.items():
                 old = f"encoder.layer.{self.first_layer + number // self.images}.{theirs}."
-                state |= {f"{number}.{ours}.{k.removeprefix(old)}": v for k, v in given.items() if k.startswith(old)}
-        return state
+                layers |= {f"{number}.{ours}.{k.removeprefix(old)}": v for k, v in state.items() if k.startswith(old)}
+        return layers
 
-    def load(self, layers: nn.ModuleList, state: Mapping[str, Tensor], fresh: Collection[str]) -> LoadReport:
-        """Takes the state of the layers, of which the parts ``fresh`` may be missing. Raises UserError where it does not fit."""
-        new = [f"{number}.{name}" for number in range(len(layers)) for name in fresh]
+    def load(self, layers: nn.ModuleList, state: Mapping[str, Tensor], new: Collection[str]) -> LoadReport:
+        """Load the state of the layers, in which the parts ``new`` may be missing.
+
+        Raises:
+            UserError: if the state does not fit.
+        """
+        names = [f"{number}.{name}" for number in range(len(layers)) for name in new]
         try:
-            return reading.load(layers, state, new=new)
+            return reading.load(layers, state, new=names)
         except UserError as error:
             last = self.first_layer + self.layers - 1
             raise UserError(f"fusion from layers {self.first_layer} to {last} of {self.weights}: {error}") from error
@@ -139,10 +143,12 @@ class Fusion:
 
 @dataclass(frozen=True)
 class CrossAttentionCache:
-    """What is read of B images, or of B texts: keys and values, each (B, P, D) for every layer.
+    """Keys and values of B images, or of B texts, for the cross-attention of every layer.
 
     Args:
-        mask: (B, P) bool, which tokens are real; None = all, as of images.
+        keys: (B, P, D) for each layer.
+        values: (B, P, D) for each layer.
+        mask: (B, P) bool of the real tokens. None if all are, as in images.
     """
 
     keys: tuple[Tensor, ...]
@@ -157,14 +163,18 @@ class CrossAttentionCache:
         return CrossAttentionCache(tuple(k[rows] for k in self.keys), tuple(v[rows] for v in self.values), mask)
 
     def layer(self, number: int) -> tuple[Tensor, Tensor | None]:
+        """Return the keys and values of a layer."""
         return self.keys[number], self.values[number]
 
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """Images as they left their tower, (B, P, image width): for a single pass of short texts the cheaper way.
+    """Image tokens that were not projected: cheaper than `CrossAttentionCache` for a single pass of short texts.
 
-    The result is the same. With 13 tokens a text and 257 an image it takes a third of the operations.
+    The result is the same. With 13 tokens per text and 257 per image it takes a third of the operations.
+
+    Args:
+        tokens: (B, P, image width).
     """
 
     tokens: Tensor
@@ -173,12 +183,17 @@ class ImageTokens:
         return len(self.tokens)
 
     def layer(self, number: int) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens, and None: a layer then projects its queries instead."""
         return self.tokens, None
 
 
 @dataclass(frozen=True)
 class AlternatingImages:
-    """Several images of each text, B of each: the layers look at the first, the second, ..., and the first again."""
+    """Several images per text: the first layer attends to the first image, the second to the second, and so on in turn.
+
+    Args:
+        images: One cache per image of a text, of B rows each.
+    """
 
     images: tuple[CrossAttentionCache, ...]
 
@@ -186,35 +201,40 @@ class AlternatingImages:
         return len(self.images[0])
 
     def layer(self, number: int) -> tuple[Tensor, Tensor | None]:
+        """Return the keys and values of a layer."""
         return self.images[number % len(self.images)].layer(number)
 
 
 class FusionEncoder(nn.Module):
-    """What texts become when they look at images.
+    """The layers in which texts attend to images.
 
     Args:
-        spec: resolved.
+        spec: Resolved.
         width: D of the texts.
-        image_width: of the image tokens.
+        image_width: Width of the image tokens.
     """
 
     def __init__(self, spec: Fusion, width: int, image_width: int):
         super().__init__()
         sizes = (spec.heads, spec.hidden_size, spec.dropout, spec.eps)
-        twins = [image_width] + [None] * (spec.images - 1)
+        twins = [image_width] + [None] * (spec.images - 1)  # only the first of the twins projects images
         self.layers = nn.ModuleList(FusionLayer(width, source, *sizes) for _ in range(spec.layers) for source in twins)
         self.pack, self.images = spec.pack, spec.images
         self.checkpointing: Checkpointing = "none"
         self.report: LoadReport | None = None
         for module in self.modules():
-            if isinstance(module, nn.Linear):  # as BERT
+            if isinstance(module, nn.Linear):  # initialised as in BERT
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
     def project(self, tokens: Tensor) -> CrossAttentionCache:
-        """(B, P, image width), all of them real, to the keys and values of every layer: the dearest part of fusion."""
+        """Project image tokens to the keys and values of every layer. This is the most expensive part of fusion.
+
+        Args:
+            tokens: (B, P, image width), without padding.
+        """
         attentions = [layer.cross_attention for layer in self.layers[:: self.images]]
-        keys, values = [a.key(tokens) for a in attentions], [a.value(tokens) for a in attentions]
+        keys, values = [a.key(tokens) for a in attentions], [a.value(tokens) for a in attentions]  # (B, P, D) each
         return CrossAttentionCache(*(tuple(x for x in each for _ in range(self.images)) for each in (keys, values)))
 
     def forward(
@@ -224,32 +244,32 @@ class FusionEncoder(nn.Module):
         image: CrossAttentionCache | ImageTokens | AlternatingImages,
         texts: Tensor | None = None,
         images: Tensor | None = None,
-        at: Wanted = None,
+        at: Outputs = None,
     ) -> Tensor:
-        """Texts fused with images, n pairs of them.
+        """Fuse n pairs of texts and images.
 
-        The first n - len(``images``) pairs go through the B images in their order, again and again, and read keys and
-        values where they are; for the others these are copied. The first self-attention runs once a text.
+        The first n - m pairs go through the B images in order, repeatedly, and read keys and values in place. For the last m
+        pairs these are copied. The first self-attention runs once per text.
 
         Args:
-            tokens: (A, L, D) of the text tower.
-            mask: (A, L) bool, padding on the right; a text without any token counts as one of its first.
-            image: B of them, projected if there is more than one pass, or if layers have twins.
-            texts: (n,) int64 text of each pair; None = each once, n = A.
-            images: (m,) int64 image of the last m pairs; None = m is 0.
-            at: which outputs are wanted, the last layer computes no others: None = all; "first" = of each pair's first
-                token; (M,) int64 = at these positions, of real tokens, in the flattened (n * L).
+            tokens: (A, L, D) from the text tower.
+            mask: (A, L) bool, padding on the right. A text without any token counts as one of its first.
+            image: B images. Project them if there is more than one pass, or if layers have twins.
+            texts: (n,) int64 text of each pair. None takes each text once, n = A.
+            images: (m,) int64 image of the last m pairs. None means m = 0.
+            at: The outputs to compute. The last layer skips all others. None computes all, "first" those of the first token
+                of each pair, (M,) int64 those at positions of real tokens in the flattened (n * L).
 
         Returns:
-            (n, L, D), with zeros where there is no token unless ``pack`` is False; (n, D) for "first"; (M, D).
+            (n, L, D), zero at padding unless ``pack`` is False; (n, D) for "first"; (M, D).
 
         Raises:
-            ValueError: if the pairs in order are no whole rounds of the images.
+            ValueError: if n - m is not a multiple of B.
         """
-        states, layout = self._run(tokens, mask, image, texts, images, at, self.pack, {})
+        states, batch = self._run(tokens, mask, image, texts, images, at, self.pack, {})
         if at is not None:
             return states
-        padded = layout.pad(states)
+        padded = batch.pad(states)  # (n, W, D)
         return F.pad(padded, (0, 0, 0, tokens.shape[1] - padded.shape[1]))
 
     def with_attention(
@@ -261,29 +281,30 @@ class FusionEncoder(nn.Module):
         texts: Tensor | None = None,
         images: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `forward`, slowly, with the cross-attention of one layer as a part of the graph (for Grad-CAM).
+        """Fuse as `forward`, with the cross-attention of one layer as a part of the graph (for Grad-CAM).
 
-        Dropout of attention is left out there. Without packing, whatever `Fusion.pack` says.
+        Slower, without packing, and without dropout of the attention in that layer.
 
         Args:
-            layer: from 0; ALBEF's grounding looks at layer 2 of its fusion, 8 in all.
+            layer: From 0. ALBEF's grounding reads layer 2 of its fusion, layer 8 of all.
+            tokens: See `forward`, as for the arguments that follow.
 
         Returns:
-            (n, L, D) fused; (n, heads, L, P) probabilities, which torch.autograd.grad can differentiate a function of
-            the fused states by.
+            (n, L, D) fused states; (n, h, L, P) attention probabilities, with respect to which torch.autograd.grad can
+            differentiate a function of the states.
         """
         count = len(mask if texts is None else texts)
         rows = torch.arange(count, device=mask.device) % len(image)
         if images is not None:
             rows[count - len(images) :] = images
-        seen = []
+        probabilities = []
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            seen.append((query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1))
-            return seen[0] @ value
+            probabilities.append((query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1))
+            return probabilities[0] @ value
 
-        states, layout = self._run(tokens, mask, image, texts, rows, None, False, {layer: attend})
-        return layout.pad(states), seen[0]
+        states, batch = self._run(tokens, mask, image, texts, rows, None, False, {layer: attend})
+        return batch.pad(states), probabilities[0]
 
     def _run(
         self,
@@ -292,34 +313,41 @@ class FusionEncoder(nn.Module):
         image: CrossAttentionCache | ImageTokens | AlternatingImages,
         texts: Tensor | None,
         images: Tensor | None,
-        at: Wanted,
-        packed: bool,
+        at: Outputs,
+        pack: bool,
         attend: Mapping[int, Attend],
-    ) -> tuple[Tensor, Layout]:
-        """Packed states and their layout; ``attend``: by layer, what to do in the place of fused attention."""
-        own = pairs = Layout.of(mask, packed)
-        states = self._step(self.layers[0].read_text, own.pack(tokens[:, : own.width]), own)
+    ) -> tuple[Tensor, RaggedBatch]:
+        """Return (T, D) or (M, D) packed states and the batch of the pairs.
+
+        Args:
+            attend: Layer -> function that replaces fused attention there.
+        """
+        own = pairs = RaggedBatch.of_texts(mask, pack=pack)
+        states = self._step(self.layers[0].read_text, own.pack(tokens[:, : own.width]), own)  # of the A texts
         if texts is not None:
-            pairs = Layout.of(mask[texts], packed)
-            states = states[own.packed(pairs.source(texts, own.width))]
-        out, pick = (pairs, None) if at is None else pairs.part(at, mask.shape[1], mask.device)
+            pairs = RaggedBatch.of_texts(mask[texts], pack=pack)
+            states = states[own.tokens_of(texts, pairs)]  # (T, D) of the n pairs
+        outputs, length = None, mask.shape[1]
+        if at is not None:
+            outputs = pairs.first_tokens() if isinstance(at, str) else pairs.tokens_at(at // length, at % length)
         for number, layer in enumerate(self.layers):
             last = number == len(self.layers) - 1
             if number:
-                states = self._step(layer.read_text, states, pairs, *((out, pick) if last else ()))
-            elif last and pick is not None:  # a single layer's self-attention is done
-                states = states[pick]
-            given = (*image.layer(number), images, attend.get(number))
-            states = self._step(layer.read_image, states, out if last else pairs, *given)
-        return states, out
+                states = self._step(layer.read_text, states, pairs, outputs if last else None)
+            elif last and outputs is not None:  # a single layer, whose self-attention is done
+                states = states[outputs.packed]
+            rows = outputs if last and outputs is not None else pairs
+            source = (*image.layer(number), images, attend.get(number))
+            states = self._step(layer.read_image, states, rows, *source)
+        return states, pairs
 
-    def _step(self, part: Callable[..., Tensor], *given) -> Tensor:
-        return checkpointed(part, self.checkpointing, *given)
+    def _step(self, part: Callable[..., Tensor], *inputs) -> Tensor:
+        return checkpointed(part, self.checkpointing, *inputs)
 
     def layer_ids(self) -> dict[str, int]:
-        """Parameter name to layer, from 1; twins are one."""
+        """Return the depth of each parameter, from 1. Twins have the same."""
         return {name: int(name.split(".")[1]) // self.images + 1 for name, _ in self.named_parameters()}
 
-    def set_activation_checkpointing(self, how: Checkpointing) -> None:
-        """See `vlp.encoders.activation_checkpointing`; keys and values of images are kept."""
-        self.checkpointing = how
+    def set_activation_checkpointing(self, mode: Checkpointing) -> None:
+        """Switch activation checkpointing of the layers. Keys and values of images are always kept."""
+        self.checkpointing = mode

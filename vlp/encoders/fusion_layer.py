@@ -1,6 +1,7 @@
-"""One layer of fusion: BERT's, with cross-attention between its two parts, on packed texts.
+"""A fusion layer: a BERT layer with cross-attention between self-attention and feed-forward, on packed texts.
 
-B images, n pairs, P image tokens, W of the longest text, D width, h heads, T real tokens of all texts.
+B images, n pairs, P image tokens, W tokens of the longest text, D width, h heads, d = D / h, T text tokens of all pairs, M
+selected tokens.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlp.encoders.ragged import Layout
+from vlp.encoders.ragged import OutputPositions, RaggedBatch
 
-Attend = Callable[..., Tensor]  # of (query, key, value), and of a mask where there is one
+Attend = Callable[..., Tensor]
+"""Attention of (query, key, value), and of a mask where there is one."""
 
 
 class Attention(nn.Module):
-    """Multi-head attention; the caller projects, since keys are projected once and queries often.
+    """Multi-head attention. The caller applies the projections, since keys are projected once and queries often.
 
     Args:
         width: D of the queries and of the output.
-        source: width of what keys and values are made from; None = they are made elsewhere.
+        source: Width of the tokens that keys and values are projected from. None if another layer projects them.
+        heads: h.
+        dropout: Rate on the attention probabilities.
     """
 
     def __init__(self, width: int, source: int | None, heads: int, dropout: float):
@@ -33,7 +37,7 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
 
     def split(self, x: Tensor) -> Tensor:
-        """(n, W, D) to (n, heads, W, D / heads)."""
+        """Split (n, W, D) into heads, (n, h, W, d)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -42,10 +46,15 @@ class Attention(nn.Module):
 
 
 class FusionLayer(nn.Module):
-    """BERT's layer with cross-attention: self-attention, cross-attention, feed-forward, each with its norm behind it.
+    """BERT's layer with cross-attention: self-attention, cross-attention and feed-forward, each followed by its norm.
 
     Args:
-        image_width: None = its twin makes the keys and values of images for it.
+        width: D.
+        image_width: Width of the image tokens. None if the twin of this layer projects them.
+        heads: h.
+        hidden_size: Of the feed-forward part.
+        dropout: Rate, for hidden states and attention alike.
+        eps: Of the norms.
     """
 
     def __init__(self, width: int, image_width: int | None, heads: int, hidden_size: int, dropout: float, eps: float):
@@ -58,87 +67,115 @@ class FusionLayer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=eps)
         self.dropout = nn.Dropout(dropout)
 
-    def read_text(
-        self, states: Tensor, layout: Layout, out: Layout | None = None, pick: Tensor | None = None
-    ) -> Tensor:
-        """Self-attention of (T, D) states; with ``pick`` of these alone, which stand as ``out`` says."""
-        attention, wanted, out = self.self_attention, states if pick is None else states[pick], out or layout
-        query = attention.split(out.pad(attention.query(wanted)))
-        key, value = (attention.split(layout.pad(part(states))) for part in (attention.key, attention.value))
-        mask = None if layout.mask is None else layout.mask[:, None, None]
-        attended = out.pack(merge_heads(attention.attend(query, key, value, mask)))
-        return self.self_norm(wanted + self.dropout(attention.out(attended)))
+    def read_text(self, states: Tensor, batch: RaggedBatch, outputs: OutputPositions | None = None) -> Tensor:
+        """Self-attention with its residual branch and norm.
+
+        Args:
+            states: (T, D).
+            batch: Where the T tokens are.
+            outputs: The tokens to compute outputs of. None computes all.
+
+        Returns:
+            (T, D), or (M, D) of ``outputs``.
+        """
+        attention, rows = self.self_attention, outputs or batch
+        residual = states if outputs is None else states[outputs.packed]  # (M, D)
+        query = attention.split(rows.pad(attention.query(residual)))  # (n, h, W, d)
+        key, value = (attention.split(batch.pad(part(states))) for part in (attention.key, attention.value))
+        attended = rows.pack(merge_heads(attention.attend(query, key, value, batch.attention_mask)))  # (M, D)
+        return self.self_norm(residual + self.dropout(attention.out(attended)))
 
     def read_image(
         self,
         states: Tensor,
-        layout: Layout,
+        rows: RaggedBatch | OutputPositions,
         keys: Tensor,
         values: Tensor | None,
         images: Tensor | None = None,
         attend: Attend | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Cross-attention of (T, D) states to (B, P, D) keys and values, and the feed-forward part behind it.
+        """Cross-attention and feed-forward, with their residual branches and norms.
 
         Args:
-            values: None = ``keys`` are the image tokens, (B, P, image width), see `_absorb`.
-            images: see `FusionEncoder.forward`.
-            attend: in the place of fused attention.
-            mask: (B, P) bool, which tokens are real; None = all. Not with image tokens.
+            states: (T, D).
+            rows: Where the T tokens are.
+            keys: (B, P, D), or (B, P, image width) image tokens that were not projected, see `_attend_to_tokens`.
+            values: (B, P, D), None with image tokens.
+            images: See `vlp.encoders.fusion.FusionEncoder.forward`.
+            attend: Replaces fused attention.
+            mask: (B, P) bool of the real tokens. None if all are. Not supported with image tokens.
+
+        Returns:
+            (T, D).
         """
         attention = self.cross_attention
         query, attend = attention.query(states), attend or attention.attend
         if values is None:
-            attended = self._absorb(query, layout, keys, images, attend)
-        elif len(keys) == 1 and images is None:  # one image for all: neither padding nor order matters
-            given = map(attention.split, (query[None], keys, values))
-            attended = merge_heads(attend(*given, *(() if mask is None else (mask[:, None, None],))))[0]
+            attended = self._attend_to_tokens(query, rows, keys, images, attend)
+        elif len(keys) == 1 and images is None:  # one image for all texts: they need neither padding nor grouping
+            inputs = map(attention.split, (query[None], keys, values))
+            attended = merge_heads(attend(*inputs, *(() if mask is None else (mask[:, None, None],))))[0]  # (T, D)
         else:
-            padded = attention.split(layout.pad(query))
-            attended = _in_place(padded, attention.split(keys), attention.split(values), images, attend, mask)
-            attended = layout.pack(merge_heads(attended))
+            padded = attention.split(rows.pad(query))  # (n, h, W, d)
+            attended = _attend_by_image(padded, attention.split(keys), attention.split(values), images, attend, mask)
+            attended = rows.pack(merge_heads(attended))  # (T, D)
         states = self.cross_norm(states + self.dropout(attention.out(attended)))
         return self.norm(states + self.dropout(self.contract(F.gelu(self.expand(states)))))
 
-    def _absorb(self, query: Tensor, layout: Layout, tokens: Tensor, images: Tensor | None, attend: Attend) -> Tensor:
-        """(T, D) attention to image tokens that nobody projected: q . (K x + b) = (K^T q) . x + q . b.
+    def _attend_to_tokens(
+        self, query: Tensor, rows: RaggedBatch | OutputPositions, tokens: Tensor, images: Tensor | None, attend: Attend
+    ) -> Tensor:
+        """Attend to image tokens that were not projected, by q . (K x + b) = (K^T q) . x + q . b.
 
-        The work is then with the texts and not with the images, at ``image width`` multiplications for each pair of
-        tokens and head instead of D / heads. q . b is the same for all x, the softmax does not see it.
+        The projection is applied to the queries instead of the image tokens. It takes ``image width`` multiplications per
+        pair of tokens and head instead of d. q . b is the same for all x, so the softmax does not depend on it.
         """
         attention, width = self.cross_attention, tokens.shape[-1]
         heads = attention.heads
-        key, value = (part.weight.unflatten(0, (heads, -1)) for part in (attention.key, attention.value))
-        query = torch.einsum("thd,hdc->thc", query.unflatten(-1, (heads, -1)), key)
-        query = layout.pad(query.flatten(1)) * math.sqrt(width / key.shape[1])  # attention divides by sqrt(width)
-        one_head = query.unflatten(-1, (heads, -1)).flatten(1, 2)[:, None]  # (n, 1, W * heads, image width)
-        attended = _in_place(one_head, tokens[:, None], tokens[:, None], images, attend)
-        attended = layout.pack(attended[:, 0].unflatten(1, (-1, heads)).flatten(2)).unflatten(-1, (heads, -1))
-        return torch.einsum("thc,hdc->thd", attended, value).flatten(1) + attention.value.bias
+        key, value = (
+            part.weight.unflatten(0, (heads, -1)) for part in (attention.key, attention.value)
+        )  # (h, d, width)
+        query = torch.einsum("thd,hdc->thc", query.unflatten(-1, (heads, -1)), key)  # (T, h, image width)
+        query = rows.pad(query.flatten(1)) * math.sqrt(width / key.shape[1])  # attention divides by sqrt(width)
+        one_head = query.unflatten(-1, (heads, -1)).flatten(1, 2)[:, None]  # (n, 1, W * h, image width)
+        attended = _attend_by_image(one_head, tokens[:, None], tokens[:, None], images, attend)
+        attended = rows.pack(attended[:, 0].unflatten(1, (-1, heads)).flatten(2)).unflatten(-1, (heads, -1))
+        return torch.einsum("thc,hdc->thd", attended, value).flatten(1) + attention.value.bias  # (T, D)
 
 
-def _in_place(
+def _attend_by_image(
     query: Tensor, keys: Tensor, values: Tensor, images: Tensor | None, attend: Attend, mask: Tensor | None = None
 ) -> Tensor:
-    """(n, h, W, d) queries, (B, h, P, d) keys and values and their (B, P) mask, to (n, h, W, d).
+    """Attend to the image of each text, with the texts of one image side by side in one row.
 
-    Texts of one image stand side by side, so that keys and values are copied for what ``images`` names alone.
+    So keys and values are read in place. They are copied only for the images that ``images`` names.
+
+    Args:
+        query: (n, h, W, d).
+        keys: (B, h, P, d).
+        values: (B, h, P, d).
+        images: See `vlp.encoders.fusion.FusionEncoder.forward`.
+        attend: Attention.
+        mask: (B, P) bool, or None.
+
+    Returns:
+        (n, h, W, d).
     """
-    aligned, parts = len(query) - (0 if images is None else len(images)), []
-    given = (keys, values) if mask is None else (keys, values, mask[:, None, None])
-    if aligned % len(keys):
-        raise ValueError(f"{aligned} texts in the order of {len(keys)} images: give whole rounds of them")
-    if aligned:
-        rounds = query[:aligned].unflatten(0, (-1, len(keys)))  # (n / B, B, h, W, d)
-        side_by_side = rounds.permute(1, 2, 0, 3, 4).flatten(2, 3)
-        attended = attend(side_by_side, *given).unflatten(2, (len(rounds), -1))
+    in_order, parts = len(query) - (0 if images is None else len(images)), []
+    source = (keys, values) if mask is None else (keys, values, mask[:, None, None])
+    if in_order % len(keys):
+        raise ValueError(f"{in_order} texts in the order of {len(keys)} images: give whole rounds of them")
+    if in_order:
+        rounds = query[:in_order].unflatten(0, (-1, len(keys)))  # (n / B, B, h, W, d)
+        side_by_side = rounds.permute(1, 2, 0, 3, 4).flatten(2, 3)  # (B, h, n / B * W, d)
+        attended = attend(side_by_side, *source).unflatten(2, (len(rounds), -1))  # (B, h, n / B, W, d)
         parts.append(attended.permute(2, 0, 1, 3, 4).flatten(0, 1))
-    if aligned < len(query):
-        parts.append(attend(query[aligned:], *(x[images] for x in given)))
+    if in_order < len(query):
+        parts.append(attend(query[in_order:], *(x[images] for x in source)))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """(n, h, W, d) to (n, W, h * d)."""
+    """Merge (n, h, W, d) heads to (n, W, D)."""
     return x.transpose(1, 2).flatten(2)

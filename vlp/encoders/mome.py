@@ -1,7 +1,7 @@
 """A transformer with modality experts: one encoder of images, of texts, and of both together (VLMo, Bao et al. 2022).
 
-B images, A texts, n pairs, h x w patches, P = 1 + h w tokens of an image, L and W of a text, D width, V vocabulary, M wanted
-tokens.
+B images, A texts, n rows, h x w patches, P = 1 + h w tokens of an image, L tokens of a text, W tokens of the longest text, S packed
+tokens, M selected tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from vlp.data.preprocess import Interpolation, Preprocess, Triple
 from vlp.encoders.activation_checkpointing import Checkpointing, checkpointed
-from vlp.encoders.mome_layer import Expert, MomeLayer, Rows, Wanted
+from vlp.encoders.mome_layer import Expert, MomeLayer
+from vlp.encoders.ragged import OutputPositions, RaggedBatch
 from vlp.encoders.relative_position import RelativePositions
 from vlp.encoders.text import layer_ids
 from vlp.errors import UserError
@@ -24,22 +25,28 @@ from vlp.errors import UserError
 
 @dataclass(frozen=True)
 class Mome:
-    """The transformer; the sizes are VLMo's base. See `BASE`, `BASE_PLUS`, `LARGE`, `SMALL`, `TINY`.
+    """A multiway transformer, by default with the sizes of VLMo base. See `BASE`, `BASE_PLUS`, `LARGE`, `SMALL`, `TINY`.
 
     Args:
         width: D.
-        hidden_size: of the feed-forward parts; None = 4 D.
-        vl_from: the first layer whose vision-language expert serves both modalities where they are together; below it
-            each has its own expert.
-        experts: the ones that there are; "vl" needs the other two.
-        layer_scale: initial factor of the residual branches; None = there is none.
-        drop_path: largest rate at which a sample skips a branch, growing linearly with depth.
-        text_dropout: of the embeddings of texts; in the published code the same number as ``drop_path``.
-        image_size: pixels, one number or (H, W).
-        image_kinds: how many embeddings there are to tell images by: NLVR2 has a second for its second picture.
-        max_text_length: tokens that there are positions for.
-        positions: "relative" = biases of attention by distance, for each head of each layer; "absolute" = embeddings.
-        mean: of the pixels, for each channel.
+        layers: Number of layers.
+        heads: Attention heads.
+        hidden_size: Of the feed-forward experts. None is 4 D.
+        vl_from: First layer in which the vision-language expert processes both modalities of a pair. Below it each modality
+            has its own expert.
+        experts: The experts of the model. "vl" needs the other two.
+        layer_scale: Initial factor of the residual branches. None leaves it out.
+        drop_path: Largest rate at which a row skips a residual branch, growing linearly with depth.
+        text_dropout: Rate, on the embeddings of texts. The published code uses ``drop_path``.
+        image_size: In pixels, one number or (H, W).
+        patch_size: Side of a patch in pixels.
+        image_kinds: Number of embeddings that tell the images of a sample apart. NLVR2 has two.
+        vocab_size: V.
+        max_text_length: Number of text positions.
+        positions: "relative" adds biases by distance to the scores of each head of each layer, "absolute" adds embeddings.
+        mean: Of the pixels, per channel.
+        std: Of the pixels, per channel.
+        interpolation: For resizing images.
     """
 
     width: int = 768
@@ -62,13 +69,13 @@ class Mome:
     interpolation: Interpolation = "bicubic"
 
     def resolved(self) -> Mome:
-        """The same with both sides of the images and the hidden size filled in."""
+        """Return the same spec with both sides of the images and the hidden size filled in."""
         return replace(
             self, image_size=tuple(to_2tuple(self.image_size)), hidden_size=self.hidden_size or 4 * self.width
         )
 
     def check(self) -> None:
-        """Raises UserError for sizes that do not go together."""
+        """Raise UserError for sizes that do not go together."""
         for name, value, least in (
             ("width", self.width, 1),
             ("layers", self.layers, 1),
@@ -85,7 +92,7 @@ class Mome:
         size = to_2tuple(self.image_size)
         if "image" in self.experts and any(side % self.patch_size or side < self.patch_size for side in size):
             raise UserError(
-                f"image_size {size[0]} x {size[1]} is no multiple of patch_size {self.patch_size}; set it to one"
+                f"image_size {size[0]} x {size[1]} is not a multiple of patch_size {self.patch_size}; set it to one"
             )
         if self.width % self.heads:
             raise UserError(f"{self.heads} heads do not divide the width {self.width}; set heads to a divisor of it")
@@ -93,13 +100,13 @@ class Mome:
             raise UserError(f"experts are image, text and vl, not {self.experts}")
         if "vl" in self.experts:
             if len(set(self.experts)) < 3:
-                raise UserError(f"the vl expert needs image and text beside it; experts are {self.experts}")
+                raise UserError(f"the vl expert needs image and text, too; experts are {self.experts}")
             if not 0 <= self.vl_from < self.layers:
                 raise UserError(f"vl_from is {self.vl_from}; with {self.layers} layers it is 0 to {self.layers - 1}")
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(h, w) patches."""
+        """Rows and columns of patches, (h, w)."""
         height, width = to_2tuple(self.image_size)
         return height // self.patch_size, width // self.patch_size
 
@@ -112,10 +119,10 @@ TINY = replace(SMALL, width=192, heads=3, image_size=96)
 
 
 class ImageEmbedding(nn.Module):
-    """Patches, with a class token in front.
+    """Patch embeddings, with a class token in front.
 
     Args:
-        spec: resolved.
+        spec: Resolved.
     """
 
     def __init__(self, spec: Mome):
@@ -130,44 +137,53 @@ class ImageEmbedding(nn.Module):
     def forward(
         self, image: Tensor, kind: int = 0, masked: Tensor | None = None, mask_token: Tensor | None = None
     ) -> Tensor:
-        """(B, 3, H, W) normalised to (B, P, D).
+        """Embed images.
 
         Args:
-            kind: which of the images of a sample.
-            masked: (B, h w) bool patches that ``mask_token`` (D,) stands in for.
+            image: (B, 3, H, W) normalised.
+            kind: Number of the image within its sample.
+            masked: (B, h w) bool, the patches to replace by ``mask_token``. None replaces none.
+            mask_token: (D,).
+
+        Returns:
+            (B, P, D).
 
         Raises:
-            ValueError: if the image has another size.
+            ValueError: if the images have another size.
         """
         if tuple(image.shape[-2:]) != tuple(self.size):
             raise ValueError(f"images of {tuple(image.shape[-2:])} pixels; this encoder takes {tuple(self.size)}")
-        patches = self.patches(image).flatten(2).mT
+        patches = self.patches(image).flatten(2).mT  # (B, D, h, w) -> (B, h w, D)
         if masked is not None:
             patches = torch.where(masked[:, :, None], mask_token.to(patches.dtype), patches)
-        tokens = torch.cat([self.cls_token.to(patches.dtype).expand(len(image), 1, -1), patches], 1)
+        tokens = torch.cat([self.cls_token.to(patches.dtype).expand(len(image), 1, -1), patches], 1)  # (B, P, D)
         if self.positions is not None:
             tokens = tokens + self.positions
         return tokens + self.kind.weight[kind]
 
 
 class TextEmbedding(nn.Module):
-    """BERT's: words, the type of the sentence, and positions where they are absolute, a norm, and dropout."""
+    """BERT's embeddings: words, token type, and absolute positions if there are any, then norm and dropout.
+
+    Args:
+        spec: Resolved.
+    """
 
     def __init__(self, spec: Mome):
         super().__init__()
         self.max_length, absolute = spec.max_text_length, spec.positions == "absolute"
         self.words = nn.Embedding(spec.vocab_size, spec.width)
-        self.token_types = nn.Embedding(2, spec.width)  # of which the first is used, as in BERT for one sentence
+        self.token_types = nn.Embedding(2, spec.width)  # only the first is used, as in BERT for a single sentence
         self.positions = nn.Embedding(spec.max_text_length, spec.width) if absolute else None
         self.norm = nn.LayerNorm(spec.width, eps=1e-12)
         self.dropout = nn.Dropout(spec.text_dropout)
         self.kind = nn.Parameter(torch.zeros(spec.width))
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """(A, L) int64 to (A, L, D).
+        """Return (A, L, D) embeddings of (A, L) int64 ids.
 
         Raises:
-            ValueError: if L is above ``max_length``.
+            ValueError: if L exceeds ``max_length``.
         """
         length = input_ids.shape[1]
         if length > self.max_length:
@@ -179,12 +195,12 @@ class TextEmbedding(nn.Module):
 
 
 class MomeEncoder(nn.Module):
-    """Embeddings, layers, and a last norm.
+    """Embeddings, layers and a final norm.
 
     Args:
-        spec: of the sizes.
-        alone: modalities that go through all layers by themselves, and so have their expert in all of them.
-        together: whether texts and images ever stand in one sequence.
+        spec: Sizes and experts.
+        alone: Modalities that go through all layers without the other one, and so have their expert in every layer.
+        together: Whether there are sequences of a text and an image.
 
     Raises:
         UserError: if the sizes do not go together.
@@ -234,58 +250,66 @@ class MomeEncoder(nn.Module):
 
     def forward(
         self,
-        rows: Rows,
+        batch: RaggedBatch,
         text: Tensor | None = None,
         image: Tensor | None = None,
         joint: bool = False,
-        wanted: Wanted | None = None,
+        outputs: OutputPositions | None = None,
     ) -> Tensor:
-        """Embedded texts, images, or pairs through all layers.
+        """Apply all layers to embedded texts, images, or pairs.
 
         Args:
-            rows: of n texts, images or pairs.
-            text: (n, L, D).
-            image: (n, P, D).
-            joint: whether the top layers take the vision-language expert.
-            wanted: the outputs to compute; None = all.
+            batch: n texts, images or pairs.
+            text: (n, L, D), or None.
+            image: (n, P, D), or None.
+            joint: Whether the top layers use the vision-language expert.
+            outputs: The tokens to compute outputs of. None computes all.
 
         Returns:
-            (S, D) or (M, D), after the last norm.
+            (S, D) or (M, D), after the final norm.
         """
-        states = self.start(rows, text, image)
-        return self.finish(self.layered(states, rows, 0, len(self.layers), joint, wanted))
+        states = self.pack(batch, text, image)
+        return self.norm(self.run_layers(states, batch, 0, len(self.layers), joint, outputs))
 
-    def start(self, rows: Rows, text: Tensor | None = None, image: Tensor | None = None) -> Tensor:
-        """(n, L, D) and (n, P, D), to (S, D) side by side."""
-        parts = [] if text is None else [text[:, : rows.width]]
-        return rows.pack(torch.cat([*parts, *([] if image is None else [image])], 1))
+    def pack(self, batch: RaggedBatch, text: Tensor | None = None, image: Tensor | None = None) -> Tensor:
+        """Pack (n, L, D) texts and (n, P, D) images to (S, D) tokens."""
+        parts = [] if text is None else [text[:, : batch.width]]
+        return batch.pack(torch.cat([*parts, *([] if image is None else [image])], 1))
 
-    def layered(
-        self, states: Tensor, rows: Rows, first: int, last: int, joint: bool, wanted: Wanted | None = None
+    def run_layers(
+        self,
+        states: Tensor,
+        batch: RaggedBatch,
+        first: int,
+        last: int,
+        joint: bool,
+        outputs: OutputPositions | None = None,
     ) -> Tensor:
-        """(S, D) through the layers from ``first`` up to ``last``, which is not among them."""
-        biases = self.positions and self.positions(rows.width, rows.patches > 0)
+        """Apply the layers from ``first`` up to and without ``last`` to (S, D) states.
+
+        Returns:
+            (S, D), or (M, D) of ``outputs``, before the final norm.
+        """
+        biases = self.positions and self.positions(batch.width, batch.patches > 0)
         for number in range(first, last):
             layer, bias = self.layers[number], biases and biases[number]
-            given = (states, rows, bias, joint and number >= self.vl_from, wanted if number == last - 1 else None)
-            states = checkpointed(layer, self.checkpointing, *given)
+            with_vl = joint and number >= self.vl_from
+            inputs = (states, batch, bias, with_vl, outputs if number == last - 1 else None)
+            states = checkpointed(layer, self.checkpointing, *inputs)
         return states
 
-    def finish(self, states: Tensor) -> Tensor:
-        return self.norm(states)
-
     def layer_ids(self) -> dict[str, int]:
-        """Parameter name to depth: embeddings and positions 0, layers 1 to L, the last norm L + 1."""
+        """Return each parameter's depth: embeddings and positions 0, layers 1 to L, final norm L + 1."""
         return layer_ids(self, r"layers\.(\d+)\.", last=["norm."])
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are no weights: positions, kinds and types, the class token; norms and biases too."""
+        """Return the names of positions, kinds, token types, the class token, norms and biases."""
         named = ("image.kind", "image.positions", "text.token_types", "text.positions", "positions.")
         return {n for n, p in self.named_parameters() if p.ndim == 1 or n.startswith(named)}
 
-    def set_activation_checkpointing(self, how: Checkpointing) -> None:
-        """See `vlp.encoders.activation_checkpointing`."""
-        self.checkpointing = how
+    def set_activation_checkpointing(self, mode: Checkpointing) -> None:
+        """Switch activation checkpointing of the layers."""
+        self.checkpointing = mode
 
 
 def _initialise(module: nn.Module) -> None:

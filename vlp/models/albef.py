@@ -16,7 +16,7 @@ from vlp.data.preprocess import Preprocess
 from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.encoders.base import ImageTower, ImageTowerSpec, TextTower, TextTowerSpec
 from vlp.encoders.decoder import Decoder, Predicted
-from vlp.encoders.fusion import AlternatingImages, CrossAttentionCache, Fusion, ImageTokens, Wanted
+from vlp.encoders.fusion import AlternatingImages, CrossAttentionCache, Fusion, ImageTokens, Outputs
 from vlp.encoders.heads import vocabulary_head
 from vlp.errors import UserError
 from vlp.models.base import Encodings, Model, ModelSpec
@@ -271,7 +271,7 @@ class AlbefModel(LearnedScale, Model):
         text: Encoded,
         texts: Tensor | None = None,
         images: Tensor | None = None,
-        at: Wanted = None,
+        at: Outputs = None,
     ) -> Tensor:
         """(n, L, D) texts that have looked at images; see `vlp.encoders.fusion.FusionEncoder.forward`."""
         return self.fusion(text.tokens, text.mask, image, texts, images, at)

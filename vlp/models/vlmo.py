@@ -16,7 +16,7 @@ from vlp.data.preprocess import Preprocess
 from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.encoders.heads import PatchHead, VocabularyHead
 from vlp.encoders.mome import Mome, MomeEncoder
-from vlp.encoders.mome_layer import Rows, Wanted
+from vlp.encoders.ragged import RaggedBatch
 from vlp.errors import UserError
 from vlp.models.base import Encodings, Modality, Model, ModelSpec
 from vlp.models.dual import l2_normalize
@@ -273,7 +273,7 @@ class VlmoModel(Model):
         """
         inputs = cut(self.encoder.image(image))
         mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
-        rows = Rows((0,) * len(inputs), inputs.shape[1], inputs.device)
+        rows = RaggedBatch.of_images(len(inputs), inputs.shape[1], inputs.device)
         return self._encoded(inputs, mask, rows, "image")
 
     def encode_text(
@@ -281,20 +281,20 @@ class VlmoModel(Model):
     ) -> Encoded:
         """(A, L) int64 and bool, padded on the right; see `encode_image`."""
         inputs = cut(self.encoder.text(input_ids))
-        return self._encoded(inputs, attention_mask, Rows.of_texts(attention_mask), "text")
+        return self._encoded(inputs, attention_mask, RaggedBatch.of_texts(attention_mask), "text")
 
-    def _encoded(self, inputs: Tensor, mask: Tensor, rows: Rows, modality: str) -> Encoded:
+    def _encoded(self, inputs: Tensor, mask: Tensor, rows: RaggedBatch, modality: str) -> Encoded:
         """Of the last layer the first token alone: nothing reads the others."""
         encoder = self.encoder
         if modality not in encoder.alone:
             return Encoded(inputs[:, :1], mask, l2_normalize(inputs[:, 0]), inputs)
         given = {modality: inputs}
-        states, first, depth = encoder.start(rows, **given), Wanted.first(rows), len(encoder.layers)
+        states, first, depth = encoder.pack(rows, **given), rows.first_tokens(), len(encoder.layers)
         fork = encoder.vl_from if self.vl else 0
-        states = encoder.layered(states, rows, 0, fork, joint=False)
+        states = encoder.run_layers(states, rows, 0, fork, joint=False)
 
         def top(joint: bool, head: ContrastHead | None) -> Encoded:
-            pooled = encoder.finish(encoder.layered(states, rows, fork, depth, joint, first))
+            pooled = encoder.norm(encoder.run_layers(states, rows, fork, depth, joint, first))
             return Encoded(pooled[:, None], mask, l2_normalize(getattr(head, modality)(pooled) if head else pooled))
 
         return replace(top(False, self.itc), inputs=inputs, vl=top(True, self.vl) if self.vl else None)
@@ -327,9 +327,9 @@ class VlmoModel(Model):
             )
         rounds = image.repeat((len(mask) - drawn) // len(image), 1, 1)
         image = rounds if images is None else torch.cat([rounds, image[images]])
-        rows = Rows.of_texts(mask, image.shape[1])
-        wanted = Wanted.first(rows) if at is None else Wanted.at(rows, at // mask.shape[1], at % mask.shape[1])
-        return self.encoder(rows, inputs, image, joint=True, wanted=wanted)
+        rows = RaggedBatch.of_texts(mask, image.shape[1])
+        outputs = rows.first_tokens() if at is None else rows.tokens_at(at // mask.shape[1], at % mask.shape[1])
+        return self.encoder(rows, inputs, image, joint=True, outputs=outputs)
 
     def match(self, image: Tensor, text: Encoded, texts: Tensor | None = None, images: Tensor | None = None) -> Tensor:
         """(n, 2) logits of image-text matching, [:, 1] for a pair; arguments as those of `fuse`."""
@@ -354,9 +354,9 @@ class VlmoModel(Model):
                 raise UserError(
                     "texts without images need text experts in all layers; set model.itc=true, or leave out vl"
                 )
-            rows, length = Rows.of_texts(mask), mask.shape[1]
-            wanted = Wanted.at(rows, positions // length, positions % length)
-            states = self.encoder(rows, text=inputs, wanted=wanted)
+            rows, length = RaggedBatch.of_texts(mask), mask.shape[1]
+            outputs = rows.tokens_at(positions // length, positions % length)
+            states = self.encoder(rows, text=inputs, outputs=outputs)
         return self.mlm(states, self.encoder.text.words if self.words is None else self.words)
 
     def masked_image(self, f: Encodings, positions: Tensor) -> Tensor:
@@ -372,9 +372,9 @@ class VlmoModel(Model):
         masked = torch.zeros(len(f.batch) * count, dtype=torch.bool, device=positions.device)
         masked[positions] = True
         inputs = self.encoder.image(f.batch.image, 0, masked.view(-1, count), self.mim.mask_token)
-        rows = Rows((0,) * len(inputs), 1 + count, inputs.device)
-        wanted = Wanted.at(rows, positions // count, 1 + positions % count)
-        return self.mim(self.encoder(rows, image=inputs, wanted=wanted))
+        rows = RaggedBatch.of_images(len(inputs), 1 + count, inputs.device)
+        outputs = rows.tokens_at(positions // count, 1 + positions % count)
+        return self.mim(self.encoder(rows, image=inputs, outputs=outputs))
 
     def classify(self, f: Encodings) -> Tensor:
         """(B, C) logits of the classes of the samples of ``f``: text with each of its images, whose pooled states go side by
