@@ -35,8 +35,8 @@ class Data:
         train: Sources of the training stream: shards of image-caption pairs, annotations, or files of texts.
         val: Shards for evaluations during training, and the default of ``vlp eval``. None disables both.
         tokenizer: Folder, tokenizer.json, vocab.txt, ``pip:PACKAGE/path`` or ``open_clip:NAME``.
-        sep: Whether ``[SEP]`` ends a text. None follows the tokenizer. ALBEF was trained without it.
-        clean: Whether to lower-case captions and remove their punctuation, the preprocessing that ALBEF was trained
+        add_sep: Whether ``[SEP]`` ends a text. None follows the tokenizer. ALBEF was trained without it.
+        clean_captions: Whether to lower-case captions and remove their punctuation, the preprocessing that ALBEF was trained
             with: see `vlp.data.text.clean_caption`.
         batch_size: Samples of an optimizer step, over all processes and accumulated micro-batches.
         max_length: Tokens of a text. Longer texts are truncated and counted.
@@ -52,8 +52,8 @@ class Data:
     train: tuple[Source | Annotated | Sentences, ...]
     val: str | None = None
     tokenizer: str = ""
-    sep: bool | None = None
-    clean: bool = False
+    add_sep: bool | None = None
+    clean_captions: bool = False
     batch_size: int = setting(256, least=1)
     max_length: int = setting(64, least=2)  # [CLS] and a token
     augment: Any = field(default_factory=RandomResizedCrop)
@@ -81,7 +81,7 @@ class Training:
         frozen: Parameter-name prefixes that are not trained. ``*`` matches anything up to the next dot.
         ema_decay: Decay of an exponential moving average of the weights, which is evaluated and saved in addition to the
             trained weights. None disables it.
-        mix: Mixup and CutMix of images and their classes: see `vlp.data.mixup`. None disables both.
+        mixup: Mixup and CutMix of images and their classes: see `vlp.data.mixup`. None disables both.
         backward: "once" runs one backward pass for all losses. "per_loss" runs that of a loss before the forward pass of
             the next one, which needs less memory.
         activation_checkpointing: Activations to recompute in the backward pass instead of storing them: "cheap" for the
@@ -103,7 +103,7 @@ class Training:
     lr_scales: dict[str, float] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
     ema_decay: float | None = setting(None, least=0, most=1)
-    mix: Mixup | None = None
+    mixup: Mixup | None = None
     backward: Literal["once", "per_loss"] = "once"
     activation_checkpointing: Checkpointing = "none"
     compile: bool = False
@@ -137,13 +137,13 @@ class Logging:
         geometry_every: Steps between measurements of alignment, uniformity and modality gap. 0 disables them.
         tensorboard: Whether to write TensorBoard events (extra ``tensorboard``).
         wandb: Weights & Biases project to log to (extra ``wandb``). None disables it.
-        samples: Whether to write the sample keys of every step, in one file for each process, to debug the data.
+        sample_keys: Whether to write the sample keys of every step, in one file for each process, to debug the data.
     """
 
     geometry_every: int = setting(10, least=0)
     tensorboard: bool = False
     wandb: str | None = None
-    samples: bool = False
+    sample_keys: bool = False
 
 
 @dataclass(frozen=True)

@@ -177,11 +177,11 @@ class Trainer:
     def prepare(self, batch: Batch) -> Batch:
         first, experiment = int(batch.dataset_row[0]), self.run.experiment
         batch = self._normalise(batch.to(self.accelerator.device))
-        if experiment.train.mix is None:
+        if experiment.train.mixup is None:
             return batch
         # by the step, and by the samples, which differ between processes and micro-batches
         key = (experiment.seed, self.run.state.step, first)
-        return experiment.train.mix(batch, experiment.model.classes, key)
+        return experiment.train.mixup(batch, experiment.model.classes, key)
 
     def _normalise(self, batch: Batch) -> Batch:
         views = tuple(map(self._normalise, batch.views))

@@ -68,8 +68,8 @@ def config() -> Experiment:
         data=Data(
             train=(Annotated("data/refcoco-train.jsonl", images="images"),),
             tokenizer="weights/bert-base-uncased",
-            sep=False,
-            clean=True,
+            add_sep=False,
+            clean_captions=True,
             batch_size=256,
             max_length=30,
             augment=ResizeCrop(fraction=1.0, flip=0.5, then=(RandAugment(n=2, magnitude=7),)),

@@ -79,8 +79,8 @@ def config() -> Experiment:
         data=Data(
             train=(Annotated("data/vqa.jsonl", images="images", answers="answers"),),
             tokenizer="weights/bert-base-uncased",
-            sep=False,
-            clean=True,
+            add_sep=False,
+            clean_captions=True,
             batch_size=256,
             max_length=25,
             augment=RandomResizedCrop(scale=(0.5, 1.0), flip=0.5, then=(RandAugment(n=2, magnitude=7),)),

@@ -53,7 +53,7 @@ def config() -> Experiment:
             precision="bf16",
             layer_decay=0.9,
             ema_decay=0.9999,
-            mix=Mixup(mixup=0.8, cutmix=1.0),
+            mixup=Mixup(mixup=0.8, cutmix=1.0),
             activation_checkpointing="full",
         ),
         evaluate={"image-accuracy": ImageAccuracy(data="imagenet")},
@@ -99,7 +99,11 @@ def imagenette() -> Experiment:
         optim=AdamW(lr=1e-3, weight_decay=0.05),
         schedule=Schedule(warmup_steps=10, kind="cosine"),
         train=Training(
-            steps=125, layer_decay=0.8, ema_decay=0.95, mix=Mixup(mixup=0.2, cutmix=1.0), lr_scales={"classifier": 5.0}
+            steps=125,
+            layer_decay=0.8,
+            ema_decay=0.95,
+            mixup=Mixup(mixup=0.2, cutmix=1.0),
+            lr_scales={"classifier": 5.0},
         ),
         evaluate={"image-accuracy": ImageAccuracy(data="../shared/data/imagenette")},
         save=Saving(every=125, keep=1),

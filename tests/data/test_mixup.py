@@ -46,7 +46,7 @@ def test_what_cannot_be_mixed_is_refused():
         return SimpleNamespace(
             model=SimpleNamespace(classes=classes),
             data=SimpleNamespace(batch_size=size),
-            train=SimpleNamespace(accumulation=accumulation, mix=mix or Mixup()),
+            train=SimpleNamespace(accumulation=accumulation, mixup=mix or Mixup()),
         )
 
     check_mixup(experiment())

@@ -181,7 +181,7 @@ def test_tokenizer_that_cleans_does_so_before_all_else_and_after_saving(tmp_path
     assert cleaning.rows([text]) == plain.rows([clean_caption(text)]) != plain.rows([text])
     cleaning.save(tmp_path / "cleaning")
     assert load_tokenizer(str(tmp_path / "cleaning")).rows([text]) == cleaning.rows([text])
-    with pytest.raises(UserError, match="data.clean=false"):
+    with pytest.raises(UserError, match="data.clean_captions=false"):
         load_tokenizer("open_clip:ViT-B-32", clean=True)
 
 

@@ -116,9 +116,9 @@ def test_fine_tuned_file_answers_as_the_model_that_was_written_to_it(questions, 
             torch.nn.init.normal_(part.weight, std=0.4)  # or all questions have much the same answer
     albef = isinstance(spec, Albef)
     data = Data(
-        (), None, "vocab.txt", sep=not albef, clean=albef, max_length=64 if albef else 40, resize=Resize("squash")
+        (), None, "vocab.txt", add_sep=not albef, clean_captions=albef, max_length=64 if albef else 40, resize=Resize("squash")
     )
-    subject = EvalModel(own, load_tokenizer("vocab.txt", data.sep, data.clean), data, torch.device("cpu"))
+    subject = EvalModel(own, load_tokenizer("vocab.txt", data.add_sep, data.clean_captions), data, torch.device("cpu"))
     kind = {"vqa": Vqa, "classification": Classes}[task](**fields, resamples=5)
     if own.classifier is not None:  # no class is ahead of the others on the whole, so that several are said
         scores = []

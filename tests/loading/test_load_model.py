@@ -292,8 +292,8 @@ def test_albef_is_seen_at_other_pixels_where_asked(albef_file):
     assert opened.eval_model.preprocess.size == (64, 64) and opened.eval_model.data.max_length == 9
     assert opened.reports["model"].resized == ("image.model.pos_embed",)
     assert (
-        opened.eval_model.data.clean
-        and opened.eval_model.data.sep is False
+        opened.eval_model.data.clean_captions
+        and opened.eval_model.data.add_sep is False
         and opened.eval_model.data.resize.mode == "squash"
     )
 

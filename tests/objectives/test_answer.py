@@ -161,6 +161,6 @@ def test_what_is_missing_is_said():
         AnswerGeneration(distill=1.4).validate(experiment(AnswerGeneration()))
     with pytest.raises(UserError, match="source='image'"):
         Captioning().validate(experiment(Captioning()))
-    with pytest.raises(UserError, match="data.sep=true"):
-        model, data = tiny(decoder=Decoder(source="image")), Data(train=(Source("x"),), sep=False)
+    with pytest.raises(UserError, match="data.add_sep=true"):
+        model, data = tiny(decoder=Decoder(source="image")), Data(train=(Source("x"),), add_sep=False)
         Captioning().validate(experiment(Captioning(), model=model, data=data))

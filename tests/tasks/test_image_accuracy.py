@@ -76,7 +76,7 @@ def test_fine_tuning_with_mixed_pictures_learns_the_classes(folder, tmp_path):
             resize=Resize("squash"),
             workers=0,
         ),
-        train=Training(steps=40, mix=Mixup(mixup=0.2, cutmix=0.0), ema_decay=0.8, layer_decay=0.9),
+        train=Training(steps=40, mixup=Mixup(mixup=0.2, cutmix=0.0), ema_decay=0.8, layer_decay=0.9),
         evaluate={"image-accuracy": ImageAccuracy(data=str(folder), resamples=5)},
         output=str(tmp_path),
     )

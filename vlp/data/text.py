@@ -221,7 +221,7 @@ def load_tokenizer(path: str, sep: bool | None = None, clean: bool = False) -> T
     """
     if path.startswith("open_clip:"):
         if clean:
-            raise UserError(f"{path} cannot clean captions; set data.clean=false")
+            raise UserError(f"{path} cannot clean captions; set data.clean_captions=false")
         return OpenClipTokenizer(path.removeprefix("open_clip:"))
     file = found = resolve(path)
     if found.is_dir():

@@ -44,9 +44,9 @@ def load_albef_file(path: Path, state: Mapping[str, Tensor], options: LoadOption
     """
     model = build_albef(load_albef(state), options.image_size, options.head_width or HEAD_WIDTH)
     max_length = min(30 if model.itc else 64, model.text.max_length)
-    data = Data((), None, "", sep=False, clean=True, max_length=max_length, resize=Resize("squash"))
+    data = Data((), None, "", add_sep=False, clean_captions=True, max_length=max_length, resize=Resize("squash"))
     data = options.applied_to(data)
-    tokenizer = load_tokenizer(data.tokenizer, data.sep, data.clean) if data.tokenizer else None
+    tokenizer = load_tokenizer(data.tokenizer, data.add_sep, data.clean_captions) if data.tokenizer else None
     return published(path.stem, model, tokenizer, data, [path])
 
 

@@ -77,8 +77,8 @@ class Captioning:
         need_image(experiment, "Captioning")
         need_text(experiment, "Captioning")
         _need_decoder(experiment, "Captioning", "image")
-        if experiment.data.sep is False:
-            raise UserError("Captioning needs to know where a caption ends; set data.sep=true")
+        if experiment.data.add_sep is False:
+            raise UserError("Captioning needs to know where a caption ends; set data.add_sep=true")
         _check_distill(experiment, self.distill, "Captioning")
 
     def __call__(self, f: Forward) -> Tensor:

@@ -77,7 +77,12 @@ MODULES = {
 TYPES = {name: module for module, names in MODULES.items() for name in names}
 RENAMED = {"Mix": "Mixup", "Momentum": "MomentumConfig"}
 # short class name -> old field name -> its name today
-RENAMED_FIELDS: dict[str, dict[str, str]] = {"Repetition": {"of": "unit"}}
+RENAMED_FIELDS: dict[str, dict[str, str]] = {
+    "Data": {"sep": "add_sep", "clean": "clean_captions"},
+    "Logging": {"samples": "sample_keys"},
+    "Repetition": {"of": "unit"},
+    "Training": {"mix": "mixup"},
+}
 # (short class name, field name of today) -> old value -> its value today
 RENAMED_VALUES: dict[tuple[str, str], dict[str, str]] = {}
 

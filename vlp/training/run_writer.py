@@ -102,7 +102,7 @@ class RunWriter:
                 ) from None
             self.run_log = RunLog(self.experiment, self.state.step, total_steps)
         self.accelerator.wait_for_everyone()  # until the main process has truncated the logs
-        if self.experiment.log.samples:
+        if self.experiment.log.sample_keys:
             path = self.folder / f"samples.{self.accelerator.process_index}.jsonl"
             self.sample_file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close()
 
@@ -140,7 +140,7 @@ class RunWriter:
             self.run_log.step(record)
 
     def log_samples(self, keys: Sequence[str]) -> None:
-        """Write the sample keys of a micro-batch of the current step, if ``log.samples`` is set."""
+        """Write the sample keys of a micro-batch of the current step, if ``log.sample_keys`` is set."""
         if self.sample_file:
             self.sample_file.write(json.dumps({"step": self.state.step + 1, "keys": list(keys)}) + "\n")
 

@@ -100,7 +100,7 @@ def load_run_tokenizer(experiment: Experiment, model: Model, resume: bool) -> To
     if resume:
         tokenizer = load_tokenizer(str(experiment.folder / "tokenizer"))
     else:
-        tokenizer = load_tokenizer(data.tokenizer, data.sep, data.clean)
+        tokenizer = load_tokenizer(data.tokenizer, data.add_sep, data.clean_captions)
     if tokenizer.vocab_size > tower.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens but the text tower only {tower.vocab_size}; "

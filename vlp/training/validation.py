@@ -41,7 +41,7 @@ def validate(experiment: Experiment) -> None:
         split_backward.validate(experiment)
     if train.grad_cache:
         grad_cache.validate(experiment)
-    if train.mix:
+    if train.mixup:
         check_mixup(experiment)
     for name, task in experiment.evaluate.items():
         if not isinstance(task, Task):
@@ -65,10 +65,10 @@ def _check_json(experiment: Experiment) -> None:
 
 
 def check_mixup(experiment: Experiment) -> None:
-    mix = experiment.train.mix
+    mix = experiment.train.mixup
     if getattr(experiment.model, "classes", None) is None:
-        raise UserError("train.mix mixes classes, and the model has none; set model.classes, or train.mix to none")
+        raise UserError("train.mixup mixes classes, and the model has none; set model.classes, or train.mixup to none")
     if min(mix.mixup, mix.cutmix) < 0 or max(mix.mixup, mix.cutmix) == 0:
-        raise UserError(f"train.mix has mixup={mix.mixup:g}, cutmix={mix.cutmix:g}; one must be above 0, none below")
+        raise UserError(f"train.mixup has mixup={mix.mixup:g}, cutmix={mix.cutmix:g}; one must be above 0, none below")
     if experiment.data.batch_size // experiment.train.accumulation % 2:
-        raise UserError("train.mix mixes pairs; make data.batch_size / train.accumulation even")
+        raise UserError("train.mixup mixes pairs; make data.batch_size / train.accumulation even")
