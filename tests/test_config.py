@@ -170,7 +170,7 @@ def test_json_can_name_types_of_vlp_only(plain, message):
 
 
 def test_value_that_json_cannot_hold_is_refused(toy):
-    with pytest.raises(UserError, match="cannot be kept as JSON"):
+    with pytest.raises(UserError, match="cannot be stored as JSON"):
         validate(replace(toy, evaluate={"retrieval": object()}))
 
 

@@ -45,8 +45,8 @@ def test_what_cannot_be_mixed_is_refused():
     def experiment(mix=None, classes=4, size=8, accumulation=1):
         return SimpleNamespace(
             model=SimpleNamespace(classes=classes),
-            data=SimpleNamespace(batch_size=size),
-            train=SimpleNamespace(accumulation=accumulation, mixup=mix or Mixup()),
+            micro_batch_size=size // accumulation,
+            train=SimpleNamespace(mixup=mix or Mixup()),
         )
 
     check_mixup(experiment())

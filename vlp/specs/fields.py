@@ -55,6 +55,11 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def field_values(spec: Any) -> dict[str, Any]:
+    """Return the values of a spec's fields by name."""
+    return {field.name: getattr(spec, field.name) for field in fields(spec)}  # reflection: the fields of any spec
+
+
 def setting_of(field: dataclasses.Field) -> Setting:
     """Return the metadata of a field. A field declared without `setting` has no limits and changes the result."""
     return field.metadata.get("setting", Setting())
@@ -71,8 +76,7 @@ def check_limits(value: Any, key: str = "") -> None:
         UserError: For the first value that is out of its limits.
     """
     if is_dataclass(value):
-        for field in fields(value):
-            inner = getattr(value, field.name)  # reflection: the fields of any spec
+        for field, inner in zip(fields(value), field_values(value).values()):
             name = f"{key}.{field.name}".lstrip(".")
             _check(name, inner, setting_of(field))
             check_limits(inner, name)

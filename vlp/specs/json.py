@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlp.errors import UserError
+from vlp.specs.fields import field_values
 from vlp.specs.names import NO_TYPES, class_of, current_fields, is_own, is_type_name, name_of
 
 
@@ -28,8 +28,7 @@ def to_plain(value: Any) -> Any:
     if is_dataclass(value):
         return {
             "type": name_of(type(value)),
-            # reflection: the fields of any spec
-            **{f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)},
+            **{name: to_plain(inner) for name, inner in field_values(value).items()},
         }
     if isinstance(value, dict):
         items = {k: to_plain(v) for k, v in value.items()}

@@ -10,6 +10,7 @@ from dataclasses import is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from vlp.errors import UserError
+from vlp.specs.fields import field_values
 from vlp.specs.types import describe_type
 
 
@@ -41,10 +42,10 @@ def _set(node: Any, key: str, path: list[str], text: str) -> Any:
     head, *rest = path
     if is_dataclass(node):
         hints = typing.get_type_hints(type(node))
-        names = [f.name for f in dataclasses.fields(node)]
-        if head not in names:
-            raise UserError(f"{key}: {type(node).__name__} has no field {head!r}{suggest(head, names)}")
-        old, hint = getattr(node, head), hints[head]  # reflection: the fields of any spec
+        values = field_values(node)
+        if head not in values:
+            raise UserError(f"{key}: {type(node).__name__} has no field {head!r}{suggest(head, list(values))}")
+        old, hint = values[head], hints[head]
     elif isinstance(node, dict):
         if head not in node and rest:
             raise UserError(f"{key}: there is no {head!r} here{suggest(head, list(node))}")

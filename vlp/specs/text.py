@@ -6,6 +6,8 @@ import textwrap
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
+from vlp.specs.fields import field_values
+
 WIDTH = 110
 
 
@@ -18,8 +20,7 @@ def to_text(value: Any, indent: str = "") -> str:
     inner = indent + "    "
     if is_dataclass(value):
         arguments, defaults = [], []
-        for field in fields(value):
-            item = getattr(value, field.name)  # reflection: the fields of any spec
+        for field, item in zip(fields(value), field_values(value).values()):
             if _contains_spec(item) or item != _default(field):
                 arguments.append(f"{field.name}={to_text(item, inner)}")
             else:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import types
 import typing
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any, Literal
 
 from vlp.errors import UserError
+from vlp.specs.fields import field_values
 
 
 def describe_type(hint: Any) -> str:
@@ -39,11 +40,10 @@ def check_types(value: Any, key: str = "") -> None:
     """
     if is_dataclass(value):
         hints = typing.get_type_hints(type(value))
-        for field in fields(value):
-            inner = getattr(value, field.name)  # reflection: the fields of any spec
-            name = f"{key}.{field.name}".lstrip(".")
-            if not fits(inner, hints[field.name]):
-                raise UserError(f"{name} is {inner!r}; it takes {describe_type(hints[field.name])}")
+        for field, inner in field_values(value).items():
+            name = f"{key}.{field}".lstrip(".")
+            if not fits(inner, hints[field]):
+                raise UserError(f"{name} is {inner!r}; it takes {describe_type(hints[field])}")
             check_types(inner, name)
     elif isinstance(value, (dict, tuple)):
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):

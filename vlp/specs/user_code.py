@@ -12,12 +12,13 @@ import importlib
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from vlp.errors import UserError
 from vlp.specs.config_file import call_config, split_name
+from vlp.specs.fields import field_values
 from vlp.specs.json import read_plain
 from vlp.specs.names import is_own, name_of
 
@@ -98,8 +99,7 @@ def own_types(spec: Any) -> dict[str, type]:
     cls = type(spec)
     if "<locals>" in cls.__qualname__:
         raise UserError(f"{cls.__name__} is defined inside a function; move it to the top of its module")
-    inner = [getattr(spec, f.name) for f in fields(spec)]  # reflection: the fields of any spec
-    return ({name_of(cls): cls} if is_own(name_of(cls)) else {}) | own_types(inner)
+    return ({name_of(cls): cls} if is_own(name_of(cls)) else {}) | own_types(field_values(spec))
 
 
 def _type_names(plain: Any) -> Iterator[str]:

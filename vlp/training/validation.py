@@ -1,4 +1,4 @@
-"""What can be said against an experiment before anything is built or written."""
+"""Check an experiment before anything is built or written."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from vlp.training.logging import require
 
 
 def validate(experiment: Experiment) -> None:
-    """Raises UserError for values of a wrong type, out of range, or that do not go together."""
+    """Check the values of an experiment: their types, their limits, and whether they are compatible.
+
+    Raises:
+        UserError: For the first mistake.
+    """
     check_types(experiment)
     _check_json(experiment)
     check_limits(experiment)
     if not experiment.name:
-        raise UserError("the run has no name; set name=NAME, which its folder gets")
+        raise UserError("the run has no name; set name=NAME, the name of its folder")
     data, train = experiment.data, experiment.train
     if data.batch_size % train.accumulation:
         raise UserError(
@@ -55,20 +59,25 @@ def validate(experiment: Experiment) -> None:
 
 
 def _check_json(experiment: Experiment) -> None:
-    """A run is rebuilt from its experiment.json, so that must contain everything."""
+    """Check that the experiment can be rebuilt from its experiment.json."""
     try:
         from_plain(json.loads(dump(experiment)), own_types(experiment))
     except TypeError as e:
         raise UserError(
-            f"the experiment cannot be kept as JSON ({e}); use dataclasses, numbers, texts, tuples and dicts"
+            f"the experiment cannot be stored as JSON ({e}); use dataclasses, numbers, texts, tuples and dicts"
         ) from None
 
 
 def check_mixup(experiment: Experiment) -> None:
+    """Check that mixup has classes to mix, a positive parameter, and an even micro-batch.
+
+    Raises:
+        UserError: If not.
+    """
     mix = experiment.train.mixup
-    if getattr(experiment.model, "classes", None) is None:
+    if experiment.model.classes is None:
         raise UserError("train.mixup mixes classes, and the model has none; set model.classes, or train.mixup to none")
     if min(mix.mixup, mix.cutmix) < 0 or max(mix.mixup, mix.cutmix) == 0:
         raise UserError(f"train.mixup has mixup={mix.mixup:g}, cutmix={mix.cutmix:g}; one must be above 0, none below")
-    if experiment.data.batch_size // experiment.train.accumulation % 2:
+    if experiment.micro_batch_size % 2:
         raise UserError("train.mixup mixes pairs; make data.batch_size / train.accumulation even")
