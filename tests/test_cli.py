@@ -74,7 +74,7 @@ def test_mistakes_are_one_line_before_anything_is_computed(run, inputs, capsys):
         (["knn", inputs["knn"], "k=0"], "k is 0; set it to at least 1"),
         (["knn", inputs["knn"], "k=many"], "takes a whole number"),
         (["probe", inputs["probe"], "features=raw"], "'pooled', 'embed'"),
-        (["probe", inputs["probe"], "split=test"], "no picture of split 'test'"),
+        (["probe", inputs["probe"], "split=test"], "no image of split 'test'"),
         (["sts", inputs["sts"]], "no file"),
         (["sts", inputs["sts"], "tasks=pairs", "geometry=", "max_length=33"], "takes 1 to 32 tokens"),
     ):

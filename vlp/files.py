@@ -1,28 +1,53 @@
-"""Resolve paths, write files atomically, hash them."""
+"""Local files: paths, safe reading, atomic writing, hashes."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import os
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from vlp.errors import UserError
 
+CHUNK = 1 << 22  # bytes read at a time
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 
-def resolve(path: str) -> Path:
-    """The file or folder that ``path`` names.
 
-    Args:
-        path: a plain path, or ``pip:PACKAGE/sub/path`` for something inside an installed Python package.
+def local_path(path: str | Path) -> Path:
+    """Return the path with ``~`` replaced by the home folder. Nothing needs to exist there.
 
     Raises:
-        UserError: if the package is not installed or nothing is there.
+        UserError: if the home folder of ``~NAME`` is unknown.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no user {str(path)[1:].partition('/')[0]!r}; write the folder out") from None
+
+
+def resolve(path: str) -> Path:
+    """Return the existing file or folder that ``path`` names.
+
+    Args:
+        path: A local path, which may begin with ``~``, or ``pip:PACKAGE/sub/path`` for a path inside an installed Python
+            package.
+
+    Raises:
+        UserError: if the package is not installed, or nothing exists at the path.
     """
     if not path.startswith("pip:"):
-        found = Path(path).expanduser()
+        found = local_path(path)
         if not found.exists():
-            raise UserError(f"no such file or folder: {path}; check the path")
+            raise UserError(f"no such file or folder: {path}{relative_to(found)}; check the path")
         return found
     package, _, inside = path.removeprefix("pip:").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -31,29 +56,81 @@ def resolve(path: str) -> Path:
         raise UserError(
             f"{path} needs a package that is not installed: pip install {name} (or pip install 'vlp[demo]')"
         )
-    found = Path(spec.submodule_search_locations[0]) / inside
-    if not found.exists():
+    root = Path(spec.submodule_search_locations[0])
+    found = root / inside
+    if not found.exists() or not found.resolve().is_relative_to(root.resolve()):
         raise UserError(f"the installed package {package} holds no {inside}; check the path after pip:{package}/")
     return found
 
 
+def relative_to(path: str | Path) -> str:
+    """Return a remark for messages about a missing path: the folder that a relative path starts from, or ""."""
+    return "" if os.path.isabs(path) else f" (relative to {os.getcwd()})"
+
+
+def split_locations(text: str) -> list[str]:
+    """Split locations at commas, except those inside the braces of a pattern such as ``{a,b}.tar``."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "{") - (character == "}" and depth > 0)
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading.
+
+    A FIFO would block until somebody writes to it, and a device may never end, so both are refused before a read.
+
+    Raises:
+        OSError: if the file cannot be opened, is not a regular file, or has a name that no file can have.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError:  # NUL, or half of a surrogate pair
+        raise OSError(errno.EINVAL, "its name has a character that no file name can have") from None
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"it is {KINDS.get(kind, 'something else')}, not a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: str | Path, max_bytes: int | None = None) -> bytes:
+    """Read a regular file, see `open_regular`.
+
+    Raises:
+        OSError: as `open_regular`, and if the file is larger than ``max_bytes``.
+    """
+    with open_regular(path) as file:
+        if max_bytes is None:
+            return file.read()
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"it is larger than {max_bytes:,} bytes")
+    return data
+
+
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes the whole file or nothing: temporary file in the same folder, sync, rename."""
+    """Write the whole file or nothing: a temporary file in the same folder is synced and renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file in hex."""
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 22):
+    with open_regular(path) as file:
+        while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -156,7 +156,7 @@ def test_mistakes_in_what_to_pack_are_one_line(capsys, pictures, tmp_path):
     for name in ("nothing.csv", "header.csv", "nothing.jsonl", "list.json"):
         complains("no pair to pack", name)
     complains("nothing.json:1 is not JSON", "nothing.json")
-    complains("broken.jsonl:1 is not a JSON object", "broken.jsonl")
+    complains("none of the 1 pairs is usable; the first: 'broken.jsonl:1': json does not parse", "broken.jsonl")
     complains("is not a folder; give the one that image paths start from", "a.jsonl", "--image-root", tmp_path / "no")
     complains("is not a folder; give the one", "a.jsonl", "--image-root", tmp_path / "a.jsonl")
     complains("none of the 6 pairs is usable", "a.jsonl", "--image-root", tmp_path / "photos")
@@ -190,8 +190,9 @@ def test_mistakes_in_what_to_inspect_are_one_line(capsys, tmp_path, monkeypatch,
     if action == "check":
         assert run(capsys, action, "text")[0] == 1
         assert run(capsys, action, "pictureless")[:2] == (
-            0,
-            "0 samples with 0 captions in 1 shards\ndamaged shards: 0\ndead samples: 0\nduplicate keys: 0\n",
+            1,
+            "0 samples with 0 captions in 1 shards\ndamaged shards: 0\ndead samples: 0\nduplicate keys: 0\n"
+            "there is nothing to train on\n",
         )
     else:
         assert_complains(capsys, "a.tar is not a readable tar shard", action, "text", *rest)

@@ -214,7 +214,7 @@ def test_requests_that_cannot_be_carried_out_are_one_line(labelled, tmp_path):
     for task, message in (
         (Knn(), "give data=FOLDER"),
         (Knn(data=str(tmp_path / "nowhere")), "no folder"),
-        (Knn(data=str(labelled), split="test"), "no picture of split 'test'"),
+        (Knn(data=str(labelled), split="test"), "no image of split 'test'"),
         (Knn(data=str(labelled), temperature=0.0), "temperature=0.0"),
         (LinearProbe(data=str(labelled), l2=()), "strengths above 0"),
         (LinearProbe(data=str(labelled), l2=(0.0, 1.0)), "strengths above 0"),

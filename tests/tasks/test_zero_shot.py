@@ -81,7 +81,7 @@ def test_labels_file_with_a_split(labelled):
     assert ZeroShot(data=str(labelled), prompts=PROMPT)(subject(Seer())).n["images"] == 20
     result = ZeroShot(data=str(labelled), split="val", prompts=PROMPT)(subject(Seer()))
     assert result.n == {"images": 15, "classes": 5, "prompts": 1} and result.metrics["top1"].value == 1.0
-    with pytest.raises(UserError, match="no picture of split 'test'"):
+    with pytest.raises(UserError, match="no image of split 'test'"):
         ZeroShot(data=str(labelled), split="test")(subject(Seer()))
 
 

@@ -57,13 +57,14 @@ def run_paraphrase(options: argparse.Namespace) -> int:
     from vlp.commands.progress import progress_bar
     from vlp.data.preparing.formats import read_pairs
     from vlp.data.preparing.paraphrase import back_translate, pair_captions
+    from vlp.data.reading.tables import Lines
 
     if options.same_image:
         groups = [pair.captions for pair in read_pairs(options.input, split=options.split)]
         print(f"{pair_captions(groups, options.output):,} pairs in {options.output}")
         return 0
-    lines = _existing(options.input).read_text(encoding="utf-8").split("\n")
-    sentences = [line.strip() for line in lines if line.strip()]
+    lines = Lines(_existing(options.input))
+    sentences = [lines[index].strip() for index in range(len(lines))]
     if not sentences:
         raise UserError(f"{options.input} has no sentence; give a file with one sentence per line")
     sys.path.insert(0, os.getcwd())  # the user's translator may be a module of the working directory

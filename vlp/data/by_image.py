@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlp.data.image import decode
 from vlp.data.reading.annotated import AnnotatedReader
-from vlp.data.reading.shards import RawSample
+from vlp.data.reading.shards import RawSample, content_id
 from vlp.errors import BadSample, UserError
 
 
@@ -57,7 +57,7 @@ class AnnotatedImageDataset(Dataset):
                 lines, unusable = self._lines(rows)
                 try:
                     if lines:
-                        found.append(AnnotatedImage(self._pixels(rows[0]), lines))
+                        found.append(self._image(rows[0], lines))
                 except BadSample as e:
                     unusable = [self.reader.quarantine_entry(0, row, str(e)) for row in rows]
                 bad += unusable
@@ -74,7 +74,9 @@ class AnnotatedImageDataset(Dataset):
                 bad.append(self.reader.quarantine_entry(0, row, str(e)))
         return lines, bad
 
-    def _pixels(self, row: int) -> list[Tensor]:
+    def _image(self, row: int, lines: list[RawSample]) -> AnnotatedImage:
         size, interpolation = self.preprocess.size, self.preprocess.interpolation
-        decoded = [decode(image, self.max_pixels) for image in self.reader.images(row)]
-        return [self.transform(pixels, size, interpolation) for pixels in decoded]
+        encoded = self.reader.images(row)
+        pixels = [self.transform(decode(image, self.max_pixels), size, interpolation) for image in encoded]
+        image_id = content_id(encoded[0])  # two names of one image are one image
+        return AnnotatedImage(pixels, [replace(line, image_id=image_id) for line in lines])

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlp.data.image import decode
 from vlp.data.order import MixtureOrder, SampleRef, SourceOrder, keyed_rng
-from vlp.data.reading.shards import IMAGE_ID_BITS, RawSample, ShardReader
+from vlp.data.reading.shards import RawSample, ShardReader
+from vlp.data.workers import end_with_parent
 from vlp.errors import BadSample, UserError
 from vlp.types import Answers, Batch
 
@@ -94,6 +95,10 @@ class TrainDataset(Dataset):
         """Return the number of samples of all sources together."""
         return self.order.size
 
+    def notes(self) -> list[str]:
+        """Return one line for each kind of input at the sources' locations that is not read."""
+        return [line for reader in self.readers if isinstance(reader, ShardReader) for line in reader.notes()]
+
     def _sample(self, ref: SampleRef) -> Sample:
         raw = self.readers[ref.source].read(ref.shard, ref.row)
         rng = keyed_rng(self.seed, 3, ref.source, ref.epoch, raw.source_row)
@@ -110,10 +115,9 @@ class TrainDataset(Dataset):
             said = " ".join([*texts[:1], *(answer for answer, _ in raw.answers)])
             for pixels in (decode(image, self.max_pixels) for image in (raw.image, *raw.images)):
                 images += [transform(pixels, size, interpolation, rng, said) for transform in self.transforms]
-        image_id = ref.source << IMAGE_ID_BITS | raw.image_id  # images of different sources always differ
         dataset_row = self.first_rows[ref.source] + raw.source_row
         key = f"{ref.source}/{raw.source_row}/{raw.key}"
-        return Sample(key, image_id, dataset_row, raw.label, images, texts, raw.answers, raw.targets, rng)
+        return Sample(key, raw.image_id, dataset_row, raw.label, images, texts, raw.answers, raw.targets, rng)
 
     def _sample_or_replacement(self, position: int, bad: list[dict]) -> Sample:
         ref = self.order.locate(position)
@@ -178,7 +182,10 @@ class TrainDataset(Dataset):
 
 
 class EvalDataset(Dataset):
-    """Every sample of one source once, with all its captions, for evaluation. Bad samples are reported and skipped."""
+    """Every sample of one source once, with all its captions, for evaluation. Bad samples are reported and skipped.
+
+    Samples come without their encoded image, which would stay in memory until the end of an evaluation.
+    """
 
     def __init__(self, source: str, transform, preprocess, max_pixels):
         self.reader = ShardReader(source)
@@ -194,7 +201,8 @@ class EvalDataset(Dataset):
                 try:
                     raw = self.reader.read(shard, row)
                     pixels = decode(raw.image, self.max_pixels)
-                    samples.append((self.transform(pixels, self.preprocess.size, self.preprocess.interpolation), raw))
+                    image = self.transform(pixels, self.preprocess.size, self.preprocess.interpolation)
+                    samples.append((image, replace(raw, image=None)))
                 except BadSample as e:
                     bad.append(self.reader.quarantine_entry(shard, row, str(e)))
         except UserError as e:  # returned, as in `TrainDataset`
@@ -241,7 +249,7 @@ def training_loader(
         dataset,
         batch_sampler=Positions(start, stop, size, rank, world),
         num_workers=workers,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_init_worker,
         collate_fn=_identity,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
@@ -259,7 +267,7 @@ def evaluation_batches(dataset: Dataset, batch_size: int, workers: int, rank: in
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=_identity,
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=_init_worker,
         )
     )
 
@@ -271,14 +279,9 @@ def _raise_errors(items: Iterable) -> Iterator:
         yield item
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ignore SIGINT and SIGTERM in a worker.
-
-    Ctrl-C and a scheduler's SIGTERM reach every process of a run. The training process finishes its step, so the workers
-    continue until it stops them.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _init_worker(worker: int) -> None:
+    """Leave Ctrl-C and a scheduler's SIGTERM to the training process, which finishes its step with these workers."""
+    end_with_parent((signal.SIGINT, signal.SIGTERM))
 
 
 def _identity(item):

@@ -238,12 +238,13 @@ def initial_state(experiment: Experiment, model: Model, epoch_samples: int, devi
 
 
 def describe(run: Run) -> str:
-    """Return one line about the run: its size, its length and where it starts."""
+    """Return one line about the run (its size, its length and where it starts), and one per kind of data that is not read."""
     parameters = list(run.model.parameters())
     total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     start = f"resumed at step {run.state.step} from {run.resumed_from.name}" if run.resumed_from else "from step 0"
-    return (
+    summary = (
         f"{run.folder}: {total / 1e6:.1f} M parameters ({trained / 1e6:.1f} M trained), "
         f"{run.epoch_samples:,} samples an epoch, {run.total_steps:,} steps of "
         f"{run.experiment.data.batch_size} samples, {run.accelerator.num_processes} process(es), {start}"
     )
+    return "\n".join([summary, *run.dataset.notes()])

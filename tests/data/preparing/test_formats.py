@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -133,36 +134,20 @@ def test_keys_are_safe_unique_and_stable():
 
 
 BAD = {
-    "columns.csv": (
-        "image,caption\na.jpg,A dog\nb.jpg,A cat,extra\n",
-        r"columns.csv:3: 3 columns; expected 2: image, caption",
+    "names.csv": ("id,words\n1,A dog\n", r"names.csv:1: expected a header with an image column .*found 'id', 'words'"),
+    "latin.csv": (
+        b"image,caption\na.jpg,A dog\nb.jpg,caf\xe9\n",
+        r"latin.csv:3 is not UTF-8; it is probably windows-1252: .* iconv -f windows-1252 -t UTF-8",
     ),
-    "names.csv": ("id,words\n1,A dog\n", r"names.csv:1: expected a header with an image column"),
-    "quote.csv": ('image,caption\na.jpg,"A dog\n', r"quote.csv:2 is not a row"),
-    "latin.csv": (b"image,caption\na.jpg,A dog\nb.jpg,caf\xe9\n", r"latin.csv:3 is not UTF-8"),
-    "line.jsonl": ('{"image": "a.jpg", "caption": "A"}\n{"image": \n', r"line.jsonl:2 is not a JSON object"),
-    "list.jsonl": ("[1]\n", r"list.jsonl:1: expected an object with image and captions"),
-    "no_image.jsonl": (
-        '{"id": 3, "caption": "A"}\n',
-        r"no_image.jsonl:1: no image; expected one of image, .*found id, caption",
-    ),
-    "no_caption.jsonl": (
-        '{"image": "a.jpg", "label": 0}\n',
-        r"no_caption.jsonl:1: no captions; expected one of captions",
-    ),
-    "number.jsonl": ('{"image": "a.jpg", "caption": 5}\n', r"number.jsonl:1: 'caption' should be a text or a list"),
-    "null.jsonl": ('{"image": null, "caption": "A"}\n', r"null.jsonl:1: 'image' should be a path"),
+    "utf16.csv": ("image,caption\na.jpg,A dog\n".encode("utf-16"), r"utf16.csv:1 is not UTF-8; it is probably UTF-16:"),
+    "utf16.jsonl": ('{"image": "a.jpg", "caption": "A"}\n'.encode("utf-16-be"), r"it is probably UTF-16BE:"),
+    "utf16.json": (json.dumps([{"image": "a.jpg"}]).encode("utf-16-le"), r"it is probably UTF-16LE:"),
+    "cut.tsv": (b"a.jpg\tA dog\nb.jpg\t\xe4\xb8", r"cut.tsv:2 is not UTF-8"),
     "broken.json": ('[{"image":\n "a.jpg",', r"broken.json:2 is not JSON"),
+    "deep.json": ("[" * 200_000, r"deep.json is not JSON that can be read"),
     "other.json": ({"data": []}, r"other.json is none of the known json forms"),
     "scalar.json": ("5", r"scalar.json is none of the known json forms"),
-    "item.json": (["a.jpg"], r"item.json:\[0\]: expected an object"),
-    "coco.json": ({"images": [], "annotations": [{"image_id": 9, "caption": "A"}]}, r"image_id 9, which no image has"),
-    "coco_lacks.json": ({"images": [{"id": 1}], "annotations": []}, r"expected COCO's .*there is no 'file_name'"),
-    "karpathy.json": ({"images": [{"filename": "a.jpg"}]}, r"expected Karpathy's .*there is no 'sentences'"),
-    "karpathy_text.json": (
-        {"images": [{"filename": "a.jpg", "sentences": [{"raw": None}]}]},
-        r"images\[0\]: 'captions' should",
-    ),
+    "coco_lacks.json": ({"images": [], "annotations": 5}, r"expected COCO's .*there is no list 'annotations'"),
     "x.parquet": ("", r"the extension does not tell the format; say --format"),
 }
 
@@ -173,6 +158,137 @@ def test_errors_name_file_place_and_expectation(tmp_path, name):
     with pytest.raises(UserError, match=message) as raised:
         list(read_pairs(write(tmp_path, name, content)))
     assert "\n" not in str(raised.value)
+
+
+GOOD = {"image": "z.jpg", "caption": "good"}
+BAD_ROWS = {  # name -> (content with one bad row and a good one, place of the bad row, its problem)
+    "columns.csv": (
+        "image,caption\nz.jpg,good\nb.jpg,A cat,extra\n",
+        "3",
+        r"^3 columns; expected 2: image, caption",
+    ),
+    "quote.csv": ('image,caption\na.jpg,"A dog\nz.jpg,good\n', "2", r"not a row of a table: a quotation mark"),
+    "quote_between.csv": ('image,caption\na.jpg,"A "dog" b"\nz.jpg,"good"\n', "2", r"not a row of a table"),
+    "line.jsonl": ('{"image": \n' + json.dumps(GOOD), "1", r"json does not parse"),
+    "other.jsonl": (json.dumps(GOOD) + "\n\n5\n", "3", r"json is not an object"),
+    "no_image.jsonl": (
+        json.dumps(GOOD) + '\n{"id": 3, "caption": "A"}\n',
+        "2",
+        r"no image; expected one of image, .*found 'id', 'caption'",
+    ),
+    "no_caption.jsonl": (
+        '{"image": "a.jpg", "label": 0}\n' + json.dumps(GOOD),
+        "1",
+        r"no captions; expected one of captions",
+    ),
+    "number.jsonl": (
+        '{"image": "a.jpg", "caption": 5}\n' + json.dumps(GOOD),
+        "1",
+        r"'caption' should be a text or a list of texts, found 5",
+    ),
+    "nested.jsonl": (
+        '{"image": "a.jpg", "caption": [["a"]]}\n' + json.dumps(GOOD),
+        "1",
+        r"""'caption' should be a text, found \["a"\]""",
+    ),
+    "null.jsonl": (
+        '{"image": null, "caption": "A"}\n' + json.dumps(GOOD),
+        "1",
+        r"'image' should be a path, found null",
+    ),
+    "item.json": (["a.jpg", GOOD], "[0]", r"expected an object with image and captions"),
+    "coco.json": (
+        {
+            "images": [{"id": 1, "file_name": "z.jpg"}],
+            "annotations": [{"image_id": 1, "caption": "good"}, {"image_id": 9, "caption": "A"}],
+        },
+        "annotations[1]",
+        r"no image has the id 9",
+    ),
+    "coco_lacks.json": (
+        {
+            "images": [{"id": 2}, {"id": 1, "file_name": "z.jpg"}],
+            "annotations": [{"image_id": 1, "caption": "good"}],
+        },
+        "images[0]",
+        r"no image; expected one of",
+    ),
+    "karpathy.json": (
+        {"images": [{"filename": "a.jpg"}, {"filename": "z.jpg", "sentences": [{"raw": "good"}]}]},
+        "images[0]",
+        r"there is no 'sentences'",
+    ),
+    "karpathy_text.json": (
+        {
+            "images": [
+                {"filename": "a.jpg", "sentences": [{"raw": 5}]},
+                {"filename": "z.jpg", "sentences": [{"raw": "good"}]},
+            ]
+        },
+        "images[0]",
+        r"'captions' should be a text, found 5",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_a_pair_with_a_problem_and_the_others_are_read(tmp_path, name):
+    content, place, problem = BAD_ROWS[name]
+    pairs = list(read_pairs(write(tmp_path, name, content)))
+    (good,) = [pair for pair in pairs if not pair.problem]
+    (bad,) = [pair for pair in pairs if pair.problem]
+    assert (Path(good.image).name, good.captions) == ("z.jpg", ("good",))
+    assert re.search(problem, bad.problem) and bad.source == f"{name}:{place}"
+    assert len({pair.key for pair in pairs}) == 2
+
+
+def test_missing_captions_are_no_captions_and_do_not_hide_others(tmp_path):
+    rows = [
+        {"image": "a.jpg", "caption": None},
+        {"image": "b.jpg", "captions": ["A cat", None, ""]},
+        {"image": "c.jpg", "captions": [], "caption": "A dog"},
+        {"image": "d.jpg", "captions": None, "title": "no caption of ours"},
+    ]
+    pairs = list(read_pairs(write(tmp_path, "x.jsonl", "\n".join(map(json.dumps, rows)))))
+    assert [(p.captions, p.problem) for p in pairs] == [((), ""), (("A cat",), ""), (("A dog",), ""), ((), "")]
+
+
+def test_spellings_of_a_path_are_one_image(tmp_path):
+    rows = [
+        {"image": name, "caption": name} for name in ("i/a.jpg", "./i/a.jpg", "i//a.jpg", "i/../i/a.jpg", "i/A.jpg")
+    ]
+    rows += [{"image": str(tmp_path / "i" / "a.jpg"), "caption": "absolute"}]
+    pairs = list(read_pairs(write(tmp_path, "x.jsonl", "\n".join(map(json.dumps, rows)))))
+    assert [(p.image, len(p.captions)) for p in pairs] == [
+        (str(tmp_path / "i" / n), c) for n, c in (("a.jpg", 5), ("A.jpg", 1))
+    ]
+
+
+def test_a_file_named_after_the_split_still_says_its_splits(tmp_path):
+    rows = [GOOD | {"split": "train"}, {"image": "v.jpg", "caption": "x", "split": "val"}]
+    file = write(tmp_path, "train.jsonl", "\n".join(map(json.dumps, rows)))
+    assert summary(read_pairs(file, split="train")) == [("z.jpg", ("good",), "z")]
+    table = write(tmp_path, "train.csv", "image,caption,split\nz.jpg,good,train\nv.jpg,x,val\n")
+    assert summary(read_pairs(table, split="train")) == [("z.jpg", ("good",), "z")]
+    plain = write(tmp_path, "val.csv", "image,caption\nv.jpg,x\n")
+    assert summary(read_pairs(plain, split="val")) == [("v.jpg", ("x",), "v")]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("tabs.csv", FILES["header.tsv"]),
+        ("commas.tsv", FILES["filepath.csv"]),
+        ("commas.txt", FILES["filepath.csv"]),
+        ("lines.json", FILES["x.jsonl"]),
+        ("list.jsonl", json.dumps(ALBEF, indent=1)),
+        ("UPPER.CSV", FILES["filepath.csv"]),
+        ("carriage.csv", FILES["filepath.csv"].replace("\n", "\r")),
+        ("spaces.csv", " filepath , title\na.jpg , A dog\nb.png, A cat\na.jpg,A brown dog\n"),
+    ],
+)
+def test_format_is_found_from_the_content(tmp_path, name, content):
+    assert summary(read_pairs(write(tmp_path, name, content))) == TWO
 
 
 def test_a_missing_file_and_an_unknown_format_are_users_errors(tmp_path):

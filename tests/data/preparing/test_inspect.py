@@ -1,8 +1,8 @@
 """`check` finds what is wrong with shards, `stats` what is in them."""
 
 import io
-import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image
 from tests.conftest import draw_pairs
 from vlp.data.preparing.inspect import Check, all_captions, check, stats, to_lines
 from vlp.data.preparing.pack import Packing, pack
-from vlp.data.reading.shards import index_path
+from vlp.data.reading.shards import ShardIndex, index_path
 from vlp.errors import UserError
 
 
@@ -79,9 +79,9 @@ def test_every_damage_is_named_and_the_rest_still_counted(shards, how):
         shard.write_bytes(data[:-3000])
     elif how == "text":
         shard.write_bytes(b"x" * len(data))
-    elif how == "index":
-        read = json.loads(index_path(shard).read_text())
-        index_path(shard).write_text(json.dumps({**read, "sha256": "0" * 64}))
+    elif how == "index":  # one whose checksums fit, and no manifest that shows which of the two is wrong
+        (shards / "manifest.json").unlink()
+        replace(ShardIndex.load(index_path(shard)), sha256="0" * 64).save(index_path(shard))
     else:
         data[{"header": 100, "data": 600, "padding": len(data) - 5}[how]] ^= 4
         shard.write_bytes(data)
@@ -146,7 +146,7 @@ def test_bad_samples_are_passed_over(tmp_path):
 @pytest.mark.parametrize("members", [{}, {"0.png": b"x", "0.txt": b"a"}])
 def test_nothing_to_show_is_one_line(tmp_path, members):
     write(tmp_path / "a.tar", members)
-    with pytest.raises(UserError, match="no picture of .* can be decoded"):
+    with pytest.raises(UserError, match="no image of .* can be decoded"):
         stats(str(tmp_path), tmp_path / "grid.png")
     assert not (tmp_path / "grid.png").exists()
 

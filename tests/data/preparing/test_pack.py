@@ -54,7 +54,7 @@ def test_manifest_and_indexes_say_what_is_there(pairs, tmp_path):
     reader = ShardReader(str(tmp_path))
     for n, pair in enumerate(pairs):
         sample = reader.read(*reader.locate(n))
-        assert (sample.key, sample.image_id, sample.captions) == (pair.key, n, pair.captions)
+        assert (sample.key, sample.meta["index"], sample.captions) == (pair.key, n, pair.captions)
         assert sample.image == Path(pair.image).read_bytes()
         assert sample.meta["source"] == "toy"
 
@@ -85,7 +85,7 @@ def test_run_after_a_loss_restores_what_is_lost(pairs, tmp_path, lost):
     else:
         {"tar": shard, "index": index_path(shard), "plan": plan}[lost].unlink()
     if lost == "plan":  # it could be anyone's
-        with pytest.raises(UserError, match="shard-000002.tar holds other pairs"):
+        with pytest.raises(UserError, match="shard-000002.tar contains other pairs"):
             pack(pairs, tmp_path, TEN)
     else:
         pack(pairs, tmp_path, TEN)
@@ -184,7 +184,7 @@ def test_bad_images_are_quarantined_with_their_reason(pairs, tmp_path):
     (tmp_path / "no.jpg").write_text("<html>not found</html>")
     bad = {
         "gone": (replace(pairs[0], image=str(tmp_path / "gone.jpg")), "cannot be read (No such file or directory)"),
-        "folder": (replace(pairs[0], image=str(tmp_path)), "cannot be read (Is a directory)"),
+        "folder": (replace(pairs[0], image=str(tmp_path)), "cannot be read (it is a folder, not a file)"),
         "html": (replace(pairs[0], image=str(tmp_path / "no.jpg")), "not a JPEG, PNG or WEBP image"),
         "cut": (replace(pairs[0], image=str(cut)), "undecodable image"),
         "silent": (replace(pairs[0], captions=(" ", "")), "no caption"),
@@ -255,7 +255,7 @@ def test_captions_of_any_script_survive_and_half_a_surrogate_pair_does_no_harm(p
     pack([replace(pairs[0], captions=captions, extra={"index": "x", "note": "\ud83d"})], tmp_path)
     sample = ShardReader(str(tmp_path)).read(0, 0)
     assert sample.captions == (*captions[:-1], "half ? pair")
-    assert (sample.image_id, sample.meta["note"]) == (0, "?")
+    assert (sample.meta["index"], sample.meta["note"]) == (0, "?")
 
 
 # -- the folder
@@ -264,7 +264,7 @@ def test_captions_of_any_script_survive_and_half_a_surrogate_pair_does_no_harm(p
 def test_folder_with_other_shards_is_refused_and_loses_nothing(pairs, tmp_path):
     def refused(packing: Packing, wanted: list[Pair]) -> None:
         before = digests(tmp_path)
-        with pytest.raises(UserError, match=r"shard.*\.tar holds other pairs than these; pack into another folder"):
+        with pytest.raises(UserError, match=r"shard.*\.tar contains other pairs than these; pack into another folder"):
             pack(wanted, tmp_path, packing)
         assert digests(tmp_path) == before | {".pack.lock": hashlib.sha256(b"").hexdigest()}
 
@@ -313,7 +313,7 @@ def test_full_disk_is_one_line_and_leaves_no_part_of_a_shard(pairs, tmp_path, ti
     run = vlp(*arguments)
     assert (run.returncode, run.stdout) == (2, "")
     expected = (
-        f"vlp: cannot write {tiny_disk}/out: No space left on device; free some space and run it again: it goes on"
+        f"vlp: cannot write {tiny_disk}/out: No space left on device; free some space and run it again: it continues"
     )
     assert run.stderr.splitlines()[-1] == expected
     assert "Traceback" not in run.stderr

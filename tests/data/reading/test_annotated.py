@@ -134,12 +134,12 @@ def test_pictures_come_from_shards_by_key_or_by_the_path_that_was_packed(asked, 
 
 
 BAD = {
-    "no picture 'a/9.png'": {"img": "a/9.png", "q": "?", "a": "x"},
-    "no 'img' that names a picture": {"q": "?", "a": "x"},
+    "no image 'a/9.png'": {"img": "a/9.png", "q": "?", "a": "x"},
+    "no 'img' that names an image": {"q": "?", "a": "x"},
     "no text in 'q'": {"img": "b.png", "q": " ", "a": "x"},
     "no answer in 'a'": {"img": "b.png", "q": "?", "a": []},
     "none of the answers is a class: green": {"img": "b.png", "q": "?", "a": "green"},
-    "should be a number from 0 on": {"img": "b.png", "q": "?", "a": {"red": "much"}},
+    "should be a number of 0 or more": {"img": "b.png", "q": "?", "a": {"red": "much"}},
     "json is not an object": [1],
 }
 

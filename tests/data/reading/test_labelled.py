@@ -26,7 +26,7 @@ def test_labels_with_gaps_are_numbered_in_their_order(tmp_path):
         [(folder / "b.png", 1), (folder / "a.png", 0), (folder / "c.png", 1)],
         ["a", "b"],
     )
-    assert read_labelled(folder, "y") == ([(folder / "c.png", 0)], ["b"])
+    assert read_labelled(folder, "y") == ([(folder / "c.png", 1)], ["a", "b"])  # a split lacks images, not classes
 
 
 def test_folders_that_are_numbers_are_classes_in_the_order_of_the_numbers(tmp_path):
@@ -61,11 +61,11 @@ def test_folders_of_splits_hold_folders_of_classes(tmp_path):
     [
         (
             [("a", 0, "x", "train"), ("b", 1, "y", "train"), ("c", 2, "z", "val")],
-            "has the class 'z', which 'train' has not",
+            "has the class 'z', which 'train' lacks",
         ),
         ([("a", 0, "x", "train"), ("b", 1, "y", "train"), ("a", 0, "x", "val")], "a is in both 'train' and 'val'"),
         ([("a", 0, "x", "train"), ("b", 0, "x", "val")], "has one class"),
-        ([("a", 0, "x", "train"), ("b", 1, "y", "train")], "no picture of split 'val'"),
+        ([("a", 0, "x", "train"), ("b", 1, "y", "train")], "no image of split 'val'"),
     ],
 )
 def test_splits_that_cannot_be_compared_are_refused(tmp_path, rows, message):
@@ -81,7 +81,7 @@ def test_splits_that_cannot_be_compared_are_refused(tmp_path, rows, message):
         ('{"image": "a.png", "label": "red"}', "line 1: expected an object"),
         ("[1]", "line 1: expected an object"),
         ('{"image": "a.png", "label": 1}\n5', "line 2: expected an object"),
-        ("", "has no picture"),
+        ("", "has no image"),
     ],
 )
 def test_labels_file_that_cannot_be_read_is_named_with_its_line(tmp_path, text, message):
@@ -97,7 +97,7 @@ def test_folder_that_is_neither_form(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="neither labels.jsonl nor two folders"):
         read_labelled(tmp_path, None)
-    with pytest.raises(UserError, match="no labels.jsonl beside it that could name the split 'val'"):
+    with pytest.raises(UserError, match="no labels.jsonl next to it that could name the split 'val'"):
         read_labelled(tmp_path, "val")
 
 

@@ -6,16 +6,15 @@ question_type, answer_type. Paths of images are those of the official folders.
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from vlp.data.preparing.formats import read_json, read_text
+from vlp.data.reading.tables import Lines, first_line, read_json
 from vlp.data.vqa_answers import normalise_answer
-from vlp.errors import UserError
+from vlp.errors import BadSample, UserError
 from vlp.files import resolve
 
 VG_WEIGHT = 0.5  # weight of a Visual Genome answer; the weight of a VQA answer is its share of the annotators (ALBEF)
@@ -203,6 +202,10 @@ def convert(format: str, files: Iterable[str]) -> Iterator[dict]:
 
 def _list(file: Path) -> list[Any]:
     """Read a json list, or one object per line."""
-    if file.suffix == ".jsonl" or not read_text(file).lstrip().startswith("["):
-        return [json.loads(line) for line in read_text(file).split("\n") if line.strip()]
-    return read_json(file)
+    if first_line(file).lstrip().startswith("["):
+        return read_json(file)
+    lines = Lines(file)
+    try:
+        return [lines.record(index) for index in range(len(lines))]
+    except BadSample as e:
+        raise UserError(f"{file}: expected one object per line; {e}") from None

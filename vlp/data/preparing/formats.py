@@ -1,18 +1,24 @@
-"""Image-caption pairs from the files that people have: CSV, TSV, JSONL, Karpathy's, COCO's and ALBEF's json."""
+"""Image-caption pairs from common annotation files: CSV, TSV, JSONL, Karpathy's, COCO's and ALBEF's json.
+
+A file that cannot be read as a whole is an error. A row that cannot be used is a pair with a `Pair.problem`, which `pack`
+writes to quarantine.jsonl.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vlp.data.reading.shards import IMAGE_FILE, make_key
-from vlp.errors import UserError
+from vlp.data.reading.tables import Columns, Lines, Table, as_text, first_line, read_json
+from vlp.errors import BadSample, UserError
+from vlp.files import local_path, relative_to
 
 IMAGE_NAMES = (
     "image",
@@ -28,21 +34,21 @@ IMAGE_NAMES = (
 )
 CAPTION_NAMES = ("captions", "caption", "title", "text", "sentences", "sentence", "description", "comment", "name")
 CAPTION_NUMBER = r"#\d+$"  # Flickr8k's and Flickr30k's x.jpg#0 is x.jpg
-RESERVED = ("captions", "index", "source")  # what the shards' json keeps of its own
-
-csv.field_size_limit(10_000_000)  # characters; the library's 131,072 are too few for some alt-texts
+RESERVED = ("captions", "index", "source")  # fields that the json of a shard defines
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One picture and its captions.
+    """One image and its captions.
 
     Args:
-        image: path of the file.
-        captions: at least the empty tuple; blank ones are left out.
-        key: unique in its file, derived from the image's path, without dots (webdataset ends a key at the first dot).
-        source: where it was read, e.g. ``captions.csv:17``.
-        extra: whatever else the file says of it.
+        image: Path of the file.
+        captions: Captions that are not blank; may be empty.
+        key: Unique in its file, derived from the image's path, without dots (webdataset ends a key at the first dot).
+        source: Where it was read, e.g. ``captions.csv:17``.
+        extra: Further fields of the annotation.
+        problem: Why the row cannot be used, or "".
+        listed: The path as the annotation has it, for error messages.
     """
 
     image: str
@@ -50,50 +56,64 @@ class Pair:
     key: str
     source: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    problem: str = ""
+    listed: str = ""
 
 
 @dataclass
 class Row:
-    """What a file says in one place: several rows may be of the same image."""
+    """One entry of a file. Several rows may be about the same image."""
 
     image: str
     captions: list[str]
     where: str
     split: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    problem: str = ""
 
 
 def read_pairs(
     path: str | Path, image_root: str | Path | None = None, format: str | None = None, split: str | None = None
 ) -> Iterator[Pair]:
-    """The pairs of an annotation file in the order of the file, rows of the same image merged into one pair.
+    """Yield the pairs of an annotation file in the order of the file. Rows about the same image become one pair.
 
     Args:
-        path: the file, or a folder with one annotation file beside the images (or several, one named after ``split``).
-        image_root: what image paths are relative to; None = the folder of the annotation file.
-        format: one of `READERS`; None = by extension and content.
-        split: keep only this one of the file's splits, or several joined by "+", as Karpathy's "train+restval".
+        path: The file, or a folder with one annotation file next to the images (or several, one named after ``split``).
+        image_root: Folder that relative image paths start from. None stands for the folder of the annotation file.
+        format: One of `READERS`. None detects it from the content.
+        split: Keep only this split of the file, or several joined by "+", as Karpathy's "train+restval".
 
     Raises:
-        UserError: naming file, line and what was expected. That the image files exist is not checked here.
+        UserError: naming file, line and the expected content. Whether image files exist is not checked here.
     """
-    file = find_file(Path(path), split)
+    file = find_file(local_path(path), split)
     reader = READERS.get(format or sniff(file))
     if reader is None:
         raise UserError(f"there is no format {format!r}; use one of {', '.join(READERS)}")
-    root = Path(image_root) if image_root is not None else file.parent
+    root = local_path(image_root) if image_root is not None else file.parent
     keys: set[str] = set()
-    for row in merge(select(reader(file), file, split)):
+    for row in merge(select(list(reader(file)), file, split), root):
         captions = tuple(c for c in (caption.strip() for caption in row.captions) if c)
         extra = {name: value for name, value in row.extra.items() if name not in RESERVED}
-        key = make_key(row.image, keys)
-        yield Pair(str(root / row.image), captions, key, f"{file.name}:{row.where}", extra)
+        key = make_key(row.image or f"{file.name}-{row.where}", keys)
+        source = f"{file.name}:{row.where}"
+        yield Pair(image_path(root, row.image), captions, key, source, extra, row.problem, row.image)
+
+
+def image_path(root: Path, image: str) -> str:
+    """Return the path of an image, in one spelling. URLs stay as they are, so that messages can show them."""
+    if not image or "://" in image or "\0" in image:
+        return image
+    return os.path.normpath(os.path.join(root, image))
 
 
 def find_file(path: Path, split: str | None) -> Path:
+    """Return the annotation file that ``path`` names or contains."""
     if not path.exists():
-        raise UserError(f"no such file or folder: {path}; give an annotation file, or a folder with one")
-    if path.is_file():
+        raise UserError(
+            f"no such file or folder: {path}{relative_to(path)}; give an annotation file, or a folder with one"
+        )
+    if not path.is_dir():
         return path
     files = sorted(f for extension in ("jsonl", "csv", "tsv", "json") for f in path.glob(f"*.{extension}"))
     named = [f for f in files if f.stem == split] or files
@@ -104,201 +124,222 @@ def find_file(path: Path, split: str | None) -> Path:
 
 
 def sniff(file: Path) -> str:
-    """The format by the extension; that of a .json by its content."""
-    by_extension = {".csv": "csv", ".tsv": "tsv", ".txt": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
-    if file.suffix in by_extension:
-        return by_extension[file.suffix]
-    if file.suffix == ".json":
-        content = read_json(file)
-        if isinstance(content, list):
-            return "albef"
-        keys = content if isinstance(content, dict) else ()
-        if "annotations" in keys or "images" in keys:
-            return "coco" if "annotations" in keys else "karpathy"
-        raise UserError(f"{file} is none of the known json forms; expected ALBEF's list, COCO's or Karpathy's object")
-    raise UserError(f"{file}: the extension does not tell the format; say --format and one of {', '.join(READERS)}")
+    """Detect the format: tables by the extension, json files by their content."""
+    extension = file.suffix.lower()
+    if extension in (".csv", ".tsv", ".txt"):
+        return "csv" if extension == ".csv" else "tsv"
+    if extension not in (".json", ".jsonl", ".ndjson"):
+        raise UserError(f"{file}: the extension does not tell the format; say --format and one of {', '.join(READERS)}")
+    if first_line(file).lstrip().startswith("["):
+        return "albef"
+    if extension != ".json" or _is_json_lines(file):
+        return "jsonl"
+    content = read_json(file)
+    keys = content if isinstance(content, dict) else ()
+    if "annotations" in keys or "images" in keys:
+        return "coco" if "annotations" in keys else "karpathy"
+    raise UserError(f"{file} is none of the known json forms; expected ALBEF's list, COCO's or Karpathy's object")
 
 
-def select(rows: Iterator[Row], file: Path, split: str | None) -> Iterator[Row]:
-    if split is None or file.stem == split:  # a file that is named after the split is that split
-        yield from rows
-        return
-    wanted, found = split.split("+"), set()
-    for row in rows:
-        found.add(row.split)
-        if row.split in wanted:
-            yield row
+def _is_json_lines(file: Path) -> bool:
+    """Return whether the first two lines are objects of their own."""
+    lines = Lines(file)
+    try:
+        return len(lines) > 1 and all(lines.record(index) for index in range(2))
+    except BadSample:
+        return False
+
+
+def select(rows: list[Row], file: Path, split: str | None) -> list[Row]:
+    """Keep the rows of a split. A file without splits that is named after the split is that split."""
+    found = {row.split for row in rows if row.split is not None}
+    if split is None or not found and file.stem == split:
+        return rows
+    wanted = split.split("+")
     if not found.intersection(wanted):
-        there = ", ".join(sorted(str(s) for s in found if s is not None)) or "none"
+        there = ", ".join(sorted(found)) or "none"
         raise UserError(f"{file} has no rows of split {split!r}; its splits: {there}")
+    return [row for row in rows if row.split in wanted or row.problem and row.split is None]
 
 
-def merge(rows: Iterable[Row]) -> list[Row]:
-    """One row an image, in the order of first appearance, with all captions; the rest is what the first one says."""
+def merge(rows: Iterable[Row], root: Path) -> list[Row]:
+    """Join rows about the same image, in the order of first appearance. Further fields are those of the first row.
+
+    Two spellings of a path are the same image.
+    """
     merged: dict[str, Row] = {}
     for row in rows:
-        if row.image in merged:
-            merged[row.image].captions += row.captions
+        # a row with a problem is reported by itself
+        path = f"\0{row.where}" if row.problem else image_path(root, row.image)
+        if path in merged:
+            merged[path].captions += row.captions
         else:
-            merged[row.image] = row
+            merged[path] = row
     return list(merged.values())
 
 
-def read_text(file: Path) -> str:
+def row_of(record: Any, where: str) -> Row:
+    """Read the row of an object with an image and captions, under any of the usual names.
+
+    A row that cannot be used has a ``problem``.
+    """
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{file}:{line} is not UTF-8; convert the file, e.g. with iconv -f latin1 -t utf-8") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror})") from None
-
-
-def read_json(file: Path) -> Any:
+        if not isinstance(record, dict):
+            raise BadSample(f"expected an object with image and captions, found {json.dumps(record)[:40]}")
+        split = None if record.get("split") is None else str(record["split"])
+    except BadSample as e:
+        return Row("", [], where, problem=str(e))
     try:
-        return json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno} is not JSON ({error.msg}); is the file complete?") from None
+        image, image_name = _image_of(record)
+    except BadSample as e:
+        return Row("", [], where, split, problem=str(e))
+    try:
+        captions, caption_name = _captions_of(record)
+    except BadSample as e:
+        return Row(image, [], where, split, problem=str(e))
+    extra = {name: value for name, value in record.items() if name not in (image_name, caption_name, "split")}
+    return Row(image, captions, where, split, extra)
 
 
-def row_of(record: Any, file: Path, where: str) -> Row:
-    """The row that an object with an image and captions states, under any of the usual names."""
-    if not isinstance(record, dict):
-        raise UserError(f"{file}:{where}: expected an object with image and captions, found {str(record)[:40]!r}")
-    image = next((name for name in IMAGE_NAMES if name in record), None)
-    text = next((name for name in CAPTION_NAMES if name in record), None)
-    if image is None or text is None:
-        kind, names = ("image", IMAGE_NAMES) if image is None else ("captions", CAPTION_NAMES)
-        raise UserError(f"{file}:{where}: no {kind}; expected one of {', '.join(names)}, found {', '.join(record)}")
-    captions = [record[text]] if isinstance(record[text], str) else record[text]
-    if not isinstance(record[image], str) or not record[image]:
-        raise UserError(f"{file}:{where}: {image!r} should be a path, found {str(record[image])[:40]!r}")
-    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-        raise UserError(f"{file}:{where}: {text!r} should be a text or a list of texts, found {str(captions)[:40]!r}")
-    extra = {name: value for name, value in record.items() if name not in (image, text, "split")}
-    return Row(record[image], list(captions), where, record.get("split"), extra)
+def _image_of(record: dict) -> tuple[str, str]:
+    """Return the path of the image, and the field that contains it."""
+    name = next((name for name in IMAGE_NAMES if name in record), None)
+    if name is None:
+        raise BadSample(f"no image; expected one of {', '.join(IMAGE_NAMES)}, found {', '.join(map(repr, record))}")
+    if not isinstance(record[name], str) or not record[name].strip():
+        raise BadSample(f"{name!r} should be a path, found {json.dumps(record[name])[:40]}")
+    return record[name], name
+
+
+def _captions_of(record: dict) -> tuple[list[str], str]:
+    """Return the captions, and the field that contains them. Missing values (null, "") are left out."""
+    names = [name for name in CAPTION_NAMES if name in record]
+    if not names:
+        raise BadSample(
+            f"no captions; expected one of {', '.join(CAPTION_NAMES)}, found {', '.join(map(repr, record))}"
+        )
+    captions: list[str] = []
+    # captions and caption mean the same, so an empty one does not hide the other
+    for name in [name for name in names if name in ("captions", "caption")] or names[:1]:
+        value = record[name]
+        if value is not None and not isinstance(value, (str, list)):
+            raise BadSample(f"{name!r} should be a text or a list of texts, found {json.dumps(value)[:40]}")
+        captions = [text for item in (value if isinstance(value, list) else [value]) if (text := as_text(item, name))]
+        if captions:
+            return captions, name
+    return captions, names[0]
 
 
 def read_jsonl(file: Path) -> Iterator[Row]:
-    """One object a line: image; captions, caption or text; perhaps split; anything else goes to extra."""
-    for number, line in enumerate(read_text(file).split("\n"), 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}:{number} is not a JSON object ({error.msg})") from None
-            yield row_of(record, file, str(number))
+    """Read one object per line: image; captions, caption or text; optionally split; further fields become extra."""
+    lines = Lines(file)
+    for index, number in enumerate(lines.numbers):
+        try:
+            yield row_of(lines.record(index), str(number))
+        except BadSample as e:
+            yield Row("", [], str(number), problem=str(e))
 
 
 def read_albef(file: Path) -> Iterator[Row]:
-    """ALBEF's pre-training and retrieval lists: ``[{"image": path, "caption": text or list, "image_id": ...}]``."""
+    """Read ALBEF's pre-training and retrieval lists: ``[{"image": path, "caption": text or list, "image_id": ...}]``."""
     content = read_json(file)
     if not isinstance(content, list):
         raise UserError(f"{file}: expected a list of objects with image and caption")
     for number, record in enumerate(content):
-        yield row_of(record, file, f"[{number}]")
+        yield row_of(record, f"[{number}]")
 
 
 def read_karpathy(file: Path) -> Iterator[Row]:
-    """Karpathy's splits: ``images[]`` of filepath, filename, sentences[].raw, split, cocoid."""
-    content = read_json(file)
-    try:
-        for number, image in enumerate(content["images"]):
+    """Read Karpathy's splits: ``images[]`` of filepath, filename, sentences[].raw, split, cocoid."""
+    expected = "Karpathy's images[] with filename and sentences[].raw"
+    for number, image in enumerate(_list_of(read_json(file), "images", file, expected)):
+        where = f"images[{number}]"
+        try:
             name = "/".join(part for part in (image.get("filepath"), image["filename"]) if part)
             captions = [sentence["raw"] for sentence in image["sentences"]]
-            extra = {k: v for k, v in image.items() if k not in ("filepath", "filename", "sentences", "sentids")}
-            yield row_of({"image": name, "captions": captions, **extra}, file, f"images[{number}]")
-    except (KeyError, TypeError, AttributeError) as error:
-        expected = "Karpathy's images[] with filename and sentences[].raw"
-        raise UserError(f"{file}: expected {expected}; {_lacks(error)}") from None
+        except (KeyError, TypeError, AttributeError) as e:
+            problem = f"expected Karpathy's filename and sentences[].raw; {_lacks(e)}"
+            yield Row("", [], where, problem=problem)
+            continue
+        extra = {k: v for k, v in image.items() if k not in ("filepath", "filename", "sentences", "sentids")}
+        yield row_of({"image": name, "captions": captions, **extra}, where)
 
 
 def read_coco(file: Path) -> Iterator[Row]:
-    """COCO's captions: ``images[]`` of id and file_name, ``annotations[]`` of image_id and caption."""
+    """Read COCO's captions: ``images[]`` of id and file_name, ``annotations[]`` of image_id and caption."""
+    expected = "COCO's images[] with id and file_name, annotations[] with image_id and caption"
     content = read_json(file)
-    try:
-        captions: dict[Any, list[str]] = {image["id"]: [] for image in content["images"]}
-        for annotation in content["annotations"]:
-            if annotation["image_id"] not in captions:
-                raise UserError(f"{file}: an annotation has image_id {annotation['image_id']}, which no image has")
+    images, annotations = (_list_of(content, name, file, expected) for name in ("images", "annotations"))
+    captions: dict[Any, list[Any]] = {}
+    problems: list[Row] = []
+    for number, image in enumerate(images):
+        try:
+            captions[image["id"]] = []
+        except (KeyError, TypeError) as e:
+            problems.append(Row("", [], f"images[{number}]", problem=f"expected COCO's id; {_lacks(e)}"))
+    for number, annotation in enumerate(annotations):
+        try:
             captions[annotation["image_id"]].append(annotation["caption"])
-        for number, image in enumerate(content["images"]):
-            record = {"image": image["file_name"], "captions": captions[image["id"]], "image_id": image["id"]}
-            yield row_of(record, file, f"images[{number}]")
-    except (KeyError, TypeError) as error:
-        expected = "COCO's images[] with id and file_name, annotations[] with image_id and caption"
-        raise UserError(f"{file}: expected {expected}; {_lacks(error)}") from None
+        except (KeyError, TypeError) as e:
+            named = isinstance(annotation, dict) and "image_id" in annotation and "caption" in annotation
+            problem = f"no image has the id {annotation['image_id']}" if named else f"expected COCO's; {_lacks(e)}"
+            problems.append(Row("", [], f"annotations[{number}]", problem=problem))
+    for number, image in enumerate(images):
+        if isinstance(image, dict) and "id" in image:
+            name = {"image": image["file_name"]} if "file_name" in image else {}
+            yield row_of({**name, "captions": captions[image["id"]], "image_id": image["id"]}, f"images[{number}]")
+    yield from problems
+
+
+def _list_of(content: Any, name: str, file: Path, expected: str) -> list[Any]:
+    found = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(found, list):
+        raise UserError(f"{file}: expected {expected}; there is no list {name!r}")
+    return found
 
 
 def _lacks(error: Exception) -> str:
-    return f"there is no {error}" if isinstance(error, KeyError) else f"its structure is another ({error})"
+    return f"there is no {error}" if isinstance(error, KeyError) else f"its structure differs ({error})"
 
 
-def read_csv(file: Path) -> Iterator[Row]:
-    """Separated by commas (or ``;`` or ``|`` if the first line has no comma), quotes as spreadsheets write them."""
-    text = read_text(file)
-    first = text.partition("\n")[0]
-    delimiter = next((d for d in ",;|" if d in first), ",")
-    return read_table(
-        file, _csv_lines(file, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+def read_table(file: Path, delimiter: str) -> Iterator[Row]:
+    """Read a table with a header that names the columns, or one of an image and a caption in either order without it.
+
+    Args:
+        delimiter: The delimiter to try first.
+    """
+    table = Table(
+        file,
+        _columns_of,
+        f"a header with an image column ({', '.join(IMAGE_NAMES)}) and a caption column ({', '.join(CAPTION_NAMES)}), or "
+        "two columns of which one is an image file",
+        delimiter,
     )
-
-
-def _csv_lines(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
-    try:
-        for cells in reader:
-            yield reader.line_num, cells
-    except csv.Error as error:
-        raise UserError(f"{file}:{reader.line_num} is not a row of a table ({error})") from None
-
-
-def read_tsv(file: Path) -> Iterator[Row]:
-    """Separated by tabs; a quotation mark inside a caption is only that."""
-    lines = enumerate(read_text(file).split("\n"), 1)
-    return read_table(file, ((number, [_unquote(cell) for cell in line.split("\t")]) for number, line in lines))
-
-
-def _unquote(cell: str) -> str:
-    cell = cell.strip()
-    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"'
-    return cell[1:-1].replace('""', '"') if quoted else cell
-
-
-def read_table(file: Path, lines: Iterable[tuple[int, list[str]]]) -> Iterator[Row]:
-    """Rows under a header that names the columns, or without one, of an image and a caption in either order."""
-    header: list[str] | None = None
-    for number, cells in lines:
-        cells = [cell.strip() for cell in cells]
-        if not any(cells):
+    for index, number in enumerate(table.lines.numbers):
+        try:
+            row = row_of(table.record(index), str(number))
+        except BadSample as e:
+            yield Row("", [], str(number), problem=str(e))
             continue
-        if header is None:
-            header, is_data = _header(cells, file, number)
-            if not is_data:
-                continue
-        if len(cells) != len(header):
-            raise UserError(f"{file}:{number}: {len(cells)} columns; expected {len(header)}: {', '.join(header)}")
-        row = row_of(dict(zip(header, cells)), file, str(number))
         row.image = re.sub(CAPTION_NUMBER, "", row.image)
+        row.split = row.split or None
         yield row
 
 
-def _header(cells: list[str], file: Path, number: int) -> tuple[list[str], bool]:
-    """(names of the columns, whether the line is itself a row) from the first line."""
+def _columns_of(cells: list[str]) -> Columns | None:
+    """Recognise the columns of a table by its first line."""
     names = [cell.lower() for cell in cells]
     if any(n in IMAGE_NAMES for n in names) and any(n in CAPTION_NAMES for n in names):
-        return names, False
+        return Columns(names, True)
     is_image = [bool(IMAGE_FILE.search(re.sub(CAPTION_NUMBER, "", cell))) for cell in cells]
     if len(cells) == 2 and sum(is_image) == 1:
-        return ["image" if i else "caption" for i in is_image], True
-    raise UserError(
-        f"{file}:{number}: expected a header with an image column ({', '.join(IMAGE_NAMES)}) and a caption column "
-        f"({', '.join(CAPTION_NAMES)}), or two columns of which one is an image file; found {', '.join(cells)[:80]!r}"
-    )
+        return Columns(["image" if i else "caption" for i in is_image], False)
+    return None
 
 
 READERS = {
-    "csv": read_csv,
-    "tsv": read_tsv,
+    "csv": partial(read_table, delimiter=","),
+    "tsv": partial(read_table, delimiter="\t"),
     "jsonl": read_jsonl,
     "karpathy": read_karpathy,
     "coco": read_coco,

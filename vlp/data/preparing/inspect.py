@@ -1,9 +1,10 @@
-"""Looking at shards: are they whole, what is in them, what does it look like."""
+"""Inspection of shards: integrity, statistics, and a grid of samples."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import textwrap
 import warnings
 from collections import Counter
@@ -16,18 +17,22 @@ from PIL import Image
 
 from vlp.data.image import decode
 from vlp.data.order import keyed_rng
-from vlp.data.reading.shards import ShardIndex, ShardReader, list_shards
+from vlp.data.reading.locations import Listing, list_shards
+from vlp.data.reading.shards import Counted, ShardIndex, ShardReader
 from vlp.errors import BadSample, UserError
 
 
 @dataclass
 class Check:
-    """What `check` found.
+    """Result of `check`.
 
     Args:
-        damaged: shards that cannot be read or are not what their index or the manifest says, with the reason.
-        dead: samples that training would leave out.
-        duplicates: keys that stand more than once.
+        damaged: Shards that cannot be read, or differ from their index or the manifest, with the reason.
+        dead: Samples that training would replace.
+        duplicates: Keys that occur more than once.
+        unread: Files next to the shards that are not read.
+        lost: Reason to number and first example of members that are not read, see `ShardIndex`.
+        ignored: As ``lost``, of members that nobody expects to be read.
     """
 
     shards: int = 0
@@ -36,30 +41,42 @@ class Check:
     damaged: list[str] = field(default_factory=list)
     dead: list[dict] = field(default_factory=list)
     duplicates: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    lost: Counted = field(default_factory=dict)
+    ignored: Counted = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
-        return not (self.damaged or self.dead or self.duplicates)
+        """Whether all input can be used, and there is some."""
+        return self.samples > len(self.dead) and not (
+            self.damaged or self.dead or self.duplicates or self.unread or self.lost
+        )
 
 
 def check(location: str, max_pixels: int = 64_000_000, progress=lambda done, total: None) -> Check:
-    """Reads everything: every shard against its checksum, every picture decoded, every caption."""
+    """Read everything: verify every shard against its checksum, decode every image, count every caption."""
     found = Check()
-    shards = list_shards(location)
-    hashes = []  # of the keys: as strings those of ten million samples would take 1.5 GB
+    listing = list_shards(location)
+    found.unread = [os.path.basename(name) for name in listing.unread]
+    found.unread += [f"{folder}/manifest.json: {m.problem}" for folder, m in listing.manifests.items() if m.problem]
+    hashes = []  # of the keys: as strings, those of ten million samples would take 1.5 GB
     readers = []
-    for n, shard in enumerate(shards):
+    for n, shard in enumerate(listing.shards):
         found.shards += 1
         try:
-            reader = ShardReader(shard)
+            reader = ShardReader(shard, listing=Listing([shard], [], listing.manifests))
             index = reader.index(0)
-            if ShardIndex.scan(reader.local(0)).sha256 != index.sha256:
-                found.damaged.append(f"{shard}: its content is not what its index says (SHA-256 differs)")
+            if ShardIndex.scan(reader.local(0)) != index:
+                found.damaged.append(f"{shard}: its content is not what its index says")
         except UserError as e:
             found.damaged.append(str(e))
             continue
         readers.append(reader)
         hashes.append(np.fromiter(map(hash, index.keys), np.int64, len(index)))
+        for total, counted in ((found.lost, index.lost), (found.ignored, index.ignored)):
+            for reason, (count, example) in counted.items():
+                before, first = total.get(reason, (0, example))
+                total[reason] = (before + count, first)
         for row in range(len(index)):
             found.samples += 1
             try:
@@ -70,13 +87,13 @@ def check(location: str, max_pixels: int = 64_000_000, progress=lambda done, tot
                 found.captions += len(sample.captions)
             except BadSample as e:
                 found.dead.append(reader.quarantine_entry(0, row, str(e)))
-        progress(n + 1, len(shards))
+        progress(n + 1, len(listing.shards))
     found.duplicates = _duplicates(hashes, readers)
     return found
 
 
 def _duplicates(hashes: list[np.ndarray], readers: list[ShardReader]) -> list[str]:
-    """Keys that stand more than once; only where hashes are equal the keys themselves are looked at."""
+    """Return keys that occur more than once. Keys are compared only where their hashes are equal."""
     values, counts = np.unique(np.concatenate([np.zeros(0, np.int64), *hashes]), return_counts=True)
     twice = values[counts > 1]
     suspects: Counter[str] = Counter()
@@ -87,23 +104,23 @@ def _duplicates(hashes: list[np.ndarray], readers: list[ShardReader]) -> list[st
 
 
 def all_captions(location: str) -> Iterator[str]:
-    """Every caption once, of the samples that can be read."""
+    """Yield every caption of the samples that can be read."""
     reader = ShardReader(location)
     for number in range(len(reader)):
         try:
             yield from reader.read(*reader.locate(number)).captions
-        except BadSample:  # `check` lists these
+        except BadSample:  # listed by `check`
             continue
 
 
 def stats(location: str, grid: Path | None, samples: int = 1000, columns: int = 6, seed: int = 0) -> dict:
-    """Quantiles of picture and caption sizes over up to ``samples`` samples drawn at random, and a picture of some of them.
+    """Compute quantiles of image and caption sizes over up to ``samples`` random samples, and draw some of them.
 
     Args:
-        grid: where to write a PNG of ``columns`` x 4 samples with their captions; None = nowhere.
+        grid: Path of a PNG of ``columns`` x 4 samples with their captions. None draws nothing.
 
     Raises:
-        UserError: if there is no sample that can be decoded, or the PNG cannot be written.
+        UserError: if no sample can be decoded, or the PNG cannot be written.
     """
     reader = ShardReader(location)
     drawn = keyed_rng(seed).choice(len(reader), min(samples, len(reader)), replace=False)
@@ -122,7 +139,7 @@ def stats(location: str, grid: Path | None, samples: int = 1000, columns: int = 
         if len(shown) < columns * 4:
             shown.append((pixels, sample.captions[0] if sample.captions else ""))
     if not shown:
-        raise UserError(f"no picture of {location} can be decoded; run `vlp data check` on it")
+        raise UserError(f"no image of {location} can be decoded; run `vlp data check` on it")
     if grid is not None:
         draw_grid(shown, grid, columns)
     columns_of = {
@@ -136,6 +153,7 @@ def stats(location: str, grid: Path | None, samples: int = 1000, columns: int = 
         "samples": len(reader),
         "shards": len(reader.shards),
         "looked_at": len(widths),
+        "not_read": reader.notes(),
         **{name: _quantiles(values) for name, values in columns_of.items()},
     }
 
@@ -149,7 +167,7 @@ def _quantiles(values: list[int]) -> dict[str, float]:
 
 
 def draw_grid(shown: list[tuple[np.ndarray, str]], path: Path, columns: int) -> None:
-    """Pictures with their captions below, as PNG."""
+    """Draw images with their captions to a PNG."""
     from matplotlib.figure import Figure
 
     rows = math.ceil(len(shown) / columns)
@@ -165,21 +183,30 @@ def draw_grid(shown: list[tuple[np.ndarray, str]], path: Path, columns: int) -> 
         axis.set_title("\n".join(lines), fontsize=7, parse_math=False)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box stands for it
+            warnings.filterwarnings("ignore", message="Glyph .* missing")  # drawn as a box
             figure.savefig(path, dpi=100, format="png")
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}; check the folder, or give another --grid") from None
 
 
 def to_lines(found: Check, most: int = 10) -> list[str]:
+    """Return the result of `check` as text, with at most ``most`` items of each kind."""
     lines = [f"{found.samples:,} samples with {found.captions:,} captions in {found.shards} shards"]
-    for what, items in (
+    for kind, items in (
         ("damaged shards", found.damaged),
         ("dead samples", found.dead),
         ("duplicate keys", found.duplicates),
+        ("files that are not read", found.unread),
     ):
-        lines.append(f"{what}: {len(items)}")
+        if kind == "files that are not read" and not items:
+            continue
+        lines.append(f"{kind}: {len(items)}")
         lines += [f"  {item if isinstance(item, str) else json.dumps(item)}" for item in items[:most]]
         if len(items) > most:
             lines.append(f"  and {len(items) - most} more")
+    for kind, counted in (("not read", found.lost), ("ignored", found.ignored)):
+        for reason, (count, example) in counted.items():
+            lines.append(f"{kind}: {count:,} ({reason}), the first {example!r}")
+    if not found.samples:
+        lines.append("there is nothing to train on")
     return lines

@@ -1,8 +1,8 @@
-"""Image-text pairs -> webdataset tar shards, each with an index, and one manifest.json for all.
+"""Packing of image-caption pairs into webdataset tar shards, each with an index, and one manifest.json for all.
 
-Every shard is a pure function of its pairs: written to a temporary file, synced and renamed, so that a second run after
-an interruption finds the finished shards and goes on with the rest. The manifest comes last: a folder that has one is
-complete.
+Every shard is a pure function of its pairs. It is written to a temporary file, synced and renamed, so that a second run
+after an interruption keeps the finished shards and continues with the rest. The manifest is written last: a folder with a
+manifest is complete.
 """
 
 from __future__ import annotations
@@ -11,11 +11,8 @@ import errno
 import hashlib
 import io
 import json
-import multiprocessing
 import os
-import signal
 import tarfile
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -27,18 +24,24 @@ from PIL import Image
 from vlp.data.image import FORMATS, decode
 from vlp.data.preparing.formats import Pair
 from vlp.data.reading.locations import locked
-from vlp.data.reading.shards import ShardIndex, index_path, write_atomically
+from vlp.data.reading.shards import ShardIndex, index_path
+from vlp.data.workers import end_with_parent
 from vlp.errors import BadSample, UserError
+from vlp.files import read_regular, write_atomically
+
+PLAN_BYTES = 1 << 28
+MAX_WORKERS_PER_CPU = 8  # they also wait for the disk
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How pairs become shards.
+    """Settings of packing.
 
     Args:
-        shard_samples: pairs a shard.
-        max_side: pixels; a picture with a longer side is scaled down and stored as JPEG (quality 95). None = bytes as they are.
-        max_pixels: a picture with more is left out.
+        shard_samples: Pairs per shard.
+        max_side: Longest side in pixels. A larger image is scaled down and stored as JPEG (quality 95). None stores all
+            bytes unchanged.
+        max_pixels: Limit of H * W; an image with more is left out.
     """
 
     shard_samples: int = 1000
@@ -48,14 +51,14 @@ class Packing:
     def __post_init__(self):
         if self.shard_samples < 1 or (self.max_side is not None and self.max_side < 1):
             raise UserError(
-                f"{self.shard_samples} samples a shard and a longest side of {self.max_side} pixels cannot be; "
+                f"{self.shard_samples} samples per shard and a longest side of {self.max_side} pixels are not possible; "
                 "give whole numbers from 1 on"
             )
 
 
 @dataclass(frozen=True)
 class PackedShard:
-    """A line of manifest.json, and what was left out of the shard."""
+    """Entry of manifest.json, and the quarantine entries of the shard."""
 
     shard: str
     samples: int
@@ -65,11 +68,11 @@ class PackedShard:
 
 
 def _encode(pair: Pair, packing: Packing) -> tuple[str, bytes]:
-    """(extension, bytes) of the picture. Raises BadSample where it cannot be used later either."""
+    """Return extension and bytes of the image. Raise BadSample if it could not be used for training."""
     try:
-        data = Path(pair.image).read_bytes()
+        data = read_regular(pair.image)
     except OSError as e:
-        raise BadSample(f"cannot be read ({e.strerror})") from None
+        raise BadSample(f"cannot be read ({e.strerror}{_remark(pair.listed)})") from None
     pixels = decode(data, packing.max_pixels)
     if packing.max_side and max(pixels.shape[:2]) > packing.max_side:
         image = Image.fromarray(pixels)
@@ -78,12 +81,21 @@ def _encode(pair: Pair, packing: Packing) -> tuple[str, bytes]:
         image.save(buffer, "JPEG", quality=95)
         return "jpg", buffer.getvalue()
     kind = Image.open(io.BytesIO(data), formats=FORMATS).format
-    # MPO is what Pillow calls a JPEG with a second picture in it, as phones write them
+    # MPO is Pillow's name for a JPEG with a second image in it, which phones write
     return {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}[kind], data
 
 
+def _remark(path: str) -> str:
+    """Explain a path that is missing because it is not a path on this machine, or return ""."""
+    if "://" in path:
+        return "; it is a URL: download the images first, e.g. with img2dataset"
+    if "\\" in path:
+        return "; it has backslashes: write it with /"
+    return "; it is an absolute path, which --image-root does not change" if path.startswith("/") else ""
+
+
 def _write_shard(path: Path, pairs: Sequence[Pair], first: int, plan: str, packing: Packing) -> PackedShard:
-    """Writes one shard and its index. ``first`` numbers the first pair among all, which is the samples' ``index``."""
+    """Write one shard and its index. ``first`` is the number of its first pair, from which the samples' ``index`` counts."""
     bad = []
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -92,14 +104,15 @@ def _write_shard(path: Path, pairs: Sequence[Pair], first: int, plan: str, packi
                 for number, pair in enumerate(pairs, first):
                     captions = [c.strip() for c in pair.captions if c.strip()]
                     try:
-                        if not captions:
-                            raise BadSample("no caption")
+                        if pair.problem or not captions:
+                            raise BadSample(pair.problem or "no caption")
                         extension, image = _encode(pair, packing)
                     except BadSample as e:
-                        bad.append({"shard": path.name, "key": pair.key, "image": pair.image, "reason": str(e)})
+                        name = pair.image or pair.source  # a row without an image is named by its line
+                        bad.append({"shard": path.name, "key": pair.key, "image": name, "reason": str(e)})
                         continue
                     meta = {**pair.extra, "captions": captions, "index": number, "source": pair.source}
-                    # half of a surrogate pair, which a json file can hold, is no text: "?"
+                    # half of a surrogate pair, which JSON can express, becomes "?"
                     text = json.dumps(meta, ensure_ascii=False).encode(errors="replace")
                     for name, data in ((extension, image), ("json", text)):
                         info = tarfile.TarInfo(f"{pair.key}.{name}")
@@ -111,7 +124,7 @@ def _write_shard(path: Path, pairs: Sequence[Pair], first: int, plan: str, packi
         done = PackedShard(path.name, len(index), index.size, index.sha256, tuple(bad))
         index.save(index_path(path))
         write_atomically(_plan_path(path), json.dumps({"plan": plan, "done": asdict(done)}).encode())
-        os.replace(temporary, path)  # last: a tar is always one whose plan is known
+        os.replace(temporary, path)  # last, so that every tar has a plan
         return done
     finally:
         temporary.unlink(missing_ok=True)
@@ -122,26 +135,35 @@ def _plan_path(shard: Path) -> Path:
 
 
 def _read_plan(shard: Path) -> dict:
-    """What an earlier run says of the shard: its fingerprint and what it wrote; {} where it says nothing."""
+    """Return the fingerprint and the result of a shard that an earlier run wrote, or {} if there is none."""
     try:
-        return json.loads(_plan_path(shard).read_bytes())
-    except (OSError, ValueError):
+        plan = json.loads(read_regular(_plan_path(shard), PLAN_BYTES))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return plan if isinstance(plan, dict) else {}
 
 
 def _finished(shard: Path, plan: str) -> PackedShard | None:
-    """What an earlier run wrote for this very plan, if it is still there whole."""
+    """Return the result of an earlier run with this plan, if its shard is complete."""
     read = _read_plan(shard)
     if read.get("plan") != plan or not shard.exists() or not index_path(shard).exists():
         return None
-    done = PackedShard(**{**read["done"], "bad": tuple(read["done"]["bad"])})
+    try:
+        done = PackedShard(**{**read["done"], "bad": tuple(read["done"]["bad"])})
+    except (KeyError, TypeError):
+        return None
     return done if shard.stat().st_size == done.size else None
 
 
 def _plan(pairs: Sequence[Pair], packing: Packing) -> str:
-    """Fingerprint of what a shard is to hold."""
-    text = json.dumps([asdict(packing), [vars(p) for p in pairs]], sort_keys=True)
+    """Return the fingerprint of a shard's pairs and settings."""
+    text = json.dumps([asdict(packing), [_planned(pair) for pair in pairs]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _planned(pair: Pair) -> dict:
+    """Return the fields of a pair that its sample depends on, a problem only if it has one: plans of before have no such field."""
+    return {k: v for k, v in vars(pair).items() if k != "listed" and (k != "problem" or v)}
 
 
 def pack(
@@ -151,31 +173,32 @@ def pack(
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict:
-    """Packs the pairs in their order and returns the manifest.
+    """Pack the pairs in their order and return the manifest.
 
-    Pictures that cannot be read or decoded and pairs without a caption are left out and listed in ``quarantine.jsonl``.
+    Images that cannot be read or decoded, pairs without a caption, and rows with a problem are left out and listed in
+    ``quarantine.jsonl``.
 
     Args:
-        workers: processes.
-        progress: called with (pairs packed, pairs) after each shard.
+        workers: Number of processes, of which no more are started than there are shards or `MAX_WORKERS_PER_CPU` allows.
+        progress: Called with (packed pairs, pairs) after each shard.
 
     Raises:
-        UserError: if there is no pair, none is usable, the folder holds other shards, or it cannot be written (no
+        UserError: if there is no pair, none is usable, the folder contains other shards, or it cannot be written (no
             permission, disk full).
     """
     pairs, packing = list(pairs), packing or Packing()
     if workers < 1:
         raise UserError(f"{workers} worker processes cannot pack; give at least 1")
     if not pairs:
-        raise UserError("no pair to pack: the annotations name no picture (of this split); check the file and --split")
+        raise UserError("no pair to pack: the annotations name no image (of this split); check the file and --split")
     chunks = [pairs[i : i + packing.shard_samples] for i in range(0, len(pairs), packing.shard_samples)]
     plans = {folder / f"shard-{n:06d}.tar": _plan(chunk, packing) for n, chunk in enumerate(chunks)}
     try:
-        with locked(folder / ".pack.lock"):  # a second run waits for the first, and then finds its shards
+        with locked(folder / ".pack.lock"):  # a second run waits for the first, and then keeps its shards
             for shard in sorted(folder.glob("*.tar")):
                 if shard not in plans or _read_plan(shard).get("plan") != plans[shard]:
-                    raise UserError(f"{shard} holds other pairs than these; pack into another folder, or remove it")
-            for left in folder.glob(".*shard-*.tmp"):  # by a run that was killed
+                    raise UserError(f"{shard} contains other pairs than these; pack into another folder, or remove it")
+            for left in folder.glob(".*shard-*.tmp"):  # of a run that was killed
                 left.unlink()
             shards = _write_all(plans, chunks, packing, workers, progress)
             bad = [b for s in shards for b in s.bad]
@@ -184,13 +207,13 @@ def pack(
                     for path in (shard, index_path(shard), _plan_path(shard)):
                         path.unlink(missing_ok=True)
                 raise UserError(
-                    f"none of the {len(pairs)} pairs is usable; the first: {bad[0]['image']}: {bad[0]['reason']}; "
+                    f"none of the {len(pairs)} pairs is usable; the first: {bad[0]['image']!r}: {bad[0]['reason']}; "
                     "check the annotations and --image-root"
                 )
             return _write_manifest(folder, pairs, packing, shards, bad)
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "free some space and run it again: it goes on" if full else "check the folder and its permissions"
+        advice = "free some space and run it again: it continues" if full else "check the folder and its permissions"
         raise UserError(f"cannot write {folder}: {e.strerror or e}; {advice}") from None
 
 
@@ -221,7 +244,8 @@ def _write_all(
     shards = {n: done for n, (path, plan) in enumerate(plans.items()) if (done := _finished(path, plan))}
     packed, total = sum(len(chunks[n]) for n in shards), sum(map(len, chunks))
     progress(packed, total)
-    with ProcessPoolExecutor(max_workers=workers, initializer=_obey_parent) as pool:
+    most = max(1, min(workers, len(plans) - len(shards), MAX_WORKERS_PER_CPU * (os.cpu_count() or 1)))
+    with ProcessPoolExecutor(max_workers=most, initializer=end_with_parent) as pool:
         waiting = {
             pool.submit(_write_shard, path, chunks[n], n * packing.shard_samples, plan, packing): n
             for n, (path, plan) in enumerate(plans.items())
@@ -235,16 +259,9 @@ def _write_all(
                 progress(packed, total)
         except BrokenProcessPool:
             raise UserError(
-                "a packing process was killed, perhaps for want of memory; run it again with fewer --workers: it goes on"
+                "a packing process was killed, perhaps because memory ran out; run it again with fewer --workers: it continues"
             ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     return [shards[n] for n in range(len(chunks))]
-
-
-def _obey_parent() -> None:
-    """Ctrl-C is the parent's to act on, and a worker whose parent was killed ends at once instead of waiting for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

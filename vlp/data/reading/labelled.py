@@ -1,10 +1,13 @@
-"""Pictures with a class each: a folder of pictures a class, a labels.jsonl, or a public set in its own form.
+"""Images with one class each: a folder per class, a labels.jsonl, or a public set in its own form.
 
-Shared by zero-shot, kNN and linear probe."""
+Used by zero-shot classification, kNN and linear probe.
+"""
 
 from __future__ import annotations
 
-import json
+import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,144 +18,211 @@ from torch.utils.data import Dataset
 from vlp.data.augment import Resize
 from vlp.data.image import decode
 from vlp.data.preprocess import Preprocess
-from vlp.data.reading.benchmarks import CifarImage, FramedImage, find_cifar, read_cifar, read_objectnet
+from vlp.data.reading.benchmarks import CifarImage, FramedImage, cifar_names, find_cifar, read_cifar, read_objectnet
+from vlp.data.reading.tables import Lines, as_text
 from vlp.errors import BadSample, UserError
+from vlp.files import local_path, read_regular, relative_to
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-FORMS = "a folder of pictures a class, a labels.jsonl, CIFAR's binary files, or ObjectNet"
+# Files with the later suffixes cannot be decoded here. They are read all the same, to be counted and named as bad.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
+IMAGE_SUFFIXES += (".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".heic", ".avif", ".jp2", ".img")
+JUNK_FOLDERS = ("__MACOSX", "lost+found", "@eaDir")  # of archives, file systems and network drives
+SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
+WNID = re.compile(r"n\d{8}")
+FORMS = "a folder of images per class, a labels.jsonl, CIFAR's binary files, or ObjectNet"
 
 ImageFile = Path | CifarImage | FramedImage
-LabelledImages = list[tuple[ImageFile, int]]  # (picture, class number)
+LabelledImages = list[tuple[ImageFile, int]]  # (image, class number)
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A picture whose class is known by ``key`` (the label's number or the folder), and is called ``name``."""
+    """An image with its class: ``key`` identifies it (the label's number or the folder), ``name`` is its name."""
 
-    picture: ImageFile
+    image: ImageFile
     key: int | str
     name: str
 
 
 def read_labelled(folder: Path, split: str | None) -> tuple[LabelledImages, list[str]]:
-    """Pictures with their class numbers, and the classes' names as the folder has them.
+    """Read images with their class numbers, and the names of all classes, including classes without an image.
 
     Args:
-        folder: has one folder of pictures a class, or a labels.jsonl of objects with image, label and, optionally, name
-            and split; or see `vlp.data.reading.benchmarks`.
-        split: rows of labels.jsonl with this split, or the folder FOLDER/SPLIT; None = all.
+        folder: Folder with one folder of images per class, or with a labels.jsonl of objects with image, label and,
+            optionally, name and split; or see `vlp.data.reading.benchmarks`.
+        split: Rows of labels.jsonl with this split, or the folder FOLDER/SPLIT. None reads all.
 
     Raises:
-        UserError: where there is neither form, or no picture of the split.
+        UserError: if the folder has neither form, its class folders are inside folders of splits and none is given, or the
+            split has no image.
     """
-    rows = _read(folder, split)
-    return _number(rows, keys := _keys(rows)), list(keys.values())
+    rows, classes = _read(local_path(folder), split)
+    return _number(rows, classes), list(classes.values())
 
 
 def read_train_and_test(folder: Path, train: str, test: str) -> tuple[LabelledImages, LabelledImages, list[str]]:
-    """Two splits whose classes have the same numbers.
+    """Read two splits with the same class numbers.
 
     Raises:
-        UserError: as `read_labelled`; where fewer than two classes can be learned, the second split has one that the first
-            has not, or a picture is in both.
+        UserError: as `read_labelled`, and if the first split has fewer than two classes with images, the second split has a
+            class that the first lacks, or an image is in both.
     """
-    learned, tested = _read(folder, train), _read(folder, test)
-    keys = _keys(learned)
-    if len(keys) < 2:
-        raise UserError(f"split {train!r} of {folder} has one class; there is nothing to tell apart")
-    if unknown := [row.name for row in tested if row.key not in keys]:
-        raise UserError(
-            f"split {test!r} of {folder} has the class {unknown[0]!r}, which {train!r} has not; add pictures"
-        )
-    if both := {row.picture for row in learned} & {row.picture for row in tested}:
-        raise UserError(
-            f"{min(both)} is in both {train!r} and {test!r} of {folder}; the splits must not share pictures"
-        )
-    return _number(learned, keys), _number(tested, keys), list(keys.values())
+    folder = local_path(folder)
+    learned, tested = _read(folder, train)[0], _read(folder, test)[0]
+    classes = _classes(learned)
+    if len(classes) < 2:
+        raise UserError(f"split {train!r} of {folder} has one class; give at least two")
+    if unknown := [row.name for row in tested if row.key not in classes]:
+        raise UserError(f"split {test!r} of {folder} has the class {unknown[0]!r}, which {train!r} lacks; add images")
+    if both := {row.image for row in learned} & {row.image for row in tested}:
+        raise UserError(f"{min(both)} is in both {train!r} and {test!r} of {folder}; the splits must not share images")
+    return _number(learned, classes), _number(tested, classes), list(classes.values())
 
 
-def _keys(rows: list[_Row]) -> dict[int | str, str]:
-    """The classes' names by key, in the order of their numbers; folders that are numbers (ImageNet-V2) in theirs."""
-    names = {row.key: row.name for row in rows}
+def _classes(rows: Iterable[_Row]) -> dict[int | str, str]:
+    """Return the classes of rows, see `_in_order`. Raises UserError if a class has two names."""
+    names: dict[int | str, str] = {}
+    for row in rows:
+        if names.setdefault(row.key, row.name) != row.name:
+            raise UserError(f"label {row.key} has the names {names[row.key]!r} and {row.name!r}; give it one")
+    return _in_order(names)
+
+
+def _in_order(names: dict[int | str, str]) -> dict[int | str, str]:
+    """Sort classes by key: folders that are numbers (ImageNet-V2) by number, others by name."""
     numbered = all(str(key).isdigit() for key in names)
     return dict(sorted(names.items(), key=lambda item: int(item[0]) if numbered else item[0]))
 
 
-def _number(rows: list[_Row], keys: dict[int | str, str]) -> LabelledImages:
-    number = {key: n for n, key in enumerate(keys)}
-    return [(row.picture, number[row.key]) for row in rows]
+def _number(rows: list[_Row], classes: dict[int | str, str]) -> LabelledImages:
+    number = {key: n for n, key in enumerate(classes)}
+    return [(row.image, number[row.key]) for row in rows]
 
 
-def _read(folder: Path, split: str | None) -> list[_Row]:
+def _read(folder: Path, split: str | None) -> tuple[list[_Row], dict[int | str, str]]:
+    """Return the rows of a split, and key to name of all classes in the order of their numbers."""
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}; give data=FOLDER with {FORMS}")
+        raise UserError(f"no folder {folder}{relative_to(folder)}; give data=FOLDER with {FORMS}")
     if (folder / "labels.jsonl").exists():
         return _read_labels(folder, split)
     if cifar := find_cifar(folder):
-        return [_Row(*row) for row in read_cifar(folder, cifar, split)]
+        return [_Row(*row) for row in read_cifar(folder, cifar, split)], dict(enumerate(cifar_names(folder, cifar)))
     if names := read_objectnet(folder):
-        found = _read_folders(folder / "images")
-        return [_Row(FramedImage(row.picture), row.key, names[row.key]) for row in found if row.key in names]
+        found, _ = _read_folders(folder / "images")
+        rows = [_Row(FramedImage(row.image), row.key, names[row.key]) for row in found if row.key in names]
+        return rows, _in_order(names)
     if split is not None:
-        folder = folder / split
-        if not folder.is_dir():
-            raise UserError(f"no folder {folder}, and no labels.jsonl beside it that could name the split {split!r}")
+        if not (folder / split).is_dir():
+            raise UserError(
+                f"no folder {folder / split}, and no labels.jsonl next to it that could name the split {split!r}"
+            )
+        return _read_folders(folder / split)
     return _read_folders(folder)
 
 
-def _read_folders(folder: Path) -> list[_Row]:
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    rows = [
-        _Row(path, name, name)
-        for name in classes
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
-    ]
+def _read_folders(folder: Path) -> tuple[list[_Row], dict[int | str, str]]:
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and _is_visible(path.name))
+    splits = [name for name in names if name.lower() in SPLIT_FOLDERS and _has_only_folders(folder / name)]
+    if splits:
+        raise UserError(
+            f"{folder} has the splits {', '.join(splits)}, each with a folder per class; give split={splits[-1]}"
+        )
+    _check_strays(folder, names)
+    rows = [_Row(path, name, name) for name in names for path in _images(folder / name)]
     if len({row.key for row in rows}) < 2:
-        raise UserError(f"{folder} holds neither labels.jsonl nor two folders of pictures, one a class")
-    return rows
+        raise UserError(f"{folder} has neither labels.jsonl nor two folders of images, one per class")
+    return rows, _in_order({name: name for name in names})
 
 
-def _read_labels(folder: Path, split: str | None) -> list[_Row]:
-    rows = []
-    with open(folder / "labels.jsonl", "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                label = int(row["label"])
-                if split is None or row.get("split") == split:
-                    rows.append(_Row(folder / row["image"], label, str(row.get("name", label))))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(
-                    f"{folder}/labels.jsonl line {number}: expected an object with image, label and name"
-                ) from None
-    if not rows:
-        raise UserError(f"{folder}/labels.jsonl has no picture" + (f" of split {split!r}" if split else ""))
-    return rows
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and name not in JUNK_FOLDERS
 
 
-def read_pixels(picture: ImageFile, max_pixels: int) -> np.ndarray:
-    """(H, W, 3) uint8. Raises BadSample or OSError where there are none."""
-    return decode(picture.read_bytes(), max_pixels) if isinstance(picture, Path) else picture.pixels(max_pixels)
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def _images(folder: Path) -> list[Path]:
+    """Return the image files of a class, at any depth."""
+    return sorted(
+        path for path in folder.rglob("*") if _is_image(path) and all(map(_is_visible, path.relative_to(folder).parts))
+    )
+
+
+def _has_only_folders(folder: Path) -> bool:
+    """Return whether a folder contains folders and no image: then it is a split, and not a class called ``train``."""
+    entries = [path for path in folder.iterdir() if _is_visible(path.name)]
+    return any(path.is_dir() for path in entries) and not any(map(_is_image, entries))
+
+
+def _check_strays(folder: Path, names: list[str]) -> None:
+    """Refuse a folder among ImageNet's classes that is not one of them: all classes would lose their names or numbers."""
+    for kind, found in (
+        ("WordNet ids", [name for name in names if WNID.fullmatch(name)]),
+        (
+            "numbers of ImageNet's classes",
+            [str(n) for n in range(1000)] if {str(n) for n in range(1000)} <= set(names) else [],
+        ),
+    ):
+        if found and (strays := sorted(set(names) - set(found))):
+            raise UserError(
+                f"{folder} has the folder {strays[0]!r} among {len(found)} that are {kind}; move it out of the folder"
+            )
+
+
+def _read_labels(folder: Path, split: str | None) -> tuple[list[_Row], dict[int | str, str]]:
+    lines, rows, splits = Lines(folder / "labels.jsonl"), [], []
+    for index, number in enumerate(lines.numbers):
+        try:
+            record = lines.record(index)
+            rows.append(_row_of(record, folder))
+            splits.append(record.get("split"))
+        except BadSample as e:
+            raise UserError(
+                f"{folder}/labels.jsonl line {number}: expected an object with image, label and name; {e}"
+            ) from None
+    kept = [row for row, own in zip(rows, splits) if split is None or own == split]
+    if not kept:
+        raise UserError(f"{folder}/labels.jsonl has no image" + (f" of split {split!r}" if split else ""))
+    return kept, _classes(rows)
+
+
+def _row_of(record: dict, folder: Path) -> _Row:
+    """Read a line of labels.jsonl. Raises BadSample for a path, label or name of another type."""
+    image, label = as_text(record.get("image"), "image"), record.get("label")
+    if not image or "\0" in image:
+        raise BadSample("'image' should be a path")
+    if isinstance(label, str) and label.isdigit() or isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if type(label) is not int:
+        raise BadSample(f"'label' should be a whole number, found {str(label)[:40]!r}")
+    # one spelling of the path, so that an image in two splits is noticed
+    path = Path(os.path.normpath(folder / image))
+    return _Row(path, label, as_text(record.get("name"), "name") or str(label))
+
+
+def read_pixels(image: ImageFile, max_pixels: int) -> np.ndarray:
+    """Return (H, W, 3) uint8 pixels. Raises BadSample or OSError if they cannot be read."""
+    return decode(read_regular(image), max_pixels) if isinstance(image, Path) else image.pixels(max_pixels)
 
 
 class LabelledImageDataset(Dataset):
-    """Numbers -> the numbers that could be decoded, their resized (3, H, W) uint8 pixels, and complaints of the others."""
+    """Indices of images to the decodable indices, their (3, h, w) uint8 pixels, and quarantine entries of the others."""
 
-    def __init__(self, pictures: LabelledImages, resize: Resize, max_pixels: int, preprocess: Preprocess):
-        self.pictures, self.resize, self.max_pixels, self.preprocess = pictures, resize, max_pixels, preprocess
+    def __init__(self, images: LabelledImages, resize: Resize, max_pixels: int, preprocess: Preprocess):
+        self.images, self.resize, self.max_pixels, self.preprocess = images, resize, max_pixels, preprocess
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
-    def __getitems__(self, numbers: list[int]) -> tuple[list[int], list[Tensor], list[dict]]:
+    def __getitems__(self, indices: list[int]) -> tuple[list[int], list[Tensor], list[dict]]:
         good, pixels, bad = [], [], []
-        for n in numbers:
-            picture = self.pictures[n][0]
+        for n in indices:
+            file = self.images[n][0]
             try:
-                image = read_pixels(picture, self.max_pixels)
+                image = read_pixels(file, self.max_pixels)
                 pixels.append(self.resize(image, self.preprocess.size, self.preprocess.interpolation))
                 good.append(n)
             except (BadSample, OSError) as e:
-                bad.append({"number": n, "image": str(picture), "reason": str(e)})
+                bad.append({"number": n, "image": str(file), "reason": str(e)})
         return good, pixels, bad

@@ -1,118 +1,276 @@
-"""Where shards are: local folders, globs, patterns, and through fsspec any URL, of which copies are kept.
+"""Locations of shards: local folders, globs, brace patterns, several joined by ``::``, and URLs, which are copied once.
 
-A shard is named by a local path or by a full URL; a file system is opened anew wherever it is needed, as those of a
-parent process do not survive a fork.
+A shard is named by a local path or by a full URL. A file system is opened wherever it is needed, because those of a parent
+process do not survive a fork.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from braceexpand import UnbalancedBracesError, braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
 from vlp.errors import UserError
+from vlp.files import local_path, read_regular, relative_to
+
+# Other protocols of fsspec chain, decompress, or run programs, which a name in somebody's experiment.json must not do.
+SCHEMES = ("file", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "hdfs", "memory")
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+BRACE_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
+MAX_SHARDS = 1_000_000  # that one location may name
+MANIFEST_BYTES = 1 << 28
+LEAST_SAMPLE_BYTES = 512  # of a tar: the header of a link
+ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".rar", ".parquet", ".arrow")
+SHARD_NAME = re.compile(r"[^/\0]+\.tar")
 
 
 def cache_folder() -> Path:
-    """Where remote shards, and indexes of shards in read-only folders, are kept: $VLP_CACHE, else ~/.cache/vlp."""
-    return Path(os.environ.get("VLP_CACHE", Path.home() / ".cache" / "vlp"))
+    """Return the folder of remote shards' copies and read-only shards' indexes: $VLP_CACHE, or ~/.cache/vlp."""
+    return local_path(os.environ.get("VLP_CACHE") or "~/.cache/vlp")
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time; the kernel lets go of the lock of a process that died."""
+    """Let one process at a time run the body. The kernel releases the lock of a process that died."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def is_remote(location: str) -> bool:
+    """Return whether a location is on another machine, or in memory."""
+    scheme = SCHEME.match(location)
+    return scheme is not None and scheme[1].lower() != "file"
+
+
+def check_scheme(location: str) -> str:
+    """Return the location, a ``file://`` URL as a path.
+
+    Raises:
+        UserError: if the location is a URL whose scheme is not in `SCHEMES`.
+    """
+    scheme = SCHEME.match(location)
+    if scheme and scheme[1].lower() not in SCHEMES:
+        raise UserError(f"cannot list {location}: the scheme {scheme[1]}:// is not one of {', '.join(SCHEMES)}")
+    return location if scheme is None or is_remote(location) else location[scheme.end() :]
 
 
 @dataclass(frozen=True)
 class Listed:
-    """What a manifest.json says of a shard: samples, bytes, SHA-256."""
+    """Entry of a shard in manifest.json: samples, bytes of the tar, and its SHA-256. A hint, verified when it is used."""
 
     samples: int
     size: int
     sha256: str
 
 
-def read_manifest(folder: str) -> dict[str, Listed]:
-    """Shard -> what the manifest.json beside it says; {} where there is none that `vlp data pack` wrote."""
-    try:
-        fs, path = fsspec.core.url_to_fs(f"{folder}/manifest.json")
-        lines = json.loads(fs.cat_file(path))["shards"]
-        return {
-            f"{folder}/{os.path.basename(s['shard'])}": Listed(int(s["samples"]), int(s["size"]), s["sha256"])
-            for s in lines
-        }
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        return {}
-    except Exception as e:  # every file system has errors of its own
-        raise UserError(f"cannot read {folder}/manifest.json: {reason_of(e)}") from None
+@dataclass(frozen=True)
+class Manifest:
+    """Content of a manifest.json.
+
+    Args:
+        shards: Shard to its entry; empty if `vlp data pack` wrote no manifest there.
+        problem: Why the file is ignored, or "".
+    """
+
+    shards: dict[str, Listed] = field(default_factory=dict)
+    problem: str = ""
 
 
-def list_shards(location: str) -> list[str]:
-    """The shards of a folder, a tar, a glob or a ``{000..009}`` pattern, local or at any URL that fsspec opens, sorted.
+def read_manifest(folder: str) -> Manifest:
+    """Read the manifest.json of a folder. A damaged one is ignored with a reason, another program's without.
 
-    Those that a folder's manifest.json names are listed even where they are not there (any more).
+    Raises:
+        UserError: if the file system cannot be reached.
     """
     try:
-        # what exists is meant by its name, brackets and braces included
-        patterns = [location] if os.path.exists(location) else list(braceexpand(location))
-        found = {shard for pattern in patterns for shard in _matches(pattern)}
+        if is_remote(folder):
+            fs, path = fsspec.core.url_to_fs(f"{folder}/manifest.json")
+            data = fs.cat_file(path)
+        else:
+            data = read_regular(f"{folder or '.'}/manifest.json", MANIFEST_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return Manifest()
+    except OSError as e:
+        if is_remote(folder) or e.errno not in (errno.EINVAL, errno.EFBIG, errno.ENXIO):
+            raise UserError(f"cannot read {folder}/manifest.json: {reason_of(e)}") from None
+        return Manifest(problem=reason_of(e))
+    except Exception as e:  # every file system has its own errors
+        raise UserError(f"cannot read {folder}/manifest.json: {reason_of(e)}") from None
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return Manifest(problem="it is not JSON")
+    if not isinstance(content, dict) or content.get("format") != "webdataset":
+        return Manifest()
+    lines = content.get("shards")
+    if not isinstance(lines, list) or not all(map(_is_entry, lines)):
+        return Manifest(problem="its entries are not those of shards")
+    found = {f"{folder}/{line['shard']}": Listed(line["samples"], line["size"], line["sha256"]) for line in lines}
+    return Manifest(found) if len(found) == len(lines) else Manifest(problem="it names a shard twice")
+
+
+def _is_entry(line: Any) -> bool:
+    return (
+        isinstance(line, dict)
+        and isinstance(line.get("shard"), str)
+        and SHARD_NAME.fullmatch(line["shard"]) is not None
+        and all(type(line.get(name)) is int and line[name] >= 0 for name in ("samples", "size"))
+        and line["samples"] * LEAST_SAMPLE_BYTES <= line["size"]
+        and isinstance(line.get("sha256"), str)
+        and re.fullmatch(r"[0-9a-f]{64}", line["sha256"]) is not None
+    )
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Result of `list_shards`.
+
+    Args:
+        shards: Local paths or URLs, sorted.
+        unread: Local files next to them that may contain samples and cannot be read, such as compressed archives.
+        manifests: Folder to its manifest.
+    """
+
+    shards: list[str]
+    unread: list[str]
+    manifests: dict[str, Manifest]
+
+
+def list_shards(location: str) -> Listing:
+    """List the shards at a location.
+
+    Shards that a folder's manifest.json names are listed even if they are missing.
+
+    Args:
+        location: A folder, a tar, a glob or a ``{000..009}`` pattern, local (``~`` is the home folder) or at a URL with one
+            of `SCHEMES`. Several are joined by ``::``.
+
+    Raises:
+        UserError: if there is no shard, or the location cannot be listed.
+    """
+    found: set[str] = set()
+    unread: list[str] = []
+    manifests = _Manifests()
+    try:
+        for pattern in _patterns(location):
+            shards, others = _matches(check_scheme(pattern), manifests)
+            found.update(shards)
+            unread += others
     except UserError:
         raise
     except UnbalancedBracesError:
-        raise UserError(f"no shards at {location}: it does not exist; make shards with `vlp data pack`") from None
-    except Exception as e:  # every file system has errors of its own; an unknown one is a ValueError or ImportError
+        raise _missing(location) from None
+    except Exception as e:  # every file system has its own errors; an unavailable one raises ValueError or ImportError
         raise UserError(f"cannot list the shards at {location}: {reason_of(e)}") from None
     if not found:
-        raise UserError(f"no shards at {location}: it holds no .tar file; make shards with `vlp data pack`")
-    return sorted(found)
+        content = f"only {_some(unread)}, which must be unpacked" if unread else "no .tar file"
+        raise UserError(f"no shards at {location}: it contains {content}; make shards with `vlp data pack`")
+    folders = {os.path.dirname(shard) for shard in found}
+    return Listing(sorted(found), sorted(unread), {folder: manifests[folder] for folder in sorted(folders)})
 
 
-def _matches(pattern: str) -> list[str]:
-    fs, path = fsspec.core.url_to_fs(pattern)
-    if isinstance(fs, LocalFileSystem):
+class _Manifests(dict[str, Manifest]):
+    """Manifests by folder, each read once."""
+
+    def __missing__(self, folder: str) -> Manifest:
+        return self.setdefault(folder, read_manifest(folder))
+
+
+def _some(names: list[str], count: int = 3) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(os.path.basename(name) for name in names[:count]) + more
+
+
+def _missing(location: str) -> UserError:
+    where = "" if is_remote(location) else relative_to(local_path(location))
+    return UserError(f"no shards at {location}: it does not exist{where}; make shards with `vlp data pack`")
+
+
+def _patterns(location: str) -> list[str]:
+    """Split a location at ``::`` and expand its braces, unless a file has exactly this name."""
+    if "\0" in location:
+        raise UserError(f"no shards at {location!r}: a path cannot contain NUL")
+    if not is_remote(location):
+        location = str(local_path(check_scheme(location)))
+    if os.path.exists(location):
+        return [location]
+    if "::" in location:
+        parts = location.split("::")
+        if not all(parts):
+            raise UserError(f"no shards at {location}: a location next to :: is empty")
+        return [pattern for part in parts for pattern in _patterns(part)]
+    for begin, end, _ in BRACE_RANGE.findall(location):
+        if len(begin + end) > 20 or abs(int(end) - int(begin)) >= MAX_SHARDS:
+            raise UserError(f"no shards at {location}: it names more than {MAX_SHARDS:,}")
+    expanded = list(islice(braceexpand(location), MAX_SHARDS + 1))
+    if len(expanded) > MAX_SHARDS:
+        raise UserError(f"no shards at {location}: it names more than {MAX_SHARDS:,}")
+    return expanded
+
+
+def _matches(pattern: str, manifests: _Manifests) -> tuple[list[str], list[str]]:
+    """Return the shards and the unread files that one pattern matches."""
+    if not is_remote(pattern):
+        path = os.path.abspath(pattern)
         if os.path.isdir(path):
-            return _folder(fs, path)
+            return _folder(LocalFileSystem(), path, manifests)
         if os.path.exists(path):
-            return [path]
-        found = fs.glob(path) if any(c in path for c in "*?[") else []
+            return [path], []
+        found = LocalFileSystem().glob(path) if any(c in path for c in "*?[") else []
         if not found:
-            raise UserError(f"no shards at {pattern}: it does not exist; make shards with `vlp data pack`")
-        return found
+            raise _missing(pattern)
+        folders = [_folder(LocalFileSystem(), p, manifests) for p in found if os.path.isdir(p)]
+        shards, unread = _sort([p for p in found if not os.path.isdir(p)])
+        return sum((s for s, _ in folders), shards), sum((u for _, u in folders), unread)
+    fs, path = fsspec.core.url_to_fs(pattern)
     if any(c in path for c in "*["):
-        return [fs.unstrip_protocol(p) for p in fs.glob(path)]
-    # asking for each of a thousand shards would take minutes: one that is not there shows when it is fetched
-    return [fs.unstrip_protocol(path)] if ".tar" in os.path.basename(path) else _folder(fs, path)
+        return [fs.unstrip_protocol(p) for p in fs.glob(path)], []
+    # whether each of a thousand shards exists would take minutes to ask: a missing one shows when it is fetched
+    if ".tar" in os.path.basename(path):
+        return [fs.unstrip_protocol(path)], []
+    return _folder(fs, path, manifests)
 
 
-def _folder(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
-    path = path.rstrip("/")
+def _folder(fs: fsspec.AbstractFileSystem, path: str, manifests: _Manifests) -> tuple[list[str], list[str]]:
+    path = path.rstrip("/") or "/"
     local = isinstance(fs, LocalFileSystem)
-    names = read_manifest(path if local else fs.unstrip_protocol(path))
+    listed = list(manifests[path if local else fs.unstrip_protocol(path)].shards)
     try:
-        found = [p for p in fs.ls(path, detail=False) if p.endswith(".tar")]
+        shards, unread = _sort(fs.ls(path, detail=False))
     except FileNotFoundError:  # a server without listings
-        if not names:
-            raise UserError(f"no shards at {path}: it does not exist; make shards with `vlp data pack`") from None
-        found = []
-    return [*names, *(found if local else map(fs.unstrip_protocol, found))]
+        if not listed:
+            raise _missing(path) from None
+        return listed, []
+    if local:
+        return [*listed, *shards], unread
+    return [*listed, *map(fs.unstrip_protocol, shards)], []
+
+
+def _sort(files: list[str]) -> tuple[list[str], list[str]]:
+    """Divide files into shards and other files that may contain samples. Hidden files are neither."""
+    visible = [file for file in files if not os.path.basename(file.rstrip("/")).startswith(".")]
+    shards = [file for file in visible if file.lower().endswith(".tar")]
+    return shards, [file for file in visible if file.lower().endswith(ARCHIVES)]
 
 
 def fetch(shard: str) -> Path:
-    """The file itself where it is local, else a copy in the cache folder, fetched once for all processes."""
-    if "://" not in shard:
+    """Return the local file of a shard. A remote one is copied to the cache folder, once for all processes."""
+    if not is_remote(shard):
         return Path(shard)
     name = os.path.basename(shard.partition("?")[0])
     local = cache_folder() / "shards" / hashlib.sha256(shard.encode()).hexdigest()[:16] / name
@@ -121,15 +279,15 @@ def fetch(shard: str) -> Path:
     try:
         with locked(local.with_name(name + ".lock")):
             if not local.exists():
-                fs, path = fsspec.core.url_to_fs(shard)
+                fs, path = fsspec.core.url_to_fs(check_scheme(shard))
                 temporary = local.with_name(name + ".tmp")
                 fs.get_file(path, str(temporary))
                 os.replace(temporary, local)
-    except Exception as e:  # every file system has errors of its own
+    except Exception as e:  # every file system has its own errors
         raise UserError(f"cannot fetch {shard} to {local.parent}: {reason_of(e)}") from None
     return local
 
 
 def reason_of(error: Exception) -> str:
-    """What an exception says, without the file's name, which the message around it has."""
+    """Return the text of an exception without the file's name, which the message around it contains."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

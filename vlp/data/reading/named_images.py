@@ -8,63 +8,72 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+from vlp.data.reading.locations import is_remote
 from vlp.data.reading.shards import ShardReader, make_key
 from vlp.errors import BadSample, UserError
-from vlp.files import resolve
+from vlp.files import local_path, read_regular, relative_to, resolve
 
 
 class NamedImages(Protocol):
-    """Where pictures are read by name."""
+    """A collection from which images are read by name."""
 
     def read(self, name: str) -> bytes:
-        """The encoded picture. Raises BadSample where there is none of this name."""
+        """Return the encoded image. Raises BadSample if there is no image of this name."""
 
 
 def open_images(location: str) -> NamedImages:
-    """Shards where there are some, else a folder of files, which may be inside a package."""
-    if location.startswith("pip:"):
-        location = str(resolve(location))
-    if os.path.isdir(location):
-        entries = os.listdir(location)
-        shards = "manifest.json" in entries or any(name.endswith(".tar") for name in entries)
-        return ShardImages(location) if shards else FolderImages(Path(location))
-    if ".tar" in location or "://" in location:
+    """Open shards, or else a folder of files, which may be inside a package.
+
+    Raises:
+        UserError: if the location is neither.
+    """
+    if is_remote(location):
         return ShardImages(location)
-    raise UserError(f"no folder {location}; set images to the folder that the pictures' paths start from, or to shards")
+    folder = resolve(location) if location.startswith("pip:") else local_path(location)
+    if folder.is_dir():
+        entries = os.listdir(folder)
+        shards = "manifest.json" in entries or any(name.lower().endswith(".tar") for name in entries)
+        return ShardImages(str(folder)) if shards else FolderImages(folder)
+    if ".tar" in location or "::" in location:
+        return ShardImages(location)
+    raise UserError(
+        f"no folder {location}{relative_to(folder)}; set images to the folder that the images' paths start from, or to shards"
+    )
 
 
 @dataclass(frozen=True)
 class FolderImages:
-    """A folder; names are paths in it."""
+    """Images of a folder; names are paths in it."""
 
     folder: Path
 
     def read(self, name: str) -> bytes:
         try:
-            return (self.folder / name).read_bytes()
-        except (OSError, ValueError) as e:
-            raise BadSample(f"no picture {name!r} in {self.folder} ({getattr(e, 'strerror', None) or e})") from None
+            return read_regular(self.folder / name)
+        except OSError as e:
+            raise BadSample(f"no image {name!r} in {self.folder} ({e.strerror})") from None
 
 
 class ShardImages:
-    """Shards; names are keys of their samples, or the paths that `vlp data pack` made the keys from."""
+    """Images of shards; names are keys of samples, or the paths from which `vlp data pack` derived the keys."""
 
     def __init__(self, location: str):
         self.reader = ShardReader(location)
 
     @cached_property
-    def _places(self) -> dict[str, tuple[int, int]]:
+    def _rows(self) -> dict[str, tuple[int, int]]:
+        """(shard, row) of each key."""
         shards = range(len(self.reader.shards))
         return {key: (shard, row) for shard in shards for row, key in enumerate(self.reader.index(shard).keys)}
 
     def read(self, name: str) -> bytes:
-        place = self._places.get(name)
-        if place is None:  # of x.jpg and x.png the second has a key with more to it, which is asked for first
+        found = self._rows.get(name)
+        if found is None:  # of x.jpg and x.png the second has a longer key, which is tried first
             packed = make_key(name, set())
-            place = self._places.get(make_key(name, {packed}), self._places.get(packed))
-        if place is None:
-            raise BadSample(f"no picture {name!r} in {self.reader.location}")
-        return self.reader.read(*place).image
+            found = self._rows.get(make_key(name, {packed}), self._rows.get(packed))
+        if found is None:
+            raise BadSample(f"no image {name!r} in {self.reader.location}")
+        return self.reader.read(*found).image
 
     def __getstate__(self):
         return {"reader": self.reader}

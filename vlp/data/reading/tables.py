@@ -1,0 +1,373 @@
+"""Text files: lines, delimited tables and JSON lines, with one rule for all of them.
+
+A file that is not UTF-8 is refused, with its line and its probable encoding. Blank lines are skipped. A value that is not a
+text is a bad sample. Only the bounds of records are in memory, so that any record is read at the same cost.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vlp.errors import BadSample, UserError
+from vlp.files import CHUNK, open_regular, read_regular
+
+DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+VISIBLE = np.ones(256, dtype=bool)  # bytes that make a line more than blank
+VISIBLE[list(b" \t\n\r\x0b\x0c")] = False
+QUOTED = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
+MAX_RESTARTS = 100  # after quotation marks that are never closed
+
+csv.field_size_limit(10_000_000)  # characters; the library's 131,072 are too few for some alt-texts
+
+
+def as_text(value: Any, name: str = "text") -> str:
+    """Return a text without surrounding white space; "" for a missing value.
+
+    Half of a surrogate pair, which JSON can express and no tokenizer accepts, becomes "?".
+
+    Raises:
+        BadSample: if the value is not a text.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise BadSample(f"{name!r} should be a text, found {json.dumps(value)[:40]}")
+    return value.encode(errors="replace").decode().strip()
+
+
+def probable_encoding(start: bytes, line: bytes) -> str:
+    """Guess the encoding of a file that is not UTF-8.
+
+    Args:
+        start: The first bytes of the file.
+        line: The line that is not UTF-8.
+    """
+    for mark, name in BYTE_ORDER_MARKS.items():
+        if start.startswith(mark):
+            return name
+    if start.count(0) > len(start) // 4:
+        even, odd = start[::2].count(0), start[1::2].count(0)
+        return "UTF-16LE" if odd > even else "UTF-16BE"
+    # a Western text has few letters outside ASCII; texts in other scripts have hardly any inside
+    high = sum(byte >= 0x80 for byte in line)
+    return "windows-1252" if high <= 0.3 * len(line) else "an encoding of its own script, such as GB18030"
+
+
+def _not_utf8(path: Path, line_number: int, encoding: str) -> UserError:
+    name = encoding if " " not in encoding else "ENCODING"
+    return UserError(
+        f"{path}:{line_number} is not UTF-8; it is probably {encoding}: convert the file, e.g. with "
+        f"iconv -f {name} -t UTF-8"
+    )
+
+
+def _check_start(path: Path, start: bytes) -> None:
+    """Refuse UTF-16 and UTF-32, of which the latter two may be valid UTF-8 with a NUL after each letter."""
+    if start.startswith(tuple(BYTE_ORDER_MARKS)) or start.count(0) > len(start) // 4:
+        raise _not_utf8(path, 1, probable_encoding(start, b""))
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file, with or without a byte-order mark.
+
+    Raises:
+        UserError: if the file cannot be read, or is not UTF-8.
+    """
+    try:
+        data = read_regular(path)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror})") from None
+    _check_start(path, data[:4096])
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        # the decoder counts from behind the byte-order mark
+        bad = e.start + len(data) - len(e.object)
+        begin, end = data.rfind(b"\n", 0, bad) + 1, data.find(b"\n", bad)
+        line = data[begin : end if end >= 0 else None]
+        raise _not_utf8(path, data.count(b"\n", 0, bad) + 1, probable_encoding(data[:4096], line)) from None
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: if the file is not UTF-8 or not JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}:{e.lineno} is not JSON ({e.msg}); is the file complete?") from None
+    except (ValueError, RecursionError) as e:  # a number of too many digits, or too deep nesting
+        raise UserError(f"{path} is not JSON that can be read ({e})") from None
+
+
+def parse_object(text: str | bytes) -> dict:
+    """Parse a JSON object.
+
+    Raises:
+        BadSample: if the text is anything else.
+    """
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise BadSample(f"json does not parse ({e})") from None
+    if not isinstance(record, dict):
+        raise BadSample("json is not an object")
+    return record
+
+
+class Lines:
+    """Lines of a UTF-8 text file that are not blank, by index.
+
+    The file is opened on first access and not pickled.
+
+    Attributes:
+        bounds: (n, 2) int64 begin and end of each record in bytes.
+        numbers: (n,) int64 line of the file at which each record begins, from 1.
+        sha256: Hash of the file.
+
+    Raises:
+        UserError: if the file cannot be read, or is not UTF-8.
+    """
+
+    def __init__(self, path: Path, quoted: str | None = None):
+        """Scan the file.
+
+        Args:
+            quoted: Delimiter of a table whose quoted cells may contain line breaks.
+        """
+        self.path = path
+        try:
+            bounds, visible, has_quotes = self._scan()
+        except OSError as e:
+            raise UserError(f"{path} cannot be read ({e.strerror})") from None
+        if quoted and has_quotes:
+            spans = np.array(list(self._records(bounds, quoted)), dtype=np.int64).reshape(-1, 2)
+            self.bounds = np.stack([bounds[spans[:, 0], 0], bounds[spans[:, 1], 1]], 1)
+            self.numbers = spans[:, 0] + 1
+        else:
+            self.bounds, self.numbers = bounds[visible], np.flatnonzero(visible) + 1
+
+    def _scan(self) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Return (lines, 2) bounds of all lines, (lines,) whether each is not blank, and whether there is a quotation mark."""
+        for newline in (b"\n", b"\r"):
+            ends, seen, size, total, has_quotes = [], [], 0, 0, False
+            digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
+            with open_regular(self.path) as file:
+                start = file.read(4096)
+                _check_start(self.path, start)
+                file.seek(0)
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
+                    try:
+                        decoder.decode(chunk)
+                    except UnicodeDecodeError as e:
+                        raise self._error(file, size + e.start - (len(e.object) - len(chunk)), start) from None
+                    characters = np.frombuffer(chunk, np.uint8)
+                    at = np.flatnonzero(characters == newline[0])
+                    visible = np.cumsum(VISIBLE[characters]) + total  # visible characters up to each one
+                    ends.append(at + 1 + size)
+                    seen.append(visible[at])
+                    size, total = size + len(chunk), int(visible[-1])
+                    has_quotes |= b'"' in chunk
+                try:
+                    decoder.decode(b"", final=True)
+                except UnicodeDecodeError as e:
+                    raise self._error(file, size - len(e.object), start) from None
+            if sum(map(len, ends)) or newline == b"\r":
+                break  # a file with only carriage returns is read a second time
+        self.sha256 = digest.hexdigest()
+        begin = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
+        mark = sum(VISIBLE[byte] for byte in start[:begin])
+        ends, seen = np.concatenate([*ends, [size]]), np.concatenate([*seen, [total]])
+        bounds = np.stack([np.concatenate([[begin], ends[:-1]]), ends], 1).astype(np.int64)
+        visible = np.diff(seen, prepend=mark) > 0
+        return bounds, visible, has_quotes
+
+    def _error(self, file, position: int, start: bytes) -> UserError:
+        """Return the error for the byte at ``position``, which is not UTF-8."""
+        file.seek(0)
+        lines, left = 1, position
+        while left > 0:
+            chunk = file.read(min(left, CHUNK))
+            lines, left = lines + chunk.count(b"\n"), left - len(chunk)
+        file.seek(max(0, position - 100))
+        around = file.read(200)
+        return _not_utf8(self.path, lines, probable_encoding(start, around.replace(b"\n", b"")))
+
+    def _records(self, bounds: np.ndarray, delimiter: str) -> Iterator[tuple[int, int]]:
+        """Yield first and last line of each record of a table with quoted cells."""
+        first, restarts = 0, 0
+        while first < len(bounds):
+            begin = first
+            lines = (self._decode(*bounds[n]) for n in range(begin, len(bounds)))
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            try:
+                for cells in reader:
+                    last = begin + reader.line_num - 1
+                    if any(cell.strip() for cell in cells):
+                        yield first, last
+                    first = last + 1
+            except csv.Error:  # this line is bad, and the lines that its quotation mark swallowed are read again
+                yield first, first
+                first += 1
+                restarts += begin + reader.line_num == len(bounds)
+                if restarts > MAX_RESTARTS:
+                    raise UserError(
+                        f"{self.path}:{first} has a quotation mark that is never closed, as have {MAX_RESTARTS} lines "
+                        "before it; are the cells quoted as spreadsheets do it?"
+                    ) from None
+
+    def _decode(self, begin: int, end: int) -> str:
+        return os.pread(self._file.fileno(), int(end) - int(begin), int(begin)).decode(errors="replace")
+
+    @cached_property
+    def _file(self):
+        return open_regular(self.path)
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __getitem__(self, index: int) -> str:
+        return self._decode(*self.bounds[index]).rstrip("\r\n")
+
+    def keep(self, indices: np.ndarray) -> None:
+        """Keep only the records at ``indices``."""
+        self.bounds, self.numbers = self.bounds[indices], self.numbers[indices]
+
+    def record(self, index: int) -> dict:
+        """Parse a line of a .jsonl.
+
+        Raises:
+            BadSample: if the line is not a JSON object.
+        """
+        return parse_object(self[index])
+
+    def check_objects(self) -> None:
+        """Raise UserError if the file is one JSON list instead of one object per line."""
+        if len(self) and self[0].lstrip().startswith("["):
+            raise UserError(f"{self.path} is a JSON list; write one object per line, e.g. with jq -c '.[]'")
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "_file"}
+
+
+def first_line(path: Path) -> str:
+    """Return the first line of a file that is not blank, which is not checked to be UTF-8."""
+    try:
+        with open_regular(path) as file:
+            start = file.read(CHUNK)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror})") from None
+    _check_start(path, start[:4096])
+    lines = re.split(r"[\r\n]", start.decode("utf-8-sig", errors="replace"))
+    return next((line for line in lines if line.strip()), "")
+
+
+class Columns(NamedTuple):
+    """Names of a table's columns, and whether its first line contains them."""
+
+    names: list[str]
+    is_header: bool
+
+
+class Table:
+    """Rows of a delimited table, by index. The delimiter is the one with which the first line has the expected columns.
+
+    Tables with commas, semicolons or vertical bars are quoted as spreadsheets do it (RFC 4180). In a table with tabs a
+    quotation mark is an ordinary character, unless a cell is completely and correctly quoted.
+
+    Args:
+        path: The file.
+        columns_of: Function from the cells of the first line to `Columns`, or to None if they are not those of such a table.
+        expected: Description of the expected columns, for the error message.
+        delimiter: The delimiter to try first. None selects it by the extension.
+
+    Raises:
+        UserError: if the file cannot be read, is not UTF-8, or has other columns.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        columns_of: Callable[[list[str]], Columns | None],
+        expected: str,
+        delimiter: str | None = None,
+    ):
+        self.path, self.names = path, []
+        self.delimiter = delimiter or ("\t" if path.suffix.lower() in (".tsv", ".txt") else ",")
+        first = first_line(path)
+        columns = None
+        for candidate in dict.fromkeys([self.delimiter, *DELIMITERS]):
+            if (cells := _split(first, candidate)) and (columns := columns_of(cells)):
+                self.delimiter, self.names = candidate, columns.names
+                break
+        self.lines = Lines(path, quoted=None if self.delimiter == "\t" else self.delimiter)
+        if not len(self.lines):
+            return
+        if columns is None:
+            shown = ", ".join(map(repr, first.split(self.delimiter)))[:200]
+            raise UserError(
+                f"{path}:{self.lines.numbers[0]}: expected {expected}; found {shown}, separated by "
+                f"{DELIMITERS[self.delimiter]}"
+            )
+        if columns.is_header:
+            self.lines.keep(np.arange(1, len(self.lines)))
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def record(self, index: int) -> dict[str, str]:
+        """Return the cells of a row by column.
+
+        Raises:
+            BadSample: if the row is not quoted correctly, or has another number of cells.
+        """
+        text = self.lines[index]
+        cells = _split(text, self.delimiter)
+        if cells is None:
+            raise BadSample("not a row of a table: a quotation mark is not closed, or not followed by a delimiter")
+        if len(cells) != len(self.names):
+            lines = text.count("\n")
+            swallowed = f" (it extends over {lines + 1} lines: is a quotation mark missing?)" if lines else ""
+            raise BadSample(f"{len(cells)} columns; expected {len(self.names)}: {', '.join(self.names)}{swallowed}")
+        return dict(zip(self.names, cells))
+
+
+def _split(text: str, delimiter: str) -> list[str] | None:
+    """Return the stripped cells of a row, or None if its quotation marks are wrong."""
+    if delimiter == "\t":
+        return [_unquote(cell.strip()) for cell in text.split("\t")]
+    try:
+        rows = list(csv.reader([text], delimiter=delimiter, strict=True))
+    except csv.Error:
+        return None
+    return [cell.strip() for cell in rows[0]] if len(rows) == 1 else None
+
+
+def _unquote(cell: str) -> str:
+    quoted = QUOTED.fullmatch(cell)
+    return quoted[1].replace('""', '"') if quoted else cell
+
+
+def has_columns(wanted: Sequence[str]) -> Callable[[list[str]], Columns | None]:
+    """Return a ``columns_of`` for `Table` that accepts a header with all ``wanted`` names."""
+    return lambda cells: Columns(cells, True) if set(wanted) <= set(cells) else None
