@@ -122,7 +122,7 @@ REFUSED = {
     "nothing to copy": (replace(TEXTS, encoder=replace(SIZES, experts=("text",))), TEXTS, {"text": "image"}, "lacks the image expert of encoder.layers.0"),
     "no vl expert": (TEXTS, PAIRS, {}, "lacks the vl expert of encoder.layers.2; .* set model.vl_start"),
     "other width": (replace(IMAGES, encoder=replace(IMAGES.encoder, width=48)), TEXTS, {"text": "image"}, "choose a model of the same size"),
-    "more layers": (replace(IMAGES, encoder=replace(IMAGES.encoder, layers=4)), TEXTS, {"text": "image"}, "which the model has not"),
+    "more layers": (replace(IMAGES, encoder=replace(IMAGES.encoder, layers=4)), TEXTS, {"text": "image"}, "which the model lacks"),
     "fewer layers": (replace(IMAGES, encoder=replace(IMAGES.encoder, layers=2)), TEXTS, {"text": "image"}, "lacks the image expert of encoder.layers.2"),
 }  # fmt: skip
 

@@ -194,7 +194,7 @@ def test_run_without_room_for_its_checkpoint_ends_in_one_line_and_goes_on_when_t
 
 
 def test_checkpoint_that_lacks_what_the_experiment_keeps_is_one_line(two):
-    with pytest.raises(UserError, match="has no other.safetensors: it is of another experiment"):
+    with pytest.raises(UserError, match="has no other.safetensors, so it is of another experiment"):
         checkpoints.read(max(two.glob("step-*")), "other")
 
 

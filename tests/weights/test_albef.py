@@ -203,7 +203,7 @@ def test_twins_that_share_nothing_are_refused():
     name = "text_encoder.encoder.layer.3.crossattention.self.key.weight"
     state[name] = state[name] + 1
     spec = replace(SPEC, itc=False, itm=False, mlm=False, classes=2, fusion=Fusion(layers=2, images=2))
-    with pytest.raises(UserError, match="fusion.layers.1.cross_attention.key.weight is not that of its twin"):
+    with pytest.raises(UserError, match="fusion.layers.1.cross_attention.key.weight differs from that of its twin"):
         spec.build().load(load_albef(state).student)
 
 
@@ -240,7 +240,7 @@ def test_queue_goes_into_a_queue_and_comes_back(layout):
     pushed = export_albef(replace(checkpoint, queue=queue.tensors()))
     assert pushed["queue_ptr"].tolist() == [9] and pushed["image_queue"][:, 8].tolist() == [1.0] * E
     growing = Queue(K, {"image": E, "text": E}, torch.device("cpu"))
-    with pytest.raises(UserError, match="holds 0 of 12 rows"):
+    with pytest.raises(UserError, match="has 0 of 12 rows"):
         export_albef(replace(checkpoint, queue=growing.tensors()))
 
 
@@ -291,9 +291,9 @@ def spoilt(what):
 @pytest.mark.parametrize(
     "what, message",
     [
-        ("bert", "no checkpoint of ALBEF"),
-        ("fuses from the first layer on", "no checkpoint of ALBEF"),
-        ("another head", "holds prompt.weight"),
+        ("bert", "not an ALBEF checkpoint"),
+        ("fuses from the first layer on", "not an ALBEF checkpoint"),
+        ("another head", "has prompt.weight"),
         ("another part of a layer", "adapter.weight"),
         ("untied", "another matrix than their embeddings"),
     ],
@@ -317,7 +317,7 @@ def test_file_that_would_run_code_is_refused(tmp_path, capsys):
     "spec, message",
     [
         (replace(SPEC, fusion=Fusion(layers=3)), "lack fusion.layers.2"),
-        (replace(SPEC, fusion=Fusion(layers=1)), "hold fusion.layers.1"),
+        (replace(SPEC, fusion=Fusion(layers=1)), "have fusion.layers.1"),
         (replace(SPEC, embed_size=8), "choose a model of the same size"),
     ],
 )

@@ -107,7 +107,7 @@ def test_every_key_is_reported():
     "change, message",
     [
         (lambda state: state.pop("headroom.bias"), "lack headroom.bias"),  # no prefix of whole dotted parts
-        (lambda state: state.update({"neck.weight": torch.zeros(1)}), "hold neck.weight"),
+        (lambda state: state.update({"neck.weight": torch.zeros(1)}), "have neck.weight"),
         (lambda state: state.update({"body.weight": torch.zeros(3, 4)}), r"body.weight is \(3, 4\).*\(3, 3\)"),
         (lambda state: state.update({"body.weight": torch.zeros(9)}), r"body.weight is \(9,\)"),
     ],

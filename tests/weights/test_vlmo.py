@@ -242,11 +242,11 @@ def without(state, part):
 REFUSED = {
     "no expert": (lambda s: without(s, "blocks.1.mlp_text"), "lacks the text expert of encoder.layers.1"),
     "no vl expert": (lambda s: without(without(s, "mlp_vl"), "norm2_vl"), "lacks the vl expert .* set model.vl_start"),
-    "BEiT-3": (lambda s: {"beit3.encoder.layers.0.self_attn.k_proj.A.weight": torch.zeros(1)}, "is BEiT-3's"),
-    "another model": (lambda s: {"visual.proj": torch.zeros(1)}, "is no checkpoint of VLMo or BEiT"),
-    "more": (lambda s: s | {"vae.decoder": torch.zeros(1)}, "holds vae.decoder, which no checkpoint of VLMo has"),
+    "BEiT-3": (lambda s: {"beit3.encoder.layers.0.self_attn.k_proj.A.weight": torch.zeros(1)}, "is of BEiT-3"),
+    "another model": (lambda s: {"visual.proj": torch.zeros(1)}, "is not a checkpoint of VLMo or BEiT"),
+    "more": (lambda s: s | {"vae.decoder": torch.zeros(1)}, "has vae.decoder, which is unknown in VLMo"),
     "no patches": (lambda s: without(s, "patch_embed"), "the weights lack encoder.image.patches"),
-    "no square": (lambda s: s | {"relative_position_bias_table": torch.zeros(500, 6)}, "of no square image"),
+    "no square": (lambda s: s | {"relative_position_bias_table": torch.zeros(500, 6)}, "no square image"),
     "another width": (lambda s: s | {"text_embeddings.LayerNorm.bias": torch.zeros(8)}, "choose a model of the same size"),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The contract of a tower: what models, training and evaluation read from an image or a text encoder.
+"""The contract of a tower: the members of an image or text encoder that models, training and evaluation use.
 
 A tower is an `ImageTower` or a `TextTower`; its spec, a frozen dataclass that is stored in ``experiment.json``, is an
 `ImageTowerSpec` or a `TextTowerSpec`. A tower of your own subclasses both and defines what has no default here.
@@ -30,7 +30,7 @@ class Tower(nn.Module):
     | member | default | read by |
     |---|---|---|
     | ``width`` | none | projections and heads: D of the tokens |
-    | ``report`` | None | the log: what loading the weights did, None if the tower starts at random |
+    | ``report`` | None | the log: which weights were loaded, None if the tower starts at random |
     | ``layer_ids()`` | one layer | ``train.layer_decay``: depth of each parameter, from 0 |
     | ``no_weight_decay()`` | empty | the optimizer: matrices without weight decay, such as position embeddings |
     | ``set_activation_checkpointing(mode)`` | raises UserError | ``train.activation_checkpointing`` |
@@ -122,7 +122,7 @@ class TextTower(Tower):
     | ``max_length`` | none | the check of ``data.max_length`` |
     | ``returns_token_states`` | True | fusion (ALBEF): token i of the output is the state of input token i |
     | ``token_mask(attention_mask)`` | the mask | models: which output tokens are real |
-    | ``get_input_embeddings()`` | None | masked language modelling: the word embeddings that its head is tied to |
+    | ``get_input_embeddings()`` | None | masked language modelling: the word embeddings that the head is tied to |
     | ``forward_cutoff(...)`` | raises UserError | the Cutoff objective |
     """
 

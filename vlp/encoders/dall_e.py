@@ -1,6 +1,6 @@
-"""DALL-E's image tokenizer (Ramesh et al. 2021, app. A.2), whose codes BEiT learned to predict.
+"""DALL-E's image tokenizer (Ramesh et al. 2021, app. A.2), whose codes BEiT was trained to predict.
 
-B pictures, h x w codes of 8 x 8 pixels each, K = 8192 codes.
+B images, h x w codes for 8 x 8 pixels each, K = 8192 codes.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from vlp.encoders.patch_targets import Frozen
 from vlp.errors import UserError
 from vlp.weights import reading
 
-EPSILON = 0.1  # of the logit-Laplace distribution that it was trained with: pixels lie in [0.1, 0.9]
+EPSILON = 0.1  # of its logit-Laplace distribution: pixels are mapped to [0.1, 0.9]
 
 
 @dataclass(frozen=True)
 class DallE:
-    """The codes of DALL-E's discrete autoencoder, one for each patch of the tower's grid.
+    """Prediction targets: the codes of DALL-E's discrete autoencoder, one for each patch of the tower's grid.
 
     Args:
-        weights: the encoder's tensors. OpenAI's encoder.pkl is a pickled module, which is not read here; convert it once,
-            where you trust it: ``torch.save(torch.load("encoder.pkl", weights_only=False).state_dict(), "encoder.pt")``.
+        weights: File with the encoder's tensors. OpenAI's encoder.pkl is a pickled module, which is never unpickled here. If
+            you trust it, convert it once:
+            ``torch.save(torch.load("encoder.pkl", weights_only=False).state_dict(), "encoder.pt")``.
         codes: K.
-        size: channels of the first group; the published one has 256.
+        size: Channels of the first group, 256 in the published encoder.
     """
 
     weights: str | None = None
@@ -37,7 +38,11 @@ class DallE:
     size: int = 256
 
     def build(self, tower: PatchTower, load_weights: bool = True) -> DallETokenizer:
-        """Raises UserError where there are no weights: random codes say less than `RandomCodes`."""
+        """Build the tokenizer.
+
+        Raises:
+            UserError: if ``weights`` is missing or does not fit. The codes of a random encoder are worse than `RandomCodes`.
+        """
         tokenizer = DallETokenizer(self, tower.grid, tower.preprocess)
         if load_weights:
             if not self.weights:
@@ -48,7 +53,7 @@ class DallE:
 
 
 def _own_name(key: str) -> str:
-    """OpenAI's names to ours: ``blocks.group_1.block_2.res_path.conv_3.w`` is ``groups.0.1.convs.2.weight``."""
+    """Translate OpenAI's names: ``blocks.group_1.block_2.res_path.conv_3.w`` is ``groups.0.1.convs.2.weight`` here."""
     key = re.sub(r"\bw$", "weight", re.sub(r"\bb$", "bias", key.removeprefix("blocks.")))
     key = re.sub(r"group_(\d)\.block_(\d)", lambda m: f"groups.{int(m[1]) - 1}.{int(m[2]) - 1}", key)
     key = re.sub(r"res_path\.conv_(\d)", lambda m: f"convs.{int(m[1]) - 1}", key)
@@ -56,7 +61,13 @@ def _own_name(key: str) -> str:
 
 
 class Block(nn.Module):
-    """x + g f(x), f of four convolutions with a ReLU in front of each."""
+    """Residual block ``x + g f(x)``. f has four convolutions with a ReLU in front of each.
+
+    Args:
+        width_in: Input channels.
+        width: Output channels.
+        gain: g.
+    """
 
     def __init__(self, width_in: int, width: int, gain: float):
         super().__init__()
@@ -74,7 +85,13 @@ class Block(nn.Module):
 
 
 class DallETokenizer(Frozen):
-    """Four groups of two blocks, twice as wide each, the resolution halved between them."""
+    """Four groups of two blocks. The width doubles and the resolution halves between groups.
+
+    Args:
+        spec: Sizes.
+        grid: (h, w) of the codes.
+        preprocess: Normalisation of the images, which the tokenizer undoes.
+    """
 
     def __init__(self, spec: DallE, grid: tuple[int, int], preprocess: Preprocess):
         super().__init__()
@@ -90,13 +107,13 @@ class DallETokenizer(Frozen):
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised for the tower to (B, h * w) codes; it looks at 8 x 8 pixels for each."""
+        """Return (B, h w) int64 codes of (B, 3, H, W) images that are normalised for the tower."""
         mean, std = (
             torch.tensor(v, device=image.device).view(3, 1, 1) for v in (self.preprocess.mean, self.preprocess.std)
         )
         size = (8 * self.grid[0], 8 * self.grid[1])
-        pixels = F.interpolate(image * std + mean, size, mode="bicubic", antialias=True).clamp(0, 1)
+        pixels = F.interpolate(image * std + mean, size, mode="bicubic", antialias=True).clamp(0, 1)  # (B, 3, 8 h, 8 w)
         x = self.input((1 - 2 * EPSILON) * pixels + EPSILON)
         for n, group in enumerate(self.groups):
             x = group(F.max_pool2d(x, 2) if n else x)
-        return self.output(F.relu(x)).argmax(1).flatten(1)
+        return self.output(F.relu(x)).argmax(1).flatten(1)  # (B, K, h, w) -> (B, h w)

@@ -1,6 +1,6 @@
-"""Both towers of an open_clip model, with its own preprocessing, text run on as little padding as possible.
+"""The towers of an open_clip model, with its preprocessing. Texts are run on as little padding as possible.
 
-B batch, H and W pixels, L text tokens, E embedding.
+B images or texts, H and W pixels, L text tokens, E embedding.
 """
 
 from __future__ import annotations
@@ -35,26 +35,37 @@ LAST = ("visual.ln_post", "visual.proj", "visual.attn", "visual.head", "text.ln_
 
 
 class ClipTowers(NamedTuple):
-    """What `OpenClip.build` gives: two towers, and scale and bias of the logits that came with their weights."""
+    """Two towers, and the scale and bias of the logits from their weights.
+
+    Args:
+        image: Image tower.
+        text: Text tower.
+        scale: Factor of the cosine similarities. None if no weights were loaded.
+        bias: Added to the logits. None if no weights were loaded, or they have none.
+    """
 
     image: ClipImageTower
     text: ClipTextTower
-    scale: float | None  # multiplies cosine similarities; None where no weights were loaded
+    scale: float | None
     bias: float | None
 
 
 @dataclass(frozen=True)
 class OpenClip:
-    """The towers of an open_clip model, e.g. "ViT-B-32", their projections included.
+    """Both towers of an open_clip model, with their projections.
 
-    Its tokenizer is ``open_clip:NAME`` for `vlp.data.text.load_tokenizer`.
+    The tokenizer is ``open_clip:NAME`` for `vlp.data.text.load_tokenizer`.
 
     Args:
-        weights: None = random; a pretrained tag of open_clip's, which is downloaded; else a file, or
-            ``pip:PACKAGE/sub/path``.
-        length_groups: into how many groups of rows of like length a batch of text is split; 1 = never.
-        context_length: tokens of the longest text, at most the model's own, which None means.
-        mean: None, as std and interpolation: what open_clip says about the weights, or about all weights of this model.
+        name: Model name, e.g. "ViT-B-32".
+        weights: A pretrained tag of open_clip, which is downloaded. Otherwise a file, or ``pip:PACKAGE/sub/path``. None
+            starts at random.
+        length_groups: Number of groups of similar length that a batch of texts is split into. 1 never splits.
+        context_length: Tokens of the longest text. None takes the model's own, which is also the upper limit.
+        mean: Of the pixels, per channel. None, for ``std`` and ``interpolation`` too, takes the value of open_clip for these
+            weights, or else for the first weights of this model.
+        std: Of the pixels, per channel.
+        interpolation: For resizing images.
     """
 
     name: str
@@ -66,7 +77,7 @@ class OpenClip:
     interpolation: Interpolation | None = None
 
     def resolved(self) -> OpenClip:
-        """The same towers with context length, mean, std and interpolation filled in; reads no weights.
+        """Return the same towers with context length, mean, std and interpolation filled in. Reads no weights.
 
         Raises:
             UserError: if open_clip has no such model, its text tower comes from a hub, or the context is too long.
@@ -74,7 +85,7 @@ class OpenClip:
         own = self._config()["text_cfg"].get("context_length", 77)
         if (self.context_length or own) > own:
             raise UserError(f"{self.name} reads {own} tokens; set context_length to {own} or less")
-        # The tags of a model nearly always agree on normalisation, so a file of unknown origin gets the first one's.
+        # The tags of a model nearly always agree on normalisation, so a file of unknown origin takes that of the first one.
         tags = open_clip.list_pretrained_tags_by_model(self.name)
         tag = self.weights if self.weights in tags else next(iter(tags), None)
         cfg = open_clip.get_pretrained_cfg(self.name, tag) if tag else {}
@@ -87,10 +98,10 @@ class OpenClip:
         )
 
     def build(self, load_weights: bool = True) -> ClipTowers:
-        """The two towers.
+        """Build the two towers.
 
         Args:
-            load_weights: False = leave the parameters random whatever ``weights`` says: a checkpoint follows.
+            load_weights: False leaves the parameters random even where ``weights`` is set.
 
         Raises:
             UserError: if the name or the weights do not fit, or a download fails.
@@ -99,9 +110,9 @@ class OpenClip:
         weights = self.weights if load_weights else None
         tag = weights if weights in open_clip.list_pretrained_tags_by_model(self.name) else None
         with _own_root_logger():
-            try:  # force_custom_text keeps the parameters of the text tower in a module of their own
+            try:  # force_custom_text puts the parameters of the text tower into a module of their own
                 model = open_clip.create_model(self.name, tag, force_custom_text=True)
-            except Exception as error:  # what a failed download raises depends on the hub client
+            except Exception as error:  # the type of a failed download's error depends on the hub client
                 reason = " ".join(str(error).split())
                 raise UserError(f"open_clip cannot build {self.name} with weights {tag}: {reason}") from error
         report = None
@@ -138,7 +149,7 @@ class OpenClip:
 
 @contextmanager
 def _own_root_logger() -> Iterator[None]:
-    """open_clip reports through the root logger, and its first call would set that up for the whole program."""
+    """Give open_clip a root logger of its own. Its first log message would set up the root logger of the whole program."""
     root = logging.getLogger()
     handlers, root.handlers = root.handlers, [logging.NullHandler()]
     try:
@@ -148,9 +159,15 @@ def _own_root_logger() -> Iterator[None]:
 
 
 class ClipImageTower(ImageTower):
-    """open_clip's image tower as one token: its projected embedding, before it is normalised.
+    """An image tower of open_clip as one token: its projected embedding, before normalisation.
 
-    The grid is left out: in open_clip it has another width than the embedding.
+    The patch tokens are not returned, since in open_clip their width differs from that of the embedding.
+
+    Args:
+        visual: open_clip's tower.
+        width: E.
+        preprocess: The input format of ``visual``.
+        report: What loading the weights did, None if they are random.
     """
 
     def __init__(self, visual: nn.Module, width: int, preprocess: Preprocess, report: LoadReport | None = None):
@@ -161,11 +178,11 @@ class ClipImageTower(ImageTower):
         self.report = report
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised to (B, 1, E)."""
+        """Return (B, 1, E) embeddings of (B, 3, H, W) normalised images."""
         return self.visual(image)[:, None]
 
     def layer_ids(self) -> dict[str, int]:
-        """Parameter name to depth: stem 0, blocks (stages of a ResNet) 1 to L, final norm and projection L + 1."""
+        """Return each parameter's depth: stem 0, blocks (stages of a ResNet) 1 to L, final norm and projection L + 1."""
         if not isinstance(self.visual, TimmModel):
             return layer_ids(self, BLOCK, LAST)
         ids = {f"visual.trunk.{name}": depth for name, depth in timm_layer_ids(self.visual.trunk).items()}
@@ -173,33 +190,40 @@ class ClipImageTower(ImageTower):
         return {name: ids.get(name, top) for name, _ in self.named_parameters()}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are no weights: class token and embeddings of positions."""
+        """Return the names of the class token and of the position embeddings."""
         if isinstance(self.visual, TimmModel):
             return {f"visual.trunk.{name}" for name in timm_no_weight_decay(self.visual.trunk)}
         return {n for n, _ in self.named_parameters() if n.endswith(("positional_embedding", "class_embedding"))}
 
-    def set_activation_checkpointing(self, how: Checkpointing) -> None:
-        """Recompute activations in the backward (non-reentrant) instead of keeping them.
+    def set_activation_checkpointing(self, mode: Checkpointing) -> None:
+        """Switch activation checkpointing, "full" or "none".
 
         Raises:
-            UserError: if the tower cannot.
+            UserError: if the tower does not support ``mode``.
         """
         model = self.visual.trunk if isinstance(self.visual, TimmModel) else self.visual
-        if how != "none" and isinstance(model, ModifiedResNet):  # which would accept the call and do nothing
+        if mode != "none" and isinstance(model, ModifiedResNet):  # it would ignore the call
             raise UserError("open_clip's ResNets cannot checkpoint activations; turn that off")
-        _not_cheap(how)
+        _refuse_cheap(mode)
         try:
-            model.set_grad_checkpointing(how == "full")
+            model.set_grad_checkpointing(mode == "full")
         except (AssertionError, AttributeError) as error:
             raise UserError(f"{type(model).__name__} cannot checkpoint activations; turn that off") from error
 
 
 class ClipTextTower(PooledTextTower):
-    """open_clip's text tower as one token: its projected embedding, before it is normalised.
+    """A text tower of open_clip as one token: its projected embedding, before normalisation.
 
-    Under a causal mask, with the embedding taken at the end-of-text token, what follows that token changes nothing:
-    rows are cut to their length and grouped. Every other tower of open_clip (SigLIP) was trained with its padding in
-    view and always runs on the whole context.
+    With a causal mask and the embedding taken at the end-of-text token, padding has no effect, and texts are truncated to
+    their length and grouped. Other towers of open_clip (SigLIP) were trained with visible padding and always run on the
+    whole context.
+
+    Args:
+        text: open_clip's tower.
+        width: E.
+        max_length: Tokens of the longest text.
+        length_groups: See `vlp.encoders.text.run_by_length`.
+        report: What loading the weights did, None if they are random.
     """
 
     def __init__(
@@ -215,10 +239,17 @@ class ClipTextTower(PooledTextTower):
         self.cuts_padding = text.attn_mask is not None and text.pool_type in ("argmax", "eos")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Encode (B, L) ids, padded on the right, with their (B, L) bool mask, to (B, 1, E).
+        """Encode texts.
+
+        Args:
+            input_ids: (B, L) int64, padded on the right.
+            attention_mask: (B, L) bool.
+
+        Returns:
+            (B, 1, E).
 
         Raises:
-            ValueError: if L is above ``max_length``.
+            ValueError: if L exceeds ``max_length``.
         """
         length = input_ids.shape[1]
         if length > self.max_length:
@@ -230,31 +261,31 @@ class ClipTextTower(PooledTextTower):
         return self.text(whole)[:, None]
 
     def _encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        # The forward of open_clip.TextTransformer for texts shorter than its context, which it refuses.
+        # the forward pass of open_clip.TextTransformer, which itself refuses texts shorter than its context
         tower, length = self.text, input_ids.shape[1]
-        x = tower.token_embedding(input_ids) + tower.positional_embedding[:length]
+        x = tower.token_embedding(input_ids) + tower.positional_embedding[:length]  # (b, l, D)
         x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))
         end = input_ids.argmax(1) if tower.pool_type == "argmax" else (input_ids == tower.eos_id).int().argmax(1)
-        pooled = x[torch.arange(len(x), device=x.device), end]
+        pooled = x[torch.arange(len(x), device=x.device), end]  # (b, D)
         projection = tower.text_projection
         return (projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection)[:, None]
 
     def layer_ids(self) -> dict[str, int]:
-        """Parameter name to depth: embeddings 0, blocks 1 to L, final norm and projection L + 1."""
+        """Return each parameter's depth: embeddings 0, blocks 1 to L, final norm and projection L + 1."""
         return layer_ids(self, BLOCK, LAST)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are no weights: embeddings of positions."""
+        """Return the names of the position embeddings."""
         return {name for name, _ in self.named_parameters() if name.endswith("positional_embedding")}
 
-    def set_activation_checkpointing(self, how: Checkpointing) -> None:
-        """Recompute activations in the backward (non-reentrant) instead of keeping them."""
-        _not_cheap(how)
-        self.text.set_grad_checkpointing(how == "full")
+    def set_activation_checkpointing(self, mode: Checkpointing) -> None:
+        """Switch activation checkpointing, "full" or "none"."""
+        _refuse_cheap(mode)
+        self.text.set_grad_checkpointing(mode == "full")
 
 
-def _not_cheap(how: Checkpointing) -> None:
-    if how == "cheap":
+def _refuse_cheap(mode: Checkpointing) -> None:
+    if mode == "cheap":
         raise UserError(
-            "open_clip's towers recompute all or nothing; set train.activation_checkpointing to full, or none"
+            "open_clip's towers checkpoint whole blocks only; set train.activation_checkpointing to full, or none"
         )

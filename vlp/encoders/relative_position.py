@@ -1,6 +1,6 @@
-"""Learned biases of attention by relative position, for images, texts, and both in one sequence (VLMo, Bao et al. 2022).
+"""Learned relative position biases of attention, for images, texts, and both in one sequence (VLMo, Bao et al. 2022).
 
-N tokens, P = 1 + h w of an image (class token first), W of a text, C = layers * heads.
+N = W + P tokens, P = 1 + h w tokens of an image (class token first), W tokens of a text, C = layers * heads.
 """
 
 from __future__ import annotations
@@ -13,23 +13,34 @@ from torch import Tensor, nn
 
 
 def image_index(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
-    """(P, P) int64 rows of an image's table, (2h - 1)(2w - 1) + 3 of them, as BEiT numbers them.
+    """Return the (P, P) int64 rows of the image table for each pair of tokens, numbered as in BEiT.
 
-    Between patches by (rows, columns) apart; then the class token's to patches, theirs to it, and its own.
+    The table has (2h - 1)(2w - 1) rows for the distances between patches, then one for class token to patch, one for patch to
+    class token, and one for the class token to itself.
+
+    Args:
+        grid: (h, w).
+        device: Of the result.
     """
     height, width = grid
     y, x = (
         c.flatten()
         for c in torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
     )
-    down, right = y[:, None] - y + height - 1, x[:, None] - x + width - 1
+    down, right = y[:, None] - y + height - 1, x[:, None] - x + width - 1  # (h w, h w), from 0
     return _with_class_token(down * (2 * width - 1) + right, (2 * height - 1) * (2 * width - 1))
 
 
 def text_index(width: int, max_length: int, device: torch.device | None = None) -> Tensor:
-    """(W, W) int64 rows of a text's table, 2 * ``max_length`` of them; the first token counts as its class token."""
-    place = torch.arange(width - 1, device=device)
-    return _with_class_token(place - place[:, None] + max_length - 2, 2 * max_length - 3)
+    """Return the (W, W) int64 rows of the text table for each pair of tokens. The first token counts as a class token.
+
+    Args:
+        width: W.
+        max_length: Longest text. The table has 2 * ``max_length`` rows.
+        device: Of the result.
+    """
+    position = torch.arange(width - 1, device=device)
+    return _with_class_token(position - position[:, None] + max_length - 2, 2 * max_length - 3)
 
 
 def _with_class_token(between: Tensor, distances: int) -> Tensor:
@@ -41,14 +52,16 @@ def _with_class_token(between: Tensor, distances: int) -> Tensor:
 
 
 class RelativePositions(nn.Module):
-    """One table for every kind of pair of tokens; a column for every head of every layer.
+    """Three tables of biases, for pairs within images, within texts, and across, with a column per head of each layer.
 
-    They are parameters of their own, so that a stage can train one and leave the others.
+    They are separate parameters, so that a stage can train one and freeze the others.
 
     Args:
-        grid: (h, w) patches; None = no images.
-        max_text_length: longest text; None = no texts.
-        joint: whether texts and images stand in one sequence; by two rows, text to image and image to text.
+        layers: Number of layers.
+        heads: Heads per layer.
+        grid: (h, w) patches. None for a model without images.
+        max_text_length: Longest text. None for a model without texts.
+        joint: Whether there are sequences of a text and an image. The table across has two rows, one per direction.
     """
 
     def __init__(self, layers: int, heads: int, grid: tuple[int, int] | None, max_text_length: int | None, joint: bool):
@@ -63,47 +76,50 @@ class RelativePositions(nn.Module):
         self.cross = table(2) if joint else None
 
     def forward(self, width: int, image: bool) -> tuple[Tensor, ...]:
-        """What is added to the scores of each layer: (heads, N, N), N = W + P, the text first.
+        """Return the biases of each layer, (heads, N, N), text tokens first.
 
         Args:
-            width: W; 0 = no text.
-            image: whether there is an image.
+            width: W, 0 without a text.
+            image: Whether there is an image.
         """
         parts = []
         if width:
-            parts.append(_rows(self.text, text_index(width, self.max_text_length, self.text.device)))
+            parts.append(_rows(self.text, text_index(width, self.max_text_length, self.text.device)))  # (C, W, W)
         if image:
-            parts.append(_rows(self.image, image_index(self.grid, self.image.device)))
+            parts.append(_rows(self.image, image_index(self.grid, self.image.device)))  # (C, P, P)
         if len(parts) == 2:
-            (text, patches), (there, back) = parts, self.cross[:, :, None, None]
-            top = torch.cat([text, there.expand(-1, width, patches.shape[2])], 2)
-            bottom = torch.cat([back.expand(-1, patches.shape[1], width), patches], 2)
-            parts = [torch.cat([top, bottom], 1)]
+            (text, patches), (to_image, to_text) = parts, self.cross[:, :, None, None]
+            top = torch.cat([text, to_image.expand(-1, width, patches.shape[2])], 2)  # (C, W, N)
+            bottom = torch.cat([to_text.expand(-1, patches.shape[1], width), patches], 2)  # (C, P, N)
+            parts = [torch.cat([top, bottom], 1)]  # (C, N, N)
         return parts[0].unflatten(0, (self.layers, -1)).unbind()
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
-    """(rows, C) and (N, N) to (C, N, N)."""
+    """Look up (N, N) rows of a (rows, C) table, as (C, N, N)."""
     return table.T.index_select(1, index.flatten()).unflatten(1, index.shape)
 
 
 @dataclass(frozen=True)
 class TableGrid:
-    """Of which patches an image's table is: `vlp.weights.reading.load` resizes one by it.
+    """The patch grid of an image table, by which `vlp.weights.reading.load` resizes the table.
 
     Args:
-        size: (h, w) of the module's images.
-        source: of the weights; None = square.
+        size: (h, w) in the module.
+        source: (h, w) in the weights. None means square.
     """
 
     size: tuple[int, int]
     source: tuple[int, int] | None = None
 
     def resize(self, table: Tensor) -> Tensor:
-        """((2h - 1)(2w - 1) + 3, C) for ``size``, as BEiT does: cubic between source distances that are spread geometrically.
+        """Resize a table to ``size`` as BEiT does: by cubic splines between source distances that are spread geometrically.
 
-        Near distances, where biases vary most, keep their place. The class token's three rows stay as they are. A table of no
-        such grid is returned as it is.
+        So short distances, where biases vary most, keep their values. The three rows of the class token do not change. A table
+        whose number of rows does not fit ``source`` is returned unchanged.
+
+        Args:
+            table: ((2h - 1)(2w - 1) + 3, C) in the weights.
         """
         side = (math.isqrt(max(len(table) - 3, 0)) + 1) // 2
         source = self.source or (side, side)
@@ -116,10 +132,12 @@ class TableGrid:
 
 
 def spread(source: int, size: int) -> Tensor:
-    """(2 size - 1, 2 source - 1) float64: what takes values at the distances among ``source`` patches to those among ``size``.
+    """Return the matrix that interpolates values at the distances of ``source`` patches to the distances of ``size`` patches.
 
-    The source's distances are taken for 0, 1, 1 + q, 1 + q + q^2, ..., with the q at which they reach as far as
-    the others.
+    The source distances count as 0, 1, 1 + q, 1 + q + q^2, ..., with the q at which the largest equals that of ``size``.
+
+    Returns:
+        (2 size - 1, 2 source - 1) float64.
     """
     if source in (1, size):
         return torch.eye(2 * source - 1, dtype=torch.float64).expand(2 * size - 1, -1)
@@ -129,11 +147,11 @@ def spread(source: int, size: int) -> Tensor:
         low, high = (low, q) if (1 - q ** (source - 1)) / (1 - q) > size - 1 else (q, high)
     far = (low ** torch.arange(source - 1, dtype=torch.float64)).cumsum(0)
     known = torch.cat([-far.flip(0), torch.zeros(1), far]) / far[-1]
-    asked = (torch.arange(1 - size, size, dtype=torch.float64) / far[-1]).clamp(-1, 1)  # nothing is known beyond
-    return spline_basis(asked, known) @ torch.linalg.inv(spline_basis(known, known))
+    wanted = (torch.arange(1 - size, size, dtype=torch.float64) / far[-1]).clamp(-1, 1)  # no extrapolation
+    return spline_basis(wanted, known) @ torch.linalg.inv(spline_basis(known, known))
 
 
 def spline_basis(x: Tensor, knots: Tensor) -> Tensor:
-    """(m,) places to (m, n) cubic splines on n knots, polynomials beyond the second and second to last ("not a knot")."""
+    """Evaluate the basis of "not-a-knot" cubic splines on (n,) knots at (m,) positions, (m, n)."""
     powers = x[:, None] ** torch.arange(min(4, len(knots)))
     return torch.cat([powers, (x[:, None] - knots[2:-2]).clamp(min=0) ** 3], 1)

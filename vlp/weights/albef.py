@@ -1,16 +1,15 @@
-"""ALBEF's published checkpoints, in and out.
+"""Read and write published ALBEF checkpoints.
 
-The official files (pre-training, retrieval and grounding, VQA, NLVR2, visual entailment) and LAVIS's name things alike. They
-differ in what they hold: which heads, whether ``bert.`` stands before the text encoder (where that has an MLM head), how
-many layers fuse, whether the momentum twin is there (``*_m``; LAVIS drops it on saving) and the queues. All of that shows in
-the names, so nothing has to be said about a file. Ours:
+The official files (pre-training, retrieval and grounding, VQA, NLVR2, visual entailment) and those of LAVIS use the same names.
+They differ in their parts: heads, a prefix ``bert.`` of the text encoder (with an MLM head), number of fusion layers, momentum
+encoder (``*_m``, which LAVIS drops) and queues. The names show all of that. The names here:
 
-  image.model.*  text.model.*  image_projection  text_projection  temperature  itm  mlm   as `vlp.models.albef` has them
-  fusion.layers.N      layers of the text encoder from the first with cross-attention on; in NLVR2's files 12: twins, whose
-                       keys and values of images are the same and in our models are there once, see `as_twins`
-  classifier.0, .2     the two linear layers of NLVR2's and entailment's head
+  image.model.*  text.model.*  image_projection  text_projection  temperature  itm  mlm   as in `vlp.models.albef`
+  fusion.layers.N      layers of the text encoder from the first one with cross-attention on. NLVR2's files have 12, in twins
+                       with equal keys and values of images, which are stored once here, see `as_twins`
+  classifier.0, .2     the two linear layers of the heads for NLVR2 and entailment
   assignment           the head of NLVR2's text assignment
-  decoder.embeddings, .layers.N, .head     VQA's answer decoder, its layers and head named as fusion's and ``mlm``'s
+  decoder.embeddings, .layers.N, .head     VQA's answer decoder, with layers named as in fusion and the head as ``mlm``
 
 K rows of a queue, E embedding.
 """
@@ -41,22 +40,22 @@ TOPS = {
 }
 HEAD = {"transform.dense.": "dense.", "transform.LayerNorm.": "norm.", "bias": "bias"}
 QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
-# repeats of other tensors, and numbers from 0
+# Repetitions of other tensors, and position numbers.
 DERIVED = re.compile(r"(embeddings\.position_ids|cls\.predictions\.decoder\.(weight|bias))$")
 FUSION_LAYER = re.compile(r"fusion\.layers\.(\d+)\.(.+)")
 SHARED = tuple(f"cross_attention.{part}.{leaf}" for part in ("key", "value") for leaf in ("weight", "bias"))
-NO_TWIN = ("itm", "temperature", "assignment")  # what ALBEF keeps no average of
-NO_INDEX = -100  # of rows of idx_queue that were never pushed; ours is -1
+NOT_AVERAGED = ("itm", "temperature", "assignment")  # parts without a copy in ALBEF's momentum encoder
+NO_INDEX = -100  # in idx_queue, for rows that were never pushed; -1 here
 
 
 @dataclass
 class AlbefCheckpoint:
-    """Everything in a file.
+    """The content of a checkpoint file.
 
     Args:
-        student: the model's tensors, by our names.
-        momentum: those of its average; empty where the file has none. ALBEF keeps none of the ITM head and temperature.
-        queue: as `vlp.objectives.queues.Queue.load` takes it, with the columns image and text; None where the file has none.
+        student: Tensors of the model by the names of this module.
+        momentum: Tensors of the momentum encoder, without the ITM head and the temperature. Empty if the file has none.
+        queue: In the format of `vlp.objectives.queues.Queue.load`, with the columns image and text. None if the file has none.
     """
 
     student: dict[str, Tensor]
@@ -65,15 +64,15 @@ class AlbefCheckpoint:
 
     @property
     def teacher(self) -> dict[str, Tensor]:
-        """The whole momentum encoder: what has no average is the student's."""
+        """The whole momentum encoder. Parts without an average are those of the student."""
         return self.student | self.momentum
 
 
 def load_albef(source: str | Path | Mapping[str, Tensor]) -> AlbefCheckpoint:
-    """A checkpoint of ALBEF, official or LAVIS's, by our names; tensors are as they were, temperatures apart, which get shape (1,).
+    """Read an ALBEF checkpoint, official or of LAVIS. Tensors do not change, but temperatures get shape (1,).
 
     Args:
-        source: a file, see `vlp.weights.reading.read_weights`, or what it holds.
+        source: A file, see `vlp.weights.reading.read_weights`, or its tensors.
 
     Raises:
         UserError: if the file cannot be read without running code, or is of another model.
@@ -88,23 +87,23 @@ def load_albef(source: str | Path | Mapping[str, Tensor]) -> AlbefCheckpoint:
     if not fusing or min(fusing) == 0 or not any(key.startswith("visual_encoder.") for key in state):
         some = ", ".join(list(state)[:3])
         raise UserError(
-            f"{name} is no checkpoint of ALBEF: that has a visual_encoder, and a text_encoder whose last layers have "
-            f"crossattention; this one has {some}, ..."
+            f"{name} is not an ALBEF checkpoint, which has a visual_encoder, and a text_encoder whose last layers have "
+            f"crossattention; it has {some}, ..."
         )
     checkpoint = AlbefCheckpoint({}, {}, _queue({key: state.pop(key) for key in QUEUES if key in state}))
     for key, value in state.items():
         top, dot, rest = key.partition(".")
-        twin = top.endswith("_m")
-        side = checkpoint.momentum if twin else checkpoint.student
+        target = checkpoint.momentum if top.endswith("_m") else checkpoint.student
         ours = _ours(top.removesuffix("_m") + dot + rest, min(fusing))
         if ours is None:
-            raise UserError(f"{name} holds {key}, which no checkpoint of ALBEF has; choose another file")
+            raise UserError(f"{name} has {key}, which is unknown in ALBEF checkpoints; choose another file")
         if ours:
-            side[ours] = value.reshape(1) if ours == "temperature" else value
+            target[ours] = value.reshape(1) if ours == "temperature" else value
     for key, value in state.items():
         if key.endswith("decoder.weight") and not torch.equal(value, _tied(state, key)):
             raise UserError(
-                f"{name} predicts words by another matrix than their embeddings ({key}); ALBEF ties the two"
+                f"{name} predicts words by another matrix than their embeddings ({key}), which ALBEF ties; choose "
+                "another file"
             )
     return checkpoint
 
@@ -114,7 +113,7 @@ def _tied(state: Mapping[str, Tensor], key: str) -> Tensor:
 
 
 def _ours(key: str, split: int) -> str | None:
-    """Our name of an official one; empty for what repeats another, None where there is none such."""
+    """Translate an official name. Empty for a repetition of another tensor, None for an unknown name."""
     top, _, rest = key.partition(".")
     if top in TOPS:
         return f"{TOPS[top]}.{rest}" if rest else TOPS[top]
@@ -142,35 +141,40 @@ def _ours(key: str, split: int) -> str | None:
 
 
 def as_twins(student: Mapping[str, Tensor], layers: int, images: int) -> dict[str, Tensor]:
-    """A student for a fusion of ``layers`` that each stand ``images`` times, see `vlp.encoders.fusion.Fusion`.
+    """Return the tensors for a fusion whose layers are repeated for each of several images.
 
-    Layers that are there once are repeated, as the published code starts NLVR2 from pre-trained weights; twins that are
-    there already lose their second copy of keys and values.
+    Single layers are repeated, as the published code does when NLVR2 starts from pre-trained weights. Layers that are twins
+    already lose their second copy of keys and values.
+
+    Args:
+        student: Tensors by the names of this module.
+        layers: Number of fusion layers, repetitions not counted.
+        images: Repetitions of each layer, see `vlp.encoders.fusion.Fusion`.
 
     Raises:
-        UserError: where twins are to share what is not the same.
+        UserError: if the keys or values of twins differ.
     """
     if images == 1:
         return dict(student)
-    once = f"fusion.layers.{layers}.norm.weight" not in student
-    made = {}
+    is_single = f"fusion.layers.{layers}.norm.weight" not in student
+    twins = {}
     for key, value in student.items():
         found = FUSION_LAYER.match(key)
         number, name = (int(found[1]), found[2]) if found else (0, key)
-        if found and once:
+        if found and is_single:
             copies = range(1 if name in SHARED else images)
-            made |= {f"fusion.layers.{number * images + n}.{name}": value for n in copies}
+            twins |= {f"fusion.layers.{number * images + n}.{name}": value for n in copies}
         elif not (found and name in SHARED and number % images):
-            made[key] = value
+            twins[key] = value
         elif not torch.equal(value, student[f"fusion.layers.{number - number % images}.{name}"]):
             raise UserError(
-                f"{key} is not that of its twin; layers that look at several images share their keys and values"
+                f"{key} differs from that of its twin, and twins share the keys and values of images; choose another file"
             )
-    return made
+    return twins
 
 
 def _queue(found: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """(E, K) queues to rows; a full one, since the published queues start full of random vectors."""
+    """Transpose the (E, K) queues to rows. They count as full, since published queues start with random vectors."""
     if not found:
         return None
     size = found["image_queue"].shape[1]
@@ -184,24 +188,25 @@ def _queue(found: dict[str, Tensor]) -> dict[str, Tensor] | None:
 
 
 def export_albef(checkpoint: AlbefCheckpoint) -> dict[str, Tensor]:
-    """The inverse of `load_albef`: official names, for the official code. LAVIS takes them too.
+    """Return a checkpoint by official names, for the official code and LAVIS. The inverse of `load_albef`.
 
-    Twins get their copies of keys and values. Of the momentum encoder only what ALBEF keeps an average of is written. The queue's indices of images have a place in
-    the layout of retrieval alone, which has no MLM head.
+    Twins get their copies of keys and values. Parts that ALBEF's momentum encoder lacks are not written. The image ids of the
+    queue are written only without an MLM head, since only the layout of retrieval has them.
 
     Raises:
-        UserError: if the queue is not full yet, which the official code could not tell.
+        UserError: if the queue is not full yet: the official code cannot represent that.
+        ValueError: if a part has no place in ALBEF's layout.
     """
     split = 1 + max(int(found[1]) for key in checkpoint.student if (found := re.match(r"text\..*layer\.(\d+)\.", key)))
     official = _official(checkpoint.student, split, "")
-    twin = {key: value for key, value in checkpoint.momentum.items() if not key.startswith(NO_TWIN)}
-    official |= _official(twin, split, "_m")
+    momentum = {key: value for key, value in checkpoint.momentum.items() if not key.startswith(NOT_AVERAGED)}
+    official |= _official(momentum, split, "_m")
     if checkpoint.queue is not None:
         pointer, filled = checkpoint.queue["counters"].tolist()
         index = checkpoint.queue["index"]
         if filled < len(index):
             raise UserError(
-                f"the queue holds {filled} of {len(index)} rows; train until it is full, or export without it"
+                f"the queue has {filled} of {len(index)} rows; train until it is full, or export without it"
             )
         official |= {f"{n}_queue": checkpoint.queue[f"column.{n}"].T.contiguous() for n in ("image", "text")}
         official["queue_ptr"] = torch.tensor([pointer])
@@ -210,9 +215,9 @@ def export_albef(checkpoint: AlbefCheckpoint) -> dict[str, Tensor]:
     return official
 
 
-def _official(state: Mapping[str, Tensor], split: int, twin: str) -> dict[str, Tensor]:
-    tops = {ours: f"{theirs}{twin}" for theirs, ours in TOPS.items()}
-    encoder, decoder = f"text_encoder{twin}.", f"text_decoder{twin}.bert."
+def _official(state: Mapping[str, Tensor], split: int, suffix: str) -> dict[str, Tensor]:
+    tops = {ours: f"{theirs}{suffix}" for theirs, ours in TOPS.items()}
+    encoder, decoder = f"text_encoder{suffix}.", f"text_decoder{suffix}.bert."
     if "mlm.bias" in state:
         encoder += "bert."
     official = {}
@@ -235,23 +240,23 @@ def _official(state: Mapping[str, Tensor], split: int, twin: str) -> dict[str, T
 
 
 def _with_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With keys and values of images in every layer: where one has none, those of the layer before it."""
-    made = dict(state)
+    """Return the tensors with keys and values of images in every layer. A twin gets those of the layer before it."""
+    copied = dict(state)
     layers = {int(found[1]) for key in state if (found := FUSION_LAYER.match(key))}
     for number, name in product(sorted(layers), SHARED):
-        before = made.get(f"fusion.layers.{number - 1}.{name}")
+        before = copied.get(f"fusion.layers.{number - 1}.{name}")
         if before is not None:
-            made.setdefault(f"fusion.layers.{number}.{name}", before)
-    return made
+            copied.setdefault(f"fusion.layers.{number}.{name}", before)
+    return copied
 
 
 def _theirs(names: Mapping[str, str], ours: str) -> str:
-    """The official name that begins like one of ``names``."""
+    """Translate a name by the one of ``names`` that it begins with."""
     return next(theirs + ours.removeprefix(own) for theirs, own in names.items() if ours.startswith(own))
 
 
 def _derived(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the official files hold twice: the vocabulary's matrix and bias; and the numbers of the positions."""
+    """Return the redundant tensors of official files: the vocabulary's matrix and bias, and the position numbers."""
     derived = {}
     for key, value in official.items():
         if found := re.match(r"(text_\w+\.(?:bert\.)?embeddings\.)position_embeddings\.weight$", key):

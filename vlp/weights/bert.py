@@ -1,6 +1,5 @@
-"""Parameter names of a BERT layer with cross-attention, in transformers and here."""
+"""Parameter names of a BERT layer with cross-attention: transformers' and those of `vlp.encoders.fusion_layer`."""
 
-# BERT's names of the parts of a layer, and ours
 BERT_LAYER = {
     **{f"attention.self.{name}": f"self_attention.{name}" for name in ("query", "key", "value")},
     "attention.output.dense": "self_attention.out",

@@ -1,4 +1,4 @@
-"""Find, verify and read the checkpoints of a run; see `vlp.training.checkpoint` for the format."""
+"""Find, verify and read the checkpoints of a run. `vlp.training.checkpoint` describes the format."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Tensors = dict[str, Tensor]
 
 
 def all_steps(folder: Path) -> list[Path]:
-    """Checkpoint folders, the newest first."""
+    """Return the checkpoint folders, newest first."""
     return sorted((p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)), reverse=True)
 
 
 def best(folder: Path) -> dict | None:
-    """{"step", "metric", "value"} of the best checkpoint, or None."""
+    """Return {"step", "metric", "value"} of the best checkpoint, or None if none is marked."""
     try:
         return json.loads((folder / "best.json").read_text())
     except (OSError, ValueError):
@@ -30,12 +30,13 @@ def best(folder: Path) -> dict | None:
 
 
 def best_path(folder: Path) -> Path | None:
+    """Return the folder of the best checkpoint, or None if none is marked."""
     found = best(folder)
     return folder / f"step-{found['step']:08d}" if found else None
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Return a description of the damage to a checkpoint, or None if it is intact."""
     try:
         hashes = json.loads((checkpoint / "manifest.json").read_text())["sha256"]
         for name in sorted({"state.json", *(path.name for path in checkpoint.glob("*.safetensors"))} - hashes.keys()):
@@ -51,44 +52,63 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest undamaged checkpoint, with a warning for each damaged one passed over; None if there never was one.
+    """Return the newest undamaged checkpoint, with a warning for each damaged one that is newer.
+
+    Returns:
+        Its folder, or None if there is no checkpoint.
 
     Raises:
         UserError: if there are checkpoints and all are damaged.
     """
-    passed = []
+    skipped = []
     for path in all_steps(folder):
-        wrong = damage(path)
-        if wrong is None:
-            for damaged in passed:
+        problem = damage(path)
+        if problem is None:
+            for damaged in skipped:
                 warnings.warn(f"damaged checkpoint in {folder}: {damaged}; taking {path.name} instead", stacklevel=2)
             return path
-        passed.append(f"{path.name}: {wrong}")
-    if passed:
-        raise UserError(f"every checkpoint in {folder} is damaged ({'; '.join(passed)}); remove them to start anew")
+        skipped.append(f"{path.name}: {problem}")
+    if skipped:
+        raise UserError(f"every checkpoint in {folder} is damaged ({'; '.join(skipped)}); remove them to start again")
     return None
 
 
 def read(checkpoint: Path, name: str) -> Tensors:
-    """Raises UserError where the checkpoint has no such file: it is of an experiment that keeps other things."""
+    """Return the tensors of one file of a checkpoint.
+
+    Raises:
+        UserError: if the checkpoint has no such file, since it is of an experiment with another state.
+    """
     if not (checkpoint / f"{name}.safetensors").is_file():
-        raise UserError(f"{checkpoint} has no {name}.safetensors: it is of another experiment; put its own back")
+        raise UserError(
+            f"{checkpoint} has no {name}.safetensors, so it is of another experiment; restore the right one"
+        )
     return load_file(checkpoint / f"{name}.safetensors")
 
 
 def read_state(checkpoint: Path) -> dict:
+    """Return the counters of a checkpoint."""
     return json.loads((checkpoint / "state.json").read_text())
 
 
 def load_model(model: nn.Module, tensors: Tensors, source: Path) -> None:
-    """Raises UserError where the tensors are those of another model."""
+    """Load all tensors of a model.
+
+    Args:
+        model: The model.
+        tensors: Its tensors by name.
+        source: Where they come from, for messages.
+
+    Raises:
+        UserError: if the tensors are those of another model.
+    """
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     other = [k for k in sorted(own.keys() & tensors.keys()) if own[k].shape != tensors[k].shape]
-    for what, keys in (("lacks", missing), ("has unknown", unexpected), ("has another shape of", other)):
+    for problem, keys in (("lacks", missing), ("has unknown", unexpected), ("has another shape of", other)):
         if keys:
             raise UserError(
-                f"{source} is of another model: it {what} {len(keys)} tensors, e.g. {keys[0]}; "
-                f"use the experiment.json beside it"
+                f"{source} is of another model: it {problem} {len(keys)} tensors, e.g. {keys[0]}; "
+                f"use the experiment.json of its run folder"
             )
     model.load_state_dict(tensors)

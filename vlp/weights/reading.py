@@ -1,4 +1,4 @@
-"""Weights in: where a path points, what a file holds, and a strict account of what went into a module."""
+"""Read weights files without running code, and load them into a module with an account of every tensor."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from vlp.files import resolve
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors in a weights file, on the CPU; nothing in it is ever executed.
+    """Return the tensors of a weights file, on the CPU. Nothing in the file is executed.
 
-    Takes safetensors, and torch files that load with ``weights_only=True``. A dictionary under ``state_dict`` or
-    ``model`` is unwrapped, and the ``module.`` that DistributedDataParallel puts before each name is removed.
+    Reads safetensors, and torch files that load with ``weights_only=True``. A dictionary under ``state_dict`` or ``model`` is
+    unwrapped, and the prefix ``module.`` of DistributedDataParallel is removed.
+
+    Args:
+        path: A file, or ``pip:PACKAGE/sub/path``.
 
     Raises:
-        UserError: if the file is missing, damaged, would have to be unpickled, or holds anything but tensors.
+        UserError: if the file is missing, damaged, would have to be unpickled, or contains anything but tensors.
     """
     path = resolve(str(path))
     if path.is_dir():
-        raise UserError(f"{path} is a folder and no run: it has no experiment.json; train it first, or name a file")
+        raise UserError(f"{path} is a folder without experiment.json, so not a run; train it first, or name a file")
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
@@ -46,51 +49,59 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file; fetch it again ({error})") from error
+        raise UserError(f"{path} is damaged or not a safetensors file; fetch it again ({error})") from error
 
 
 def _read_torch(path: Path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises half a dozen types here; which of the two cases it is, only the text tells
+    except Exception as error:  # torch raises half a dozen types here, and only the message tells the cases apart
         refused = isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error)
         if refused or "TorchScript" in str(error):
             raise UserError(
-                f"{path} holds more than tensors and would run code on loading; if you trust it, convert it once: "
+                f"{path} contains more than tensors and would run code on loading; if you trust it, convert it once: "
                 "safetensors.torch.save_file(torch.load(..., weights_only=False), 'x.safetensors')"
             ) from error
-        raise UserError(f"{path} is damaged or no weights file; fetch it again") from error
+        raise UserError(f"{path} is damaged or not a weights file; fetch it again") from error
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of every key of a module and of the weights that were read for it."""
+    """An account of every tensor of a module and of the weights that were loaded into it, by name.
+
+    Args:
+        loaded: Taken from the weights.
+        resized: Those of ``loaded`` that were resized.
+        copied: Those of ``loaded`` that come from the weights of another part.
+        new: Missing in the weights, and declared to start at random.
+        unexpected: Missing in the module, and declared to be ignored.
+        replaced: In the weights, and declared to be new or copied all the same.
+    """
 
     loaded: tuple[str, ...] = ()
-    resized: tuple[str, ...] = ()  # also counted in loaded
-    copied: tuple[str, ...] = ()  # likewise, from the weights of another part
-    new: tuple[str, ...] = ()  # in the module only: start fresh, as declared
-    unexpected: tuple[str, ...] = ()  # in the weights only: left out, as declared
-    replaced: tuple[str, ...] = ()  # in both, and yet new or copied, as declared
+    resized: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        counted = {"resized": self.resized, "copied": self.copied, "replaced": self.replaced}
+        counted |= {"new": self.new, "unexpected": self.unexpected}
         parts = [f"{len(self.loaded)} loaded"]
-        for word in ("resized", "copied", "replaced", "new", "unexpected"):
-            names = getattr(self, word)
+        for word, names in counted.items():
             if names or word not in ("copied", "replaced"):
                 parts.append(f"{len(names)} {word}" + (f" ({_first(names)})" if names else ""))
         return ", ".join(parts)
 
 
 class Grid(NamedTuple):
-    """Where the positions of an absolute position embedding lie.
+    """The patch grid of an absolute position embedding.
 
     Args:
-        size: (rows, columns) of the module's grid of patches.
-        prefix: tokens in front of the grid that have a position of their own (class token, registers).
-        source: (rows, columns) in the weights; None = square.
+        size: (rows, columns) in the module.
+        prefix: Tokens in front of the grid that have a position, too (class token, registers).
+        source: (rows, columns) in the weights. None means square.
     """
 
     size: tuple[int, int]
@@ -98,7 +109,7 @@ class Grid(NamedTuple):
     source: tuple[int, int] | None = None
 
     def resize(self, embedding: Tensor) -> Tensor:
-        """(N, D) or (1, N, D) resampled to ``size``; returned as it is where its positions are no such grid."""
+        """Resample (N, D) or (1, N, D) positions to ``size``. Unchanged if N does not fit ``source``."""
         from timm.layers import resample_abs_pos_embed
 
         positions = embedding.shape[-2] - self.prefix
@@ -112,7 +123,7 @@ class Grid(NamedTuple):
 
 
 class Resizable(Protocol):
-    """What positions a tensor of the module holds, and so how those of the weights become as many."""
+    """The layout of a tensor of positions, which knows how to resize that of the weights to fit the module."""
 
     def resize(self, positions: Tensor) -> Tensor: ...
 
@@ -125,15 +136,20 @@ def load(
     ignored: Collection[str] = (),
     grids: Mapping[str, Resizable] | None = None,
 ) -> LoadReport:
-    """Copy ``state`` into ``module`` in place; every key on either side is loaded or declared, or this raises.
+    """Copy ``state`` into ``module`` in place. Every name on either side must be loaded or declared.
 
     Args:
-        new: dotted prefixes that the weights need not have: parameters that start fresh on purpose.
-        ignored: dotted prefixes in the weights that the module need not have: heads, buffers of other versions.
-        grids: positions by name, resized where their number differs: `Grid` does so with embeddings.
+        module: The module.
+        state: Tensors by name.
+        new: Dotted prefixes that the weights may lack: parameters that start at random on purpose.
+        ignored: Dotted prefixes that the module may lack: heads, buffers of other versions.
+        grids: Positions by name, which are resized if their number differs.
+
+    Returns:
+        The account of all names.
 
     Raises:
-        UserError: naming the first keys that nothing explains, or a key with both its shapes; ``module`` is untouched.
+        UserError: naming the first undeclared names, or a tensor with both its shapes. ``module`` is then unchanged.
     """
     own, grids = module.state_dict(), grids or {}
     missing = [key for key in own if key not in state]
@@ -141,7 +157,7 @@ def load(
     if unexplained := [key for key in missing if not _under(key, new)]:
         raise UserError(f"the weights lack {_first(unexplained)}; they are of another model, choose one that fits")
     if unexplained := [key for key in unexpected if not _under(key, ignored)]:
-        raise UserError(f"the weights hold {_first(unexplained)}, which the model has not; choose a model that fits")
+        raise UserError(f"the weights have {_first(unexplained)}, which the model lacks; choose a model that fits")
     fitting, resized = {}, []
     for key in own.keys() & state.keys():
         fitting[key] = state[key]
@@ -165,14 +181,14 @@ def _first(names: Collection[str], count: int = 4) -> str:
 
 
 def from_efficientnet_pytorch(state: Mapping[str, Tensor], stages: Iterable[int]) -> dict[str, Tensor]:
-    """Rename the keys of the ``efficientnet_pytorch`` layout (``_conv_stem``, ``_blocks.N``) to timm's.
+    """Rename the tensors of the ``efficientnet_pytorch`` layout (``_conv_stem``, ``_blocks.N``) to timm's names.
 
-    That layout counts blocks through all stages. In a block that does not expand, timm numbers the norms from 1 and has
-    ``conv_pw`` for the projection, which is ``conv_pwl`` elsewhere. Shapes are for `load` to check.
+    That layout counts blocks through all stages. In a block without expansion, timm calls the projection ``conv_pw``, which
+    is ``conv_pwl`` elsewhere, and numbers the norms accordingly. `load` checks the shapes.
 
     Args:
-        state: weights in the ``efficientnet_pytorch`` layout.
-        stages: the number of blocks in each stage, e.g. ``[len(stage) for stage in model.blocks]``.
+        state: Weights in the ``efficientnet_pytorch`` layout.
+        stages: Number of blocks in each stage, e.g. ``[len(stage) for stage in model.blocks]``.
     """
     layers = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
     squeeze = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}

@@ -1,15 +1,15 @@
-"""VLMo's published checkpoints, in and out, and BEiT's image weights in.
+"""Read and write published VLMo checkpoints, and read the image weights of BEiT.
 
-The official files (stages 2 and 3 of base, base_plus and large; fine-tuned on VQA, NLVR2 and retrieval) name things alike, and
-differ in what they hold. Ours are those of `vlp.models.vlmo`. What differs in more than the name:
+The official files (stages 2 and 3 of base, base_plus and large; fine-tuned on VQA, NLVR2 and retrieval) use the same names and
+differ in their parts. The names here are those of `vlp.models.vlmo`. Differences besides the names:
 
-  relative_position_bias_table   one table: rows of images, 2 rows across modalities, 392 rows of texts; a column for each head
-                                 of each layer. Ours are three: encoder.positions.image, .cross and .text.
+  relative_position_bias_table   one table: rows of images, 2 rows across modalities, 392 rows of texts, with a column for each
+                                 head of each layer. Here three tables: encoder.positions.image, .cross and .text.
   token_type_embeddings          row 0 is encoder.text.kind, the others are encoder.image.kind.
-  text_embeddings.position_embeddings   is in every file, but unused where positions are relative: kept as `unused`.
+  text_embeddings.position_embeddings   is in every file, but not used with relative positions. It is kept as `unused`.
 
-BEiT v1's files hold an image encoder: attention, image experts, and a table that all layers share or one for each. BEiT-3's do
-not fit: its attention has weights for each modality too, and norms that VLMo lacks.
+Files of BEiT v1 contain an image encoder: attention, image experts, and a table for all layers or one for each. Files of BEiT-3
+do not fit: its attention has separate weights per modality, and norms that VLMo lacks.
 
 D width, h x w patches, M positions of texts, C = layers * heads.
 """
@@ -29,7 +29,7 @@ from vlp.errors import UserError
 from vlp.weights.reading import read_weights
 from vlp.weights.run import is_run, read_run
 
-TEXT_POSITIONS = 196  # M of every published table, whatever the texts of a stage were cut to
+TEXT_POSITIONS = 196  # M of every published table, also where a stage truncates texts to fewer tokens
 NAMES = {
     "transformer.patch_embed.proj.": "encoder.image.patches.",
     "transformer.cls_token": "encoder.image.cls_token",
@@ -74,18 +74,18 @@ TABLE, KINDS, DEAD = (
     "token_type_embeddings.weight",
     "text_embeddings.position_embeddings.weight",
 )
-DERIVED = re.compile(r"(.*relative_position_index|text_embeddings\.position_ids)$")  # numbers from 0
-# dimensions of size 1 that they have in front and we have not; a scale has one here, since engines refuse 0-dim ones
+DERIVED = re.compile(r"(.*relative_position_index|text_embeddings\.position_ids)$")  # position numbers
+# Leading dimensions of size 1 in the official files but not here. A scale has one here, since engines refuse 0-dim parameters.
 SINGLE = {"encoder.image.cls_token": 2, "encoder.image.positions": 1, "itc.logit_scale": -1, "vl.logit_scale": -1}
 
 
 @dataclass
 class VlmoCheckpoint:
-    """Everything in a file.
+    """The content of a checkpoint file.
 
     Args:
-        student: the model's tensors, by our names.
-        unused: what the official files hold besides, by their names: positions that relative ones stand in for, and indices.
+        student: Tensors of the model by the names of this module.
+        unused: Further tensors by their official names: absolute positions next to relative ones, and index tables.
     """
 
     student: dict[str, Tensor]
@@ -93,10 +93,10 @@ class VlmoCheckpoint:
 
 
 def load_vlmo(source: str | Path | Mapping[str, Tensor]) -> VlmoCheckpoint:
-    """A checkpoint of VLMo or of BEiT, official, or the newest of a run of ours, by our names; only shapes of single rows change.
+    """Read a checkpoint of VLMo or BEiT, or the newest one of a run.
 
     Args:
-        source: a file, see `vlp.weights.reading.read_weights`, the folder of a run, or what a file holds.
+        source: A file, see `vlp.weights.reading.read_weights`, a run folder, or the tensors of a file.
 
     Raises:
         UserError: if the file cannot be read without running code, or is of another model.
@@ -108,14 +108,14 @@ def load_vlmo(source: str | Path | Mapping[str, Tensor]) -> VlmoCheckpoint:
     )
     if any(key.startswith("beit3.") for key in state):
         raise UserError(
-            f"{name} is BEiT-3's, whose attention has weights for each modality; VLMo shares them: use BEiT v1's"
+            f"{name} is of BEiT-3, whose attention has separate weights per modality; VLMo shares them: use BEiT v1"
         )
     if "blocks.0.attn.q_bias" in state:
         state = _from_beit(state)
     if "transformer.blocks.0.attn.qkv.weight" not in state:
         some = ", ".join(list(state)[:3])
         raise UserError(
-            f"{name} is no checkpoint of VLMo or BEiT: those have blocks with attn.qkv; this one has {some}, ..."
+            f"{name} is not a checkpoint of VLMo or BEiT, which have blocks with attn.qkv; it has {some}, ..."
         )
     checkpoint = VlmoCheckpoint({})
     if TABLE in state:
@@ -130,7 +130,7 @@ def load_vlmo(source: str | Path | Mapping[str, Tensor]) -> VlmoCheckpoint:
             continue
         ours = _ours(key)
         if ours is None:
-            raise UserError(f"{name} holds {key}, which no checkpoint of VLMo has; choose another file")
+            raise UserError(f"{name} has {key}, which is unknown in VLMo checkpoints; choose another file")
         checkpoint.student[ours] = _without(value, SINGLE.get(ours, 0))
     return checkpoint
 
@@ -141,24 +141,26 @@ def _ours(key: str) -> str | None:
             (ours + found[2].removeprefix(old) for old, ours in BLOCK.items() if found[2].startswith(old)), None
         )
         return rest and f"encoder.layers.{found[1]}.{rest}"
-    # heads of BEiT's own have our name already
+    # `_from_beit` has renamed the heads of BEiT already
     known = {**NAMES, "mim.": "mim."}
     return next((ours + key.removeprefix(old) for old, ours in known.items() if key.startswith(old)), None)
 
 
 def _split(table: Tensor, name: str) -> dict[str, Tensor]:
-    """The official table of images, both ways across, and texts; or of images alone."""
+    """Split the official table of positions into those of images, across, and of texts; or of images only."""
     for text in (2 + 2 * TEXT_POSITIONS, 0):
         rows = len(table) - text
         if rows > 3 and math.isqrt(rows - 3) ** 2 == rows - 3 and math.isqrt(rows - 3) % 2:
             image, cross, rest = table.split([rows, min(text, 2), max(text - 2, 0)])
             parts = {"image": image, "cross": cross, "text": rest}
             return {f"encoder.positions.{part}": each for part, each in parts.items() if len(each)}
-    raise UserError(f"{name} has a table of {len(table)} relative positions, which is of no square image")
+    raise UserError(
+        f"{name} has a table of {len(table)} relative positions, which fits no square image; choose another file"
+    )
 
 
 def _from_beit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """BEiT's names to VLMo's. Where it was fine-tuned, the norm is that of the pooled patches, and the classifier is left out."""
+    """Translate BEiT's names to VLMo's. Of fine-tuned files, the norm is that of the pooled patches, without classifier."""
     layers = 1 + max(int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key)))
     heads = {"head.weight", "head.bias"}
     beit, tables = {}, {}
@@ -178,16 +180,16 @@ def _from_beit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if tables:
         beit[TABLE] = torch.cat([tables[layer] for layer in range(layers)], 1)
     width = state["blocks.0.attn.q_bias"].shape[0]
-    beit[KINDS] = torch.zeros(2, width)  # BEiT tells no kinds apart
+    beit[KINDS] = torch.zeros(2, width)  # BEiT has no token types
     return beit
 
 
 def export_vlmo(checkpoint: VlmoCheckpoint) -> dict[str, Tensor]:
-    """The inverse of `load_vlmo` on VLMo's own files: official names, for the official code.
+    """Return a checkpoint by official names, for the official code. The inverse of `load_vlmo` for files of VLMo.
 
     Raises:
-        ValueError: for what VLMo has no place for, such as the head for masked patches, positions of a rectangle, or of another
-            number of tokens than 196; and for a part of a model.
+        ValueError: if a part has no place in VLMo's layout, such as the head for masked patches, positions of a rectangle, or
+            another number of text positions than 196; or if positions are missing.
     """
     student, official = dict(checkpoint.student), dict(checkpoint.unused)
     tables = [student.pop(f"encoder.positions.{part}", None) for part in ("image", "cross", "text")]
@@ -198,7 +200,7 @@ def export_vlmo(checkpoint: VlmoCheckpoint) -> dict[str, Tensor]:
     if all(kind is not None for kind in kinds):
         official[KINDS] = torch.cat([kinds[0][None], kinds[1]])
     theirs = {ours: old for old, ours in NAMES.items()}
-    if "classifier.0.weight" in student:  # of one pooled state or of two
+    if "classifier.0.weight" in student:  # VQA's reads one pooled state, NLVR2's two
         theirs["classifier."] = "vqa_classifier." if _single(student) else "nlvr2_classifier."
     blocks = {ours: old for old, ours in BLOCK.items()}
     for key, value in student.items():
@@ -214,11 +216,9 @@ def export_vlmo(checkpoint: VlmoCheckpoint) -> dict[str, Tensor]:
 
 
 def _check_tables(image: Tensor | None, cross: Tensor | None, text: Tensor | None) -> None:
-    """Their one table is read by the number of its rows: (2 s - 1)^2 + 3 of images, 2 between, 2 * 196 of texts."""
+    """Check that the table can be split again by its number of rows: (2 s - 1)^2 + 3 of images, 2 across, 392 of texts."""
     if image is None or cross is None or text is None:
-        raise ValueError(
-            "VLMo's files hold the positions of images, of texts, and between them, and this model lacks some"
-        )
+        raise ValueError("VLMo's files have the positions of images, of texts, and across; this model lacks some")
     if len(text) != 2 * TEXT_POSITIONS or (math.isqrt(len(image) - 3) ** 2 != len(image) - 3 or len(cross) != 2):
         raise ValueError(
             f"VLMo's files have positions for square images and {TEXT_POSITIONS} tokens, not {len(image)} and {len(text)} distances"
@@ -226,7 +226,7 @@ def _check_tables(image: Tensor | None, cross: Tensor | None, text: Tensor | Non
 
 
 def _without(value: Tensor, single: int) -> Tensor:
-    """Without so many dimensions in front, or with so many more where it is below 0."""
+    """Remove ``single`` leading dimensions of size 1. A negative number adds them."""
     return value.reshape(value.shape[single:]) if single > 0 else value.reshape((1,) * -single + value.shape)
 
 
