@@ -1,4 +1,4 @@
-"""What `tests.processes` imports before it forks."""
+"""Modules that `tests.processes` imports before it forks."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""`vlp eval` and `vlp report` on a finished run, as a user types them."""
+"""`vlp eval` and `vlp report` on a finished run."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def inputs(world, tmp_path_factory) -> dict[str, str]:
     }
 
 
-# what any dual encoder can do; the others are in tests/tasks
+# tasks of any dual encoder; tests/tasks has the others
 DUAL = ("retrieval", "zero-shot", "knn", "probe", "sts")
 
 

@@ -1,4 +1,4 @@
-"""Experiments: overrides, the round trip through JSON, what may change on resume."""
+"""Experiments: overrides, the round trip through JSON, and the fields that may change on resume."""
 
 import json
 import runpy
@@ -66,12 +66,12 @@ def value_at(experiment, key: str):
         ("model.temperature=0.07", 0.07),
     ],
 )
-def test_override_is_read_as_the_type_that_belongs_there(toy, assignment, expected):
+def test_override_is_parsed_as_the_type_of_the_field(toy, assignment, expected):
     changed = override(toy, [assignment])
     key = assignment.partition("=")[0]
     found = value_at(changed, key)
     assert found == expected and type(found) is type(expected)
-    # and nothing else changed
+    # no other key has changed
     assert [
         k for k in changed_all(toy, changed) if not (k == key or k.startswith(key + ".") or key.startswith(k))
     ] == []
@@ -84,7 +84,7 @@ def changed_all(old: Experiment, new: Experiment) -> list[str]:
     return [k for k in {**a, **b} if a.get(k) != b.get(k)]
 
 
-def test_overrides_apply_in_turn_and_leave_the_original(toy):
+def test_overrides_apply_in_order_and_return_a_new_experiment(toy):
     before = dump(toy)
     assert override(toy, ["seed=1", "seed=2"]).seed == 2
     assert dump(toy) == before
@@ -131,7 +131,7 @@ def test_wrong_type_is_found_at_any_depth(toy):
         check_types(replace(toy, optim=replace(toy.optim, betas=(0.9,))))
 
 
-def test_json_holds_everything(toy, tmp_path):
+def test_json_contains_the_whole_experiment(toy, tmp_path):
     path = tmp_path / "experiment.json"
     path.write_text(dump(toy))
     assert load_json(path) == toy == load_config(str(path))
@@ -169,7 +169,7 @@ def test_json_can_name_types_of_vlp_only(plain, message):
         from_plain(plain)
 
 
-def test_value_that_json_cannot_hold_is_refused(toy):
+def test_value_outside_json_is_refused(toy):
     with pytest.raises(UserError, match="cannot be stored as JSON"):
         validate(replace(toy, evaluate={"retrieval": object()}))
 
@@ -180,7 +180,7 @@ def test_changed_keys_are_dotted_and_complete(toy):
     assert "optim.type" in keys and "optim.adapt_undecayed" in keys
 
 
-def test_what_may_change_on_resume(toy):
+def test_fields_that_may_change_on_resume(toy):
     free = ["name=x", "output=y", "data.workers=7", "train.processes=2", "train.engine=ddp", "train.threads=3"]
     free += ["save.every=1", "save.keep=9", "save.best=none", "log.sample_keys=false", "log.geometry_every=0"]
     assert changed_keys(toy, override(toy, free)) == []
@@ -188,6 +188,6 @@ def test_what_may_change_on_resume(toy):
     assert all(any(n == key or n.startswith(key + ".") for n in named) for key in FREE_ON_RESUME)
 
 
-def test_key_that_json_would_turn_into_text_is_refused(toy):
+def test_number_as_a_dict_key_is_refused_because_json_makes_it_a_text(toy):
     with pytest.raises(UserError, match="it takes a dict of texts to anything"):
         check_types(replace(toy, objectives={1: toy.objectives["itc"]}))

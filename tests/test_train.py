@@ -1,4 +1,4 @@
-"""The loop: what a step changes, what it logs, and what it does with a loss that is not finite."""
+"""The training loop: the changes and the log of a step, and its handling of losses that are not finite."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def output(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(world, output) -> Path:
-    """12 steps in one process, with an average, every checkpoint kept."""
+    """A run of 12 steps in one process, with an average and every checkpoint."""
     train(*toy_overrides(world, output), *ALL_CHECKPOINTS, "train.ema_decay=0.8", "log.tensorboard=true", "name=plain")
     return output / "plain"
 
@@ -36,7 +36,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_every_step_is_logged_with_what_one_wants_to_know(plain):
+def test_log_has_every_number_of_every_step(plain):
     lines = records(plain)
     assert len(lines) == 12
     for line in lines:
@@ -52,12 +52,12 @@ def test_every_step_is_logged_with_what_one_wants_to_know(plain):
     assert start["processes"] == 1 and start["engine"] == "single" and start["step"] == 0
 
 
-def test_logged_temperature_is_the_models(plain):
+def test_logged_temperature_is_that_of_the_model(plain):
     for line in records(plain):
         assert line["temperature"] == pytest.approx(tensors(plain, "model", line["step"])["temperature"].item())
 
 
-def test_average_is_the_recurrence_over_the_weights_after_every_step(plain):
+def test_average_equals_the_recurrence_over_the_weights_after_every_step(plain):
     expected = None
     for step in range(1, 13):
         weights = {k: v.double() for k, v in tensors(plain, "model", step).items()}
@@ -69,7 +69,7 @@ def test_average_is_the_recurrence_over_the_weights_after_every_step(plain):
         expected = {k: v.double() for k, v in average.items()}
 
 
-def test_averaged_weights_are_what_is_evaluated(plain):
+def test_averaged_weights_are_evaluated(plain):
     from vlp.files import file_hash
 
     result = json.loads((plain / "eval" / "retrieval.json").read_text())
@@ -77,7 +77,7 @@ def test_averaged_weights_are_what_is_evaluated(plain):
     assert result["step"] == 12 and result["n"] == {"images": 50, "captions": 100} and result["protocol"]
 
 
-def test_frozen_part_stays_and_the_rest_moves(world, output):
+def test_only_trainable_parameters_change(world, output):
     arguments = (
         *toy_overrides(world, output),
         *ALL_CHECKPOINTS,
@@ -93,40 +93,40 @@ def test_frozen_part_stays_and_the_rest_moves(world, output):
     assert not any("/text." in name for name in optimizer) and any("/image." in name for name in optimizer)
 
 
-def test_recomputed_activations_change_nothing(world, output, plain):
+def test_activation_checkpointing_does_not_change_the_losses(world, output, plain):
     train(*toy_overrides(world, output), "train.activation_checkpointing=full", "name=recomputed")
     assert losses(output / "recomputed") == pytest.approx(losses(plain), abs=1e-6)
 
 
-def test_average_changes_no_weight(world, output, plain):
+def test_average_does_not_change_the_weights(world, output, plain):
     train(*toy_overrides(world, output), "name=no-average")
     assert losses(output / "no-average") == losses(plain)
     assert same(tensors(output / "no-average", "model"), tensors(plain, "model"))
 
 
-def test_seed_decides_everything(world, output, plain):
+def test_run_is_a_function_of_its_seed(world, output, plain):
     for name, seed in (("seed-1", 1), ("seed-1-again", 1)):
         train(*toy_overrides(world, output), f"seed={seed}", f"name={name}", "train.steps=3")
     assert losses(output / "seed-1") == losses(output / "seed-1-again") != losses(plain)[:3]
     assert samples(output / "seed-1") == samples(output / "seed-1-again") != samples(plain)[:3]
 
 
-def bad_steps(folder: Path, key: str) -> list[int]:
+def steps_with(folder: Path, key: str) -> list[int]:
     return [n for n, batch in enumerate(samples(folder), 1) if key in batch]
 
 
 @pytest.mark.parametrize("engine", ["single", "ddp", pytest.param("zero2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", ["nan", "gradient"])
-def test_step_that_is_not_finite_stops_all_and_names_its_samples(world, output, plain, engine, fault):
-    key = samples(plain)[6][5]  # in step 7, and with two processes in the second
-    before = bad_steps(plain, key)[0]
+def test_nonfinite_step_stops_all_processes_and_names_its_samples(world, output, plain, engine, fault):
+    key = samples(plain)[6][5]  # a sample of step 7, which the second of two processes reads
+    before = steps_with(plain, key)[0]
     folder = output / f"stop-{engine}-{fault}"
     arguments = [*toy_overrides(world, output), f"objectives.{fault}.key={key}", f"name={folder.name}", "save.every=2"]
     done = run("train", FAULTY, *arguments, **ENGINES[engine])
     assert done.codes == [2] * len(done.codes), done.errors
     for error in done.errors:
-        (said,) = [line for line in error.splitlines() if line.startswith("vlp: ")]
-        assert said.startswith(f"vlp: step {before}: ") and "not finite" in said and "Traceback" not in error
+        (message,) = [line for line in error.splitlines() if line.startswith("vlp: ")]
+        assert message.startswith(f"vlp: step {before}: ") and "not finite" in message and "Traceback" not in error
     (report,) = map(json.loads, (folder / "nonfinite.jsonl").read_text().splitlines())
     assert report["step"] == before and sorted(report["samples"]) == sorted(samples(plain)[before - 1])
     newest = all_steps(folder / "checkpoints")[0]
@@ -137,11 +137,11 @@ def test_step_that_is_not_finite_stops_all_and_names_its_samples(world, output, 
 
 @pytest.mark.parametrize("engine", ["single", "ddp", pytest.param("zero2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", ["nan", "gradient"])
-def test_skipped_step_is_counted_and_changes_no_weight(world, output, plain, engine, fault):
+def test_skipped_step_is_counted_and_does_not_change_the_weights(world, output, plain, engine, fault):
     if engine == "zero2" and fault == "gradient":
-        pytest.skip("by the time that the gradient is known DeepSpeed has stepped, so it always stops there")
+        pytest.skip("DeepSpeed has stepped when the gradient norm is known, so such a run always stops")
     key = samples(plain)[6][5]
-    bad = bad_steps(plain, key)
+    bad = steps_with(plain, key)
     assert 0 < len(bad) < 4
     folder = output / f"skip-{engine}-{fault}"
     arguments = (f"objectives.{fault}.key={key}", "train.nonfinite=skip", "train.ema_decay=0.8", f"name={folder.name}")
@@ -153,11 +153,11 @@ def test_skipped_step_is_counted_and_changes_no_weight(world, output, plain, eng
         for name in ("model", "optimizer", "average"):
             unchanged = same(tensors(folder, name, step - 1), tensors(folder, name, step))
             assert unchanged == (step in bad), (step, name)
-    # which samples the later batches hold does not depend on it
+    # the samples of later batches do not depend on the skipped step
     assert samples(folder) == samples(plain)
 
 
-def test_training_that_diverges_says_so_in_one_line(world, output):
+def test_diverged_training_ends_with_one_line(world, output):
     done = run("train", TOY, *toy_overrides(world, output), "optim.lr=1e30", "train.clip_norm=none", "name=diverged")
     assert done.codes == [2]
     assert done.errors[0].splitlines()[-1].startswith("vlp: step ")
@@ -177,7 +177,7 @@ def crashes_in_evaluation(arguments: list[str]) -> int:
 
 @pytest.mark.parametrize("where", ["step", "evaluation"])
 def test_programming_error_ends_the_process_with_its_traceback(world, output, plain, where):
-    """And at once: loading workers that wait for more must not keep it."""
+    """It ends at once: data workers that wait for more work do not delay it."""
     arguments = [*toy_overrides(world, output), f"name=crash-{where}", "data.workers=2"]
     if where == "step":
         done = run("train", FAULTY, *arguments, f"objectives.crash.key={samples(plain)[3][0]}")
@@ -186,8 +186,8 @@ def test_programming_error_ends_the_process_with_its_traceback(world, output, pl
     assert done.codes == [1] and "RuntimeError: a programming error" in done.errors[0]
 
 
-def with_dead_pictures(world: Path, folder: Path, dead: set[str]) -> Path:
-    """A copy of the shards in which some pictures cannot be decoded."""
+def with_undecodable_images(world: Path, folder: Path, dead: set[str]) -> Path:
+    """Return a copy of the shards in which the images of some samples cannot be decoded."""
     folder.mkdir()
     for path in sorted((world / "shards").glob("*.tar")):
         with tarfile.open(path) as old, tarfile.open(folder / path.name, "w") as new:
@@ -201,9 +201,9 @@ def with_dead_pictures(world: Path, folder: Path, dead: set[str]) -> Path:
     return folder
 
 
-def test_bad_samples_are_named_once_and_too_many_stop_the_run(world, output, tmp_path):
+def test_bad_samples_are_recorded_once_and_too_many_stop_the_run(world, output, tmp_path):
     dead = {"0007", "0031"}
-    shards = with_dead_pictures(world, tmp_path / "shards", dead)
+    shards = with_undecodable_images(world, tmp_path / "shards", dead)
     arguments = [*toy_overrides(world, output), f"data.train={shards}", "train.steps=14"]
     done = run("train", TOY, *arguments, "name=too-bad")
     assert done.codes == [2]
@@ -219,7 +219,7 @@ def test_bad_samples_are_named_once_and_too_many_stop_the_run(world, output, tmp
     assert not any(key.split("/")[-1] in dead for batch in samples(folder) for key in batch)
 
 
-def test_best_checkpoint_is_kept_and_is_the_best(world, output):
+def test_checkpoint_with_the_best_metric_is_kept(world, output):
     folder = output / "best"
     train(*toy_overrides(world, output), "evaluate_every=2", "save.keep=1", "save.every=2", f"name={folder.name}")
     values = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
@@ -235,8 +235,8 @@ def test_epochs_are_rounded_up_to_whole_steps(world, output):
     assert len(losses(output / "epochs")) == math.ceil(1.5 * 50 / 8)
 
 
-def test_running_means_evaluated_by_two_processes_are_those_of_the_checkpoint(world, output):
-    """Batch norms differ between processes; what is saved, and evaluated, is the main process's."""
+def test_two_processes_evaluate_the_running_means_of_the_checkpoint(world, output):
+    """Running means of BatchNorm differ between processes. Those of the main process are saved and evaluated."""
     arguments = [
         *toy_overrides(world, output),
         "model.image.name=test_byobnet",
@@ -253,7 +253,7 @@ def test_running_means_evaluated_by_two_processes_are_those_of_the_checkpoint(wo
     assert during["metrics"] == after["metrics"] and during["details"] == after["details"]
 
 
-def test_two_processes_that_cannot_save_both_end(world, output):
+def test_both_processes_end_if_the_checkpoint_cannot_be_saved(world, output):
     from tests.training.test_checkpoint import has_little_room
 
     arguments = [*toy_overrides(world, output), "name=no-room"]

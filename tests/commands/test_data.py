@@ -1,4 +1,4 @@
-"""`vlp data`: every annotation format goes in, and every mistake ends in one line and exit code 2."""
+"""`vlp data` packs every annotation format, and a mistake ends with one line and exit code 2."""
 
 import csv
 import io
@@ -18,8 +18,8 @@ from vlp.data.text import load_tokenizer
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("world") / "pictures"
+def images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world") / "images"
     draw_pairs(folder, 6)
     return folder
 
@@ -65,13 +65,13 @@ FORMATS = {
 
 
 def run(capsys, *arguments: object) -> tuple[int, str, list[str]]:
-    """(exit code, stdout, lines of stderr)"""
+    """Return exit code, stdout and the lines of stderr."""
     code = main([str(a) for a in ("data", *arguments)])
     out, err = capsys.readouterr()
     return code, out, err.splitlines()
 
 
-def assert_complains(capsys, expected: str, *arguments: object) -> None:
+def assert_refused(capsys, expected: str, *arguments: object) -> None:
     code, out, err = run(capsys, *arguments)
     assert (code, out, len(err)) == (2, "", 1), err
     assert err[0].startswith("vlp: ")
@@ -79,23 +79,23 @@ def assert_complains(capsys, expected: str, *arguments: object) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_packs_to_the_same_samples(capsys, pictures, tmp_path, name):
+def test_every_format_is_packed_into_the_same_samples(capsys, images, tmp_path, name):
     file, text, options = FORMATS[name]
     (tmp_path / file).write_text(text)
-    arguments = (tmp_path / file, tmp_path / "out", "--image-root", pictures, "--workers", 1, *options)
+    arguments = (tmp_path / file, tmp_path / "out", "--image-root", images, "--workers", 1, *options)
     code, out, err = run(capsys, "pack", *arguments)
     assert (code, out, err) == (0, f"6 samples in 1 shards in {tmp_path / 'out'}\n", [])
     reader = ShardReader(str(tmp_path / "out"))
     samples = [reader.read(0, n) for n in range(6)]
     assert [list(s.captions) for s in samples] == list(CAPTIONS.values())
-    assert [s.image for s in samples] == [(pictures / image).read_bytes() for image in CAPTIONS]
+    assert [s.image for s in samples] == [(images / image).read_bytes() for image in CAPTIONS]
 
 
-def test_folder_with_a_jsonl_packs_checks_and_shows_in_a_process(pictures, tmp_path):
+def test_folder_with_a_jsonl_is_packed_checked_and_shown(images, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     for image in CAPTIONS:
-        os.link(pictures / image, folder / image)
+        os.link(images / image, folder / image)
     (folder / "metadata.jsonl").write_text(LINES + '\n{"image": "gone.jpg", "caption": "a"}')
     out = tmp_path / "shards"
     packed = vlp("data", "pack", folder, out)
@@ -111,9 +111,9 @@ def test_folder_with_a_jsonl_packs_checks_and_shows_in_a_process(pictures, tmp_p
     assert np.asarray(Image.open(tmp_path / "grid.png").convert("RGB")).std() > 20
 
 
-def test_check_of_damaged_shards_lists_them_and_exits_1(capsys, pictures, tmp_path):
+def test_check_lists_damaged_shards_and_exits_with_1(capsys, images, tmp_path):
     (tmp_path / "a.jsonl").write_text(LINES)
-    run(capsys, "pack", tmp_path / "a.jsonl", tmp_path / "out", "--image-root", pictures, "--shard-samples", 2)
+    run(capsys, "pack", tmp_path / "a.jsonl", tmp_path / "out", "--image-root", images, "--shard-samples", 2)
     shard = tmp_path / "out" / "shard-000001.tar"
     shard.write_bytes(shard.read_bytes()[:2000])
     code, out, err = run(capsys, "check", tmp_path / "out")
@@ -122,7 +122,7 @@ def test_check_of_damaged_shards_lists_them_and_exits_1(capsys, pictures, tmp_pa
     assert str(shard) in out.splitlines()[2]
 
 
-def test_tokenizer_is_trained_and_can_be_loaded(capsys, world, tmp_path):
+def test_trained_tokenizer_can_be_loaded(capsys, world, tmp_path):
     code, out, _ = run(capsys, "tokenizer", world / "shards", tmp_path / "tokenizer", "--vocab-size", 120)
     assert code == 0
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
@@ -131,7 +131,7 @@ def test_tokenizer_is_trained_and_can_be_loaded(capsys, world, tmp_path):
     assert tokenizer.rows(["a red square"])[0][0] == tokenizer.cls_id
 
 
-def test_mistakes_in_what_to_pack_are_one_line(capsys, pictures, tmp_path):
+def test_invalid_input_of_pack_is_refused_in_one_line(capsys, images, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "photos").mkdir()
     (tmp_path / "a.jsonl").write_text(LINES)
@@ -146,61 +146,61 @@ def test_mistakes_in_what_to_pack_are_one_line(capsys, pictures, tmp_path):
         (tmp_path / name).write_text(text)
     out = tmp_path / "out"
 
-    def complains(expected: str, annotations: str, *options: object) -> None:
-        assert_complains(capsys, expected, "pack", tmp_path / annotations, out, "--workers", 1, *options)
+    def refused(expected: str, annotations: str, *options: object) -> None:
+        assert_refused(capsys, expected, "pack", tmp_path / annotations, out, "--workers", 1, *options)
         left = list(out.iterdir()) if out.exists() else []
         assert [p.name for p in left] in ([], [".pack.lock"])
 
-    complains("no such file or folder", "missing.csv")
-    complains("should hold one .jsonl, .csv, .tsv or .json file, but holds none", "empty")
+    refused("no such file or folder", "missing.csv")
+    refused("should hold one .jsonl, .csv, .tsv or .json file, but holds none", "empty")
     for name in ("nothing.csv", "header.csv", "nothing.jsonl", "list.json"):
-        complains("no pair to pack", name)
-    complains("nothing.json:1 is not JSON", "nothing.json")
-    complains("none of the 1 pairs is usable; the first: 'broken.jsonl:1': json does not parse", "broken.jsonl")
-    complains("is not a folder; give the one that image paths start from", "a.jsonl", "--image-root", tmp_path / "no")
-    complains("is not a folder; give the one", "a.jsonl", "--image-root", tmp_path / "a.jsonl")
-    complains("none of the 6 pairs is usable", "a.jsonl", "--image-root", tmp_path / "photos")
-    complains("--image-root", "a.jsonl")  # the pictures are not beside it
-    complains("give whole numbers from 1 on", "a.jsonl", "--image-root", pictures, "--shard-samples", 0)
-    complains("give whole numbers from 1 on", "a.jsonl", "--image-root", pictures, "--max-side", -3)
-    complains("give at least 1", "a.jsonl", "--image-root", pictures, "--workers", 0)
+        refused("no pair to pack", name)
+    refused("nothing.json:1 is not JSON", "nothing.json")
+    refused("none of the 1 pairs is usable; the first: 'broken.jsonl:1': json does not parse", "broken.jsonl")
+    refused("is not a folder; give the one that image paths start from", "a.jsonl", "--image-root", tmp_path / "no")
+    refused("is not a folder; give the one", "a.jsonl", "--image-root", tmp_path / "a.jsonl")
+    refused("none of the 6 pairs is usable", "a.jsonl", "--image-root", tmp_path / "photos")
+    refused("--image-root", "a.jsonl")  # the images are not next to it
+    refused("give whole numbers from 1 on", "a.jsonl", "--image-root", images, "--shard-samples", 0)
+    refused("give whole numbers from 1 on", "a.jsonl", "--image-root", images, "--max-side", -3)
+    refused("give at least 1", "a.jsonl", "--image-root", images, "--workers", 0)
 
 
-def test_folder_that_cannot_be_written_is_one_line(capsys, pictures, tmp_path):
+def test_output_that_cannot_be_written_is_refused_in_one_line(capsys, images, tmp_path):
     (tmp_path / "a.jsonl").write_text(LINES)
     (tmp_path / "file").write_text("")
-    arguments = ("pack", tmp_path / "a.jsonl", tmp_path / "file" / "out", "--image-root", pictures)
-    assert_complains(capsys, "cannot write", *arguments)
+    arguments = ("pack", tmp_path / "a.jsonl", tmp_path / "file" / "out", "--image-root", images)
+    assert_refused(capsys, "cannot write", *arguments)
     if os.geteuid() != 0:  # root may write anywhere
         (tmp_path / "closed").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
-        arguments = ("pack", tmp_path / "a.jsonl", tmp_path / "closed" / "out", "--image-root", pictures)
-        assert_complains(capsys, "Permission denied", *arguments)
+        arguments = ("pack", tmp_path / "a.jsonl", tmp_path / "closed" / "out", "--image-root", images)
+        assert_refused(capsys, "Permission denied", *arguments)
 
 
 @pytest.mark.parametrize("action", ["check", "stats", "tokenizer"])
-def test_mistakes_in_what_to_inspect_are_one_line(capsys, tmp_path, monkeypatch, action):
+def test_unreadable_shards_are_refused_in_one_line(capsys, tmp_path, monkeypatch, action):
     monkeypatch.chdir(tmp_path)
-    for folder in ("empty", "text", "pictureless"):
+    for folder in ("empty", "text", "without-images"):
         (tmp_path / folder).mkdir()
     (tmp_path / "text" / "a.tar").write_text("not a tar")
-    (tmp_path / "pictureless" / "a.tar").write_bytes(b"\0" * 10240)
+    (tmp_path / "without-images" / "a.tar").write_bytes(b"\0" * 10240)
     rest = ["out"] if action == "tokenizer" else []
     for location in ("missing", "empty", "x{", "odd://x"):
-        assert_complains(capsys, location, action, location, *rest)
+        assert_refused(capsys, location, action, location, *rest)
     if action == "check":
         assert run(capsys, action, "text")[0] == 1
-        assert run(capsys, action, "pictureless")[:2] == (
+        assert run(capsys, action, "without-images")[:2] == (
             1,
             "0 samples with 0 captions in 1 shards\ndamaged shards: 0\ndead samples: 0\nduplicate keys: 0\n"
             "there is nothing to train on\n",
         )
     else:
-        assert_complains(capsys, "a.tar is not a readable tar shard", action, "text", *rest)
-        assert_complains(capsys, "pictureless", action, "pictureless", *rest)
+        assert_refused(capsys, "a.tar is not a readable tar shard", action, "text", *rest)
+        assert_refused(capsys, "without-images", action, "without-images", *rest)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "samples.png").exists()
 
 
-def test_tokenizer_that_cannot_be_written_is_one_line(capsys, world, tmp_path):
+def test_tokenizer_that_cannot_be_written_is_refused_in_one_line(capsys, world, tmp_path):
     (tmp_path / "file").write_text("")
-    assert_complains(capsys, "cannot write", "tokenizer", world / "shards", tmp_path / "file" / "t")
+    assert_refused(capsys, "cannot write", "tokenizer", world / "shards", tmp_path / "file" / "t")

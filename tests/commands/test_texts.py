@@ -1,3 +1,5 @@
+"""`vlp data triples` and `vlp data paraphrase` write the tables that sentence encoders are trained on."""
+
 import argparse
 import sys
 from pathlib import Path
@@ -33,7 +35,7 @@ def one_line(text: str) -> str:
 
 @pytest.fixture
 def translators(tmp_path, monkeypatch) -> Path:
-    """A module of the user's own in the current folder; `there` fails at the word that the file FAILS holds."""
+    """Write a user's module to the working directory. Its `there` fails at texts that start with the contents of FAILS."""
     folder = tmp_path / "own"
     folder.mkdir()
     (folder / "sentences.txt").write_text("\n".join([*SENTENCES, "", ""]))
@@ -72,7 +74,7 @@ def test_triples_of_several_files_are_a_table_with_a_header(tmp_path, capsys):
         command("triples", tmp_path / "none.tsv", tmp_path / "out.tsv")
 
 
-def test_translators_are_applied_in_turn_and_the_table_has_a_line_for_each_sentence(translators):
+def test_translators_are_applied_in_order_and_the_table_has_one_row_per_sentence(translators):
     assert command("paraphrase", "sentences.txt", "out.tsv", "--translator", "mine:there", "mine:back") == 0
     assert table(Path("out.tsv"), "sentence", "paraphrase") == [
         (one_line(s), one_line(s.upper()[::-1])) for s in SENTENCES
@@ -82,25 +84,25 @@ def test_translators_are_applied_in_turn_and_the_table_has_a_line_for_each_sente
         command("paraphrase", "sentences.txt", "out.tsv", "--translator", "mine:there", "mine:back")
 
 
-def test_a_stopped_translation_leaves_no_output_and_goes_on_where_it_was(translators):
-    how = ("paraphrase", "sentences.txt", "out.tsv", "--batch-size", 1, "--translator", "mine:there", "mine:back")
+def test_stopped_translation_leaves_no_output_and_continues(translators):
+    arguments = ("paraphrase", "sentences.txt", "out.tsv", "--batch-size", 1, "--translator", "mine:there", "mine:back")
     (translators / "FAILS").write_text("here")
     with pytest.raises(AssertionError, match="no network"):
-        command(*how)
+        command(*arguments)
     mine = sys.modules["mine"]
     assert not Path("out.tsv").exists() and mine.calls == [1, 1]
     (growing,) = translators.glob(".out.tsv.*.part")
-    growing.write_bytes(growing.read_bytes() + "half a lin\u00e9".encode()[:-1])  # as if killed while it wrote
+    growing.write_bytes(growing.read_bytes() + "half a lin\u00e9".encode()[:-1])  # as after a kill during a write
     (translators / "FAILS").write_text("nothing")
-    assert command(*how) == 0
+    assert command(*arguments) == 0
     assert mine.calls == [1, 1, 1, 1] and not list(translators.glob(".*.part"))
     resumed = Path("out.tsv").read_bytes()
     Path("out.tsv").unlink()
-    command(*how)
+    command(*arguments)
     assert Path("out.tsv").read_bytes() == resumed and len(mine.calls) == 8
 
 
-def test_what_was_begun_with_other_translators_or_sentences_is_not_continued(translators):
+def test_translation_by_other_translators_is_not_continued(translators):
     (translators / "FAILS").write_text("here")
     with pytest.raises(AssertionError):
         command("paraphrase", "sentences.txt", "out.tsv", "--batch-size", 1, "--translator", "mine:there")
@@ -110,7 +112,7 @@ def test_what_was_begun_with_other_translators_or_sentences_is_not_continued(tra
     ]
 
 
-def test_what_a_translator_does_wrong_is_said(translators):
+def test_invalid_translator_is_refused(translators):
     for name, message in [
         ("mine:forgets", "returned 3 texts for 4"),
         ("mine:nothing", "no translator mine:nothing"),
@@ -125,20 +127,20 @@ def test_what_a_translator_does_wrong_is_said(translators):
     assert all(a == b for a, b in table(Path("out.tsv"), "sentence", "paraphrase"))
 
 
-def test_captions_of_one_picture_are_paired_each_once(tmp_path):
+def test_each_caption_of_an_image_is_paired_once(tmp_path):
     (tmp_path / "captions.jsonl").write_text(
         '{"image": "1.jpg", "captions": ["a", "b", "c", "d", "e"], "split": "train"}\n'
         '{"image": "2.jpg", "captions": ["f"], "split": "train"}\n'
         '{"image": "3.jpg", "captions": ["g", "h"], "split": "val"}\n'
     )
-    command("paraphrase", tmp_path / "captions.jsonl", tmp_path / "out.tsv", "--same-picture", "--split", "train")
+    command("paraphrase", tmp_path / "captions.jsonl", tmp_path / "out.tsv", "--same-image", "--split", "train")
     assert table(tmp_path / "out.tsv", "sentence", "paraphrase") == [("a", "b"), ("c", "d")]
     command("paraphrase", tmp_path / "captions.jsonl", tmp_path / "out.tsv", "--same-picture")
     assert len(table(tmp_path / "out.tsv", "sentence", "paraphrase")) == 3
 
 
 def marian(folder: Path) -> str:
-    """A MarianMT of a few neurons with random weights, and a tokenizer of whole words."""
+    """Save a tiny MarianMT with random weights and a tokenizer of whole words; return its folder."""
     words = ["</s>", "<unk>", "<pad>", "a", "red", "dog", "runs", "blue", "thing"]
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -158,15 +160,15 @@ def marian(folder: Path) -> str:
     return str(folder)
 
 
-def test_a_marian_folder_translates_as_transformers_does(tmp_path):
+def test_marian_folder_translates_as_transformers_does(tmp_path):
     there, back = marian(tmp_path / "there"), marian(tmp_path / "back")
     sentences = ["a red dog runs", "a blue thing", "dog"]
-    made = Seq2Seq(there)(sentences)
+    translated = Seq2Seq(there)(sentences)
     model, tokenizer = (
         transformers.MarianMTModel.from_pretrained(there),
         transformers.AutoTokenizer.from_pretrained(there),
     )
-    for sentence, found in zip(sentences, made):
+    for sentence, found in zip(sentences, translated):
         ids = model.generate(**tokenizer([sentence], return_tensors="pt"))
         assert tokenizer.batch_decode(ids, skip_special_tokens=True) == [found]
     back_translate(sentences, [there, back], tmp_path / "out.tsv", batch_size=2)

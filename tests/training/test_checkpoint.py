@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, damage is noticed before anything is loaded, and nothing in them is executed."""
+"""A checkpoint is complete or absent, damage is detected before anything is loaded, and loading never executes code."""
 
 import errno
 import json
@@ -36,7 +36,7 @@ def write(folder: Path, step: int, size: int = 500) -> Path:
 
 @pytest.fixture
 def two(tmp_path) -> Path:
-    """A folder with the checkpoints of steps 3 and 6."""
+    """Return a folder with the checkpoints of steps 3 and 6."""
     for step in (3, 6):
         write(tmp_path, step)
     return tmp_path
@@ -62,7 +62,7 @@ def mutate(folder: Path, what: str, name: str, where: float) -> None:
     path.write_bytes(data[:offset] if what == "truncate" else data)
 
 
-def test_any_damage_to_the_newest_takes_the_one_before_with_a_warning(two):
+def test_damaged_newest_checkpoint_is_passed_over_with_a_warning(two):
     assert len(mutations()) > 100
     for what, name, where in mutations():
         shutil.rmtree(two / "step-00000006")
@@ -71,16 +71,16 @@ def test_any_damage_to_the_newest_takes_the_one_before_with_a_warning(two):
             warnings.simplefilter("error")
             assert checkpoints.newest_whole(two) == newest
         mutate(newest, what, name, where)
-        manifest_says_the_same = name == "manifest.json" and what == "flip"
-        if manifest_says_the_same and checkpoints.damage(newest) is None:
-            # a flipped bit in what is not a hash, such as white space or the step: every loaded byte is still checked
+        in_manifest = name == "manifest.json" and what == "flip"
+        if in_manifest and checkpoints.damage(newest) is None:
+            # a flipped bit outside of the hashes, such as in white space or the step: every loaded byte is still checked
             assert set(json.loads((newest / name).read_text())["sha256"]) == set(FILES)
             continue
         with pytest.warns(UserWarning, match="damaged checkpoint .*step-00000006: .*taking step-00000003"):
             assert checkpoints.newest_whole(two) == two / "step-00000003", (what, name, where)
 
 
-def test_all_damaged_is_an_error_and_none_at_all_is_not(two, tmp_path_factory):
+def test_only_damaged_checkpoints_are_an_error_and_no_checkpoint_is_not(two, tmp_path_factory):
     for step in (3, 6):
         mutate(two / f"step-{step:08d}", "flip", "model.safetensors", 0.5)
     with pytest.raises(UserError, match="every checkpoint .* is damaged") as error:
@@ -89,8 +89,7 @@ def test_all_damaged_is_an_error_and_none_at_all_is_not(two, tmp_path_factory):
     assert checkpoints.newest_whole(tmp_path_factory.mktemp("empty")) is None
 
 
-def test_file_that_the_manifest_does_not_name_is_never_read(two):
-    """Only names of the manifest are vouched for."""
+def test_checkpoint_with_a_file_outside_the_manifest_is_passed_over(two):
     newest = two / "step-00000006"
     hashes = json.loads((newest / "manifest.json").read_text())
     del hashes["sha256"]["optimizer.safetensors"]
@@ -105,7 +104,7 @@ class Payload:
 
 
 def test_loading_never_unpickles(two, tmp_path, monkeypatch):
-    """A pickle in place of each file, with a manifest that vouches for it."""
+    """Each file is replaced by a pickle whose hash is in the manifest."""
     monkeypatch.chdir(tmp_path)
     path = two / "step-00000006"
     for name in FILES:
@@ -122,15 +121,15 @@ def test_loading_never_unpickles(two, tmp_path, monkeypatch):
 
 
 def save_killed_at(folder: Path, count: int) -> None:
-    """Saves step 9, and is killed at the ``count``-th system call that matters."""
+    """Save step 9, and kill the process at the ``count``-th of the calls that change files."""
     calls = []
 
-    def counted(really):
+    def counted(original):
         def call(*args, **kwargs):
-            calls.append(really)
+            calls.append(original)
             if len(calls) == count:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return really(*args, **kwargs)
+            return original(*args, **kwargs)
 
         return call
 
@@ -141,7 +140,7 @@ def save_killed_at(folder: Path, count: int) -> None:
     checkpoint.prune(folder, 2, 9)
 
 
-def test_killed_anywhere_in_a_save_leaves_whole_checkpoints_only(two):
+def test_process_killed_anywhere_in_a_save_leaves_only_complete_checkpoints(two):
     count, killed = 0, True
     while killed:
         count += 1
@@ -153,7 +152,7 @@ def test_killed_anywhere_in_a_save_leaves_whole_checkpoints_only(two):
             warnings.simplefilter("error")
             assert checkpoints.newest_whole(two) in (two / "step-00000006", two / "step-00000009")
         if checkpoints.newest_whole(two).name == "step-00000009" and killed:
-            assert checkpoints.damage(two / "step-00000006") is None  # not pruned before the new one is there
+            assert checkpoints.damage(two / "step-00000006") is None  # it is only pruned when the new one is complete
             shutil.rmtree(two / "step-00000009")
             shutil.rmtree(two / "step-00000003", ignore_errors=True)
             write(two, 3)
@@ -162,7 +161,7 @@ def test_killed_anywhere_in_a_save_leaves_whole_checkpoints_only(two):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")])
-def test_full_disk_leaves_what_was_there_and_nothing_else(two, monkeypatch, error):
+def test_full_disk_leaves_earlier_checkpoints_and_no_other_file(two, monkeypatch, error):
     def save_file(tensors, path):
         Path(path).write_bytes(b"half")
         if "optimizer" in str(path):
@@ -176,12 +175,12 @@ def test_full_disk_leaves_what_was_there_and_nothing_else(two, monkeypatch, erro
 
 
 def has_little_room(arguments: list[str]) -> int:
-    """No file of this process may grow beyond 200 kB, which is less than a checkpoint and more than a log."""
+    """Run with a limit of 200 kB per file, which is smaller than a checkpoint and larger than a log."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
     return command_line(arguments)
 
 
-def test_run_without_room_for_its_checkpoint_ends_in_one_line_and_goes_on_when_there_is(world, tmp_path):
+def test_run_without_disk_space_for_its_checkpoint_ends_with_one_line_and_resumes_later(world, tmp_path):
     train(*toy_overrides(world, tmp_path), "name=whole")
     arguments = [*toy_overrides(world, tmp_path), "name=full"]
     done = run("train", TOY, *arguments, function=has_little_room)
@@ -193,12 +192,12 @@ def test_run_without_room_for_its_checkpoint_ends_in_one_line_and_goes_on_when_t
     assert losses(tmp_path / "full") == losses(tmp_path / "whole")
 
 
-def test_checkpoint_that_lacks_what_the_experiment_keeps_is_one_line(two):
+def test_checkpoint_without_a_file_of_the_experiment_is_refused(two):
     with pytest.raises(UserError, match="has no other.safetensors, so it is of another experiment"):
         checkpoints.read(max(two.glob("step-*")), "other")
 
 
-def test_the_newest_and_the_best_stay(tmp_path):
+def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     for step in range(1, 7):
         write(tmp_path, step)
         checkpoint.prune(tmp_path, 2, step)
@@ -208,15 +207,15 @@ def test_the_newest_and_the_best_stay(tmp_path):
     assert checkpoints.best_path(tmp_path) == tmp_path / "step-00000002"
 
 
-def test_damaged_checkpoint_of_a_later_step_does_not_push_out_a_whole_one(two):
-    """The run went back to step 3 and was stopped at 4: the damaged 6 is newer by name only."""
+def test_pruning_does_not_count_a_damaged_checkpoint_of_a_later_step(two):
+    """The run was resumed from step 3 and stopped at step 4. Step 6 is damaged."""
     mutate(two / "step-00000006", "flip", "model.safetensors", 0.5)
     write(two, 4)
     checkpoint.prune(two, 1, 4)
     assert checkpoints.newest_whole(two) == two / "step-00000004"
 
 
-def test_run_with_a_damaged_newest_checkpoint_arrives_at_the_same_end(world, tmp_path):
+def test_run_with_a_damaged_newest_checkpoint_ends_with_the_same_weights(world, tmp_path):
     train(*toy_overrides(world, tmp_path), "name=whole")
     folder = Path(shutil.copytree(tmp_path / "whole", tmp_path / "damaged"))
     mutate(folder / "checkpoints" / "step-00000012", "flip", "optimizer.safetensors", 0.7)
@@ -228,7 +227,7 @@ def test_run_with_a_damaged_newest_checkpoint_arrives_at_the_same_end(world, tmp
     assert all(torch.equal(same[0][k], same[1][k]) for k in same[1])
 
 
-def test_run_whose_checkpoints_are_all_damaged_does_not_start_anew(world, tmp_path):
+def test_run_with_only_damaged_checkpoints_does_not_restart(world, tmp_path):
     train(*toy_overrides(world, tmp_path), "name=toy")
     for path in checkpoints.all_steps(tmp_path / "toy" / "checkpoints"):
         (path / "manifest.json").unlink()
@@ -248,7 +247,7 @@ def test_run_whose_checkpoints_are_all_damaged_does_not_start_anew(world, tmp_pa
         (nn.Sequential(nn.Linear(4, 2)), "lacks 2 tensors, e.g. 0.bias"),
     ],
 )
-def test_checkpoint_of_another_model_is_refused_whole(other, message):
+def test_checkpoint_of_another_model_is_refused_without_a_change(other, message):
     before = {k: v.clone() for k, v in other.state_dict().items()}
     with pytest.raises(UserError, match=message):
         checkpoints.load_model(other, nn.Linear(4, 2).state_dict(), Path("step-00000003"))
@@ -263,7 +262,7 @@ class Sequential(nn.Sequential):
 @pytest.mark.parametrize("settings", [AdamW(), Lamb()])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_optimizer_continues_bitwise_from_its_saved_tensors(settings, layout):
-    """In any memory layout of the weights: a fused step pairs weights and averages by their place in memory."""
+    """In any memory layout: a fused optimizer pairs weights and averages by their position in memory."""
 
     def build():
         torch.manual_seed(0)

@@ -1,5 +1,5 @@
-"""The same training in one process, under DDP and under ZeRO-2, and back and forth between them; and no launch that silently
-does something else."""
+"""Training in one process, with DDP and with ZeRO-2 gives the same losses, also if the engine changes on resume. A launch that
+would silently run something else is refused."""
 
 import os
 import shutil
@@ -16,9 +16,9 @@ from tests.processes import free_port, losses, records, resume, run, start, tens
 from vlp.weights.checkpoints import all_steps
 
 ENGINES = {"single": {"world": 1}, "ddp": {"world": 2}, "zero2": {"world": 2, "engine": "deepspeed"}}
-# Dropout draws by process, so it is off. Clipping is on: the first gradient norms are above 1.
+# Dropout differs between processes, so it is off. Clipping is on: the first gradient norms are above 1.
 SAME = ("model.text.dropout=0.0", "train.clip_norm=0.5", "train.ema_decay=0.9", "train.steps=20", "save.every=8")
-CUT = 11
+STOP = 11
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def folder_of(output: Path, engine: str, more: tuple = ()) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(world, output):
-    """engine, overrides -> folder of a whole run."""
+    """Return a function of engine and overrides that returns the folder of a run without interruption."""
 
     def get(engine: str, *more: str) -> Path:
         folder = folder_of(output, engine, more)
@@ -45,7 +45,7 @@ def trained(world, output):
 
 @pytest.fixture(scope="module")
 def stopped(world, output):
-    """engine -> a new copy of a run that was asked to stop after step ``CUT``."""
+    """Return a function of engine and name that returns a new copy of a run that was stopped after step ``STOP``."""
     kept = {}
 
     def get(engine: str, name: str) -> Path:
@@ -53,11 +53,11 @@ def stopped(world, output):
             kept[engine] = output / f"stopped-{engine}"
             arguments = (*toy_overrides(world, output), *SAME, f"name={kept[engine].name}")
             running = start("train", TOY, *arguments, **ENGINES[engine])
-            wait_for_step(running, kept[engine], CUT)
+            wait_for_step(running, kept[engine], STOP)
             running.signal(signal.SIGTERM)
             done = running.wait()
             assert not any(done.codes), done.errors
-            assert CUT <= len(losses(kept[engine])) < 20
+            assert STOP <= len(losses(kept[engine])) < 20
         return Path(shutil.copytree(kept[engine], output / name))
 
     return get
@@ -66,31 +66,31 @@ def stopped(world, output):
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("train.accumulation=2",)], ids=["plain", "accumulation"])
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_losses_of_twenty_steps_are_those_of_one_process(trained, engine, more):
+def test_losses_of_twenty_steps_equal_those_of_one_process(trained, engine, more):
     one, two = trained("single", *more), trained(engine, *more)
     assert len(losses(one)) == 20
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
     norms = [[r["gradient_norm"] for r in records(folder)] for folder in (one, two)]
-    assert max(norms[0]) > 0.5  # clipping did something
+    assert max(norms[0]) > 0.5  # so clipping has an effect
     assert norms[1] == pytest.approx(norms[0], rel=1e-2)
     temperatures = [[r["temperature"] for r in records(folder)] for folder in (one, two)]
     assert temperatures[1] == pytest.approx(temperatures[0], rel=1e-5)
 
 
-def test_accumulated_micro_batches_have_negatives_of_their_own(trained):
-    """So accumulation is another loss: it is compared with itself above."""
+def test_micro_batches_do_not_share_negatives(trained):
+    """Accumulation therefore changes the loss, and the test above compares it with itself."""
     losses_of_8, losses_of_4 = losses(trained("single")), losses(trained("single", "train.accumulation=2"))
-    assert losses_of_4[0] < losses_of_8[0] - 0.3  # about log 4 where it was log 8
+    assert losses_of_4[0] < losses_of_8[0] - 0.3  # about log 4 instead of log 8
 
 
-def test_bfloat16_is_finite_and_close(trained):
+def test_bfloat16_losses_are_close_to_float32(trained):
     exact, rounded = losses(trained("single")), losses(trained("single", "train.precision=bf16"))
     assert exact != rounded
     assert rounded == pytest.approx(exact, abs=0.05)
 
 
 @pytest.mark.slow
-def test_zero2_is_continued_as_if_it_had_not_stopped(trained, stopped):
+def test_resumed_zero2_run_equals_one_without_interruption(trained, stopped):
     whole, folder = trained("zero2"), stopped("zero2", "zero2-to-zero2")
     resume(folder, **ENGINES["zero2"])
     assert losses(folder) == pytest.approx(losses(whole), abs=1e-6)
@@ -103,7 +103,7 @@ def test_zero2_is_continued_as_if_it_had_not_stopped(trained, stopped):
 @pytest.mark.parametrize(
     "before, after", [("zero2", "ddp"), ("zero2", "single"), ("ddp", "zero2"), ("single", "zero2")]
 )
-def test_checkpoint_of_one_engine_is_continued_by_another(trained, stopped, before, after):
+def test_checkpoint_of_one_engine_is_resumed_by_another(trained, stopped, before, after):
     folder = stopped(before, f"{before}-to-{after}")
     resume(folder, **ENGINES[after])
     assert losses(folder) == pytest.approx(losses(trained("single")), abs=1e-5)
@@ -117,10 +117,10 @@ def launched(name: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     "launcher, engine", [("cpu1.yaml", "single"), ("cpu2.yaml", "ddp"), ("zero2_cpu2.yaml", "zero2")]
 )
-def test_accelerate_launch_with_the_config_of_launch(world, output, trained, launcher, engine):
-    """What users type; the other tests give the processes this launcher's environment themselves."""
-    asked = {"single": "single", "ddp": "ddp", "zero2": "deepspeed"}[engine]
-    arguments = [*toy_overrides(world, output), *SAME, f"name=launched-{engine}", f"train.engine={asked}"]
+def test_accelerate_launch_with_the_files_of_launch(world, output, trained, launcher, engine):
+    """The command that users type. The other tests set the environment of the launcher themselves."""
+    engine_name = {"single": "single", "ddp": "ddp", "zero2": "deepspeed"}[engine]
+    arguments = [*toy_overrides(world, output), *SAME, f"name=launched-{engine}", f"train.engine={engine_name}"]
     done = vlp("train", TOY, *arguments, f"train.processes={ENGINES[engine]['world']}", launch=launched(launcher))
     assert done.returncode == 0, done.stderr
     expected = losses(trained(engine))
@@ -131,7 +131,7 @@ def test_accelerate_launch_with_the_config_of_launch(world, output, trained, lau
 
 @pytest.mark.slow
 def test_sigterm_to_the_launcher_saves_on_all_processes(world, output):
-    """The launcher passes it on, waits, and ends with its own exit code and traceback, which are not ours to choose."""
+    """The launcher forwards the signal and waits. Its own exit code and traceback are accelerate's."""
     folder = output / "launcher"
     arguments = [*toy_overrides(world, output), "train.steps=2000", f"name={folder.name}"]
     with open(output / "launcher.err", "w") as err:
@@ -150,7 +150,7 @@ def test_sigterm_to_the_launcher_saves_on_all_processes(world, output):
     assert all_steps(folder / "checkpoints")[0].name == f"step-{stopped:08d}"
 
 
-# what the launcher sets and what was meant, where accelerate goes on with something else (environments recorded from it)
+# Environments that accelerate sets up for commands with which it silently runs something else (recorded from it)
 SILENTLY_WRONG = {
     "--cpu --num_processes 2": (
         {"world": 1, "environment": {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}},
@@ -168,14 +168,14 @@ SILENTLY_WRONG = {
         (),
         "asks for FSDP",
     ),
-    "two processes wanted, one started": ({"world": 1}, ("train.processes=2",), "train.processes is 2 but 1 run"),
-    "one process wanted, two started": ({"world": 2}, ("train.processes=1",), "train.processes is 1 but 2 run"),
-    "ZeRO wanted, DDP started": (
+    "two processes announced, one started": ({"world": 1}, ("train.processes=2",), "train.processes is 2 but 1 run"),
+    "one process announced, two started": ({"world": 2}, ("train.processes=1",), "train.processes is 1 but 2 run"),
+    "ZeRO announced, DDP started": (
         {"world": 2},
         ("train.engine=deepspeed",),
         "train.engine is 'deepspeed' but 'ddp' runs",
     ),
-    "batch that cannot be shared out": (
+    "batch that cannot be split": (
         {"world": 2},
         ("data.batch_size=6", "train.accumulation=2"),
         "a micro-batch of 3",
@@ -190,12 +190,12 @@ SILENTLY_WRONG = {
 
 
 @pytest.mark.parametrize("case", SILENTLY_WRONG)
-def test_launch_that_would_do_something_else_stops_in_one_line(world, tmp_path, case):
+def test_launch_that_would_run_something_else_is_refused_in_one_line(world, tmp_path, case):
     how, overrides, message = SILENTLY_WRONG[case]
     toy = TOY.with_name("toy_lamb.py") if "LAMB" in case else TOY
     done = run("train", toy, *toy_overrides(world, tmp_path), *overrides, **how)
     assert done.codes == [2] * how["world"], done.errors
     for error in done.errors:
-        said = [line for line in error.splitlines() if line.startswith("vlp: ")]
-        assert len(said) == 1 and message in said[0] and "Traceback" not in error
+        messages = [line for line in error.splitlines() if line.startswith("vlp: ")]
+        assert len(messages) == 1 and message in messages[0] and "Traceback" not in error
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""A run that was stopped, in whatever way, and resumed is the run that never was."""
+"""A run that was stopped in any way and resumed equals a run without interruption, bit by bit."""
 
 import os
 import random
@@ -27,21 +27,21 @@ from tests.processes import (
 from vlp.weights.checkpoints import all_steps
 
 STEPS = 24
-# dropout is on in the toy; the average is on here
+# the toy has dropout; this adds an average
 FULL = ("train.ema_decay=0.9", f"train.steps={STEPS}")
 SAME_FOR_ANY_WORLD = ("model.text.dropout=0.0", f"train.steps={STEPS}")
 
 
 def dies_in_the_third_save(arguments: list[str]) -> int:
-    """As `command_line`, but killed half-way through writing a checkpoint."""
+    """Run `command_line`, but kill the process while it writes its third checkpoint."""
     from vlp.training import checkpoint
 
-    calls, really = [], checkpoint.save_file
+    calls, original = [], checkpoint.save_file
 
     def save_file(*args):
         calls.append(args)
-        really(*args)
-        if len(calls) == 8:  # three files a save
+        original(*args)
+        if len(calls) == 8:  # three files per checkpoint
             os.kill(os.getpid(), signal.SIGKILL)
 
     checkpoint.save_file = save_file
@@ -67,13 +67,13 @@ def world_size(request) -> int:
 
 @pytest.fixture(scope="module")
 def whole(world, output, world_size) -> Path:
-    """A run that nobody stopped."""
+    """A run without interruption."""
     train(*toy_overrides(world, output), *FULL, f"name=whole-{world_size}", world=world_size)
     return output / f"whole-{world_size}"
 
 
 def assert_same(folder: Path, whole: Path) -> None:
-    """Bit-equal losses, gradient norms, weights, averages and optimizer state, and the same samples in every batch."""
+    """Compare losses, gradient norms, weights, averages and optimizer state bit by bit, and the samples of every batch."""
     assert losses(folder) == losses(whole)
     assert [r["gradient_norm"] for r in records(folder)] == [r["gradient_norm"] for r in records(whole)]
     assert samples(folder) == samples(whole)
@@ -84,7 +84,7 @@ def assert_same(folder: Path, whole: Path) -> None:
         assert [k for k in expected if not torch.equal(expected[k], found[k])] == []
 
 
-def test_every_epoch_has_every_sample_once(whole):
+def test_every_sample_occurs_once_in_every_epoch(whole):
     stream = list(chain.from_iterable(samples(whole)))
     assert len(stream) == STEPS * 8
     for epoch in range(len(stream) // 50):
@@ -92,7 +92,7 @@ def test_every_epoch_has_every_sample_once(whole):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_and_inside_a_save_is_continued_to_the_bit(world, output, world_size, whole):
+def test_run_killed_at_random_steps_and_during_a_save_resumes_bitwise(world, output, world_size, whole):
     folder, rng = output / f"killed-{world_size}", random.Random(world_size)
     running = start("train", TOY, *toy_overrides(world, output), *FULL, f"name={folder.name}", world=world_size)
     for step in (4, 9, 13):
@@ -102,7 +102,7 @@ def test_killed_at_random_moments_and_inside_a_save_is_continued_to_the_bit(worl
         running = start("train", "--resume", folder, world=world_size)
     wait_for_step(running, folder, 14)
     running.kill()
-    # a checkpoint that is not whole may lie there, under a name that is not a checkpoint's
+    # an incomplete checkpoint has a temporary name
     done = run("train", "--resume", folder, world=world_size, function=dies_in_the_third_save)
     assert done.codes[0] == -signal.SIGKILL
     assert list((folder / "checkpoints").glob(".step-*.tmp"))
@@ -116,11 +116,11 @@ def children_of(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_saves_exits_0_and_is_continued_to_the_bit(world, output, world_size, whole, number):
+def test_run_stopped_by_a_signal_exits_with_0_and_resumes_bitwise(world, output, world_size, whole, number):
     folder = output / f"{number.name}-{world_size}"
     running = start("train", TOY, *toy_overrides(world, output), *FULL, f"name={folder.name}", world=world_size)
     wait_for_step(running, folder, 5)
-    # a terminal and a scheduler send it to the loading workers too
+    # a terminal or a scheduler sends the signal to the data workers too
     workers = list(chain.from_iterable(children_of(p.pid) for p in running.processes))
     assert len(workers) >= world_size
     running.signal(number)
@@ -137,7 +137,7 @@ def test_asked_to_stop_saves_exits_0_and_is_continued_to_the_bit(world, output, 
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_signal_to_one_process_stops_all_at_the_same_step(world, output, rank):
+def test_signal_to_one_process_stops_all_processes_at_the_same_step(world, output, rank):
     folder = output / f"one-{rank}"
     running = start("train", TOY, *toy_overrides(world, output), "train.steps=200", f"name={folder.name}", world=2)
     wait_for_step(running, folder, 4)
@@ -145,20 +145,20 @@ def test_signal_to_one_process_stops_all_at_the_same_step(world, output, rank):
     assert running.wait().codes == [0, 0]
     stopped = len(losses(folder))
     assert all_steps(folder / "checkpoints")[0].name == f"step-{stopped:08d}"
-    assert len(samples(folder)) == stopped  # neither process went on
+    assert len(samples(folder)) == stopped  # both processes stopped
 
 
-def evaluates_for_ever(arguments: list[str]) -> int:
+def never_ends_its_evaluation(arguments: list[str]) -> int:
     from vlp.training.run import Run
 
     Run.evaluate = lambda *_: time.sleep(100)
     return command_line(arguments)
 
 
-def test_asked_to_stop_while_it_evaluates_stops_at_once_and_evaluates_when_continued(world, output):
+def test_signal_during_an_evaluation_stops_it_and_the_resumed_run_evaluates(world, output):
     folder = output / "evaluating"
     arguments = (*toy_overrides(world, output), *FULL, "train.steps=4", f"name={folder.name}")
-    running = start("train", TOY, *arguments, function=evaluates_for_ever)
+    running = start("train", TOY, *arguments, function=never_ends_its_evaluation)
     wait_for_step(running, folder, 4)
     saved = folder / "checkpoints" / "step-00000004"
     while not saved.exists() and running.processes[0].is_alive():
@@ -171,7 +171,7 @@ def test_asked_to_stop_while_it_evaluates_stops_at_once_and_evaluates_when_conti
     assert (folder / "eval.jsonl").exists() and len(losses(folder)) == 4
 
 
-def test_signal_before_the_first_step_is_not_lost(world, output):
+def test_signal_before_the_first_step_stops_the_run(world, output):
     folder = output / "early"
     running = start("train", TOY, *toy_overrides(world, output), "train.steps=200", f"name={folder.name}")
     while not (folder / "experiment.json").exists() and running.processes[0].is_alive():
@@ -181,7 +181,7 @@ def test_signal_before_the_first_step_is_not_lost(world, output):
     assert len(losses(folder)) < 100
 
 
-def test_killed_before_the_first_checkpoint_starts_anew(world, output, world_size, whole):
+def test_run_killed_before_its_first_checkpoint_restarts(world, output, world_size, whole):
     folder = output / f"early-{world_size}"
     arguments = (*toy_overrides(world, output), *FULL, "save.every=1000", f"name={folder.name}")
     running = start("train", TOY, *arguments, world=world_size)
@@ -192,13 +192,13 @@ def test_killed_before_the_first_checkpoint_starts_anew(world, output, world_siz
     assert_same(folder, whole)
 
 
-def test_killed_between_saving_and_evaluating_still_evaluates(world, output):
-    """Also in the middle: a resumed run has the evaluations, and the best checkpoint, of one that was not killed."""
+def test_run_killed_between_save_and_evaluation_evaluates_when_resumed(world, output):
+    """Also at a step before the last: the evaluations and the best checkpoint are those of a run without interruption."""
     arguments = (*toy_overrides(world, output), "evaluate_every=6")
     train(*arguments, "name=evaluated")
     folder = output / "not-evaluated"
-    for again in (("train", TOY, *arguments, f"name={folder.name}"), ("train", "--resume", folder)):
-        assert run(*again, function=dies_before_evaluating).codes == [-signal.SIGKILL]
+    for command in (("train", TOY, *arguments, f"name={folder.name}"), ("train", "--resume", folder)):
+        assert run(*command, function=dies_before_evaluating).codes == [-signal.SIGKILL]
         assert not (folder / "eval.jsonl").exists()
     resume(folder)
     assert (folder / "eval.jsonl").read_text() == (output / "evaluated" / "eval.jsonl").read_text()
@@ -207,8 +207,8 @@ def test_killed_between_saving_and_evaluating_still_evaluates(world, output):
 
 
 @pytest.mark.slow
-def test_number_of_processes_may_change_on_the_way(world, output):
-    """2 -> 1 -> 2 processes: the same samples in every batch; losses as those of one process up to rounding."""
+def test_number_of_processes_may_change_on_resume(world, output):
+    """2 -> 1 -> 2 processes: every batch has the same samples, and the losses equal those of one process up to rounding."""
     train(*toy_overrides(world, output), *SAME_FOR_ANY_WORLD, "name=reference")
     folder = output / "elastic"
     running = start("train", TOY, *toy_overrides(world, output), *SAME_FOR_ANY_WORLD, "name=elastic", world=2)
@@ -221,7 +221,7 @@ def test_number_of_processes_may_change_on_the_way(world, output):
     assert losses(folder) == pytest.approx(losses(output / "reference"), abs=1e-5)
 
 
-def test_last_line_that_a_kill_cut_short_is_dropped(world, output):
+def test_partly_written_last_line_of_a_log_is_removed(world, output):
     folder = output / "cut"
     train(*toy_overrides(world, output), f"name={folder.name}")
     expected = losses(folder), samples(folder), (folder / "eval.jsonl").read_text()

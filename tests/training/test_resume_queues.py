@@ -1,4 +1,4 @@
-"""Queue, bank and momentum encoder of a run that was stopped and resumed are those of the run that never was."""
+"""Queues, memory banks and momentum encoders of a resumed run equal those of a run without interruption."""
 
 from pathlib import Path
 
@@ -28,13 +28,13 @@ def trained(data: Path, output: Path, method: str, name: str, *overrides: str, *
 
 @pytest.mark.parametrize("engine", ["single", "ddp", pytest.param("zero2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", FILES)
-def test_six_steps_are_three_and_three_to_the_bit(world, output, method, engine):
+def test_three_steps_and_three_resumed_steps_equal_six_bitwise(world, output, method, engine):
     how = ENGINES[engine]
     whole = trained(world, output, method, f"{method}-{engine}", **how)
     folder = trained(world, output, method, f"{method}-{engine}-again", **how)
     assert len(losses(whole)) == 6
     assert all_steps(folder / "checkpoints")[0].name == "step-00000006"
-    # as if it had been killed after its third step
+    # as after a kill behind the third step
     for path in (folder / "checkpoints" / "step-00000006").iterdir():
         path.unlink()
     (folder / "checkpoints" / "step-00000006").rmdir()
@@ -49,7 +49,7 @@ def test_six_steps_are_three_and_three_to_the_bit(world, output, method, engine)
         assert any(k.startswith("momentum_buffer/") for k in tensors(folder, "optimizer"))
 
 
-def test_queue_holds_the_newest_keys_and_the_momentum_encoder_lags_behind(world, output):
+def test_queue_has_the_newest_keys_and_the_momentum_encoder_is_an_average(world, output):
     folder = trained(world, output, "moco", "moco-queue", "save.every=1", "save.keep=10")
     for step in range(1, 7):
         memory = tensors(folder, "memory", step)
@@ -63,22 +63,22 @@ def test_queue_holds_the_newest_keys_and_the_momentum_encoder_lags_behind(world,
         torch.testing.assert_close(now[name], 0.9 * before[name] + 0.1 * weights[name], rtol=1e-5, atol=1e-7)
 
 
-def test_bank_has_moved_where_a_sample_was_seen_and_z_follows_it(world, output):
+def test_bank_changes_only_at_rows_of_the_batch_and_partition_is_reestimated(world, output):
     folder = trained(world, output, "instance", "instance-bank", "save.every=1", "save.keep=10")
     seen, partitions = set(), []
     before = tensors(folder, "memory", 1)["instance/rows"]
     for step, batch in enumerate(samples(folder), 1):
         memory = tensors(folder, "memory", step)
         partitions.append(memory["instance/partition"].item())
-        numbers = {int(key.split("/")[1]) for key in batch}
+        rows = {int(key.split("/")[1]) for key in batch}
         if step > 1:
             moved = (memory["instance/rows"] != before).any(1).nonzero().flatten().tolist()
-            assert set(moved) == numbers and not seen & numbers
-        seen, before = seen | numbers, memory["instance/rows"]
+            assert set(moved) == rows and not seen & rows
+        seen, before = seen | rows, memory["instance/rows"]
     assert partitions[0] == partitions[3] != partitions[4] == partitions[5]
 
 
-def test_skipped_step_leaves_no_trace_in_memory_and_momentum_encoder(world, output):
+def test_skipped_step_does_not_change_queue_and_momentum_encoder(world, output):
     third = samples(trained(world, output, "moco", "moco-fine"))[2]
     overrides = ("save.every=1", "save.keep=10", "train.nonfinite=skip", f"objectives.gradient.key={third[5]}")
     folder = trained(world, output, "moco_faults", "moco-skip", *overrides)
