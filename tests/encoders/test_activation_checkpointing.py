@@ -1,4 +1,4 @@
-"""What is made again gives the same gradients, at the price that is named."""
+"""Activation checkpointing does not change gradients, and recomputes only the documented operations."""
 
 import copy
 
@@ -14,7 +14,7 @@ from vlp.errors import UserError
 
 
 @pytest.mark.parametrize("how", ["cheap", "full"])
-def test_gradients_dropout_included_are_those_of_keeping_everything(how):
+def test_gradients_with_dropout_equal_those_without_checkpointing(how):
     blocks = nn.Sequential(
         *(
             nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 24), nn.GELU(), nn.Dropout(0.5), nn.Linear(24, 6))
@@ -25,7 +25,7 @@ def test_gradients_dropout_included_are_those_of_keeping_everything(how):
     checkpoint_blocks(again, how)
     x = torch.randn(3, 6)
     gradients = []
-    for model in (blocks, again, copy.deepcopy(again)):  # a copy runs its own parameters
+    for model in (blocks, again, copy.deepcopy(again)):  # a deep copy must run its own parameters
         torch.manual_seed(0)
         gradients.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
     for found in gradients[1:]:
@@ -34,7 +34,7 @@ def test_gradients_dropout_included_are_those_of_keeping_everything(how):
 
 @pytest.mark.parametrize("how", ["cheap", "full"])
 def test_second_pass_through_the_same_weights_under_autocast(how):
-    """Its casts are in autocast's cache by then, and are not when the backward pass makes them again."""
+    """The second forward pass finds its casts in the cache of autocast, the backward pass does not."""
     block = timm.create_model("test_vit").blocks[0]
     x, gradients = torch.randn(2, 5, 64), []
     for kind in ("none", how):
@@ -49,7 +49,7 @@ def test_second_pass_through_the_same_weights_under_autocast(how):
         torch.testing.assert_close(again, kept, rtol=0.05, atol=0.02 * float(kept.abs().max()))
 
 
-def test_cheap_runs_no_matrix_product_a_second_time():
+def test_cheap_checkpointing_repeats_no_matrix_product():
     block = timm.create_model("test_vit").blocks[0]
     counted = []
     for how in ("none", "cheap", "full"):
@@ -60,7 +60,7 @@ def test_cheap_runs_no_matrix_product_a_second_time():
     assert counted[0] == counted[1] < counted[2]
 
 
-def test_nothing_is_kept_where_nothing_is_differentiated():
+def test_no_checkpointing_without_gradient():
     calls = []
     block = nn.Linear(3, 3)
     block.register_forward_hook(lambda *_: calls.append(1))
@@ -69,6 +69,6 @@ def test_nothing_is_kept_where_nothing_is_differentiated():
     assert calls == [1]
 
 
-def test_tower_without_blocks_of_products_refuses_the_cheap_form():
+def test_tower_without_blocks_refuses_cheap_checkpointing():
     with pytest.raises(UserError, match="set it to full, or none"):
         TimmImage("test_resnet", image_size=64).build().set_activation_checkpointing("cheap")

@@ -1,4 +1,4 @@
-"""A tower that defines only the required members works in the models that can use it, and its limits are said."""
+"""A tower that defines only the required members works in every model, and raises UserError for the rest."""
 
 from dataclasses import dataclass
 
@@ -103,7 +103,7 @@ def test_default_depth_is_one_layer_and_nothing_is_exempt_from_weight_decay():
     assert tower.no_weight_decay() == set() and tower.position_grids() == {} and tower.report is None
 
 
-def test_what_a_tower_does_not_define_is_one_line():
+def test_unsupported_member_of_a_tower_is_a_user_error():
     image, text = MeanColour(4), FirstWord(4)
     ids, mask = torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.bool)
     image.set_activation_checkpointing("none")
@@ -119,6 +119,6 @@ def test_what_a_tower_does_not_define_is_one_line():
         assert "\n" not in str(error.value)
 
 
-def test_a_spec_in_the_place_of_the_other_is_refused():
+def test_spec_of_the_other_modality_is_refused():
     with pytest.raises(UserError, match="model.text is Colour.*it takes TextTowerSpec"):
         check_types(experiment(Dual(image=VIT, text=Colour())))

@@ -55,14 +55,14 @@ def published_codes(state, pixels):
     return conv(x.relu(), "blocks.output.conv").argmax(1)
 
 
-def test_codes_are_the_published_encoder_s_for_every_patch_of_the_tower(tmp_path):
+def test_codes_equal_those_of_the_published_encoder(tmp_path):
     state = published_state()
     save_file(state, tmp_path / "encoder.safetensors")
     spec = DallE(str(tmp_path / "encoder.safetensors"), CODES, CHANNELS)
     tokenizer = spec.build(TOWER.build()).train()
     assert tokenizer.width == CODES and not tokenizer.training
     assert not any(p.requires_grad for p in tokenizer.parameters())
-    # of half the tower's resolution, so that 8 x 8 pixels are a code: here two pixels of each row and column are alike
+    # the tokenizer sees 8 x 8 pixels per code, half the tower's 16: here every second pixel repeats the one before
     small = torch.rand(2, 3, 24, 32, generator=torch.Generator().manual_seed(1))
     large = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
     mean, std = torch.tensor(TOWER.mean).view(3, 1, 1), torch.tensor(TOWER.std).view(3, 1, 1)
@@ -72,7 +72,7 @@ def test_codes_are_the_published_encoder_s_for_every_patch_of_the_tower(tmp_path
     assert torch.equal(codes, published_codes(state, seen).flatten(1))
 
 
-def test_it_is_not_built_without_weights_but_for_a_checkpoint():
+def test_weights_are_required_unless_a_checkpoint_follows():
     with pytest.raises(UserError, match="needs its weights"):
         DallE().build(TOWER.build())
     spec = DallE(codes=CODES, size=CHANNELS)

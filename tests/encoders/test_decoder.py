@@ -1,4 +1,4 @@
-"""The decoder is BERT's with cross-attention, whatever is packed, cut off or read only once."""
+"""The decoder equals transformers' causal BERT with cross-attention, with packing, caching and truncated outputs."""
 
 from dataclasses import replace
 
@@ -22,13 +22,13 @@ SOURCE, CLS, SEP = 20, 1, 2
 def decoder(layers=2, std=0.3, **fields) -> AnswerDecoder:
     torch.manual_seed(0)
     model = Decoder(layers=layers, **fields).resolved(TEXT).build(TEXT.build(), TEXT.layer_sizes(), SOURCE).eval()
-    for parameter in model.parameters():  # the small random start would hide much
+    for parameter in model.parameters():  # larger than the initial values, which would hide errors
         nn.init.normal_(parameter, std=std)
     return model
 
 
 def reference(model: AnswerDecoder) -> nn.Module:
-    """transformers' own, with the same weights; its cross-attention takes a source of its own width alone."""
+    """transformers' decoder with the same weights. Its cross-attention requires a source of its own width."""
     config = transformers.BertConfig(
         **SIZES | {"num_hidden_layers": len(model.layers)},
         is_decoder=True,
@@ -64,7 +64,7 @@ def sources(lengths=(5, 2, 3)) -> tuple[torch.Tensor, torch.Tensor]:
 
 def texts(lengths=(4, 2, 6, 3)) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(2)
-    mask = torch.arange(max(lengths) + 1) < torch.tensor(lengths)[:, None]  # a column that is all padding
+    mask = torch.arange(max(lengths) + 1) < torch.tensor(lengths)[:, None]  # with a column of padding only
     ids = torch.randint(3, 31, mask.shape)
     ids[:, 0] = CLS
     ids[torch.arange(len(ids)), mask.sum(1) - 1] = SEP
@@ -78,7 +78,7 @@ def test_every_token_is_predicted_as_by_transformers_with_the_same_gradient(rows
     tokens, seen = sources((5, 2, 3) if rows else (5, 3))
     ids, mask = texts()
     predicted = model.predict(ids, mask, model.project(tokens, seen), rows and torch.tensor(rows))
-    of = rows or [0, 1, 0, 1]  # in order, again and again
+    of = rows or [0, 1, 0, 1]  # in order, repeatedly
     theirs = reference(model)(
         input_ids=ids,
         attention_mask=mask.long(),
@@ -107,7 +107,7 @@ def test_nothing_after_a_token_and_no_padding_changes_it():
     torch.testing.assert_close(model.predict(ids, mask, model.project(noise, seen)).logits.view(3, 4, -1), whole)
 
 
-def test_what_was_read_before_need_not_be_read_again():
+def test_key_value_cache_gives_the_states_of_the_whole_text():
     model = decoder()
     tokens, seen = sources()
     source = model.project(tokens, seen)
@@ -122,7 +122,7 @@ def test_what_was_read_before_need_not_be_read_again():
 
 
 def score(model: AnswerDecoder, ids, mask, tokens, seen) -> torch.Tensor:
-    """(Q, A) log-probability of each whole answer, one at a time."""
+    """Return (Q, A) log-probabilities of the answers, each computed independently."""
     theirs, rows = reference(model), []
     for question in range(len(tokens)):
         row = []
@@ -140,7 +140,7 @@ def score(model: AnswerDecoder, ids, mask, tokens, seen) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("double_first", [False, True])
 @pytest.mark.parametrize("pack", [True, False])
-def test_ranking_is_that_of_each_whole_answer_alone(pack, double_first):
+def test_ranking_equals_scoring_each_answer_independently(pack, double_first):
     model = decoder(pack=pack)
     tokens, seen = sources()
     ids, mask = texts((4, 2, 6, 3, 3, 5, 4, 3))
@@ -156,7 +156,7 @@ def test_ranking_is_that_of_each_whole_answer_alone(pack, double_first):
     slow = slow + first if double_first else slow
     torch.testing.assert_close(found.scores, slow.sort(1, descending=True).values, rtol=1e-4, atol=1e-4)
     assert torch.equal(found.answers, slow.sort(1, descending=True).indices)
-    # of fewer candidates, those with the likeliest first token
+    # with fewer candidates: those with the most probable first token
     few = rank(model, model.project(tokens, seen), ids, mask, 3, double_first)
     for question in range(3):
         chosen = first[question].topk(3).indices
@@ -165,7 +165,7 @@ def test_ranking_is_that_of_each_whole_answer_alone(pack, double_first):
 
 
 @torch.no_grad()
-def test_ranking_of_answers_that_are_one_token_or_none_but_the_end():
+def test_ranking_of_answers_of_one_token_or_only_the_end():
     model = decoder()
     tokens, seen = sources()
     ids, mask = torch.tensor([[CLS, SEP, 0], [CLS, 5, SEP]]), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
@@ -178,7 +178,7 @@ def test_ranking_of_answers_that_are_one_token_or_none_but_the_end():
 
 
 def all_texts(model, source, row: int, longest: int, penalty: float, shortest: int) -> list[int]:
-    """The best of all texts that there are, by following every one."""
+    """Return the best text by exhaustive search."""
     best, stack = (-torch.inf, []), [([], 0.0)]
     while stack:
         ids, total = stack.pop()
@@ -210,7 +210,7 @@ def test_beams_wide_enough_find_the_best_of_all_texts(penalty, shortest):
 
 
 @torch.no_grad()
-def test_one_beam_takes_the_likeliest_token_each_time():
+def test_one_beam_is_greedy_search():
     model = decoder()
     tokens, seen = sources()
     source = model.project(tokens, seen)
@@ -240,7 +240,7 @@ def test_checkpointing_changes_no_gradient():
     torch.testing.assert_close(gradients[2], gradients[0])
 
 
-def test_layers_embeddings_and_head_start_as_berts(tmp_path):
+def test_layers_embeddings_and_head_start_from_bert(tmp_path):
     config = transformers.BertConfig(**SIZES | {"num_hidden_layers": 4})
     theirs = transformers.BertForMaskedLM(config)
     theirs.save_pretrained(tmp_path)
@@ -255,7 +255,7 @@ def test_layers_embeddings_and_head_start_as_berts(tmp_path):
     assert all("cross" in name for name in model.report.new)
 
 
-def test_text_that_is_too_long_and_sizes_that_do_not_fit_are_said():
+def test_too_long_text_and_wrong_sizes_are_errors():
     model = decoder()
     tokens, seen = sources()
     ids = torch.ones(3, 17, dtype=torch.int64)

@@ -22,7 +22,7 @@ WIDTH, IMAGE_WIDTH, PATCHES, LENGTH = 32, 24, 11, 8
 def fusion(**fields) -> FusionEncoder:
     torch.manual_seed(0)
     model = Fusion(**{"layers": 3, **fields}).resolved(TEXT).build(WIDTH, IMAGE_WIDTH)
-    for parameter in model.parameters():  # the small random start would hide much
+    for parameter in model.parameters():  # larger than the initial values, which would hide errors
         nn.init.normal_(parameter, std=0.3)
     return model
 
@@ -35,7 +35,7 @@ def inputs(images=3, lengths=(6, 2, 4)):
 
 
 def one_pair(model: FusionEncoder, image, tokens):
-    """(P, D') and the (l, D) real tokens of one text, one head at a time."""
+    """Fuse the (l, D) real tokens of one text with (P, D') image tokens, one head at a time."""
 
     def attention(part, states, source):
         query, key, value = part.query(states), part.key(source), part.value(source)
@@ -52,7 +52,7 @@ def one_pair(model: FusionEncoder, image, tokens):
     return tokens
 
 
-# pairs in the order of the images, and some that are not: texts, images
+# texts and images of pairs in the order of the images, and of some that are not
 PAIRS = {
     "one each": (None, None),
     "another order": (None, [2, 0, 0]),
@@ -65,7 +65,7 @@ PAIRS = {
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("name", PAIRS)
-def test_fusion_is_that_of_each_pair_alone_with_its_gradient(name, pack, layers):
+def test_fusion_and_gradient_equal_those_of_single_pairs(name, pack, layers):
     model = fusion(layers=layers, pack=pack)
     image, tokens, mask = inputs()
     texts, images = (None if rows is None else torch.tensor(rows) for rows in PAIRS[name])
@@ -87,11 +87,15 @@ def test_fusion_is_that_of_each_pair_alone_with_its_gradient(name, pack, layers)
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_unprojected_images_give_the_same_with_the_same_gradient(name):
+def test_image_tokens_give_the_result_and_gradient_of_projected_images(name):
     model = fusion()
     image, tokens, mask = inputs()
     texts, images = (None if rows is None else torch.tensor(rows) for rows in PAIRS[name])
-    wanted = [image, tokens, *(p for n, p in model.named_parameters() if "key.bias" not in n)]  # of true gradient 0
+    wanted = [
+        image,
+        tokens,
+        *(p for n, p in model.named_parameters() if "key.bias" not in n),
+    ]  # whose exact gradient is 0
     results = []
     for given in (model.project(image), ImageTokens(image)):
         found = model(tokens, mask, given, texts, images, at="first")
@@ -101,7 +105,7 @@ def test_unprojected_images_give_the_same_with_the_same_gradient(name):
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("pack", [True, False])
-def test_what_is_asked_for_alone_is_what_it_is_among_all(pack, layers):
+def test_selected_outputs_equal_those_among_all(pack, layers):
     model = fusion(layers=layers, pack=pack)
     image, tokens, mask = inputs()
     texts, images = torch.tensor([0, 1, 2, 1, 0]), torch.tensor([2, 2])
@@ -111,7 +115,7 @@ def test_what_is_asked_for_alone_is_what_it_is_among_all(pack, layers):
     positions = torch.tensor([1, LENGTH, 2 * LENGTH + 3, 4 * LENGTH + 5, 0, 0])
     found = model(*everything, at=positions)
     torch.testing.assert_close(found, whole.flatten(0, 1)[positions], rtol=1e-4, atol=1e-5)
-    kept = [p for n, p in model.named_parameters() if "key.bias" not in n]  # whose true gradient is zero
+    kept = [p for n, p in model.named_parameters() if "key.bias" not in n]  # whose exact gradient is 0
     one = torch.autograd.grad(found[:4].square().sum(), kept, retain_graph=True)
     other = torch.autograd.grad(whole.flatten(0, 1)[positions[:4]].square().sum(), kept)
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
@@ -177,7 +181,7 @@ def test_fusion_starts_from_the_last_layers_of_bert_and_new_cross_attention(tmp_
     assert "\n" not in str(error.value)
 
 
-def test_sizes_are_the_weights_or_else_the_text_towers(tmp_path):
+def test_sizes_come_from_the_weights_or_else_the_text_tower(tmp_path):
     own = SIZES | {"num_attention_heads": 8, "intermediate_size": 96, "hidden_dropout_prob": 0.3}
     transformers.BertConfig(**own).save_pretrained(tmp_path)
     resolved = Fusion(weights=str(tmp_path)).resolved(replace(TEXT, dropout=None))
@@ -206,10 +210,10 @@ def test_linear_layers_see_no_padding_and_an_image_is_projected_once():
     linear = 3 * 2 * real * WIDTH * (6 * WIDTH + 2 * 64)
     attention = 3 * 2 * 2 * 3 * width * WIDTH * (width + PATCHES)
     assert flops(lambda: model(tokens, mask, projected)) == linear + attention
-    # a second pass over the same texts: their first self-attention is not repeated
+    # two pairs per text: the first self-attention still runs once per text
     twice = flops(lambda: model(tokens, mask, projected, torch.tensor([0, 1, 2] * 2)))
     assert twice == 2 * (linear + attention) - 4 * 2 * real * WIDTH**2 - 2 * 2 * 3 * width**2 * WIDTH
-    # of the last layer, the first token alone: keys and values of all, and 3 queries for the rest
+    # the last layer computes keys and values of all tokens, and everything else for 3 first tokens
     first = flops(lambda: model(tokens, mask, projected, at="first"))
     last = 2 * WIDTH * (2 * WIDTH * real + 3 * (4 * WIDTH + 2 * 64)) + 2 * 2 * 3 * WIDTH * (width + PATCHES)
     assert first == (linear + attention) * 2 // 3 + last
@@ -226,10 +230,10 @@ def test_attention_probabilities_are_part_of_the_graph():
     real = mask[texts]
     torch.testing.assert_close(fused[real], model(*given)[real], rtol=1e-4, atol=1e-5)
     (gradient,) = torch.autograd.grad(fused[:, 0].square().sum(), probabilities)
-    # what is not looked at changes nothing; what a real token looks at does
+    # attention of padding has no effect, attention of real tokens does
     assert gradient[~real[:, None].expand(-1, 4, -1)].abs().max() == 0
     assert (gradient[:, :, 0].abs().amax((1, 2)) > 0).all()
-    # and the gradient is that of the score by the probability
+    # the gradient of the score with respect to the probabilities, by finite differences
     shift = torch.zeros_like(probabilities)
     shift[0, 2, 0, 5] = 1e-3
 
@@ -260,7 +264,7 @@ def test_text_without_tokens_counts_as_one_token():
     assert found[1, 1:].abs().max() == 0
 
 
-def test_texts_that_go_round_the_images_incompletely_are_an_error():
+def test_incomplete_rounds_of_images_are_an_error():
     model = fusion()
     image, tokens, mask = inputs()
     with pytest.raises(ValueError, match="4 texts in the order of 3 images"):

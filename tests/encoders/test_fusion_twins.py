@@ -1,4 +1,4 @@
-"""Texts that look at two images: layers in twins, against two attentions that are written out one pair at a time."""
+"""Fusion with two images per text equals a reference that computes one pair at a time."""
 
 import math
 
@@ -12,7 +12,7 @@ from vlp.errors import UserError
 
 
 def attention(part, keys, states, source):
-    """One head at a time; keys and values by the layers of ``keys``."""
+    """Attend one head at a time, with keys and values projected by the layers of ``keys``."""
     size, heads = WIDTH // part.heads, []
     query, key, value = part.query(states), keys.key(source), keys.value(source)
     for start in range(0, WIDTH, size):
@@ -22,7 +22,7 @@ def attention(part, keys, states, source):
 
 
 def one_text(model, images, tokens):
-    """The (l, D) real tokens of a text that looks at two (P, D') images."""
+    """Fuse the (l, D) real tokens of one text with two images of (P, D') tokens."""
     for number, layer in enumerate(model.layers):
         shared = model.layers[number - number % 2].cross_attention
         tokens = layer.self_norm(tokens + attention(layer.self_attention, layer.self_attention, tokens, tokens))
@@ -39,7 +39,7 @@ def two_images():
 
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("at", [None, "first"])
-def test_twins_look_at_one_image_each_with_the_gradient_of_every_parameter(pack, at):
+def test_twins_attend_to_one_image_each(pack, at):
     model, images = fusion(layers=2, images=2, pack=pack), two_images()
     _, tokens, mask = inputs()
     found = model(tokens, mask, AlternatingImages(tuple(map(model.project, images))), at=at)
@@ -54,7 +54,7 @@ def test_twins_look_at_one_image_each_with_the_gradient_of_every_parameter(pack,
         assert (one - other).norm() <= 1e-4 * other.norm() + 1e-4
 
 
-def test_keys_and_values_of_images_are_there_once_for_both_twins():
+def test_twins_share_keys_and_values_of_images():
     model, images = fusion(layers=2, images=2), two_images()
     names = {name for name, _ in model.named_parameters() if ".cross_attention." in name}
     has_keys = {int(name.split(".")[1]) for name in names if ".key." in name or ".value." in name}
@@ -65,7 +65,7 @@ def test_keys_and_values_of_images_are_there_once_for_both_twins():
     assert not torch.equal(projected.keys[1], projected.keys[2])
 
 
-def test_which_image_is_first_matters_and_exchanging_them_is_exchanging_the_twins():
+def test_exchanging_the_images_is_exchanging_the_twins():
     model, images = fusion(layers=2, images=2), two_images()
     _, tokens, mask = inputs()
     first, second = map(model.project, images)

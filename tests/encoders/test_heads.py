@@ -20,7 +20,7 @@ FAMILIES = {
 
 
 def published(model_type, folder):
-    """A random model of transformers with a head whose every number matters, saved."""
+    """Save a random model of transformers with large weights, so that every parameter affects the logits."""
     torch.manual_seed(0)
     cls, more = FAMILIES[model_type]
     model = cls(cls.config_class(**SIZES, **more)).eval()
@@ -44,7 +44,7 @@ def test_head_of_a_transformers_folder_gives_its_logits(model_type, tmp_path):
     torch.testing.assert_close(found.view_as(expected), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_folder_without_a_head_leaves_it_as_it_was(tmp_path):
+def test_folder_without_a_head_does_not_change_the_head(tmp_path):
     published("bert", tmp_path).bert.save_pretrained(tmp_path)
     tower = BertText(weights=str(tmp_path)).build()
     head = VocabularyHead(tower.width, tower.get_input_embeddings())
@@ -54,7 +54,7 @@ def test_a_folder_without_a_head_leaves_it_as_it_was(tmp_path):
     assert all(torch.equal(before[name], value) for name, value in head.state_dict().items())
 
 
-def test_the_embeddings_are_no_parameter_of_the_head_and_may_have_a_width_of_their_own():
+def test_word_embeddings_are_not_a_parameter_of_the_head():
     tower = BertText(config=SIZES | {"model_type": "electra", "embedding_size": 16, "intermediate_size": 64}).build()
     head = VocabularyHead(tower.width, tower.get_input_embeddings())
     assert {name: tuple(p.shape) for name, p in head.named_parameters()} == {
@@ -73,7 +73,7 @@ def tower_of(name, size=64):
     tower = TimmImage(name, image_size=size).build().eval()
     for parameter in tower.parameters():
         if parameter.ndim == 1:
-            nn.init.normal_(parameter, mean=1.0, std=0.2)  # norms and scales that matter
+            nn.init.normal_(parameter, mean=1.0, std=0.2)  # norms and scales far from the identity
     return tower
 
 
@@ -96,7 +96,7 @@ def test_masked_vit_equals_its_layers_called_one_by_one():
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_vit3", "beit_base_patch16_224", "vit_wee_patch16_reg1_gap_256"])
-def test_masked_pixels_are_not_seen_and_nothing_else_changes(name):
+def test_masked_pixels_have_no_effect(name):
     tower = tower_of(name)
     assert check_patch_masking(tower) is None
     image, masked, token = torch.randn(2, 3, 64, 64), masks(tower, 2), torch.randn(tower.width)
@@ -114,11 +114,11 @@ def test_masked_pixels_are_not_seen_and_nothing_else_changes(name):
         nothing = tower.forward_masked(image, torch.zeros_like(masked), token)
         last = tower.model.fc_norm if isinstance(tower.model.norm, nn.Identity) else nn.Identity()
         torch.testing.assert_close(nothing, last(plain[:, 1:]), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(tower(image), plain, rtol=0, atol=0)  # no trace of the masks
+        torch.testing.assert_close(tower(image), plain, rtol=0, atol=0)  # the hook was removed
         assert isinstance(last, nn.LayerNorm) == ("gap" in name or "beit" in name)
 
 
-def test_a_tower_without_patches_of_its_own_is_refused():
+def test_tower_without_patch_tokens_is_refused():
     for name in ("test_resnet", "test_efficientnet"):
         with pytest.raises(UserError, match="needs a ViT"):
             check_patch_masking(TimmImage(name, image_size=64).build())

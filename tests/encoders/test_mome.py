@@ -1,4 +1,4 @@
-"""The transformer with modality experts: which expert serves which token, and where tokens stand."""
+"""The multiway transformer: the expert of each token, attention, stochastic depth and sizes."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def given():
 
 
 def used(run):
-    """Which experts ran in each layer, and how many tokens they saw."""
+    """Return (layer, expert, number of tokens) of every call of an expert."""
     model = encoder()
     calls = []
     for number, layer in enumerate(model.layers):
@@ -53,15 +53,15 @@ def test_each_token_is_served_by_its_modality_below_and_by_the_vision_language_e
         *[(n, name, count) for n in (0, 1) for name, count in (("text", words), ("image", patches))],
         *[(n, "vl", words + patches) for n in (2, 3)],
     ]
-    alone = RaggedBatch(LENGTHS, 0, CPU)
-    assert used(lambda m: m(alone, text)) == [(n, "text", words) for n in range(4)]
-    pictures = RaggedBatch((0, 0, 0), P, CPU)
-    assert used(lambda m: m(pictures, image=image)) == [(n, "image", patches) for n in range(4)]
-    assert used(lambda m: m(pictures, image=image, joint=True))[-1] == (3, "vl", patches)
+    texts = RaggedBatch(LENGTHS, 0, CPU)
+    assert used(lambda m: m(texts, text)) == [(n, "text", words) for n in range(4)]
+    images = RaggedBatch((0, 0, 0), P, CPU)
+    assert used(lambda m: m(images, image=image)) == [(n, "image", patches) for n in range(4)]
+    assert used(lambda m: m(images, image=image, joint=True))[-1] == (3, "vl", patches)
 
 
 def slow(model, row, text, image, joint):
-    """One row, token by token and head by head."""
+    """Encode one row, token by token and head by head."""
     x = torch.cat([*([text] if text is not None else []), *([image] if image is not None else [])])
     words = 0 if text is None else len(text)
     positions = model.positions
@@ -97,7 +97,7 @@ def slow(model, row, text, image, joint):
 
 @pytest.mark.parametrize("which", ["both", "text", "image"])
 @torch.no_grad()
-def test_outputs_are_those_of_a_row_token_by_token(which):
+def test_outputs_equal_a_token_by_token_reference(which):
     model, (rows, text, image) = encoder(), given()
     text, image = (None if which == "image" else text), (None if which == "text" else image)
     rows = RaggedBatch(LENGTHS if text is not None else (0, 0, 0), P if image is not None else 0, CPU)
@@ -110,7 +110,7 @@ def test_outputs_are_those_of_a_row_token_by_token(which):
 
 
 @torch.no_grad()
-def test_wanted_tokens_are_those_of_the_whole():
+def test_selected_outputs_equal_those_of_the_full_layer():
     model, (rows, text, image) = encoder(), given()
     whole = model(rows, text, image, joint=True)
     first = model(rows, text, image, joint=True, outputs=rows.first_tokens())
@@ -118,17 +118,17 @@ def test_wanted_tokens_are_those_of_the_whole():
     row, column = torch.tensor([1, 0, 1]), torch.tensor([5, 2, 0])
     some = model(rows, text, image, joint=True, outputs=rows.tokens_at(row, column))
     torch.testing.assert_close(some, rows.pad(whole)[row, column])
-    pictures = RaggedBatch((0, 0, 0), P, CPU)
-    whole = model(pictures, image=image)
-    some = model(pictures, image=image, outputs=pictures.tokens_at(row, (column - 1).clamp(min=0)))
-    torch.testing.assert_close(some, pictures.pad(whole)[row, (column - 1).clamp(min=0)])
+    images = RaggedBatch((0, 0, 0), P, CPU)
+    whole = model(images, image=image)
+    some = model(images, image=image, outputs=images.tokens_at(row, (column - 1).clamp(min=0)))
+    torch.testing.assert_close(some, images.pad(whole)[row, (column - 1).clamp(min=0)])
 
 
-# --- dropped paths -----------------------------------------------------------------------------------------------------
+# --- stochastic depth -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kept", [(True, False, True), (False, False, True), (True, True, True)])
-def test_rows_that_skip_a_branch_stay_and_the_others_make_up_for_them(kept, monkeypatch):
+def test_dropped_rows_keep_their_states_and_the_others_are_rescaled(kept, monkeypatch):
     model, (rows, text, image) = encoder(drop_path=0.5).train(), given()
     layer, states = model.layers[1], model.pack(rows, text, image)
     bias = model.positions(rows.width, True)[1]
@@ -143,7 +143,7 @@ def test_rows_that_skip_a_branch_stay_and_the_others_make_up_for_them(kept, monk
     torch.testing.assert_close(top(states, rows, bias, True, first), top(states, rows, bias, True)[rows.starts])
 
 
-def test_draws_have_the_rate_of_the_layer_and_always_leave_one_row_to_compute():
+def test_drop_rate_grows_with_depth_and_one_row_is_always_computed():
     layers = encoder(drop_path=0.6).train().layers
     assert [layer.drop_path for layer in layers] == pytest.approx([0, 0.2, 0.4, 0.6])
     kept, share = layers[2]._draw_kept_rows(RaggedBatch((0,) * 5000, P, CPU))
@@ -184,17 +184,19 @@ def test_published_sizes_have_their_experts(spec):
     matrices = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
     assert matrices == deep * 4 * width**2 + experts * 8 * width**2
     assert (model.positions is None) == (spec is BASE_PLUS)
-    if model.positions is not None:  # the published table: 27 x 27 distances, 3 of the class token, both ways, texts
+    if (
+        model.positions is not None
+    ):  # rows of the published table: 27 x 27 distances, 3 of the class token, 2 across, 392 of texts
         assert len(model.positions.image) + 2 + len(model.positions.text) == 27**2 + 3 + 2 + 392
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the fused forms of a GPU round the bias")
 def test_biases_are_not_rounded_where_the_rest_is():
-    """To bfloat16 a bias of 16 is known to 0.06, and the weight of its token to 6 %."""
+    """Rounded to bfloat16, a bias of 16 has an error of 0.06, and the attention weight one of 6 %."""
     torch.manual_seed(0)
     attention, rows = SharedAttention(32, 2), RaggedBatch((5, 5), 4, torch.device("cpu"))
     states, bias = torch.randn(18, 32), 8 * torch.randn(2, 9, 9)
-    torch.nn.init.zeros_(attention.qkv.weight[:64].data)  # the bias alone tells where to look
+    torch.nn.init.zeros_(attention.qkv.weight[:64].data)  # without queries and keys only the bias decides
     with torch.no_grad():
         exact = attention(states, rows, bias)
         rounded = attention(states, rows, bias.bfloat16().float())

@@ -41,7 +41,7 @@ def seed():
 
 
 def published(name, path, **kwargs):
-    """open_clip's own model with weights that no initialiser leaves at a constant, saved to ``path``."""
+    """Save open_clip's model with random values in every parameter to ``path``."""
     model = open_clip.create_model(name, **kwargs).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -81,7 +81,7 @@ def test_grouped_run_has_the_gradient_of_the_padded_one(tmp_path):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)  # the largest are about 80
 
 
-def test_text_tower_that_looks_at_padding_runs_on_the_whole_context(tmp_path):
+def test_text_tower_with_visible_padding_runs_on_the_whole_context(tmp_path):
     model = published("toy-siglip", tmp_path / "siglip.pt")
     towers = OpenClip("toy-siglip", weights=str(tmp_path / "siglip.pt"))
     text = towers.build().text
@@ -204,7 +204,7 @@ def test_resolved_spec_builds_without_weights(tmp_path):
         (OpenClip("roberta-ViT-B-32"), "BertText"),
     ],
 )
-def test_what_cannot_be_built_is_said_in_one_line(spec, message):
+def test_invalid_spec_is_a_user_error(spec, message):
     with pytest.raises(UserError, match=message) as error:
         spec.build()
     assert "\n" not in str(error.value)
@@ -216,7 +216,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
         OpenClip("toy-clip", weights=str(tmp_path / "resnet.pt")).build()
 
 
-def test_failed_download_is_said_in_one_line(monkeypatch):
+def test_failed_download_is_a_user_error(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no route\nto the hub")
 

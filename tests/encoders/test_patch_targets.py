@@ -31,14 +31,14 @@ def test_pixels_are_normalised_patch_by_patch_as_mae_does():
     for n in range(8):
         values = patches[1, n].tolist()
         mean = sum(values) / 768
-        variance = sum((v - mean) ** 2 for v in values) / 767  # torch's, and so MAE's, unbiased one
+        variance = sum((v - mean) ** 2 for v in values) / 767  # unbiased, as in torch and MAE
         expected = torch.tensor([(v - mean) / (variance + 1e-6) ** 0.5 for v in values])
         torch.testing.assert_close(found[1, n], expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(Pixels(normalise=False).build(tower())(image()), patches)
-    assert targets(torch.full((1, 3, *SIZE), 0.7)).abs().max() < 1e-3  # a flat patch
+    assert targets(torch.full((1, 3, *SIZE), 0.7)).abs().max() < 1e-3  # constant patches
 
 
-def test_random_codes_are_the_nearest_row_and_come_back_with_the_state():
+def test_random_codes_are_the_nearest_rows_and_survive_a_state_dict():
     torch.manual_seed(0)
     spec, net = RandomCodes(codes=50, size=6), tower()
     targets = spec.build(net)
@@ -52,11 +52,11 @@ def test_random_codes_are_the_nearest_row_and_come_back_with_the_state():
     assert not torch.equal(again(image()), codes)
     again.load_state_dict(targets.state_dict())
     assert torch.equal(again(image()), codes)
-    # brightness and contrast of a picture do not change its codes
+    # brightness and contrast of an image do not change its codes
     assert torch.equal(targets(2 * image() + 1), codes)
 
 
-def test_targets_are_never_trained():
+def test_targets_are_frozen():
     for spec in (Pixels(), RandomCodes(codes=50)):
         targets = spec.build(tower()).train()
         assert not targets.training and not any(p.requires_grad for p in targets.parameters())

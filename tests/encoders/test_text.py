@@ -76,7 +76,7 @@ def test_by_length_pads_least_of_all_splits(groups):
     assert found == best
 
 
-def test_by_length_makes_no_group_of_rows_that_are_alike():
+def test_by_length_does_not_split_rows_of_equal_length():
     assert [part.tolist() for part in by_length([5, 5, 5], 4)] == [[0, 1, 2]]
     assert [part.tolist() for part in by_length([9, 2, 9, 2], 4)] == [[1, 3], [0, 2]]
 
@@ -107,7 +107,7 @@ def test_grouped_run_saves_the_padding():
 
 
 def test_text_beyond_the_positions_is_an_error():
-    for model_type in ("bert", "roberta"):  # RoBERTa counts positions from behind its padding index
+    for model_type in ("bert", "roberta"):  # RoBERTa counts positions from after its padding index
         tower = BertText(config=family(model_type)).build().eval()
         assert tower.max_length == 40
         ids, mask = torch.full((1, 41), 7), torch.ones(1, 41, dtype=torch.bool)
@@ -140,7 +140,7 @@ def test_resolved_spec_survives_json_and_needs_no_folder(tmp_path):
 
 
 def test_weights_of_a_whole_masked_language_model_with_first_names_load(tmp_path):
-    """As in the first files of BERT: a prefix before the encoder, heads behind it, gamma and beta in the norms."""
+    """The first BERT files have a prefix of the encoder, heads, and norms with gamma and beta."""
     published = transformers.BertForMaskedLM(transformers.BertConfig(**BERT)).eval()
     published.config.save_pretrained(tmp_path)
     names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
@@ -166,13 +166,13 @@ def test_weights_of_a_whole_masked_language_model_with_first_names_load(tmp_path
         ({"model_type": "bert", "hidden_size": "wide"}, "hidden_size"),
     ],
 )
-def test_config_that_cannot_be_built_is_said_in_one_line(config, message):
+def test_invalid_config_is_a_user_error(config, message):
     with pytest.raises(UserError, match=message) as error:
         BertText(config=config).build()
     assert "\n" not in str(error.value)
 
 
-def test_folder_without_a_model_is_said_in_one_line(tmp_path):
+def test_folder_without_a_model_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="not a transformers folder"):
         BertText(weights=str(tmp_path)).build()
     transformers.BertConfig(**BERT).save_pretrained(tmp_path)
@@ -209,8 +209,8 @@ def test_checkpointing_recomputes_and_leaves_gradients_as_they_are():
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_what_is_not_kept_of_the_embeddings_is_zero_for_the_layers(model_type):
-    """Against the whole model with an embedding layer that does so itself, at full length."""
+def test_cutoff_zeroes_the_output_of_the_embedding_layer(model_type):
+    """Equals the model at full length with an embedding layer that zeroes its own output."""
     tower = BertText(config=family(model_type), dropout=0.0, length_groups=3).build().eval()
     ids, mask = captions(pad=tower.model.config.pad_token_id)
     torch.manual_seed(1)
@@ -230,10 +230,10 @@ def test_what_is_not_kept_of_the_embeddings_is_zero_for_the_layers(model_type):
         del layer.forward
         torch.testing.assert_close(found[hidden], expected[hidden], rtol=1e-4, atol=1e-5)
         assert (found - before)[hidden].abs().max() > 1e-3
-    torch.testing.assert_close(tower(ids, mask), before)  # nothing stays
+    torch.testing.assert_close(tower(ids, mask), before)  # the hook was removed
 
 
-def test_gradient_of_what_is_cut_is_zero():
+def test_gradient_of_zeroed_embeddings_is_zero():
     tower = BertText(config=BERT, dropout=0.0, length_groups=3).build()
     ids, mask = torch.arange(5, 35).view(3, 10), torch.ones(3, 10, dtype=torch.bool)
     keep = torch.ones(3, 10, 1, dtype=torch.bool)

@@ -107,7 +107,7 @@ def test_match_is_the_probability_of_the_matching_head(albef, files):
     assert found != albef.match(files[1], "red thing")
 
 
-def test_a_model_says_what_it_cannot_do(tmp_path, model, albef, files, world):
+def test_unsupported_method_is_a_user_error(tmp_path, model, albef, files, world):
     run_of(tmp_path / "text", Single(text=BertText(config=BERT | {"vocab_size": 200})))
     run_of(tmp_path / "image", Single(image=IMAGE))
     (tmp_path / "text" / "tokenizer").symlink_to(world / "tokenizer")

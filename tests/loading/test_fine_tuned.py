@@ -1,4 +1,4 @@
-"""Fine-tuned weights in their published layouts: from the command that the README lists to the answers."""
+"""Fine-tuned weights in their published layouts: the commands of the documentation give the answers of the model."""
 
 import json
 from dataclasses import replace
@@ -59,7 +59,7 @@ MOME = Mome(
 SIZES = {
     "hidden_size": 64,
     "num_attention_heads": 2,
-}  # heads as wide as those of the image tower, 32, as in all published files
+}  # heads of width 32, as in the image tower: equal widths as in all published files
 TEXT = replace(SPEC.text, config=SPEC.text.config | SIZES)
 ALBEF = replace(SPEC, image=replace(SPEC.image, mean=MEAN, std=STD), text=TEXT, itc=False, itm=False, mlm=False)
 VLMO = Vlmo(MOME, itc=False, itc_vl=False, itm=False, mlm=False)
@@ -76,7 +76,7 @@ COMPARED |= {"classes": ("False", "True")}
 
 @pytest.fixture
 def questions(tmp_path) -> Path:
-    """Ten pictures, each with a line in the format that `vlp data annotations` makes of VQA, SNLI-VE and NLVR2."""
+    """Write ten images, each with annotations of VQA, SNLI-VE and NLVR2 as `vlp data annotations` writes them."""
     rng, lines = np.random.default_rng(0), {"vqa": [], "ve": [], "nlvr2": []}
     (tmp_path / "pictures").mkdir()
     for n in range(10):
@@ -106,24 +106,32 @@ def questions(tmp_path) -> Path:
     ],
     ids=["ALBEF VQA", "VLMo VQA", "ALBEF entailment", "ALBEF NLVR2", "VLMo NLVR2"],
 )
-def test_fine_tuned_file_answers_as_the_model_that_was_written_to_it(questions, monkeypatch, spec, task, fields):
-    """The README's commands of published VQA, SNLI-VE and NLVR2 weights, from the words typed to the answers."""
+def test_exported_fine_tuned_file_gives_the_results_of_its_model(questions, monkeypatch, spec, task, fields):
+    """The commands for published VQA, SNLI-VE and NLVR2 weights, from the command line to the answers."""
     monkeypatch.chdir(questions)
     torch.manual_seed(0)
     own = spec.build().eval()
     for part in own.modules():
         if isinstance(part, torch.nn.Linear | torch.nn.Embedding | torch.nn.Conv2d):
-            torch.nn.init.normal_(part.weight, std=0.4)  # or all questions have much the same answer
+            torch.nn.init.normal_(part.weight, std=0.4)  # otherwise all questions have nearly the same answer
     albef = isinstance(spec, Albef)
     data = Data(
-        (), None, "vocab.txt", add_sep=not albef, clean_captions=albef, max_length=64 if albef else 40, resize=Resize("squash")
+        (),
+        None,
+        "vocab.txt",
+        add_sep=not albef,
+        clean_captions=albef,
+        max_length=64 if albef else 40,
+        resize=Resize("squash"),
     )
-    subject = EvalModel(own, load_tokenizer("vocab.txt", data.add_sep, data.clean_captions), data, torch.device("cpu"))
+    eval_model = EvalModel(
+        own, load_tokenizer("vocab.txt", data.add_sep, data.clean_captions), data, torch.device("cpu")
+    )
     kind = {"vqa": Vqa, "classification": Classes}[task](**fields, resamples=5)
-    if own.classifier is not None:  # no class is ahead of the others on the whole, so that several are said
+    if own.classifier is not None:  # centred, so that several classes are predicted
         scores = []
         hook = own.classifier.register_forward_hook(lambda module, given, said: scores.append(said))
-        kind(subject)
+        kind(eval_model)
         hook.remove()
         own.classifier[-1].bias.data -= torch.cat(scores).mean(0)
     exported = (
@@ -137,7 +145,7 @@ def test_fine_tuned_file_answers_as_the_model_that_was_written_to_it(questions, 
         words, kind = [*words, "submission=typed.json"], replace(kind, submission="own.json")
     assert main(["eval", "tuned.safetensors", task, *words]) == 0
     result = json.loads(next(questions.glob(f"runs/eval/tuned/eval/{task}*.json")).read_text())
-    expected = kind(subject)
+    expected = kind(eval_model)
     values = {name: pytest.approx(metric.value) for name, metric in expected.metrics.items()}
     assert {name: metric["value"] for name, metric in result["metrics"].items()} == values
     if task == "vqa":

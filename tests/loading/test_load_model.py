@@ -1,4 +1,4 @@
-"""`vlp eval` on published weights: every form is opened strictly, and scores as the library that it comes from does."""
+"""Published weights load strictly, and give the scores of the library that they come from."""
 
 import json
 from dataclasses import replace
@@ -32,9 +32,9 @@ VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "n
 EFFICIENT = {
     "width_coefficient": 0.2,
     "depth_coefficient": 0.2,
-    "hidden_dim": 64,  # of the last of its blocks
+    "hidden_dim": 64,  # width of the last block
     "image_size": 32,
-    "initializer_range": 0.2,  # with smaller weights nothing of the picture is left at the end
+    "initializer_range": 0.2,  # with smaller weights the output does not depend on the image
 }
 
 
@@ -77,12 +77,12 @@ KINDS = {"clip": clip, "align": align, "siglip": siglip, "siglip2": siglip2}
 
 @pytest.fixture(params=KINDS)
 def folder(request, tmp_path) -> Path:
-    """A tiny model of transformers as it saves itself, its numbers far from their first values."""
+    """Save a tiny model of transformers with weights far from their initial values."""
     torch.manual_seed(0)
     model, processor = KINDS[request.param]()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    if request.param == "align":  # nor without statistics of its batch norms
+    if request.param == "align":  # with batch norm statistics that differ from the initial ones
         model.train().get_image_features(pixel_values=torch.randn(16, 3, 32, 32))
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
     model.save_pretrained(tmp_path)
@@ -93,7 +93,7 @@ def folder(request, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
-    """Square, since Siglip2's own pictures keep their shape and ours do not."""
+    """A square image, since Siglip2 keeps the shape of images and vlp squashes them."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
     return coarse.resize((80, 80), Image.Resampling.BICUBIC)
@@ -110,7 +110,7 @@ def test_transformers_folders_embed_as_their_own_classes_do(folder, photo):
     given = transformers.AutoImageProcessor.from_pretrained(folder)(images=[photo], return_tensors="pt")
     padding = {"padding": "max_length", "max_length": 12} if "siglip" in own.config.model_type else {"padding": True}
     texts = tokenizer(TEXTS, return_tensors="pt", **padding)
-    if "siglip" in own.config.model_type:  # its own tokenizer gives no mask
+    if "siglip" in own.config.model_type:  # its tokenizer returns no mask
         texts = {"input_ids": texts["input_ids"]}
     with torch.no_grad():
         image, text = unit(own.get_image_features(**given)), unit(own.get_text_features(**texts))
@@ -124,7 +124,7 @@ def test_transformers_folders_embed_as_their_own_classes_do(folder, photo):
     assert cut == 0
     torch.testing.assert_close(ours, text, rtol=0, atol=2e-6)
     theirs = given["pixel_values"]
-    if theirs.ndim == 4:  # its pixels, to what two ways of resizing differ by
+    if theirs.ndim == 4:  # equal pixels, up to the difference between two resizing algorithms
         tolerance = 2 / 255 / min(eval_model.preprocess.std)
         torch.testing.assert_close(normal, theirs.float(), rtol=0, atol=tolerance)
         with torch.no_grad():
@@ -134,8 +134,8 @@ def test_transformers_folders_embed_as_their_own_classes_do(folder, photo):
     assert float(eval_model.model.scale.detach()) == pytest.approx(float(scale.detach()), rel=1e-5)
 
 
-def test_knn_probe_and_sts_take_them_too(folder, tmp_path, monkeypatch):
-    """The nearest neighbour and the distance of a pair are those of the embeddings, one after the other."""
+def test_knn_probe_and_sts_evaluate_transformers_folders(folder, tmp_path, monkeypatch):
+    """Nearest neighbours and distances equal those of embeddings computed one at a time."""
     rng, labels = np.random.default_rng(0), []
     for n in range(16):
         name, split = f"p{n}.png", "train" if n < 8 else "val"
@@ -177,14 +177,14 @@ def test_knn_probe_and_sts_take_them_too(folder, tmp_path, monkeypatch):
     nearest = [max(range(8), key=lambda k: float(images[n] @ images[k])) for n in range(8, 16)]
     hits = sum(labels[k]["label"] == labels[n]["label"] for n, k in enumerate(nearest, start=8))
     assert found["knn"]["top1"]["value"] == pytest.approx(hits / 8)
-    assert found["probe"]["top1"]["value"] > 0.5  # of copies of what it was fitted to, by a random tower
-    assert found["sts"]["sts12"]["value"] == pytest.approx(1)  # a sentence is nearer to itself than to another
-    # of the one pair that scores above 4
+    assert found["probe"]["top1"]["value"] > 0.5  # copies of the training images, by a random tower
+    assert found["sts"]["sts12"]["value"] == pytest.approx(1)  # a sentence is closest to itself
+    # alignment counts the one pair with a score above 4
     distance = float((texts[0] - texts[1]).square().sum())
     assert found["sts"]["alignment"]["value"] == pytest.approx(distance, rel=1e-3, abs=1e-6)
 
 
-def test_siglip2_sees_patches_as_it_cuts_them(tmp_path, photo):
+def test_siglip2_patches_equal_those_of_its_processor(tmp_path, photo):
     from vlp.loading.transformers import patches_of
 
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None, :, :32, :48].float()
@@ -211,7 +211,7 @@ def test_weights_that_do_not_fit_are_refused(folder):
 
 
 def test_sizes_and_heads_of_an_albef_file_are_those_of_its_tensors(tmp_path):
-    """The published numbers of re-ranking, from nothing but the file and the width of a head."""
+    """The numbers of the published code, from only the file and the head width."""
     reference, *_, given, _ = published("albef_retrieval")
     state = load_file(SHARED / "parity/albef_retrieval/weights.safetensors")
     save_file(state, tmp_path / "ALBEF.safetensors")
@@ -241,7 +241,7 @@ def test_sizes_and_heads_of_an_albef_file_are_those_of_its_tensors(tmp_path):
         ({"assignment": True, "itm": False}, {"images": 2}),
     ],
 )
-def test_every_head_that_a_file_has_is_there(tmp_path, heads, fusion):
+def test_model_has_every_head_of_the_file(tmp_path, heads, fusion):
     torch.manual_seed(0)
     spec = replace(SPEC, fusion=replace(SPEC.fusion, **fusion), mlm=False, **heads)
     own = spec.build().eval()
@@ -254,7 +254,7 @@ def test_every_head_that_a_file_has_is_there(tmp_path, heads, fusion):
 
 @pytest.fixture
 def albef_file(tmp_path) -> Path:
-    """An exported toy; its vocabulary beside it."""
+    """Write an exported toy model with its vocabulary."""
     torch.manual_seed(0)
     state = SPEC.build().state_dict()
     save_file(
@@ -275,7 +275,7 @@ def pictures(tmp_path) -> Path:
     return tmp_path / "pictures"
 
 
-def test_albef_file_has_no_tokenizer_and_says_so(albef_file, pictures, capsys, monkeypatch):
+def test_albef_file_without_a_tokenizer_is_a_user_error(albef_file, pictures, capsys, monkeypatch):
     monkeypatch.chdir(albef_file.parent)
     task = [str(albef_file), "zero-shot", f"data={pictures}", "prompts=a {}", "head_width=16", "resamples=5"]
     assert main(["eval", *task]) == 2
@@ -287,7 +287,7 @@ def test_albef_file_has_no_tokenizer_and_says_so(albef_file, pictures, capsys, m
     assert result["step"] is None and len(result["checkpoint_sha256"]) == 64 and result["n"]["images"] == 10
 
 
-def test_albef_is_seen_at_other_pixels_where_asked(albef_file):
+def test_image_size_of_an_albef_file_can_be_changed(albef_file):
     opened = load_model(str(albef_file), options=LoadOptions(image_size=64, head_width=16, max_length=9))
     assert opened.eval_model.preprocess.size == (64, 64) and opened.eval_model.data.max_length == 9
     assert opened.reports["model"].resized == ("image.model.pos_embed",)
@@ -329,7 +329,7 @@ def test_sizes_experts_and_heads_of_a_vlmo_file_are_those_of_its_tensors(tmp_pat
 
 
 @pytest.mark.parametrize("lost", ["_imag.", "patch_embed", "word_embeddings", "token_type_embeddings"])
-def test_vlmo_file_that_lacks_a_part_is_one_line(tmp_path, capsys, lost):
+def test_vlmo_file_without_a_part_is_a_user_error(tmp_path, capsys, lost):
     exported = export_vlmo(VlmoCheckpoint(Vlmo(MOME, embed_size=48).build().state_dict()))
     kept = {key: value.contiguous().clone() for key, value in exported.items() if lost not in key}
     assert len(kept) < len(exported)
@@ -339,7 +339,7 @@ def test_vlmo_file_that_lacks_a_part_is_one_line(tmp_path, capsys, lost):
     assert len(err.splitlines()) == 1 and "vlmo.safetensors lacks" in err, err
 
 
-def test_texts_longer_than_the_positions_are_one_line(tmp_path, albef_file, capsys):
+def test_texts_longer_than_the_positions_are_a_user_error(tmp_path, albef_file, capsys):
     for file, longest, width in ((albef_file, 40, 16), (tmp_path / "vlmo.safetensors", 196, 12)):
         if not file.exists():
             exported = export_vlmo(VlmoCheckpoint(Vlmo(MOME, embed_size=48).build().state_dict()))
@@ -349,7 +349,7 @@ def test_texts_longer_than_the_positions_are_one_line(tmp_path, albef_file, caps
         assert f"max_length=300 but the text tower takes {longest} tokens; lower it" in capsys.readouterr().err
 
 
-# --- open_clip, and what is none of all this -----------------------------------------------------------------------------
+# --- open_clip and unknown models -----------------------------------------------------------------------------
 
 
 def test_open_clip_file_scores_as_open_clip_does(tmp_path, monkeypatch, photo):
@@ -375,7 +375,7 @@ def test_open_clip_file_scores_as_open_clip_does(tmp_path, monkeypatch, photo):
     torch.testing.assert_close(ours @ found.T, image @ text.T, rtol=0, atol=5e-3)
 
 
-def test_what_is_nothing_known_is_one_line_that_says_what_it_can_be(tmp_path, capsys):
+def test_unknown_model_is_a_user_error_that_lists_the_known_ones(tmp_path, capsys):
     save_file({"head.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
@@ -385,7 +385,7 @@ def test_what_is_nothing_known_is_one_line_that_says_what_it_can_be(tmp_path, ca
             return print, ("run",)
 
     torch.save({"a": Harm()}, tmp_path / "harm.pth")
-    for what, message in (
+    for path, message in (
         (tmp_path / "nothing", "no such file or folder"),
         (tmp_path / "x.safetensors", "of an unknown model; give a run folder"),
         (tmp_path / "bert", "a folder of a bert model that cannot be evaluated"),
@@ -393,13 +393,13 @@ def test_what_is_nothing_known_is_one_line_that_says_what_it_can_be(tmp_path, ca
         (tmp_path / "harm.pth", "would run code on loading"),
         ("open_clip:ViT-B-33", "open_clip has no model"),
     ):
-        assert main(["eval", str(what), "retrieval", "data=x"]) == 2
+        assert main(["eval", str(path), "retrieval", "data=x"]) == 2
         out, err = capsys.readouterr()
         assert out == "" and len(err.splitlines()) == 1 and message in err, err
     assert main(["eval", str(tmp_path / "x.safetensors"), "knn", "--checkpoint", "3"]) == 2
     assert "--checkpoint is for runs" in capsys.readouterr().err
 
 
-def test_what_belongs_to_the_weights_cannot_be_given(folder, capsys):
+def test_options_that_belong_to_the_weights_are_refused(folder, capsys):
     assert main(["eval", str(folder), "zero-shot", "tokenizer=x"]) == 2
     assert "leave it out" in capsys.readouterr().err

@@ -49,7 +49,7 @@ def test_sigmoid_is_the_mean_over_all_values_times_the_number_of_classes():
 
 
 @pytest.mark.parametrize("loss", [softmax_cross_entropy, sigmoid_cross_entropy])
-def test_gradient_flows_to_logits_alone_and_is_computed_in_float32(loss):
+def test_gradient_flows_to_logits_only_and_is_computed_in_float32(loss):
     logits, teacher, _, soft = (part if part.dtype == torch.int64 else part.detach().bfloat16() for part in given())
     for part in (logits, teacher):
         part.requires_grad_()
@@ -58,7 +58,7 @@ def test_gradient_flows_to_logits_alone_and_is_computed_in_float32(loss):
     assert value.dtype == torch.float32 and logits.grad.any() and teacher.grad is None
 
 
-def test_what_is_no_class_or_not_finite_is_named():
+def test_label_out_of_range_or_non_finite_row_is_named():
     logits, _, labels, soft = given()
     with pytest.raises(ValueError, match="row 2 has a label that is not from 0 to 6"):
         one_hot(torch.tensor([0, 6, 7, -1]), CLASSES)

@@ -37,7 +37,7 @@ def test_is_the_entropy_of_the_mixture_less_the_mean_entropy():
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_certain_views_that_disagree_reach_the_log_of_their_number_and_no_more(number):
+def test_certain_views_that_disagree_reach_the_maximum_log_v(number):
     logits = [60.0 * F.one_hot(torch.tensor([v]), number).double() for v in range(number)]
     assert jensen_shannon(*logits).item() == pytest.approx(math.log(number))
     mean = torch.stack(logits).softmax(2).mean(0)
@@ -45,7 +45,7 @@ def test_certain_views_that_disagree_reach_the_log_of_their_number_and_no_more(n
     assert swapped > 10 * math.log(number)  # as in the published Cutoff code
 
 
-def test_views_that_agree_are_at_zero_without_gradient():
+def test_equal_views_have_zero_divergence_and_gradient():
     logits = views(1)[0].requires_grad_()
     loss = jensen_shannon(logits, logits.detach() + 7, logits.detach())
     loss.backward()
@@ -57,7 +57,7 @@ def test_gradient_is_the_numerical_one():
     assert torch.autograd.gradcheck(jensen_shannon, [view.requires_grad_() for view in views(3)])
 
 
-def test_a_left_out_class_changes_nothing_and_gets_a_zero_gradient():
+def test_excluded_class_has_no_effect_and_zero_gradient():
     p, q = views(2)
     p[:, 3] = q[:, 3] = -torch.inf
     p.requires_grad_()
@@ -68,7 +68,7 @@ def test_a_left_out_class_changes_nothing_and_gets_a_zero_gradient():
     assert p.grad.isfinite().all()
 
 
-def test_a_class_that_one_view_leaves_out_is_finite():
+def test_class_excluded_by_one_view_has_a_finite_divergence():
     p, q = views(2)
     p[0, 1] = -torch.inf
     p.requires_grad_(), q.requires_grad_()

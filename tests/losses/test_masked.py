@@ -15,7 +15,7 @@ def rows(seed=0, count=5, width=7, dtype=torch.float64):
 
 
 def slow(logits, labels, teacher=None, distill=0.0):
-    """Row by row, with exp and log written out."""
+    """Compute the loss row by row, with exp and log written out."""
     total, count = 0.0, 0
     for i, label in enumerate(labels.tolist()):
         if label == -100:
@@ -37,11 +37,11 @@ def test_equals_the_definition_row_by_row():
         assert loss.item() == pytest.approx(slow(rows(), LABELS, rows(1), share), rel=1e-12)
 
 
-def test_equal_logits_cost_the_logarithm_of_the_vocabulary():
+def test_equal_logits_give_log_of_the_vocabulary_size():
     assert masked_cross_entropy(torch.zeros(4, 30), torch.arange(4)).item() == pytest.approx(math.log(30))
 
 
-def test_distilling_from_oneself_costs_the_entropy_and_has_no_gradient():
+def test_self_distillation_is_the_entropy_with_zero_gradient():
     logits = rows()
     loss = masked_cross_entropy(logits, LABELS.abs() % 7, logits.detach().clone(), 1.0)
     probabilities = logits.detach().softmax(1)
@@ -59,7 +59,7 @@ def test_gradient_is_the_numerical_one_and_the_teacher_gets_none():
 
 @pytest.mark.parametrize("labels", [torch.full((5,), -100), torch.zeros(0, dtype=torch.int64)], ids=["ignored", "none"])
 @pytest.mark.parametrize("distill", [0.0, 0.4])
-def test_nothing_masked_costs_exactly_0_with_a_gradient_of_0(labels, distill):
+def test_no_masked_token_gives_zero_loss_and_gradient(labels, distill):
     logits = rows(count=len(labels))
     teacher = rows(1, count=len(labels)) if distill else None
     for count in (None, torch.tensor(0.0), torch.tensor(2.5)):
@@ -86,7 +86,7 @@ def test_bfloat16_logits_are_computed_on_in_float32():
     torch.testing.assert_close(loss, masked_cross_entropy(logits.float(), LABELS), rtol=0, atol=0)
 
 
-def test_what_cannot_be_is_named():
+def test_invalid_input_is_named():
     with pytest.raises(ValueError, match="one label per row"):
         masked_cross_entropy(rows(), LABELS[:4])
     with pytest.raises(ValueError, match="one label per row"):
@@ -104,7 +104,7 @@ def test_what_cannot_be_is_named():
         masked_pixel_loss(rows(), rows(width=6))
 
 
-def test_pixels_cost_their_mean_squared_error():
+def test_pixel_loss_is_the_mean_squared_error():
     predicted, pixels = rows(), rows(1)
     squares = [(a - b) ** 2 for a, b in zip(predicted.flatten().tolist(), pixels.flatten().tolist())]
     loss = masked_pixel_loss(predicted, pixels)

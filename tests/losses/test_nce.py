@@ -50,7 +50,7 @@ def test_gradient_is_the_numerical_one_and_the_bank_gets_none(size):
 
 @pytest.mark.parametrize("times", [1, 10, 1000])
 def test_noise_of_the_whole_bank_has_the_softmax_gradient_times_k_over_p_plus_k(times):
-    """Noise that is every row ``times`` times: m Pn = k, so by logit j the gradient is (P_j - y_j) k / (P_j + k)."""
+    """With every row k times as noise, m Pn = k, so the gradient of logit j is (P_j - y_j) k / (P_j + k)."""
     queries, bank, row = unit(1).requires_grad_(), unit(7, seed=1), torch.tensor([2])
     noise = torch.arange(7).repeat(times)[None]
     loss = nce_loss(queries, bank, 5.0, row, noise, log_partition(queries, bank, 5.0))
@@ -86,7 +86,7 @@ def test_partition_is_the_mean_over_queries_of_the_whole_sum_and_is_a_constant()
     assert value.exp().item() == pytest.approx((3.0 * queries @ bank.T).exp().sum(1).mean().item())
 
 
-def test_partition_is_what_the_published_estimate_from_noise_tends_to():
+def test_published_estimate_converges_to_the_partition():
     queries, bank = unit(3), unit(40, seed=1)
     noise = draw_noise(ROWS, 40, 20_000, torch.Generator().manual_seed(0), may_be_own=True)
     estimate = (3.0 * queries @ bank.T).gather(1, noise).exp().mean() * 40
@@ -142,14 +142,14 @@ def test_non_finite_row_is_named(size, bad):
         nce_loss(queries, unit(size), 3.0, ROWS, noise_of(bank), bad)
 
 
-def test_a_row_of_the_bank_that_nobody_drew_may_not_spoil_the_gradient():
+def test_non_finite_bank_row_is_named_even_if_it_was_not_drawn():
     queries, bank = unit(3).requires_grad_(), unit(7, seed=1)
     bank[5] = math.nan
     with pytest.raises(NonFiniteLoss, match="row 5 of bank"):
         nce_loss(queries, bank, 3.0, ROWS, torch.tensor([[1], [1], [1]]), 1.0)
 
 
-def test_what_does_not_fit_is_an_error():
+def test_shapes_that_do_not_fit_the_bank_are_an_error():
     queries, bank = unit(3), unit(7)
     with pytest.raises(ValueError, match="m >= 1"):
         nce_loss(queries, bank, 1.0, ROWS, noise_of(bank)[:, :0], 1.0)

@@ -30,8 +30,8 @@ def test_tuplet_loss_is_the_definition():
     assert tuplet_loss(a, p, n).item() == pytest.approx(total / 5, rel=1e-12)
 
 
-def test_one_negative_is_a_triplet_loss_with_a_rounded_corner():
-    """At unit norm a.n - a.p = (d_ap^2 - d_an^2) / 2; multiplying the anchor sharpens softplus into the hinge."""
+def test_one_negative_is_a_smooth_triplet_loss():
+    """At unit norm a.n - a.p = (d_ap^2 - d_an^2) / 2. A longer anchor turns softplus into the hinge."""
     a, p, n = unit(50, 8), unit(50, 8, seed=1), unit(50, 1, 8, seed=2)
     excess = (a - p).square().sum(1) - (a - n[:, 0]).square().sum(1)
     torch.testing.assert_close(tuplet_loss(a, p, n), F.softplus(excess / 2).mean(), rtol=1e-12, atol=0)
@@ -63,7 +63,7 @@ def test_n_pair_loss_is_the_tuplet_loss_of_the_others_positives():
 
 
 def test_n_pair_loss_equals_pytorch_metric_learning_with_its_conventions_set():
-    """No normalisation, squared norms in the penalty, and the 1/2 in its weight; by default theirs is another loss."""
+    """With no normalisation, squared norms in the penalty and 1/2 in its weight. Their defaults differ."""
     pytest.importorskip("pytorch_metric_learning")
     from pytorch_metric_learning import distances, losses, regularizers
 
@@ -96,7 +96,7 @@ def test_equal_embeddings_give_the_log_of_their_number():
     assert tuplet_loss(x, x, x.expand(7, 7, 3)).item() == pytest.approx(math.log(8))
 
 
-def test_nothing_to_compare_with_is_zero():
+def test_no_negative_gives_zero():
     a, p = unit(1, 3), unit(1, 3, seed=1)
     assert tuplet_loss(a, p, a[:, None][:, :0]).item() == 0
     assert n_pair_loss(a, p, l2=0.5).item() == pytest.approx(0.25)  # the penalty of unit norms

@@ -26,7 +26,7 @@ def as_set(triplets):
 
 
 MATCH = torch.tensor([True, False, True, False, False, True])
-IDS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 3])  # 3 is alone
+IDS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 3])  # id 3 has one row
 NOT_ITSELF = ~torch.eye(9, dtype=torch.bool)
 
 
@@ -64,7 +64,9 @@ def test_equal_rows_have_a_finite_gradient():
     a = unit(6).requires_grad_()
     loss = contrastive_loss(a, a.detach(), MATCH)
     loss.backward()
-    assert loss.item() == pytest.approx(3 / 6 / 2)  # the three that do not match are a whole margin too near
+    assert loss.item() == pytest.approx(
+        3 / 6 / 2
+    )  # the three pairs that do not match have distance 0, a whole margin too close
     assert (a.grad == 0).all()
 
 
@@ -77,7 +79,7 @@ def test_triplet_loss_equals_torch_with_squared_distances():
 
 
 def test_triplet_loss_equals_pytorch_metric_learning_with_its_conventions_set():
-    """Squared distances, our margin, and the mean over all triplets instead of those that are not 0."""
+    """With squared distances, the same margin, and the mean over all triplets. Their defaults differ."""
     pytest.importorskip("pytorch_metric_learning")
     from pytorch_metric_learning import distances, losses, reducers
 
@@ -144,7 +146,7 @@ def test_hardest_equals_pytorch_metric_learning():
     expected = as_set(miners.BatchHardMiner(distance=distances.LpDistance())(x, IDS))
     mined = hardest_triplets(x, x, IDS, IDS, NOT_ITSELF)
     assert as_set(mined) == expected
-    assert len(mined[0]) == 8  # all but the row that is alone
+    assert len(mined[0]) == 8  # all but the row without a positive
 
 
 @pytest.mark.parametrize("mine", [semi_hard_triplets, hardest_triplets])
@@ -174,7 +176,7 @@ def test_mining_works_on_half_precision():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_non_finite_row_is_named(bad):
     x, y = unit(6), unit(6, seed=1)
-    y[1, 0] = bad  # row 1 is no match: its hinge is 0 at an infinite distance
+    y[1, 0] = bad  # row 1 does not match, so its loss is 0 at an infinite distance
     with pytest.raises(NonFiniteLoss, match="row 1 of b"):
         contrastive_loss(x, y, MATCH)
     with pytest.raises(NonFiniteLoss, match="row 1 of negative"):
@@ -190,7 +192,7 @@ def test_unpaired_rows_are_an_error():
     with pytest.raises(ValueError, match="pairs of rows"):
         contrastive_loss(unit(0), unit(0), MATCH[:0])
     with pytest.raises(ValueError, match="a bool for each, .* torch.float32"):
-        contrastive_loss(unit(6), unit(6), MATCH.float())  # whose 1 may well mean the paper's "no match"
+        contrastive_loss(unit(6), unit(6), MATCH.float())  # floats are ambiguous: in the paper 1 means no match
     with pytest.raises(ValueError, match="triplets of rows"):
         triplet_loss(unit(6), unit(6), unit(5))
     with pytest.raises(ValueError, match="one id per row"):

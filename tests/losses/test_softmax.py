@@ -16,7 +16,7 @@ def unit(rows, width=16, dtype=torch.float64, seed=0):
 
 
 def by_loops(queries, keys, scale, query_ids, key_ids, eps, allowed):
-    """The definition, one pair at a time."""
+    """Compute the definition, one pair at a time."""
     total = 0.0
     for i in range(len(queries)):
         columns = [j for j in range(len(keys)) if allowed[i, j]]
@@ -65,7 +65,7 @@ def test_mean_of_both_ways_with_smoothing_equals_transformers_align():
 
 
 def two_views():
-    """SimCLR's: 8 samples twice, each view looking for the other among all views but itself."""
+    """SimCLR: 8 samples in two views, with all views but itself as the keys of a view."""
     views, ids = unit(16, dtype=torch.float32), torch.arange(8).repeat(2)
     return views, ids, info_nce(views, views, 1 / 0.5, ids, ids, allowed=~torch.eye(16, dtype=torch.bool))
 
@@ -77,7 +77,7 @@ def test_views_among_all_other_views_equal_lightly():
 
 
 def test_views_among_all_other_views_equal_pytorch_metric_learning():
-    """Which normalises; with more than two views of a sample it leaves the other positives out of the denominator."""
+    """It normalises. With more than two views it excludes the other positives from the denominator."""
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     views, ids, loss = two_views()
     torch.testing.assert_close(loss, losses.NTXentLoss(temperature=0.5)(views, ids), rtol=1e-5, atol=0)
@@ -110,7 +110,7 @@ def test_soft_targets_equal_torch_and_get_no_gradient():
     assert targets.grad is None
 
 
-def test_a_left_out_pair_changes_nothing_and_gets_a_zero_gradient():
+def test_excluded_pair_has_no_effect_and_zero_gradient():
     logits = torch.randn(3, 5, dtype=torch.float64)
     logits[:, 4] = -torch.inf
     logits.requires_grad_()
@@ -147,7 +147,7 @@ def test_row_without_a_positive_is_named():
         info_nce(unit(3), unit(3, seed=1), 1.0, torch.tensor([0, 1, 5]), torch.arange(3))
 
 
-def test_row_with_everything_left_out_is_named():
+def test_row_without_an_allowed_pair_is_named():
     allowed = torch.ones(3, 3, dtype=torch.bool)
     allowed[1] = False
     with pytest.raises(ValueError, match="row 1 has no positive"):
@@ -174,7 +174,7 @@ def test_non_finite_key_is_named_even_where_the_loss_does_not_see_it(left_out, b
         info_nce(queries, keys, 1.0, torch.arange(3), torch.arange(5), allowed=allowed)
 
 
-def test_soft_target_on_a_left_out_pair_is_named():
+def test_soft_target_on_an_excluded_pair_is_named():
     logits = torch.tensor([[0.0, 1.0], [0.0, -torch.inf]])
     with pytest.raises(NonFiniteLoss, match="row 1"):
         soft_info_nce(logits, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))

@@ -9,7 +9,7 @@ from vlp.losses.sigmoid import sigmoid_loss
 from vlp.losses.softmax import info_nce
 from vlp.losses.tiled import queue_info_nce, tiled_info_nce, tiled_sigmoid_loss
 
-ROWS, KEYS = 37, 53  # no multiple of a tile
+ROWS, KEYS = 37, 53  # not multiples of a tile
 
 
 def symmetric(queries, keys, scale, query_ids, key_ids, eps):
@@ -42,7 +42,7 @@ CASES = [
 
 
 def inputs(dtype, last):
-    """Unit rows with repeated ids, a learned scale, and the smoothing (a number) or the bias (learned)."""
+    """Return unit rows with repeated ids, a learned scale, and the label smoothing or a learned bias."""
     generator = torch.Generator().manual_seed(0)
     queries = F.normalize(torch.randn(ROWS, 16, dtype=dtype, generator=generator), dim=1)
     keys = F.normalize(torch.randn(KEYS, 16, dtype=dtype, generator=generator), dim=1)
@@ -71,7 +71,7 @@ def test_value_and_every_gradient_equal_the_plain_form(plain, tiled, last, dtype
 def test_far_apart_logits_do_not_overflow(plain, tiled, last):
     arguments, learned = inputs(torch.float32, last)
     queries, keys, _, *rest = arguments
-    scale = torch.tensor([2000.0])  # exp of the logits, and of their differences, is far beyond float32
+    scale = torch.tensor([2000.0])  # exp of the logits and of their differences overflows float32
     value = tiled(queries, keys, scale, *rest, tile_rows=8)
     torch.testing.assert_close(value, plain(queries, keys, scale, *rest), rtol=1e-5, atol=0)
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(value, learned[:2]))
@@ -166,7 +166,7 @@ def test_tile_of_no_rows_is_an_error():
 
 
 def queue_case(dtype=torch.float64, queue=53):
-    """11 queries among 7 keys and a queue, with positives in both, in one only, and several."""
+    """Return 11 queries, 7 keys and a queue, with one or several positives in the keys, the queue, or both."""
     generator = torch.Generator().manual_seed(0)
     rows = F.normalize(torch.randn(18 + queue, 16, dtype=dtype, generator=generator), dim=1).split([11, 7, queue])
     queries, keys, scale = (x.requires_grad_() for x in (*rows[:2], torch.tensor([20.0], dtype=dtype)))
@@ -209,7 +209,7 @@ def test_queue_may_be_shorter_than_the_batch_or_empty(queue):
 
 
 def test_own_key_and_queue_equal_lightlys_moco_loss():
-    """NTXentLoss with a memory bank: its queries see their own key and the queue; it normalises what it is given."""
+    """NTXentLoss with a memory bank contrasts each query with its own key and the queue, and normalises."""
     NTXentLoss = pytest.importorskip("lightly.loss").NTXentLoss
     (queries, _, queue, *_), _ = queue_case(torch.float32)
     keys, ids = F.normalize(queries.detach() + 0.1, dim=1), torch.arange(11)

@@ -43,7 +43,7 @@ def visual(name="visual_encoder"):
 
 
 def bert(name, layers, fusion_layer, masked_lm):
-    """xbert's, by the names of its modules."""
+    """Return the parameters of xbert by its names."""
     inner = f"{name}.bert" if masked_lm else name
     words = torch.randn(WORDS, D)
     state = {
@@ -65,7 +65,7 @@ def bert(name, layers, fusion_layer, masked_lm):
 
 
 def twins(state, fusion_layer):
-    """Keys and values of images are one parameter in both of a pair, and saved twice."""
+    """Give both twins of a pair the same keys and values of images, as their file does."""
     for key, value in state.items():
         if found := re.match(r"(.*layer\.)(\d+)(\.crossattention\.self\.(?:key|value)\..*)", key):
             number = int(found[2])
@@ -88,11 +88,11 @@ def classifier(name, classes):
 
 
 def official(layout):
-    """A checkpoint of two text and two fusion layers as the official training scripts, or LAVIS, save it."""
+    """Return a checkpoint with two text and two fusion layers, in the layout of the official scripts or of LAVIS."""
     torch.manual_seed(0)
-    alone = layout.startswith("lavis") or layout in ("text assignment",)
+    student_only = layout.startswith("lavis") or layout in ("text assignment",)
     state = {}
-    for twin in ("",) if alone else ("", "_m"):
+    for twin in ("",) if student_only else ("", "_m"):
         state |= visual(f"visual_encoder{twin}")
         if layout.endswith("pretrain"):
             state |= bert(f"text_encoder{twin}", 4, 2, masked_lm=True)
@@ -144,7 +144,7 @@ def test_round_trip_is_exact(layout):
 
 
 @pytest.mark.parametrize("name", ["albef_pretrain", "albef_retrieval", "albef_vqa"])
-def test_round_trip_of_what_the_published_code_wrote_is_exact(name):
+def test_round_trip_of_files_of_the_published_code_is_exact(name):
     file = PARITY / name / "weights.safetensors"
     if not file.is_file():
         pytest.skip(f"{file} is not there: the numbers of the published code are not part of the repository")
@@ -182,7 +182,7 @@ def without_momentum(state):
 
 
 def test_twins_start_from_pretrained_layers_repeated_as_published():
-    """Official layers 6, 7, ... of a pre-trained file are layers 6 and 7, 8 and 9, ... of NLVR2's."""
+    """Layers 6, 7, ... of a pre-trained file become layers 6 and 7, 8 and 9, ... of NLVR2's."""
     checkpoint = load_albef(official("pretrain"))
     spec = replace(SPEC, itc=False, itm=False, mlm=False, classes=2, fusion=Fusion(layers=2, images=2))
     model = spec.build()
@@ -198,7 +198,7 @@ def test_twins_start_from_pretrained_layers_repeated_as_published():
             assert torch.equal(exported[key], given[key.replace(f"{layer}.{number}.", f"{layer}.{source}.")]), key
 
 
-def test_twins_that_share_nothing_are_refused():
+def test_twins_with_different_keys_are_refused():
     state = official("nlvr2")
     name = "text_encoder.encoder.layer.3.crossattention.self.key.weight"
     state[name] = state[name] + 1
@@ -207,7 +207,7 @@ def test_twins_that_share_nothing_are_refused():
         spec.build().load(load_albef(state).student)
 
 
-def test_official_names_land_where_they_belong():
+def test_official_names_are_translated():
     state = official("pretrain")
     found = load_albef(state)
     layer = "text_encoder.bert.encoder.layer"
@@ -275,21 +275,21 @@ class Surprise:
         return print, ("executed",)
 
 
-def spoilt(what):
+def spoilt(case):
     state = official("pretrain")
-    if what == "bert":
+    if case == "bert":
         return {key: value for key, value in state.items() if key.startswith("text_encoder") and "cross" not in key}
-    if what == "fuses from the first layer on":  # BLIP's
+    if case == "fuses from the first layer on":  # BLIP's
         return visual() | bert("text_encoder", 4, 0, masked_lm=False)
-    if what == "another head":
+    if case == "another head":
         return state | {"prompt.weight": torch.zeros(1)}
-    if what == "another part of a layer":
+    if case == "another part of a layer":
         return state | {"text_encoder.bert.encoder.layer.3.adapter.weight": torch.zeros(1)}
     return state | {"text_encoder.cls.predictions.decoder.weight": torch.zeros(WORDS, D)}
 
 
 @pytest.mark.parametrize(
-    "what, message",
+    "case, message",
     [
         ("bert", "not an ALBEF checkpoint"),
         ("fuses from the first layer on", "not an ALBEF checkpoint"),
@@ -298,9 +298,9 @@ def spoilt(what):
         ("untied", "another matrix than their embeddings"),
     ],
 )
-def test_another_layout_is_refused_in_one_line(what, message, tmp_path):
+def test_another_layout_is_refused_in_one_line(case, message, tmp_path):
     path = tmp_path / "x.safetensors"
-    save_file({key: value.clone() for key, value in spoilt(what).items()}, path)
+    save_file({key: value.clone() for key, value in spoilt(case).items()}, path)
     with pytest.raises(UserError, match=message) as error:
         load_albef(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)

@@ -17,7 +17,7 @@ def one_line(error):
     return str(error.value)
 
 
-def test_resolve_finds_files_in_installed_packages_and_says_what_to_install(tmp_path):
+def test_resolve_finds_files_in_installed_packages(tmp_path):
     import timm as package
 
     assert resolve("pip:timm/models").samefile(f"{package.__path__[0]}/models")
@@ -44,7 +44,7 @@ def test_weights_are_read_from_both_kinds_of_file_and_unwrapped(tmp_path):
 
 
 class Canary:
-    """Unpickling one of these creates a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -79,7 +79,7 @@ def test_truncated_files_are_named(tmp_path, name, fraction):
     one_line(error)
 
 
-def test_what_is_no_state_dict_is_refused(tmp_path):
+def test_file_without_a_state_dict_is_refused(tmp_path):
     for content in (torch.randn(3), {"a": 1}, {}):
         torch.save(content, tmp_path / "w.pth")
         with pytest.raises(UserError, match="not a dictionary of tensors"):
@@ -106,13 +106,13 @@ def test_every_key_is_reported():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda state: state.pop("headroom.bias"), "lack headroom.bias"),  # no prefix of whole dotted parts
+        (lambda state: state.pop("headroom.bias"), "lack headroom.bias"),  # not a prefix of whole dotted parts
         (lambda state: state.update({"neck.weight": torch.zeros(1)}), "have neck.weight"),
         (lambda state: state.update({"body.weight": torch.zeros(3, 4)}), r"body.weight is \(3, 4\).*\(3, 3\)"),
         (lambda state: state.update({"body.weight": torch.zeros(9)}), r"body.weight is \(9,\)"),
     ],
 )
-def test_unexplained_keys_and_shapes_are_errors_that_change_nothing(change, message):
+def test_undeclared_names_and_wrong_shapes_are_errors_without_side_effects(change, message):
     module, state = modules()
     before = {key: value.clone() for key, value in module.state_dict().items()}
     change(state)
@@ -142,7 +142,7 @@ def test_position_embeddings_resize_between_rectangles_and_keep_their_prefix(bat
 
 
 def test_resized_positions_keep_a_gradient_along_one_axis():
-    """An embedding that depends on the row alone still does on any other grid, and grows in the same direction."""
+    """Positions that depend only on the row still do on another grid, and grow in the same direction."""
     rows = torch.arange(6.0)[:, None].expand(6, 6).reshape(1, 36, 1)
     module = Positions(1, 3 * 8, 1)
     load(module, {"pos": rows}, grids={"pos": Grid((3, 8), prefix=0)})
@@ -151,7 +151,7 @@ def test_resized_positions_keep_a_gradient_along_one_axis():
     assert (grid[1:, 0] > grid[:-1, 0]).all() and grid[1, 0] == pytest.approx(2.5)
 
 
-def test_positions_that_fill_no_such_grid_are_an_error():
+def test_positions_that_do_not_fit_the_grid_are_an_error():
     with pytest.raises(UserError, match="pos is"):
         load(Positions(1, 9, 4), {"pos": torch.zeros(1, 7, 4)}, grids={"pos": Grid((3, 3), prefix=0)})
     with pytest.raises(UserError, match="pos is"):
@@ -159,7 +159,7 @@ def test_positions_that_fill_no_such_grid_are_an_error():
 
 
 def test_efficientnet_pytorch_layout_covers_timms_names_with_squeeze_and_excitation():
-    """Both libraries list the tensors of B0 in the order in which they run, so order is the reference for names."""
+    """Both libraries list the tensors of B0 in the order of execution, so the order is the reference for names."""
     model = timm.create_model("tf_efficientnet_b0")
     own, foreign = model.state_dict(), {}
     counts = [len(stage) for stage in model.blocks]

@@ -24,7 +24,7 @@ IMAGE = TimmImage("test_vit", image_size=32, mean=(0.1, 0.2, 0.3), std=(0.5, 0.5
 
 
 def run_of(folder, spec, steps=(2,), average=False):
-    """A run folder with a checkpoint of other random weights for each step; returns the models."""
+    """Write a run folder with a checkpoint of different random weights for each step, and return the models."""
     folder.mkdir()
     experiment = Experiment("x", spec, {}, Data(train=(Source("x"),))).resolved()
     (folder / "experiment.json").write_text(dump(experiment))
@@ -60,7 +60,7 @@ def test_text_tower_is_the_newest_of_the_run_with_its_architecture(tmp_path, spe
     torch.testing.assert_close(cls(ids, mask), newest.eval().text(ids, mask))
 
 
-def test_image_tower_brings_its_normalisation_and_may_see_other_sizes(tmp_path):
+def test_image_tower_of_a_run_keeps_its_normalisation_and_can_be_resized(tmp_path):
     run, (model,) = str(tmp_path / "run"), run_of(tmp_path / "run", Single(image=IMAGE))
     spec = TimmImage("test_vit", weights=run)
     tower = spec.build()
@@ -73,14 +73,14 @@ def test_image_tower_brings_its_normalisation_and_may_see_other_sizes(tmp_path):
         replace(spec, name="test_resnet").build()
 
 
-def test_averaged_weights_are_taken_where_there_are_some(tmp_path):
+def test_averaged_weights_are_preferred(tmp_path):
     (model,) = run_of(tmp_path / "run", Single(text=BertText(config=BERT)), average=True)
     tower = BertText(weights=str(tmp_path / "run")).build()
     name = "model.encoder.layer.0.output.dense.weight"
     assert torch.equal(tower.get_parameter(name), 2 * model.text.get_parameter(name))
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+def test_damaged_checkpoint_is_skipped_with_a_warning(tmp_path):
     older, _ = run_of(tmp_path / "run", Single(text=BertText(config=BERT)), steps=(2, 10))
     file = tmp_path / "run" / "checkpoints" / "step-00000010" / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     assert_equal(tower, older.state_dict(), "text.")
 
 
-def test_resolved_spec_needs_the_run_no_more(tmp_path):
+def test_resolved_spec_does_not_need_the_run(tmp_path):
     run_of(tmp_path / "run", Single(text=BertText(config=BERT)))
     run_of(tmp_path / "image", Single(image=IMAGE))
     text = BertText(weights=str(tmp_path / "run")).resolved()
@@ -105,7 +105,7 @@ def test_resolved_spec_needs_the_run_no_more(tmp_path):
             spec.build()
 
 
-def test_a_run_that_cannot_be_started_from_is_said_in_one_line(tmp_path):
+def test_run_without_the_tower_or_a_checkpoint_is_a_user_error(tmp_path):
     run_of(tmp_path / "text", Single(text=BertText(config=BERT)), steps=())
     with pytest.raises(UserError, match="no image tower"):
         TimmImage("test_vit", weights=str(tmp_path / "text")).resolved()
@@ -131,7 +131,7 @@ def test_a_whole_dual_encoder_starts_from_a_run_heads_and_scalars_too(tmp_path):
     )
 
 
-def test_an_albef_starts_from_a_run_with_new_heads_and_a_decoder_that_begins_as_its_fusion(tmp_path):
+def test_albef_starts_from_a_run_with_new_heads_and_a_decoder_copied_from_fusion(tmp_path):
     sizes = BERT | {"num_hidden_layers": 1}
     parts = {"image": IMAGE, "text": BertText(config=sizes), "fusion": Fusion(layers=2), "embed_size": 8}
     (old,) = run_of(tmp_path / "run", Albef(**parts))
@@ -147,7 +147,7 @@ def test_an_albef_starts_from_a_run_with_new_heads_and_a_decoder_that_begins_as_
                 assert torch.equal(value, begun), name
                 same += 1
     new = {name for name in own if name.startswith(("decoder", "classifier"))} - set(model.report.loaded)
-    # fusion reads pictures, the decoder texts, which are of another width: those keys and values start fresh
+    # fusion reads images, the decoder texts of another width: those keys and values start at random
     assert same > 50 and {name.split(".")[0] for name in new} == {"decoder", "classifier"}
     assert all(".cross_attention.key" in n or ".cross_attention.value" in n for n in new if n.startswith("decoder"))
     captions = replace(spec, decoder=Decoder(layers=2, source="image"), classes=None).build()

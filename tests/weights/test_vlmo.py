@@ -1,4 +1,4 @@
-"""Official files of VLMo in and out, exactly; BEiT's image weights; other resolutions."""
+"""Exact round trip of VLMo's official files, image weights of BEiT, and other resolutions."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ def both(name, *shape):
 
 
 def official(task="pretrain", relative=True, text_only=False):
-    """A checkpoint as the official training script saves it, by the names of its modules."""
+    """Return a checkpoint as the official training script saves it."""
     torch.manual_seed(0)
     state = {"transformer.cls_token": torch.randn(1, 1, D), **both("transformer.patch_embed.proj", D, 3, 16, 16)}
     state |= both("transformer.norm", D)
@@ -92,14 +92,14 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_comes_in_whole_and_goes_out_as_it_was(name, tmp_path):
+def test_round_trip_of_an_official_file_is_exact(name, tmp_path):
     layout, spec = FILES[name]
     state = official(**layout)
     save_file(state, tmp_path / "vlmo.safetensors")
     model = replace(spec, weights=str(tmp_path / "vlmo.safetensors")).build()
     assert not model.report.new and not model.report.resized
     own = model.state_dict()
-    # what its layout holds and this use of it does not read
+    # in the official layout, but not used by this model
     assert all(".experts." in key or key == "encoder.positions.cross" for key in model.report.unexpected)
     checkpoint = load_vlmo(state)
     assert own.keys() <= checkpoint.student.keys()
@@ -109,7 +109,7 @@ def test_a_file_comes_in_whole_and_goes_out_as_it_was(name, tmp_path):
     assert all(back[key].shape == state[key].shape and torch.equal(back[key], state[key]) for key in state)
 
 
-def test_what_a_model_exports_comes_in_again():
+def test_exported_model_loads_again():
     model = SPEC.build()
     own = model.state_dict()
     again = load_vlmo(export_vlmo(VlmoCheckpoint(own))).student
@@ -118,8 +118,8 @@ def test_what_a_model_exports_comes_in_again():
         export_vlmo(VlmoCheckpoint({**own, "mim.mask_token": torch.zeros(D)}))
 
 
-def test_what_could_not_be_read_again_is_not_exported():
-    """A table of positions is told apart by the number of its rows alone."""
+def test_model_that_could_not_be_loaded_again_is_not_exported():
+    """The parts of the table are recognised by its number of rows only."""
     own = SPEC.build().state_dict()
     without_cross = {key: value for key, value in own.items() if key != "encoder.positions.cross"}
     with pytest.raises(ValueError, match="this model lacks some"):
@@ -130,7 +130,7 @@ def test_what_could_not_be_read_again_is_not_exported():
             export_vlmo(VlmoCheckpoint(other))
 
 
-def test_a_second_kind_of_image_starts_as_the_first(tmp_path):
+def test_second_image_kind_starts_as_a_copy_of_the_first(tmp_path):
     save_file(official(), tmp_path / "vlmo.safetensors")
     encoder = replace(ENCODER, image_kinds=2)
     spec = replace(SPEC, **NOTHING, classes=2, images=2, encoder=encoder, weights=str(tmp_path / "vlmo.safetensors"))
@@ -142,7 +142,7 @@ def test_a_second_kind_of_image_starts_as_the_first(tmp_path):
 
 
 def beit(shared):
-    """A file of BEiT's: timm's model has the official names, and a table for each layer, as the fine-tuned files have."""
+    """Return a BEiT file: timm's model has the official names, with a table per layer as in fine-tuned files."""
     torch.manual_seed(0)
     model = timm.create_model(
         "beit_base_patch16_224", img_size=32, embed_dim=D, depth=LAYERS, num_heads=HEADS, num_classes=0, init_values=0.3
@@ -161,18 +161,18 @@ def beit(shared):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_beits_images_give_what_beit_gives(shared, tmp_path):
+def test_beit_weights_reproduce_the_states_of_beit(shared, tmp_path):
     theirs, state = beit(shared)
     save_file({k: v.clone() for k, v in state.items()}, tmp_path / "beit.safetensors")
     images = replace(
         SPEC, **NOTHING, encoder=replace(ENCODER, experts=("image",)), weights=str(tmp_path / "beit.safetensors")
     )
-    encoder, picture = images.build().eval().encoder, torch.randn(2, 3, 32, 32)
-    inputs = encoder.image(picture)
+    encoder, image = images.build().eval().encoder, torch.randn(2, 3, 32, 32)
+    inputs = encoder.image(image)
     states = encoder.run_layers(
         inputs.flatten(0, 1), RaggedBatch.of_images(2, 5, torch.device("cpu")), 0, LAYERS, joint=False
     )
-    wanted = theirs.patch_embed(picture)
+    wanted = theirs.patch_embed(image)
     wanted = torch.cat([theirs.cls_token.expand(2, -1, -1), wanted], 1)
     for block in theirs.blocks:
         wanted = block(wanted)
@@ -202,19 +202,19 @@ def test_tables_are_resized_by_cubic_splines_between_distances_that_grow_geometr
         )
 
 
-def test_each_side_is_resized_by_itself():
+def test_each_side_is_resized_independently():
     values = torch.randn(3 * 5, 4)
     table = torch.cat([values, torch.randn(3, 4)])
     found = TableGrid((2, 5), source=(2, 3)).resize(table)
     across = torch.einsum("xw,hwc->hxc", spread(3, 5).float(), values.view(3, 5, 4))
     torch.testing.assert_close(found[:-3].view(3, 9, 4), across)
     assert torch.equal(spread(4, 4), torch.eye(7, dtype=torch.float64))
-    other = torch.randn(20, 4)  # of no square
+    other = torch.randn(20, 4)  # fits no square grid
     assert TableGrid((3, 3)).resize(other) is other
 
 
 @pytest.mark.parametrize("name", ["base", "base_plus"])
-def test_a_larger_image_takes_the_weights(name, tmp_path):
+def test_weights_load_at_a_larger_image_size(name, tmp_path):
     layout, spec = FILES[name]
     save_file(official(**layout), tmp_path / "vlmo.safetensors")
     larger = replace(spec.encoder, image_size=(48, 64))
@@ -232,7 +232,7 @@ def test_images_need_not_be_square():
             assert index[1 + a, 1 + b] == (down + 1) * 5 + right + 2
 
 
-# --- what cannot be read ---------------------------------------------------------------------------------------------
+# --- unreadable files ---------------------------------------------------------------------------------------------
 
 
 def without(state, part):
@@ -252,7 +252,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_read_is_said_in_a_line(case, tmp_path):
+def test_unreadable_file_is_a_user_error(case, tmp_path):
     change, message = REFUSED[case]
     save_file(change(official()), tmp_path / "vlmo.safetensors")
     with pytest.raises(UserError, match=message):

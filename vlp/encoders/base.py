@@ -1,7 +1,7 @@
 """The contract of a tower: the members of an image or text encoder that models, training and evaluation use.
 
 A tower is an `ImageTower` or a `TextTower`; its spec, a frozen dataclass that is stored in ``experiment.json``, is an
-`ImageTowerSpec` or a `TextTowerSpec`. A tower of your own subclasses both and defines what has no default here.
+`ImageTowerSpec` or a `TextTowerSpec`. A tower of your own subclasses both, and defines the members without a default.
 `examples/conv_image.py` and `examples/bag_of_words.py` do so in less than 40 lines each.
 
 B images or texts, H and W pixels, N image tokens, L text tokens, D width.
@@ -87,8 +87,8 @@ class ImageTower(Tower):
             image: (B, 3, H, W) float32, normalised as ``preprocess`` says.
 
         Returns:
-            (B, N, D) tokens. Token 0 is the pooled one, which contrastive losses and classifiers read. The others are
-            what fusion attends to. N is 1 for a tower that has only the pooled token.
+            (B, N, D) tokens. Token 0 is the pooled one, which contrastive losses and classifiers read. Fusion attends
+            to the others. N is 1 for a tower that has only the pooled token.
         """
         raise NotImplementedError
 

@@ -208,7 +208,7 @@ class TimmTower(ImageTower):
     Args:
         model: A timm model without classifier.
         preprocess: The input format of ``model``.
-        report: What loading the weights did, None if they are random.
+        report: Account of the loaded weights, None if they are random.
     """
 
     grid: tuple[int, int]

@@ -167,7 +167,7 @@ class ClipImageTower(ImageTower):
         visual: open_clip's tower.
         width: E.
         preprocess: The input format of ``visual``.
-        report: What loading the weights did, None if they are random.
+        report: Account of the loaded weights, None if they are random.
     """
 
     def __init__(self, visual: nn.Module, width: int, preprocess: Preprocess, report: LoadReport | None = None):
@@ -223,7 +223,7 @@ class ClipTextTower(PooledTextTower):
         width: E.
         max_length: Tokens of the longest text.
         length_groups: See `vlp.encoders.text.run_by_length`.
-        report: What loading the weights did, None if they are random.
+        report: Account of the loaded weights, None if they are random.
     """
 
     def __init__(

@@ -275,7 +275,7 @@ class BertTower(TextTower):
         pool: "cls" returns the encoder's tokens, of which the first is the pooled one. "mean" puts the mean over the
             real tokens in front of them.
         length_groups: See `run_by_length`.
-        report: What loading the weights did, None if they are random.
+        report: Account of the loaded weights, None if they are random.
     """
 
     def __init__(self, model: nn.Module, pool: str = "cls", length_groups: int = 1, report: LoadReport | None = None):

@@ -31,7 +31,7 @@ class TrainedModel:
     """A trained model of images, of texts, or of both.
 
     Every method runs in evaluation mode and without gradients, with the tokenizer and the preprocessing that belong to the
-    weights. The numbers are those of ``vlp eval``. What a model cannot do raises UserError.
+    weights. The numbers are those of ``vlp eval``. A method that the model does not support raises UserError.
 
     Args:
         eval_model: The model with its tokenizer and data settings.

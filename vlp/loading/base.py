@@ -1,4 +1,4 @@
-"""What every source of weights shares: the options of loading, the loaded model, and the checks between its parts."""
+"""The parts that all sources of weights share: options of loading, the loaded model, and checks that its parts fit."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class LoadedModel:
         eval_model: The model with its tokenizer and data settings.
         folder: Results are written to its eval/.
         step: Training step of a run's checkpoint, None for weights that are not a run's.
-        reports: What loading the weights did, by part of the model. Empty for a run, whose checkpoint must fit exactly.
+        reports: Account of the loaded weights, by part of the model. Empty for a run, whose checkpoint must fit exactly.
     """
 
     eval_model: EvalModel
@@ -78,7 +78,7 @@ class LoadedModel:
 
 
 def on_device(model: Model, tokenizer, data: Data, *, seed: int = 0, checkpoint: str = "", name: str = "") -> EvalModel:
-    """Move a model to this process's device and return it with what belongs to it.
+    """Move a model to this process's device and return it with its tokenizer and data settings.
 
     Raises:
         UserError: if the tokenizer or ``data.max_length`` does not fit the text tower.

@@ -8,8 +8,8 @@
 | a file of VLMo or BEiT weights | `vlp.loading.vlmo` |
 | open_clip:NAME, open_clip:NAME/TAG, open_clip:NAME/FILE | `vlp.loading.open_clip` |
 
-Tokenizer, text length and preprocessing come from the weights or from the run. `LoadOptions` replaces them, or adds what is
-missing.
+Tokenizer, text length and preprocessing come from the weights or from the run. `LoadOptions` replaces them, or adds a
+missing one.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ class TransformersTextTower(PooledTextTower):
         kind: "clip", "align" or "siglip".
         padding: Id and side of the tokenizer's padding. SigLIP was trained with visible padding: texts are padded to the
             whole context, on the tokenizer's side, and nothing is masked.
-        report: What loading the weights did.
+        report: Account of the loaded weights.
     """
 
     def __init__(self, model: nn.Module, kind: str, padding: tuple[int, str], report: LoadReport):

@@ -81,6 +81,7 @@ def load_albef(source: str | Path | Mapping[str, Tensor]) -> AlbefCheckpoint:
         state, name = dict(source), "the checkpoint"
     else:
         state, name = read_weights(source), str(source)
+    # the layers with cross-attention: the first of them is the first fusion layer
     fusing = [
         int(found[1]) for key in state if (found := re.match(r"text_encoder\..*layer\.(\d+)\.crossattention", key))
     ]
@@ -99,6 +100,7 @@ def load_albef(source: str | Path | Mapping[str, Tensor]) -> AlbefCheckpoint:
             raise UserError(f"{name} has {key}, which is unknown in ALBEF checkpoints; choose another file")
         if ours:
             target[ours] = value.reshape(1) if ours == "temperature" else value
+    # the heads here have no matrix of their own, so an untied one would be lost
     for key, value in state.items():
         if key.endswith("decoder.weight") and not torch.equal(value, _tied(state, key)):
             raise UserError(
@@ -178,12 +180,12 @@ def _queue(found: dict[str, Tensor]) -> dict[str, Tensor] | None:
     if not found:
         return None
     size = found["image_queue"].shape[1]
-    index = found.get("idx_queue", torch.full((1, size), NO_INDEX)).flatten()
+    index = found.get("idx_queue", torch.full((1, size), NO_INDEX)).flatten()  # (K,)
     return {
         "index": torch.where(index == NO_INDEX, -1, index),
         "counters": torch.tensor([int(found["queue_ptr"]), size]),
-        "column.image": found["image_queue"].T.contiguous(),
-        "column.text": found["text_queue"].T.contiguous(),
+        "column.image": found["image_queue"].T.contiguous(),  # (K, E)
+        "column.text": found["text_queue"].T.contiguous(),  # (K, E)
     }
 
 
@@ -218,7 +220,7 @@ def export_albef(checkpoint: AlbefCheckpoint) -> dict[str, Tensor]:
 def _official(state: Mapping[str, Tensor], split: int, suffix: str) -> dict[str, Tensor]:
     tops = {ours: f"{theirs}{suffix}" for theirs, ours in TOPS.items()}
     encoder, decoder = f"text_encoder{suffix}.", f"text_decoder{suffix}.bert."
-    if "mlm.bias" in state:
+    if "mlm.bias" in state:  # then the text encoder is a BertForMaskedLM
         encoder += "bert."
     official = {}
     for key, value in _with_copies(state).items():
@@ -235,7 +237,7 @@ def _official(state: Mapping[str, Tensor], split: int, suffix: str) -> dict[str,
             top = next((ours for ours in tops if key == ours or key.startswith(f"{ours}.")), None)
             if top is None:
                 raise ValueError(f"ALBEF has no place for {key}")
-            official[tops[top] + key.removeprefix(top)] = value.reshape(()) if top == "temperature" else value
+            official[tops[top] + key.removeprefix(top)] = value.reshape(()) if top == "temperature" else value  # 0-dim
     return official | _derived(official)
 
 

@@ -117,7 +117,7 @@ class Grid(NamedTuple):
         source = self.source or (side, side)
         if source[0] * source[1] != positions:
             return embedding
-        batched = embedding.reshape(1, *embedding.shape[-2:])
+        batched = embedding.reshape(1, *embedding.shape[-2:])  # (1, N, D), as timm expects
         resized = resample_abs_pos_embed(batched, list(self.size), list(source), num_prefix_tokens=self.prefix)
         return resized.reshape(*embedding.shape[:-2], *resized.shape[-2:])
 
@@ -151,6 +151,7 @@ def load(
     Raises:
         UserError: naming the first undeclared names, or a tensor with both its shapes. ``module`` is then unchanged.
     """
+    # everything is checked before anything is copied
     own, grids = module.state_dict(), grids or {}
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
@@ -190,6 +191,7 @@ def from_efficientnet_pytorch(state: Mapping[str, Tensor], stages: Iterable[int]
         state: Weights in the ``efficientnet_pytorch`` layout.
         stages: Number of blocks in each stage, e.g. ``[len(stage) for stage in model.blocks]``.
     """
+    # names outside the blocks, of squeeze-and-excitation, and of blocks without and with expansion
     layers = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
     squeeze = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
     plain = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}

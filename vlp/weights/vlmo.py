@@ -149,9 +149,9 @@ def _ours(key: str) -> str | None:
 def _split(table: Tensor, name: str) -> dict[str, Tensor]:
     """Split the official table of positions into those of images, across, and of texts; or of images only."""
     for text in (2 + 2 * TEXT_POSITIONS, 0):
-        rows = len(table) - text
+        rows = len(table) - text  # (2 s - 1)^2 + 3 for a square of s x s patches
         if rows > 3 and math.isqrt(rows - 3) ** 2 == rows - 3 and math.isqrt(rows - 3) % 2:
-            image, cross, rest = table.split([rows, min(text, 2), max(text - 2, 0)])
+            image, cross, rest = table.split([rows, min(text, 2), max(text - 2, 0)])  # (rows, C) each
             parts = {"image": image, "cross": cross, "text": rest}
             return {f"encoder.positions.{part}": each for part, each in parts.items() if len(each)}
     raise UserError(
@@ -178,7 +178,7 @@ def _from_beit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif key not in heads:
             beit["transformer." + re.sub(r"^fc_norm\.", "norm.", key)] = value
     if tables:
-        beit[TABLE] = torch.cat([tables[layer] for layer in range(layers)], 1)
+        beit[TABLE] = torch.cat([tables[layer] for layer in range(layers)], 1)  # (rows, heads) each -> (rows, C)
     width = state["blocks.0.attn.q_bias"].shape[0]
     beit[KINDS] = torch.zeros(2, width)  # BEiT has no token types
     return beit
@@ -195,10 +195,10 @@ def export_vlmo(checkpoint: VlmoCheckpoint) -> dict[str, Tensor]:
     tables = [student.pop(f"encoder.positions.{part}", None) for part in ("image", "cross", "text")]
     if any(table is not None for table in tables):
         _check_tables(*tables)
-        official[TABLE] = torch.cat([table for table in tables if table is not None])
+        official[TABLE] = torch.cat([table for table in tables if table is not None])  # (rows of all three, C)
     kinds = [student.pop(key, None) for key in ("encoder.text.kind", "encoder.image.kind.weight")]
     if all(kind is not None for kind in kinds):
-        official[KINDS] = torch.cat([kinds[0][None], kinds[1]])
+        official[KINDS] = torch.cat([kinds[0][None], kinds[1]])  # (1 + image kinds, D)
     theirs = {ours: old for old, ours in NAMES.items()}
     if "classifier.0.weight" in student:  # VQA's reads one pooled state, NLVR2's two
         theirs["classifier."] = "vqa_classifier." if _single(student) else "nlvr2_classifier."
