@@ -234,8 +234,9 @@ class FusionEncoder(nn.Module):
             tokens: (B, P, image width), without padding.
         """
         attentions = [layer.cross_attention for layer in self.layers[:: self.images]]
-        keys, values = [a.key(tokens) for a in attentions], [a.value(tokens) for a in attentions]  # (B, P, D) each
-        return CrossAttentionCache(*(tuple(x for x in each for _ in range(self.images)) for each in (keys, values)))
+        keys = tuple(key for a in attentions for key in [a.key(tokens)] * self.images)  # (B, P, D) for each layer
+        values = tuple(value for a in attentions for value in [a.value(tokens)] * self.images)
+        return CrossAttentionCache(keys, values)
 
     def forward(
         self,
