@@ -22,7 +22,7 @@ GROUPS = {  # part of a module's name -> heading
     "encoders": "Towers and other parts of models",
     "models": "Models",
     "objectives": "Objectives",
-    "optim": "Optimisation",
+    "optim": "Optimization",
     "tasks": "Tasks",
 }
 

@@ -9,7 +9,7 @@ Data: Karpathy's splits, five captions an image, packed into your own shards: CO
 As published: the temperature is not bounded. The momentum encoder runs with dropout. The keys of a row are those of its
     own process and the queue. Negatives for matching show another image than the row. Captions have no [SEP] and no
     punctuation. float32, no gradient clipping. The published constant of 1e-4 inside a softmax has no effect and is
-    left out.
+    omitted.
 Differs: the queue starts empty, the published one with the last keys of the pre-training. Captions are truncated at 30
     tokens, the published ones only in evaluation. The learning rate falls with every step, not once an epoch.
     Temperature, class token, position and token-type embeddings have no weight decay. An image whose caption mentions

@@ -43,7 +43,7 @@ def config() -> Experiment:
         files. Starts from weights/ALBEF.pth: positions are resized to 384 pixels, and the decoder is initialised from
         the fusion encoder.
     As published: an answer is weighted by its share of the annotators, those of Visual Genome by 0.5. The share of
-        distillation ramps up over the first epoch. [SEP] ends an answer and is left out of questions. No gradient
+        distillation ramps up over the first epoch. [SEP] ends an answer and is omitted from questions. No gradient
         clipping, float32.
     Differs: the learning rate falls with every step, not once an epoch, and warms up over 400 steps from 0. Questions
         are truncated at 25 tokens in evaluation too, the published ones only in training. The published ranking counts
