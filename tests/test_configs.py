@@ -16,10 +16,17 @@ from tests.conftest import ROOT, draw_pairs
 from vlp.commands.configs import read_entries
 from vlp.config import Experiment, load_config
 from vlp.data.preparing.pack import Packing, pack
+from vlp.data.reading.annotated import Annotated
+from vlp.data.reading.sentences import Sentences
 from vlp.data.reading.shards import Source
 from vlp.data.stream import TrainDataset
 from vlp.data.text import train_tokenizer
+from vlp.encoders.dall_e import DallE
+from vlp.encoders.text import BertText
 from vlp.forward import StepContext
+from vlp.models.albef import Albef
+from vlp.models.vlmo import Vlmo
+from vlp.objectives.moco import Moco
 from vlp.objectives.needs import has_pictures
 from vlp.optim.ema import EMA
 from vlp.optim.groups import parameter_groups, starts_with
@@ -74,13 +81,13 @@ def with_local_files(experiment: Experiment) -> Experiment:
     """Replace what is not on this machine: weights of the text tower by BERT's architecture, a file of classes by names."""
     train = tuple(
         replace(s, classes=tuple(map(str, range(experiment.model.classes))))
-        if isinstance(getattr(s, "classes", ()), str) and s.classes and not Path(s.classes).exists()
+        if isinstance(s, Annotated) and isinstance(s.classes, str) and not Path(s.classes).exists()
         else s
         for s in experiment.data.train
     )
     experiment = replace(experiment, data=replace(experiment.data, train=train))
-    text = getattr(experiment.model, "text", None)
-    if getattr(text, "weights", None) is None or text.weights.startswith("pip:") or Path(text.weights).exists():
+    text = experiment.model.text
+    if not isinstance(text, BertText) or not text.weights or text.weights.startswith("pip:"):
         return experiment
     text = replace(text, weights=None, config={"model_type": "bert", **(text.config or {})})
     return replace(experiment, model=replace(experiment.model, text=text))
@@ -132,21 +139,21 @@ SIBLINGS = {
 def small(experiment: Experiment) -> Experiment:
     """Replace the towers by small ones, and shrink the images."""
     model = experiment.model
-    if encoder := getattr(model, "encoder", None):
-        encoder = replace(encoder, width=32, heads=2, hidden_size=None, layers=4, vl_from=2, image_size=64)
+    if isinstance(model, Vlmo):
+        encoder = replace(model.encoder, width=32, heads=2, hidden_size=None, layers=4, vl_from=2, image_size=64)
         encoder = replace(encoder, patch_size=8, vocab_size=128)
         return replace(experiment, model=replace(model, encoder=encoder, embed_size=None))
     if model.text is not None:
         model = replace(model, text=replace(model.text, config={**model.text.config, **TINY}))
-    if hasattr(model, "fusion"):
+    if isinstance(model, Albef):
         model = replace(model, fusion=replace(model.fusion, heads=2, hidden_size=64))
-    if getattr(model, "decoder", None):
+    if model.decoder is not None:
         model = replace(model, decoder=replace(model.decoder, heads=2, hidden_size=64))
     if model.image is not None:
         size, name = 64, SIBLINGS.get(model.image.name, model.image.name)
-        if mim := getattr(model, "mim", None):
+        if model.mim is not None:
             size = 128  # blocks of masked patches need room
-            model = replace(model, mim=replace(mim, size=8) if hasattr(mim, "size") else mim)
+            model = replace(model, mim=replace(model.mim, size=8) if isinstance(model.mim, DallE) else model.mim)
         model = replace(model, image=replace(model.image, name=name, image_size=size))
     return replace(experiment, model=model)
 
@@ -156,9 +163,9 @@ def batch_of(experiment: Experiment, model, rows: int) -> Batch:
     data = experiment.data
     images = texts = 0
     if model.preprocess and has_pictures(data):
-        images = max(len(getattr(s, "image", [None])) for s in data.train) + len(data.views)
+        images = max(len(s.image) if isinstance(s, Annotated) else 1 for s in data.train) + len(data.views)
     if model.text is not None:
-        columns = min(max(1, len(getattr(s, "columns", ()))) if not getattr(s, "join", None) else 1 for s in data.train)
+        columns = min(len(s.columns) or 1 if isinstance(s, Sentences) and not s.join else 1 for s in data.train)
         texts = columns + len(data.text_views)
 
     def view(number: int) -> Batch:
@@ -172,10 +179,10 @@ def batch_of(experiment: Experiment, model, rows: int) -> Batch:
         return Batch(torch.arange(rows), image, ids, mask)
 
     first, *others = map(view, range(max(images, texts)))
-    classes = getattr(experiment.model, "classes", None)
+    classes = experiment.model.classes
     labels = None if classes is None else torch.arange(rows) % classes
     answers = None
-    if any(getattr(source, "answers", None) for source in data.train):
+    if any(isinstance(source, Annotated) and source.answers for source in data.train):
         ids = torch.randint(5, 90, (rows, 4))
         answers = Answers(ids, torch.ones_like(ids).bool(), torch.ones(rows), torch.arange(rows))
     return replace(first, dataset_row=torch.arange(rows), labels=labels, answers=answers, views=tuple(others))
@@ -190,7 +197,7 @@ def vocabulary_of(model) -> Vocabulary | None:
 
 def test_experiment_builds_without_weights_and_takes_a_step(experiment):
     experiment = with_local_files(experiment).resolved()
-    if getattr(experiment.model, "towers", None) is not None:
+    if experiment.model.towers is not None:
         pytest.skip("open_clip's towers have no small sibling; tests/encoders/test_open_clip.py builds some")
     torch.manual_seed(0)
     model = small(experiment).model.build(load_weights=False)
@@ -217,7 +224,8 @@ def test_experiment_builds_without_weights_and_takes_a_step(experiment):
     context = StepContext(queues, vocabulary_of(model))
 
     def losses_of_a_batch() -> tuple:
-        rows = max([8, *(2 * getattr(objective, "groups", 1) for objective in experiment.objectives.values())])
+        groups = [objective.groups for objective in experiment.objectives.values() if isinstance(objective, Moco)]
+        rows = max([8, *(2 * number for number in groups)])
         with torch.autocast("cpu", torch.bfloat16, enabled=experiment.train.precision == "bf16"):
             return pretrainer(batch_of(experiment, model, rows), momentum, context)
 
