@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -30,9 +31,10 @@ from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
-from vlp.forward import Forward, StepContext
+from vlp.forward import Graph, StepContext
 from vlp.losses.masked import IGNORED
 from vlp.models.albef import Albef, AlbefModel
+from vlp.models.base import Model
 from vlp.objectives import itm
 from vlp.objectives.itc import MomentumContrast
 from vlp.objectives.itm import ImageTextMatching
@@ -41,8 +43,8 @@ from vlp.objectives.mlm import MaskedText
 from vlp.objectives.queues import Queue
 from vlp.optim.ema import EMA
 from vlp.optim.optimizers import AdamW
-from vlp.train import Pretrainer
-from vlp.training.split_backward import DetachedForward
+from vlp.train import Pretrainer, single_graph
+from vlp.training.detached import DetachedGraph
 from vlp.types import Batch, MaskedIds, Vocabulary
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -50,9 +52,9 @@ THREADS, QUEUE, DECAY = 1, 65_536, 0.995
 SIZES = {"model_type": "bert", "vocab_size": 30_522, "hidden_size": 768, "num_hidden_layers": 6}
 SIZES |= {"num_attention_heads": 12, "intermediate_size": 3072}
 OBJECTIVES = {
-    "itc": MomentumContrast(queue_size=QUEUE, keys="process", same_picture="negative"),
-    "itm": ImageTextMatching(same_picture="negative"),
-    "mlm": MaskedText(distill=0.4, mean_over="process"),
+    "itc": MomentumContrast(queue_size=QUEUE, keys="local", duplicates="negative"),
+    "itm": ImageTextMatching(duplicates="negative"),
+    "mlm": MaskedText(distill=0.4, mean_over="local"),
 }
 PUBLISHED = {8: (2129, 647), 64: (17894, 6037)}  # GFLOP of the published code, and outside its image towers
 
@@ -100,16 +102,16 @@ def product_losses(
     batch: Batch,
     masked: MaskedIds,
     queue: Queue,
-    bundle: type[Forward] = Forward,
+    graph: Callable[[Model], Graph] = single_graph,
 ) -> Tensor:
     with patch.object(TextMasking, "__call__", lambda *_: masked):
-        return Pretrainer(model, OBJECTIVES, bundle)(batch, momentum, StepContext({OBJECTIVES["itc"]: queue}))[1]
+        return Pretrainer(model, OBJECTIVES, graph)([batch], momentum, StepContext({OBJECTIVES["itc"]: queue}))[1]
 
 
 COUNTED = ("product", "reference")  # torch's counter hooks parameters, which autograd.grad refuses
 STEPS = {
     "product": product_losses,
-    "per_loss": partial(product_losses, bundle=DetachedForward),  # train.backward=per_loss
+    "per_loss": partial(product_losses, graph=partial(DetachedGraph, per_loss=True)),  # train.backward=per_loss
     "reference": reference_losses,
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -23,15 +24,16 @@ from benchmarks.albef_step import captions, in_fresh_process, masked_of, residen
 from tests.vlmo_reference import reference_step
 from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.encoders.mome import BASE
-from vlp.forward import Forward, StepContext
+from vlp.forward import Graph, StepContext
 from vlp.losses.masked import IGNORED
+from vlp.models.base import Model
 from vlp.models.vlmo import Vlmo, VlmoModel
 from vlp.objectives.itc import ImageTextContrast
 from vlp.objectives.itm import ImageTextMatching
 from vlp.objectives.masking import TextMasking
 from vlp.objectives.mlm import MaskedText
-from vlp.train import Pretrainer
-from vlp.training.split_backward import DetachedForward
+from vlp.train import Pretrainer, single_graph
+from vlp.training.detached import DetachedGraph
 from vlp.types import Batch, MaskedIds
 
 THREADS, LENGTH = 1, 40
@@ -40,8 +42,8 @@ PUBLISHED = 2649  # GFLOP of the published code
 OBJECTIVES = {
     "itc": ImageTextContrast(weight=0.5),
     "itc_vl": ImageTextContrast(weight=0.5, head="vl"),
-    "itm": ImageTextMatching(keys="student", same_picture="negative"),
-    "mlm": MaskedText(weight=0.25, mean_over="process"),
+    "itm": ImageTextMatching(keys="student", duplicates="negative"),
+    "mlm": MaskedText(weight=0.25, mean_over="local"),
 }
 SPEC = Vlmo(replace(BASE, drop_path=0.0, text_dropout=0.0))
 
@@ -65,15 +67,17 @@ def reference_losses(model: VlmoModel, batch: Batch, masked: MaskedIds) -> Tenso
     return sum(OBJECTIVES[name].weight * loss for name, loss in losses.items())
 
 
-def product_losses(model: VlmoModel, batch: Batch, masked: MaskedIds, bundle: type[Forward] = Forward) -> Tensor:
+def product_losses(
+    model: VlmoModel, batch: Batch, masked: MaskedIds, graph: Callable[[Model], Graph] = single_graph
+) -> Tensor:
     with patch.object(TextMasking, "__call__", lambda *_: masked):
-        return Pretrainer(model, OBJECTIVES, bundle)(batch, None, StepContext())[1]
+        return Pretrainer(model, OBJECTIVES, graph)([batch], None, StepContext())[1]
 
 
 COUNTED = ("product", "reference")  # torch's counter hooks parameters, which autograd.grad refuses
 STEPS = {
     "product": product_losses,
-    "per_loss": partial(product_losses, bundle=DetachedForward),  # train.backward=per_loss
+    "per_loss": partial(product_losses, graph=partial(DetachedGraph, per_loss=True)),  # train.backward=per_loss
     "reference": reference_losses,
 }
 

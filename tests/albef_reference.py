@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from vlp.encoders.fusion_layer import Attention
 from vlp.losses.masked import IGNORED
 from vlp.models.albef import AlbefModel
-from vlp.models.dual import l2_normalize
+from vlp.models.base import l2_normalize
 from vlp.objectives.queues import Queue
 from vlp.types import Batch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -64,11 +65,11 @@ def forget_configs():
 @pytest.fixture(scope="session")
 def pair():
     """Two connected processes."""
-    from tests.processes import Pair  # which imports from here
+    import tests.processes  # noqa: F401, which sets what is imported before processes are forked
+    from vlp.testing import two_processes
 
-    pair = Pair()
-    yield pair
-    pair.close()
+    forkserver.ensure_running()
+    return two_processes()
 
 
 @pytest.fixture(scope="session")

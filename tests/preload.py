@@ -14,6 +14,7 @@ import vlp.tasks.probe  # noqa: F401
 import vlp.tasks.retrieval  # noqa: F401
 import vlp.tasks.sentence_similarity  # noqa: F401
 import vlp.tasks.zero_shot  # noqa: F401
+import vlp.testing  # noqa: F401
 import vlp.train  # noqa: F401
 
 with contextlib.suppress(ImportError):

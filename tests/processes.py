@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -20,17 +19,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, TOY
+from vlp.testing import free_port
 from vlp.weights.checkpoints import all_steps
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once, by the process that all others are forked from. It computes nothing: threads do not survive a fork.
 CONTEXT.set_forkserver_preload(["tests.preload"])
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @dataclass
@@ -98,47 +92,6 @@ def _child(function, arguments: tuple, environment: dict[str, str], folder: Path
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.exit(function(*arguments))
-
-
-class Pair:
-    """Two connected gloo processes that stay, for tests of what needs no command line."""
-
-    def __init__(self):
-        port, self.pipes, self.processes = free_port(), [], []
-        for rank in range(2):
-            ours, theirs = CONTEXT.Pipe()
-            self.processes.append(CONTEXT.Process(target=_serve, args=(theirs, rank, port), daemon=True))
-            self.processes[-1].start()
-            self.pipes.append(ours)
-
-    def __call__(self, function, *arguments) -> list:
-        """The results of ``function(rank, *arguments)`` in both."""
-        for pipe in self.pipes:
-            pipe.send((function, arguments))
-        for pipe in self.pipes:
-            assert pipe.poll(60), "no answer"
-        answers = [pipe.recv() for pipe in self.pipes]
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return answers
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-
-
-def _serve(pipe, rank: int, port: int) -> None:
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    while True:
-        function, arguments = pipe.recv()
-        try:
-            pipe.send(function(rank, *arguments))
-        except Exception as e:
-            pipe.send(e)
 
 
 def command_line(arguments: list[str]) -> int:

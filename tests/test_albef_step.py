@@ -11,9 +11,9 @@ from vlp.objectives.mlm import MaskedText
 from vlp.train import Pretrainer
 
 OBJECTIVES = {
-    "itc": MomentumContrast(queue_size=7, keys="process", same_picture="negative"),
-    "itm": ImageTextMatching(same_picture="negative"),
-    "mlm": MaskedText(distill=0.4, ramp_epochs=1.0, mean_over="process"),
+    "itc": MomentumContrast(queue_size=7, keys="local", duplicates="negative"),
+    "itm": ImageTextMatching(duplicates="negative"),
+    "mlm": MaskedText(distill=0.4, ramp_epochs=1.0, mean_over="local"),
 }
 
 
@@ -23,7 +23,7 @@ def test_losses_and_every_gradient_are_those_of_the_passes_one_by_one():
     context = StepContext({OBJECTIVES["itc"]: queue_of(7, 5)}, progress=1.0)
     model, momentum = networks()
     with drawn_by_row():
-        losses, total, f = Pretrainer(model, OBJECTIVES)(batch, momentum, context)
+        losses, total, (f,) = Pretrainer(model, OBJECTIVES)([batch], momentum, context)
         masked = f.masked(OBJECTIVES["mlm"].masking)
     total.backward()
     labels = torch.full_like(batch.input_ids, IGNORED)

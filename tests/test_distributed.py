@@ -10,9 +10,11 @@ from torch.nn.parallel import DistributedDataParallel
 from vlp.distributed import all_reduce_sum, broadcast_from_main, gather, gather_objects, gather_with_gradient
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
-from vlp.forward import Forward
+from vlp.forward import StepContext
 from vlp.models.dual import Dual
 from vlp.objectives.itc import ImageTextContrast, SigmoidContrast
+from vlp.testing import part_of
+from vlp.train import Pretrainer
 from vlp.types import Batch, Encoded
 
 ROWS = 8
@@ -67,27 +69,17 @@ def batch_of(image_size: int, dtype: torch.dtype) -> Batch:
     return Batch(index, torch.randn(ROWS, 3, image_size, image_size, dtype=dtype), ids, torch.ones_like(ids).bool())
 
 
-class Wrapped(nn.Module):
-    def __init__(self, model, objective):
-        super().__init__()
-        self.model, self.objective = model, objective
-
-    def forward(self, batch: Batch):
-        return self.objective(Forward(self.model, batch))
-
-
 def gradients(rank: int, world: int, objective, real: bool) -> tuple[float, dict[str, torch.Tensor]]:
     """Mean of the loss over processes and the gradients that DDP leaves, for this process's part of the batch."""
     model, batch = (small_dual(), batch_of(32, torch.float32)) if real else (Linear(), batch_of(2, torch.float64))
     part = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
-    batch = Batch(batch.image_id[part], batch.image[part], batch.input_ids[part], batch.attention_mask[part])
-    wrapped = Wrapped(model, objective)
-    # the softmax does not use the bias
-    called = DistributedDataParallel(wrapped, find_unused_parameters=True) if world > 1 else wrapped
-    loss = called(batch)
-    loss.backward()
-    total = all_reduce_sum([loss.item()], torch.device("cpu"))[0] / world
-    return total, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    pretrainer = Pretrainer(model, {"loss": objective})
+    # The softmax does not use the bias.
+    called = DistributedDataParallel(pretrainer, find_unused_parameters=True) if world > 1 else pretrainer
+    losses, total, _ = called([part_of(batch, part)], None, StepContext())
+    total.backward()
+    mean = all_reduce_sum([losses["loss"].item()], torch.device("cpu"))[0] / world
+    return mean, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("real", [False, True], ids=["float64", "float32 with towers"])

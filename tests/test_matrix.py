@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,8 +76,8 @@ class Row:
 ROWS_OF_TABLE = {
     "ITC, softmax (ALIGN, CLIP)": Row({"itc": ITC}, model={"itc": True}),
     "ITC, sigmoid (SigLIP)": Row({"itc": SigmoidContrast()}, model={"itc": True, "bias": -10.0}),
-    "ITC, momentum queues (ALBEF)": Row({"itc": MomentumContrast(16, distill=0.0)}, model={"itc": True}, momentum=True),
-    "ITC, momentum queues, distilled": Row({"itc": MomentumContrast(16, ramp_epochs=0)}, model={"itc": True}, momentum=True),
+    "ITC, momentum queues (ALBEF)": Row({"itc": MomentumContrast(queue_size=16, distill=0.0)}, model={"itc": True}, momentum=True),
+    "ITC, momentum queues, distilled": Row({"itc": MomentumContrast(queue_size=16, ramp_epochs=0)}, model={"itc": True}, momentum=True),
     "ITC by two heads, + ITM (VLMo)": Row(
         {"itc": ITC, "itc_vl": ImageTextContrast(head="vl"), "itm": ITM},
         model={"itc": True, "itc_vl": True, "itm": True},
@@ -130,7 +131,8 @@ def one_mome(row: Row) -> Vlmo:
 
 
 def with_heads(spec, row: Row):
-    fields = {name: value for name, value in row.model.items() if hasattr(spec, name)}
+    known = {field.name for field in dataclasses.fields(spec)}
+    fields = {name: value for name, value in row.model.items() if name in known}
     if isinstance(spec, Single) and not row.views and {"mlm", "mim", "classes"} & row.model.keys():
         fields |= {"head": "none", "embed_size": None}
     return replace(spec, **fields)
@@ -192,20 +194,17 @@ def take_step(spec: Experiment) -> None:
     model = spec.model.build(load_weights=False).train()
     momentum = EMA(model, spec.momentum.decay, spec.momentum.mode).network if spec.momentum else None
     generator = torch.Generator().manual_seed(0)
-    memories = {
-        o: o.init_queue(model, 20, torch.device("cpu"), generator)
-        for o in spec.objectives.values()
-        if hasattr(o, "init_queue")
-    }
+    queues = {o: o.init_queue(model, 20, torch.device("cpu"), generator) for o in spec.objectives.values()}
+    queues = {objective: queue for objective, queue in queues.items() if queue is not None}
     special = torch.arange(WORDS) < 5
-    context = StepContext(memories, Vocabulary(WORDS, 4, special, torch.zeros_like(special)))
+    context = StepContext(queues, Vocabulary(WORDS, 4, special, torch.zeros_like(special)))
     pretrainer = Pretrainer(model, spec.objectives)
-    if memories:  # an empty queue has nothing to tell apart
+    if queues:  # an empty queue has nothing to tell apart
         with torch.no_grad():
-            _, _, f = pretrainer(batch(spec, model), momentum, context)
-            for objective, memory in memories.items():
-                memory.push(**objective.enqueue(f))
-    losses, total, _ = pretrainer(batch(spec, model), momentum, context)
+            _, _, (f,) = pretrainer([batch(spec, model)], momentum, context)
+            for objective, queue in queues.items():
+                queue.push(**objective.enqueue(f))
+    losses, total, _ = pretrainer([batch(spec, model)], momentum, context)
     assert losses.keys() == spec.objectives.keys() and total.isfinite()
     total.backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []

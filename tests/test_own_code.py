@@ -23,11 +23,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, eye
 
+from vlp.objectives.base import Objective
+
 
 @dataclass(frozen=True)
-class Dcl:
+class Dcl(Objective):
     temperature: float = 0.1
-    weight: float = 1.0
 
     def __call__(self, f) -> Tensor:
         logits = f.image.embed @ f.text.embed.T / self.temperature  # (B, B)

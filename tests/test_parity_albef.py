@@ -35,10 +35,10 @@ from vlp.weights.albef import AlbefCheckpoint, export_albef, load_albef
 
 SHARED = ROOT.parent / "shared" / "parity" / "albef_pretrain"
 PUBLISHED = {
-    "itc": MomentumContrast(queue_size=64, random_start=True, keys="process", same_picture="negative"),
-    "itm": ImageTextMatching(same_picture="negative"),
+    "itc": MomentumContrast(queue_size=64, random_start=True, keys="local", duplicates="negative"),
+    "itm": ImageTextMatching(duplicates="negative"),
     "mlm": MaskedText(
-        masking=TextMasking(spared="first", random_from="all"), distill=0.4, ramp_epochs=1.0, mean_over="process"
+        masking=TextMasking(exclude="first", random_from="all"), distill=0.4, ramp_epochs=1.0, mean_over="local"
     ),
 }
 
@@ -88,8 +88,8 @@ class Published:
             torch.arange(8), self.given["image"], self.given["input_ids"], self.given["attention_mask"].bool()
         )
         self.context = StepContext({PUBLISHED["itc"]: self.queue}, progress=1.0)
-        given = batch, self.momentum.network, self.context
-        self.losses, self.total, self.f = Pretrainer(self.model, PUBLISHED)(*given)
+        given = [batch], self.momentum.network, self.context
+        self.losses, self.total, (self.f,) = Pretrainer(self.model, PUBLISHED)(*given)
 
     def build(self, state: dict[str, Tensor]) -> AlbefModel:
         bert, config = self.meta["bert"], self.meta["config"]
@@ -124,7 +124,7 @@ def test_losses_are_the_published_ones(published):
 
 def test_similarities_logits_and_weights_of_negatives_are_the_published_ones(published):
     f, expected, itc = published.f, published.expected, PUBLISHED["itc"]
-    for name, similarity in zip(("sim_i2t", "sim_t2i"), itc.similarity(f)):
+    for name, similarity in zip(("sim_i2t", "sim_t2i"), itc.similarity(f, f)):
         close(similarity, expected[name])
     if "sim_i2t_m" in expected:
         for name, similarity in zip(("sim_i2t_m", "sim_t2i_m"), itc.similarity(f, f.momentum)):
@@ -134,7 +134,9 @@ def test_similarities_logits_and_weights_of_negatives_are_the_published_ones(pub
     weights = similarity.softmax(1).masked_fill(~candidates, 0)
     close(weights, torch.cat([expected["weights_i2t"], expected["weights_t2i"]]))
     pairs, other_texts, other_images = (
-        PUBLISHED["itm"].logits(f, expected["neg_text_for_image"], expected["neg_image_for_text"]).chunk(3)
+        PUBLISHED["itm"]
+        .logits(f, f.scope("local"), expected["neg_text_for_image"], expected["neg_image_for_text"])
+        .chunk(3)
     )
     close(torch.cat([pairs, other_images, other_texts]), expected["itm_logits"])  # their order
     masked = f.masked(PUBLISHED["mlm"].masking)

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.parity import read_fixture, thin
 from vlp.encoders.mome import Mome
 from vlp.encoders.relative_position import image_index, text_index
-from vlp.models.dual import l2_normalize
+from vlp.models.base import l2_normalize
 from vlp.models.vlmo import Vlmo
 from vlp.models.vlmo_start import start
 from vlp.objectives import itm
@@ -34,8 +34,8 @@ SHARED = ROOT.parent / "shared" / "parity" / "vlmo"
 PUBLISHED = {
     "itc": ImageTextContrast(weight=0.5),
     "itc_vl": ImageTextContrast(weight=0.5, head="vl"),
-    "itm": ImageTextMatching(keys="student", same_picture="negative"),
-    "mlm": MaskedText(weight=0.25, mean_over="process"),
+    "itm": ImageTextMatching(keys="student", duplicates="negative"),
+    "mlm": MaskedText(weight=0.25, mean_over="local"),
 }
 
 
@@ -81,7 +81,7 @@ class Published:
         given = self.given
         image = given["batch/image/0"].to(dtype)
         batch = Batch(torch.arange(8), image, given["batch/text_ids"], given["batch/text_masks"].bool())
-        self.losses, self.total, self.f = Pretrainer(self.model, PUBLISHED)(batch, None, StepContext())
+        self.losses, self.total, (self.f,) = Pretrainer(self.model, PUBLISHED)([batch], None, StepContext())
 
 
 @pytest.fixture(params=[fixture, originals])
@@ -112,11 +112,13 @@ def test_embeddings_similarities_and_logits_are_the_published_ones(published):
     for prefix, bundle in (("", f), ("vl_", f.with_head("vl"))):
         close(bundle.image.embed, l2_normalize(expected[f"itc_{prefix}image_proj_out"]))
         close(bundle.text.embed, l2_normalize(expected[f"itc_{prefix}text_proj_out"]))
-        i2t = bundle.model.scale * bundle.image.embed @ bundle.text.embed.T
+        i2t = bundle.scale * bundle.image.embed @ bundle.text.embed.T
         close(i2t, expected["vl_i2t_logits" if prefix else "itc_i2t_logits"])
         close(i2t.T, expected["vl_t2i_logits" if prefix else "itc_t2i_logits"])
     pairs, other_texts, other_images = (
-        PUBLISHED["itm"].logits(f, expected["neg_text_for_image"], expected["neg_image_for_text"]).chunk(3)
+        PUBLISHED["itm"]
+        .logits(f, f.scope("local"), expected["neg_text_for_image"], expected["neg_image_for_text"])
+        .chunk(3)
     )
     close(torch.cat([pairs, other_images, other_texts]), expected["itm_logits"])  # their order
     close(f.model.masked_text(f, expected["mlm_ids"], published.positions), expected["mlm_logits"])

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from vlp.encoders.mome_layer import MomeLayer
 from vlp.encoders.relative_position import image_index, text_index
 from vlp.losses.masked import IGNORED
-from vlp.models.dual import l2_normalize
+from vlp.models.base import l2_normalize
 from vlp.models.vlmo import VlmoModel
 from vlp.types import Batch
 

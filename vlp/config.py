@@ -18,6 +18,7 @@ from vlp.data.reading.sentences import Sentences
 from vlp.data.reading.shards import Source
 from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.errors import UserError
+from vlp.models.base import Model, ModelSpec
 from vlp.optim.ema import MomentumConfig
 from vlp.optim.optimizers import AdamW
 from vlp.optim.schedule import Schedule
@@ -112,6 +113,11 @@ class Training:
     engine: Literal["single", "ddp", "deepspeed"] | None = None
     threads: int | None = setting(None, least=1)
 
+    @property
+    def backward_passes(self) -> int:
+        """Backward passes of a step: one per micro-batch, or one for all of them with ``grad_cache``."""
+        return 1 if self.grad_cache else self.accumulation
+
 
 @dataclass(frozen=True)
 class Saving:
@@ -168,7 +174,7 @@ class Experiment:
     """
 
     name: str
-    model: Any
+    model: ModelSpec
     objectives: dict[str, Any]
     data: Data
     optim: Any = field(default_factory=AdamW)
@@ -186,6 +192,13 @@ class Experiment:
     def micro_batch_size(self) -> int:
         """Samples of a micro-batch over all processes."""
         return self.data.batch_size // self.train.accumulation
+
+    def build_model(self, load_weights: bool = True) -> Model:
+        """Build the model with the heads that the objectives ask for."""
+        model = self.model.build(load_weights)
+        for objective in self.objectives.values():
+            model.add_heads(objective.heads())
+        return model
 
     @property
     def folder(self) -> Path:

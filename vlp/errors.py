@@ -1,4 +1,4 @@
-"""The two ways in which input can be bad: the user's request, or one sample of the data."""
+"""Errors that callers distinguish: a bad request, a bad sample of the data, a loss that is not finite."""
 
 
 class UserError(Exception):
@@ -10,3 +10,7 @@ class UserError(Exception):
 
 class BadSample(Exception):
     """One sample that cannot be used (undecodable, over the pixel limit, no caption, altered); the message is the reason."""
+
+
+class NonFiniteLoss(ValueError):
+    """A loss whose value is not finite. The message names the input row that caused it."""

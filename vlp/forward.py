@@ -1,50 +1,42 @@
-"""What a step runs: every network once, when first asked for, and its results by name.
+"""Lazy cache of a training step's forward passes: each network runs at most once, on first access.
 
-B rows of this process, M rows of all processes, N tokens, E embedding, V vocabulary.
+B rows of a bundle, M rows of all processes and micro-batches, N tokens, L text tokens, D width, E embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import operator
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal
+from functools import cached_property, reduce
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vlp.distributed import gather_with_gradient, rank, world_size
+from vlp.errors import NonFiniteLoss
+from vlp.models.base import Model
 from vlp.types import Batch, Encoded, MaskedIds, Vocabulary
 
-Among = Literal["all", "process"]
+Scope = Literal["global", "local"]
+"""Whose rows are compared: those of all processes, or those of this process only."""
 Head = Literal["first", "vl"]
-
-
-@dataclass(frozen=True)
-class Keys:
-    """What the rows of this process are compared with: those of all processes, in the order of the data.
-
-    Args:
-        image: (M, E) unit norm.
-        text: (M, E) unit norm.
-        image_id: (M,) equal index = same picture.
-    """
-
-    image: Tensor
-    text: Tensor
-    image_id: Tensor
+"""One of the contrastive heads of a model."""
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a step has besides model and batch.
+    """Per-step context that is neither model nor batch.
 
     Args:
-        queues: objective -> its queue or bank, as it was before the step.
-        vocabulary: of the run's tokenizer; None where there is no text.
-        progress: in epochs, for ramps.
-        step: optimizer steps done.
+        queues: Objective -> its queue or memory bank, as it was before the step.
+        vocabulary: Vocabulary of the run's tokenizer, or None without texts.
+        progress: Progress of the run in epochs, for ramps.
+        step: Optimizer steps done.
     """
 
     queues: Mapping[Any, Any] = field(default_factory=dict)
@@ -53,170 +45,405 @@ class StepContext:
     step: int = 0
 
     def ramp(self, epochs: float) -> float:
-        """What grows from 0 to 1 over the first ``epochs``; 1 where there are none."""
+        """Return a factor that grows linearly from 0 to 1 over the first ``epochs``, or 1 if ``epochs`` is 0."""
         return min(1.0, self.progress / epochs) if epochs else 1.0
 
 
-class Forward:
-    """A lazy, typed bundle of one model on one batch. No property writes state; nothing runs that no objective asks for.
+class Graph:
+    """How the passes of a step are connected in autograd.
 
-    Args:
-        momentum: the momentum encoder's bundle of the same batch; its parameters take no gradient. None = there is none.
+    Here it is a single graph from the losses to the parameters. `vlp.training.detached.DetachedGraph` splits it.
     """
 
-    def __init__(self, model, batch: Batch, momentum: Forward | None = None, context: StepContext = StepContext()):
-        self.model, self.batch, self.momentum, self.context = model, batch, momentum, context
-        self._micro_batches: tuple[Forward, ...] = ()  # not (self,): a bundle that refers to itself outlives its step
+    def encode(self, model: Model, encode: Callable[..., Encoded], *inputs: Tensor) -> Encoded:
+        """Run a tower of ``model``."""
+        return encode(*inputs)
+
+    def share(self, value: Value) -> Value:
+        """Return a result that several losses read, as they should see it."""
+        return value
+
+    def losses(
+        self, objectives: Mapping[str, Any], micro_batches: Sequence[Forward]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Compute every loss, and the total whose backward pass gives the gradient of the step.
+
+        Returns:
+            The losses by name, means over the micro-batches, and sum(weight * loss).
+        """
+        parts = []
+        for f in micro_batches:
+            parts.append(compute_losses(objectives, f))
+            f.free_activations()
+        losses = {name: torch.stack([part[name] for part in parts]).mean() for name in objectives}
+        return losses, weighted_sum(objectives, losses)
+
+
+SINGLE_GRAPH = Graph()
+
+
+def compute_losses(objectives: Mapping[str, Any], f: Forward) -> dict[str, Tensor]:
+    """Compute the losses of a bundle.
+
+    Raises:
+        NonFiniteLoss: the first one, after all losses have been computed. They communicate, and other processes, whose
+            losses are finite, wait for this one.
+    """
+    losses, complaints = {}, []
+    for name, objective in objectives.items():
+        try:
+            losses[name] = objective(f)
+        except NonFiniteLoss as error:
+            complaints.append(error)
+    if complaints:
+        raise complaints[0]
+    return losses
+
+
+def weighted_sum(objectives: Mapping[str, Any], losses: Mapping[str, Tensor]) -> Tensor:
+    """Return sum(weight * loss) over ``losses``."""
+    return reduce(operator.add, (objectives[name].weight * loss for name, loss in losses.items()))
+
+
+class Bundle:
+    """One network on one batch: lazy, typed, without side effects.
+
+    Args:
+        model: The network: the trained model or its momentum encoder.
+        batch: Its inputs.
+        context: Context of the step.
+        graph: How passes are connected in autograd.
+        encoded: Encodings that exist already, by the name of the property that returns them, e.g. {"image": ...}.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batch: Batch,
+        context: StepContext = StepContext(),
+        graph: Graph = SINGLE_GRAPH,
+        encoded: Mapping[str, Encoded] | None = None,
+    ):
+        self.model, self.batch, self.context, self.graph = model, batch, context, graph
+        self._encoded = dict(encoded or {})
         self._masked: dict[Callable[..., MaskedIds], MaskedIds] = {}
+        self._gathered: dict[tuple[str, Scope], Any] = {}
 
-    @cached_property
-    def views(self) -> tuple[Forward, ...]:
-        """The bundles of the further views."""
-        teachers = self.momentum.views if self.momentum else (None,) * len(self.batch.views)
-        return tuple(self.for_view(b, t) for b, t in zip(self.batch.views, teachers))
+    def encode(self, name: str, encode: Callable[..., Encoded], *inputs: Tensor) -> Encoded:
+        """Run a tower once and keep its result under ``name``. Every pass of a tower goes through here."""
+        if name not in self._encoded:
+            self._encoded[name] = self.graph.encode(self.model, encode, *inputs)
+        return self._encoded[name]
 
-    def for_view(self, batch: Batch, momentum: Forward | None) -> Forward:
-        """A bundle of the same model in the same step."""
-        return Forward(self.model, batch, momentum, self.context)
-
-    def with_head(self, head: Head) -> Forward:
-        """This bundle as contrastive losses see it by the model's "first" head, or by its second, "vl"."""
-        return self if head == "first" else HeadView(self)
-
-    def encode(self, encode: Callable[..., Encoded], *given: Tensor) -> Encoded:
-        """Every pass of a tower goes through here."""
-        return encode(*given)
-
-    @cached_property
+    @property
     def image(self) -> Encoded:
-        return self.encode(self.model.encode_image, self.batch.image)
+        """The encoded images."""
+        return self.encode("image", self.model.encode_image, self.batch.image)
+
+    @property
+    def text(self) -> Encoded:
+        """The encoded texts."""
+        return self.encode("text", self.model.encode_text, self.batch.input_ids, self.batch.attention_mask)
+
+    @property
+    def momentum(self) -> Bundle:
+        """The momentum encoder on the same batch. Only `Forward` has one."""
+        raise ValueError("a view, or a momentum encoder, has no momentum encoder; see f.momentum.views")
 
     @cached_property
-    def text(self) -> Encoded:
-        return self.encode(self.model.encode_text, self.batch.input_ids, self.batch.attention_mask)
+    def views(self) -> tuple[Bundle, ...]:
+        """The same network on the further views of the samples, each view in passes of its own."""
+        return tuple(Bundle(self.model, view, self.context, self.graph) for view in self.batch.views)
+
+    @cached_property
+    def image_views(self) -> tuple[Encoded, ...]:
+        """All views of the images, the first included, encoded in one pass. A BatchNorm sees them together."""
+        views = [self.batch.image, *(view.image for view in self.batch.views)]
+        return _split(self.encode("image_views", self.model.encode_image, torch.cat(views)), len(views))
+
+    @cached_property
+    def text_views(self) -> tuple[Encoded, ...]:
+        """All views of the texts, encoded in one pass. Each row has its own dropout: two equal texts are two views."""
+        views = [self.batch, *self.batch.views]
+        longest = max(view.input_ids.shape[1] for view in views)
+        ids = torch.cat([_pad(view.input_ids, longest) for view in views])  # (views * B, L)
+        mask = torch.cat([_pad(view.attention_mask, longest) for view in views])
+        return _split(self.encode("text_views", self.model.encode_text, ids, mask), len(views))
 
     @cached_property
     def projected(self) -> Any:
-        """What fusion reads of the pictures, once for every pass that fuses texts with them: `model.project`."""
-        return self.model.project(self.image)
+        """What fusion reads of the images (`Model.project`), shared by every pass that fuses texts with them."""
+        return self.graph.share(self.model.project(self.image))
 
     @cached_property
     def fused(self) -> Tensor:
-        """(B, L, D) the texts when they have looked at their pictures, once for all that read every state: `model.fuse_all`."""
+        """(B, L, D) every state of the texts fused with their images (`Model.fuse_all`)."""
         return self.model.fuse_all(self)
 
-    @cached_property
-    def images(self) -> tuple[Encoded, ...]:
-        """All views of the pictures in one pass, so that a BatchNorm sees them together (as SimCLR's does)."""
-        views = [self.batch.image, *(b.image for b in self.batch.views)]
-        return _split(self.encode(self.model.encode_image, torch.cat(views)), len(views))
-
-    @cached_property
-    def texts(self) -> tuple[Encoded, ...]:
-        """All views of the texts in one pass. Each row has its own dropout: two equal texts are two views."""
-        views = [self.batch, *self.batch.views]
-        longest = max(b.input_ids.shape[1] for b in views)
-        ids = [F.pad(b.input_ids, (0, longest - b.input_ids.shape[1])) for b in views]
-        mask = [F.pad(b.attention_mask, (0, longest - b.attention_mask.shape[1])) for b in views]
-        return _split(self.encode(self.model.encode_text, torch.cat(ids), torch.cat(mask)), len(views))
-
-    @property
-    def micro_batches(self) -> tuple[Forward, ...]:
-        """The bundles of the micro-batches that losses take as one batch, this one among them; see `vlp.training.grad_cache`."""
-        return self._micro_batches or (self,)
-
-    @micro_batches.setter
-    def micro_batches(self, micro_batches: tuple[Forward, ...]) -> None:
-        self._micro_batches = micro_batches
-
     def masked(self, masking: Callable[..., MaskedIds]) -> MaskedIds:
-        """The texts with masks, drawn when first asked for; the momentum encoder is to read the same."""
+        """Mask the texts with ``masking``. The masks are drawn once, so that a teacher reads the same ones."""
         if masking not in self._masked:
             self._masked[masking] = masking(self.batch.input_ids, self.batch.attention_mask, self.context.vocabulary)
         return self._masked[masking]
 
-    def gathered(self, what: Callable[[Forward], Tensor], among: Among = "all") -> Tensor:
-        """``what`` (B, ...) of every bundle that counts as the same batch, in the order of the data.
-
-        Gradient flows back to where a row was made, summed over the processes that used it.
-
-        Args:
-            among: "all" processes, or this "process" alone, without communication.
-        """
-        gather = gather_with_gradient if among == "all" else lambda x: x
-        parts = [gather(what(micro_batch)) for micro_batch in self.micro_batches]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def rows(self, among: Among = "all") -> Tensor:
-        """(B,) where the rows of this bundle are among the `gathered` ones."""
-        size, places, place = len(self.batch), *((world_size(), rank()) if among == "all" else (1, 0))
-        first = (self.micro_batches.index(self) * places + place) * size
-        return torch.arange(first, first + size, device=self.batch.image_id.device)
-
-    @cached_property
-    def keys(self) -> Keys:
-        """Everything that the rows of this bundle can be compared with, with gradient; see `gathered`."""
-        return self._keys("all")
-
-    def keys_among(self, among: Among) -> Keys:
-        return self.keys if among == "all" else self._keys(among)
-
-    def _keys(self, among: Among) -> Keys:
-        return Keys(
-            self.gathered(lambda f: f.image.embed, among),
-            self.gathered(lambda f: f.text.embed, among),
-            self.gathered(lambda f: f.batch.image_id, among),
-        )
-
-    def losses(self, objectives: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
-        """The losses by name, and sum(weight * loss)."""
-        losses = {name: objective(self) for name, objective in objectives.items()}
-        self.free_activations()
-        return losses, sum(o.weight * losses[name] for name, o in objectives.items())
-
     def free_activations(self) -> None:
-        """Drops what only losses read. From then on their graph alone holds it, and lets go of it in the backward."""
-        for bundle in filter(None, (self, self.momentum)):
-            for name in ("projected", "fused"):
-                vars(bundle).pop(name, None)
+        """Drop cached activations that only the losses use. Autograd keeps them alive until backward frees them."""
+        for name in ("projected", "fused"):
+            vars(self).pop(name, None)
 
     def cached_embeddings(self) -> dict[str, Tensor]:
-        """(B, E) embeddings that were made on the way, by name, for measures; none is computed for this."""
-        made = vars(self)
-        found = {name: made[name].embed for name in ("image", "text") if name in made}
-        for name in ("images", "texts"):
-            found |= {f"view_{i}": view.embed for i, view in enumerate(made.get(name, ()))}
-        if self.momentum and not len(found) > 1:
-            taught = [
-                e for teacher in (self.momentum, *self.momentum.views) for e in teacher.cached_embeddings().values()
-            ]
-            found |= dict(zip(["key"], taught))
+        """Return the (B, E) embeddings that the step has computed, by name, for the log. Nothing is computed for it.
+
+        What follows a colon in a name tells apart several ways to encode the same input, and is dropped.
+        """
+        joint = {"image_views", "text_views"}
+        single = {name: encoded for name, encoded in sorted(self._encoded.items()) if name not in joint}
+        found = {name.partition(":")[0]: encoded.embed for name, encoded in single.items()}
+        for name in sorted(joint & self._encoded.keys()):
+            views = self._encoded[name].embed.chunk(1 + len(self.batch.views))
+            found |= {f"view_{i}": embed for i, embed in enumerate(views)}
         return found
 
 
-class HeadView(Forward):
-    """The same encodings by a model's second contrastive head: `Encoded.vl`, and ``model.vl`` with its own scale."""
+class Forward(Bundle):
+    """What an objective is called with: the trained model on a micro-batch, and everything that belongs to it.
 
-    def __init__(self, first: Forward):
-        momentum = HeadView(first.momentum) if first.momentum else None
-        super().__init__(first.model.vl, first.batch, momentum, first.context)
-        self.first = first
+    ============  ===================================================================================================
+    ``image``     encoded images
+    ``text``      encoded texts
+    ``views``     the same model on further views of the samples; ``image_views`` and ``text_views`` in one pass
+    ``momentum``  the momentum encoder on the same batch, without gradient
+    ``fused``     texts fused with their images; ``projected`` is what fusion reads of the images
+    ``all``       the rows of all processes and micro-batches, see `Gathered`: what contrastive losses compare with
+    ============  ===================================================================================================
+
+    A loss is defined for the B rows of a bundle such that its mean over processes and micro-batches is the loss of one
+    process with the whole batch. No property changes another one's value, whatever the order of access.
+
+    Args:
+        model: The trained model.
+        batch: The micro-batch of this process.
+        momentum: The momentum encoder's bundle of the same batch. Its parameters take no gradient.
+        context: Context of the step.
+        graph: How passes are connected in autograd.
+        micro_batches: The bundles that losses take as one batch, this one among them; None means only this one.
+        encoded: Encodings that exist already, by the name of the property that returns them.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batch: Batch,
+        momentum: Bundle | None = None,
+        context: StepContext = StepContext(),
+        graph: Graph = SINGLE_GRAPH,
+        micro_batches: MicroBatches | None = None,
+        encoded: Mapping[str, Encoded] | None = None,
+    ):
+        super().__init__(model, batch, context, graph, encoded)
+        self._momentum = momentum
+        # Weak, because bundles that refer to each other would outlive the step.
+        self._micro_batches = None if micro_batches is None else weakref.ref(micro_batches)
+
+    @property
+    def momentum(self) -> Bundle:
+        """The momentum encoder on the same batch; ValueError if the run keeps none."""
+        if self._momentum is None:
+            raise ValueError("this step has no momentum encoder; set momentum=MomentumConfig(...) in the experiment")
+        return self._momentum
+
+    @property
+    def micro_batches(self) -> Sequence[Forward]:
+        """The bundles that losses take as one batch, this one among them."""
+        if self._micro_batches is None:
+            return (self,)
+        group = self._micro_batches()
+        if group is None:
+            raise RuntimeError("the micro-batches of this step are gone; keep their MicroBatches while you use one")
+        return group
+
+    @property
+    def all(self) -> Gathered:
+        """The rows of all processes and micro-batches, with gradient."""
+        return self.scope("global")
+
+    def scope(self, scope: Scope) -> Gathered:
+        """Return the rows of all micro-batches, of all processes ("global") or only of this one ("local")."""
+        return Gathered(self.micro_batches, self.micro_batches.index(self), scope)
+
+    @property
+    def scale(self) -> Tensor:
+        """(1,) multiplier of cosine similarities."""
+        return self.model.scale
+
+    def with_head(self, head: Head) -> Forward:
+        """Return this bundle as contrastive losses see it through one of the model's contrastive heads."""
+        return self if head == "first" else HeadView(self)
+
+    def free_activations(self) -> None:
+        super().free_activations()
+        if self._momentum is not None:
+            self._momentum.free_activations()
+
+    def cached_embeddings(self) -> dict[str, Tensor]:
+        found = super().cached_embeddings()
+        if self._momentum is not None and len(found) < 2:  # a method that contrasts with the teacher's embedding
+            teachers = (self._momentum, *self._momentum.views)
+            keys = [embed for teacher in teachers for embed in teacher.cached_embeddings().values()]
+            found |= dict(zip(["key"], keys))
+        return found
+
+
+class MicroBatches(Sequence[Forward]):
+    """The micro-batches of one process that losses take as one batch.
+
+    Bundles refer to it weakly: keep it alive as long as they are used. It is neither a list nor a tuple, because engines
+    rebuild those when a module returns them.
+
+    Args:
+        batches: In the order of the data.
+        momentum: The momentum encoder, or None.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batches: Sequence[Batch],
+        momentum: Model | None = None,
+        context: StepContext = StepContext(),
+        graph: Graph = SINGLE_GRAPH,
+    ):
+        self._bundles = []
+        for batch in batches:
+            teacher = None if momentum is None else Bundle(momentum, batch, context)
+            group = self if len(batches) > 1 else None
+            self._bundles.append(Forward(model, batch, teacher, context, graph, group))
+
+    def __len__(self) -> int:
+        return len(self._bundles)
+
+    def __getitem__(self, number):
+        return self._bundles[number]
+
+    def __iter__(self) -> Iterator[Forward]:
+        return iter(self._bundles)
+
+
+class Gathered:
+    """The rows of several micro-batches and processes, in the order of the data.
+
+    It mirrors the names of a bundle: ``f.all.views[0].image`` is the gathered ``f.views[0].image.embed``. Gradient flows
+    back to where a row was computed, summed over the bundles and processes that used it.
+
+    Args:
+        bundles: One per micro-batch.
+        own: Number of the micro-batch whose loss is computed.
+        scope: "global" gathers from all processes; "local" does not communicate.
+    """
+
+    def __init__(self, bundles: Sequence[Bundle], own: int, scope: Scope):
+        self.bundles, self.own, self.scope = bundles, own, scope
+
+    def gather(self, rows: Callable[[Bundle], Tensor]) -> Tensor:
+        """Gather ``rows(bundle)`` (B, ...) of every bundle to (M, ...)."""
+        parts = [rows(bundle) for bundle in self.bundles]
+        if self.scope == "global":
+            parts = [gather_with_gradient(part) for part in parts]  # each (processes * B, ...)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @property
+    def image(self) -> Tensor:
+        """(M, E) embeddings of the images, unit norm."""
+        return self._once("image", lambda bundle: bundle.image.embed)
+
+    @property
+    def text(self) -> Tensor:
+        """(M, E) embeddings of the texts, unit norm."""
+        return self._once("text", lambda bundle: bundle.text.embed)
+
+    @property
+    def image_id(self) -> Tensor:
+        """(M,) ids; rows with equal ids show the same image."""
+        return self._once("image_id", lambda bundle: bundle.batch.image_id)
+
+    @property
+    def views(self) -> tuple[Gathered, ...]:
+        """The further views of the same rows."""
+        views = zip(*(bundle.views for bundle in self.bundles))
+        return tuple(Gathered(bundles, self.own, self.scope) for bundles in views)
+
+    @property
+    def momentum(self) -> Gathered:
+        """The momentum encoder on the same rows."""
+        return Gathered([bundle.momentum for bundle in self.bundles], self.own, self.scope)
+
+    @property
+    def is_own_rows(self) -> bool:
+        """Whether the M rows are the B own rows, in one bundle of one process."""
+        return len(self.bundles) == 1 and (self.scope == "local" or world_size() == 1)
+
+    @property
+    def rows(self) -> Tensor:
+        """(B,) positions of the own micro-batch's rows of this process among the M rows."""
+        batch = self.bundles[self.own].batch
+        processes, process = (world_size(), rank()) if self.scope == "global" else (1, 0)
+        first = (self.own * processes + process) * len(batch)
+        return torch.arange(first, first + len(batch), device=batch.image_id.device)
+
+    def _once(self, name: str, rows: Callable[[Bundle], Tensor]) -> Tensor:
+        """Gather on first access: objectives that read the same name share one all-gather."""
+        gathered = self.bundles[self.own]._gathered
+        if (name, self.scope) not in gathered:
+            gathered[name, self.scope] = self.gather(rows)
+        return gathered[name, self.scope]
+
+
+class _HeadBundle(Bundle):
+    """The encodings of another bundle through the model's second contrastive head: `Encoded.vl`."""
+
+    def __init__(self, first: Bundle):
+        super().__init__(first.model, first.batch, first.context, first.graph)
+        self._first = first
 
     @property
     def image(self) -> Encoded:
-        return self.first.image.vl
+        return _second_head(self._first.image)
 
     @property
     def text(self) -> Encoded:
-        return self.first.text.vl
+        return _second_head(self._first.text)
+
+
+class HeadView(Forward):
+    """The encodings of another bundle through the model's second contrastive head, with the scale of that head."""
+
+    def __init__(self, first: Forward):
+        momentum = None if first._momentum is None else _HeadBundle(first._momentum)
+        super().__init__(first.model, first.batch, momentum, first.context, first.graph)
+        self._first = first
+
+    image = _HeadBundle.image
+    text = _HeadBundle.text
 
     @property
-    def micro_batches(self) -> tuple[Forward, ...]:
-        return tuple(
-            self if micro_batch is self.first else HeadView(micro_batch) for micro_batch in self.first.micro_batches
-        )
+    def micro_batches(self) -> Sequence[Forward]:
+        return tuple(self if f is self._first else HeadView(f) for f in self._first.micro_batches)
+
+    @property
+    def scale(self) -> Tensor:
+        return self.model.vl.scale
+
+
+def _second_head(encoded: Encoded) -> Encoded:
+    if encoded.vl is None:
+        raise ValueError("the model has no second contrastive head; build it with itc_vl=True")
+    return encoded.vl
 
 
 def _split(encoded: Encoded, views: int) -> tuple[Encoded, ...]:
     size = len(encoded.embed) // views
     return tuple(encoded[i * size : (i + 1) * size] for i in range(views))
+
+
+def _pad(rows: Tensor, length: int) -> Tensor:
+    return F.pad(rows, (0, length - rows.shape[1]))

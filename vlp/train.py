@@ -7,9 +7,10 @@ import runpy
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,45 +20,59 @@ from vlp.config import Experiment
 from vlp.data.order import keyed_rng
 from vlp.data.stream import Loaded
 from vlp.distributed import all_reduce_sum, gather_objects
-from vlp.errors import UserError
-from vlp.forward import Forward, StepContext
+from vlp.errors import NonFiniteLoss, UserError
+from vlp.forward import SINGLE_GRAPH, Forward, Graph, MicroBatches, StepContext
 from vlp.losses.geometry import alignment, modality_gap, uniformity
-from vlp.losses.inputs import NonFiniteLoss
+from vlp.models.base import Model
+from vlp.objectives.base import Objective
 from vlp.optim.schedule import set_lr
 from vlp.specs.user_code import NO_CODE, UserCode
-from vlp.training import grad_cache
-from vlp.training.grad_cache import CachedForward
+from vlp.training.detached import DetachedGraph
 from vlp.training.interrupts import Stopped, TrainingInterrupt
 from vlp.training.logging import peak_memory_mib
 from vlp.training.run import Run
 from vlp.training.setup import set_up
-from vlp.training.split_backward import DetachedForward
 from vlp.types import Batch
 
 
-class Pretrainer(nn.Module):
-    """Model and objectives as the one module that DDP or DeepSpeed wraps and that a step calls once a micro-batch."""
+def single_graph(model: Model) -> Graph:
+    return SINGLE_GRAPH
 
-    def __init__(self, model: nn.Module, objectives: dict, bundle: type[Forward] = Forward):
+
+class Pretrainer(nn.Module):
+    """Model and objectives as the one module that DDP or DeepSpeed wraps. A step calls it once per backward pass.
+
+    Args:
+        graph: Returns the autograd graph of a call, see `vlp.training.detached`.
+    """
+
+    def __init__(
+        self, model: Model, objectives: Mapping[str, Objective], graph: Callable[[Model], Graph] = single_graph
+    ):
         super().__init__()
-        self.model, self.objectives, self.bundle = model, objectives, bundle
+        self.model, self.objectives, self.graph = model, objectives, graph
 
     def forward(
-        self, batch: Batch, momentum: nn.Module | None, context: StepContext
-    ) -> tuple[dict[str, Tensor], Tensor, Forward]:
-        """The losses by name, sum(weight * loss), and the bundle that they were computed from."""
-        f = self.bundle(self.model, batch, Forward(momentum, batch, context=context) if momentum else None, context)
-        return *f.losses(self.objectives), f
+        self, batches: Sequence[Batch], momentum: Model | None, context: StepContext
+    ) -> tuple[dict[str, Tensor], Tensor, MicroBatches]:
+        """Compute the losses of micro-batches that count as one batch.
+
+        Returns:
+            The losses by name, sum(weight * loss), and the bundles that they were computed from.
+        """
+        graph = self.graph(self.model)
+        micro_batches = MicroBatches(self.model, batches, momentum, context, graph)
+        return *graph.losses(self.objectives, micro_batches), micro_batches
 
 
 @dataclass
 class StepConsensus:
-    """What all processes know of a micro-batch before its backward pass, from one all-reduce.
+    """What all processes agree on before a backward pass, by one all-reduce.
 
     Args:
-        losses: means over the processes, ``loss`` the total; not finite if that of any process is not.
-        stop: any process was asked to.
-        bad: samples that the loaders of all had to leave out.
+        losses: Means over the processes, ``loss`` the total. Not finite if that of any process is not.
+        stop: Any process was asked to stop.
+        bad: Samples that the loaders of all processes skipped.
     """
 
     losses: dict[str, float]
@@ -66,25 +81,22 @@ class StepConsensus:
 
 
 class Trainer:
-    """A run under way. State changes in `advance` only, after the optimizer's step."""
+    """Trains a run. State changes only in `advance`, after the optimizer's step."""
 
     def __init__(self, run: Run):
         self.run, self.accelerator, self.experiment = run, run.accelerator, run.experiment
-        accelerator = run.accelerator
+        accelerator, train = run.accelerator, run.experiment.train
         self.zero = run.is_zero
-        bundle = DetachedForward if self.experiment.train.backward == "per_loss" else Forward
-        self.pretrainer, self.optimizer = accelerator.prepare(
-            Pretrainer(run.model, self.experiment.objectives, bundle), run.optimizer
-        )
+        per_loss = train.backward == "per_loss"
+        detached = partial(DetachedGraph, recompute=train.grad_cache, per_loss=per_loss)
+        graph = detached if train.grad_cache or per_loss else single_graph
+        pretrainer = Pretrainer(run.model, run.experiment.objectives, graph)
+        self.pretrainer, self.optimizer = accelerator.prepare(pretrainer, run.optimizer)
         run.restore_optimizer(self.optimizer.optimizer)
-        if self.zero and self.experiment.train.grad_cache:
-            raise UserError(
-                "train.grad_cache goes past DeepSpeed's backward; use another launch config, or set it to false"
-            )
-        self.waited = 0.0
+        self.waited = 0.0  # seconds of the step spent waiting for data
 
     def fit(self, interrupted: TrainingInterrupt) -> bool:
-        """Trains to the last step, or to an interruption; True if it got to the end."""
+        """Train to the last step, or to an interruption; return whether the last step was reached."""
         state, run = self.run.state, self.run
         if run.resumed_from and run.is_evaluation_due and not run.is_evaluated:  # killed between saving and evaluating
             self.evaluate(run.resumed_from, interrupted)
@@ -101,7 +113,7 @@ class Trainer:
         return True
 
     def evaluate(self, saved: Path, interrupted: TrainingInterrupt) -> None:
-        """Raises Stopped if a single process is asked to stop meanwhile."""
+        """Evaluate the checkpoint ``saved``; raise Stopped if a single process is asked to stop meanwhile."""
         interrupted.at_once = self.accelerator.num_processes == 1
         try:
             if interrupted.at_once and interrupted.asked:
@@ -113,73 +125,59 @@ class Trainer:
     def save(self) -> Path:
         return self.run.save(self.optimizer.optimizer)
 
-    def step(self, micro_batches: Iterator, interrupted: TrainingInterrupt) -> dict:
-        """One optimizer step; returns its record for the log."""
+    def step(self, micro_batches: Iterator[Loaded], interrupted: TrainingInterrupt) -> dict:
+        """Take one optimizer step and return its record for the log."""
         experiment, state = self.experiment, self.run.state
+        passes = experiment.train.backward_passes
         began = time.monotonic()
         self.waited = 0.0
         lr = set_lr(self.run.optimizer, experiment.schedule, experiment.optim.lr, state.step, self.run.total_steps)
         losses: dict[str, float] = {}
-        finite, keys, f, remembered = True, [], None, []
-        given = (self._next(micro_batches) for _ in range(experiment.train.accumulation))
-        if experiment.train.grad_cache:
-            given = list(given)
-            cached = self._bundles([batch for _, batch in given])
-        for micro, (loaded, batch) in enumerate(given):
-            keys += batch.keys
-            # dropout and the like depend on (seed, step, process) alone: there is no random state to save or to lose
-            torch.manual_seed(
-                int(keyed_rng(experiment.seed, 4, state.step, micro, self.accelerator.process_index).integers(2**62))
-            )
+        finite, keys, f, enqueued = True, [], None, []
+        for number in range(passes):
+            loaded = [self._next(micro_batches) for _ in range(experiment.train.accumulation // passes)]
+            batches = [self.prepare(each.batch) for each in loaded]
+            keys += [key for batch in batches for key in batch.keys]
+            # Dropout and masks depend only on (seed, step, process), so no random state has to be saved.
+            rng = keyed_rng(experiment.seed, 4, state.step, number, self.accelerator.process_index)
+            torch.manual_seed(int(rng.integers(2**62)))
             with self.accelerator.accumulate(self.pretrainer):
-                own, total, f, complaint = self._losses(cached[micro] if experiment.train.grad_cache else batch)
-                agreed = self.agree({**own, "loss": total}, loaded.bad, interrupted)
+                own, total, bundles, complaint = self._losses(batches)
+                bad = [sample for each in loaded for sample in each.bad]
+                agreed = self.agree({**own, "loss": total}, bad, interrupted)
                 interrupted.agreed |= agreed.stop
                 self.run.writer.quarantine(agreed.bad)
                 finite = finite and all(map(math.isfinite, agreed.losses.values()))
                 if finite:
                     self.accelerator.backward(total)
-                    remembered.append(self._to_enqueue(f))
+                    f = bundles[-1]
+                    enqueued.append(self._enqueue(f))
             for name, value in agreed.losses.items():
-                losses[name] = losses.get(name, 0.0) + value / experiment.train.accumulation
-        if experiment.train.grad_cache and finite:
-            self._replay(cached)
+                losses[name] = losses.get(name, 0.0) + value / passes
         norm = self._gradient_norm() if finite else math.nan
         if not (finite and math.isfinite(norm)):
             self._nonfinite(losses, keys, norm if finite else None, complaint)
         else:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.advance(remembered, skipped=not (finite and math.isfinite(norm)))
+        self.advance(enqueued, skipped=not (finite and math.isfinite(norm)))
         return self._record(losses, lr, norm, f, began)
 
-    def _next(self, micro_batches: Iterator) -> tuple[Loaded, Batch]:
-        """A micro-batch as it was loaded, and on the device."""
+    def _next(self, micro_batches: Iterator[Loaded]) -> Loaded:
         asked = time.monotonic()
         loaded = next(micro_batches)
         self.waited += time.monotonic() - asked
         self.run.writer.log_samples(loaded.batch.keys)
         self.run.state.truncated_captions += loaded.truncated_captions
-        return loaded, self.prepare(loaded.batch)
-
-    def _bundles(self, batches: list[Batch]) -> list[CachedForward]:
-        state = self.run.state
-        momentum = state.momentum.network if state.momentum else None
-        return grad_cache.bundles(self.run.model, batches, momentum, self.context())
-
-    def _replay(self, cached: list[CachedForward]) -> None:
-        """The second forward of the towers, and what DDP would have done: the losses went past its wrapper."""
-        with self.accelerator.autocast():
-            for f in cached:
-                f.replay()
-        grad_cache.average_gradients(list(self.run.model.parameters()))
+        return loaded
 
     def prepare(self, batch: Batch) -> Batch:
+        """Move a loaded micro-batch to the device, normalise its images, and mix them."""
         first, experiment = int(batch.dataset_row[0]), self.run.experiment
         batch = self._normalise(batch.to(self.accelerator.device))
         if experiment.train.mixup is None:
             return batch
-        # by the step, and by the samples, which differ between processes and micro-batches
+        # Keyed by the step and by the samples, which differ between processes and micro-batches.
         key = (experiment.seed, self.run.state.step, first)
         return experiment.train.mixup(batch, experiment.model.classes, key)
 
@@ -188,17 +186,13 @@ class Trainer:
         image = batch.image if batch.image is None else self.run.model.preprocess.normalise(batch.image)
         return replace(batch, image=image, views=views)
 
-    def _losses(self, given: Batch | CachedForward) -> tuple[dict[str, Tensor], Tensor, Forward | None, str]:
-        """Losses, total, bundle, and what a loss complained of; a loss that refuses its input is not finite."""
+    def _losses(self, batches: list[Batch]) -> tuple[dict[str, Tensor], Tensor, MicroBatches | None, str]:
+        """Compute the losses; NaN and the complaint of a loss that refused its input."""
+        state = self.run.state
+        momentum = state.momentum.network if state.momentum else None
         try:
-            if isinstance(given, CachedForward):
-                with self.accelerator.autocast():
-                    losses, total = given.losses(self.experiment.objectives)
-                return losses, total, given, ""
-            state = self.run.state
-            momentum = state.momentum.network if state.momentum else None
-            losses, total, f = self.pretrainer(given, momentum, self.context())
-            return losses, total, f, ""
+            losses, total, micro_batches = self.pretrainer(batches, momentum, self.context())
+            return losses, total, micro_batches, ""
         except NonFiniteLoss as e:
             nan = torch.tensor(math.nan, device=self.accelerator.device)
             return dict.fromkeys(self.experiment.objectives, nan), nan, None, str(e)
@@ -209,53 +203,53 @@ class Trainer:
         return StepContext(queues, self.run.vocabulary, state.position / self.run.epoch_samples, state.step)
 
     @torch.no_grad()
-    def _to_enqueue(self, f: Forward) -> dict[str, dict[str, Tensor]]:
-        """What each memory gets of a micro-batch, from all processes. Kept until the step is done: one that is skipped
-        leaves no trace, and micro-batches do not see each other's rows."""
+    def _enqueue(self, f: Forward) -> dict[str, dict[str, Tensor]]:
+        """Return what each queue gets. It is pushed after the step: a skipped step leaves no trace, and micro-batches do not
+        read each other's rows from the queue."""
         with self.accelerator.autocast():
             return {name: self.experiment.objectives[name].enqueue(f) for name in self.run.state.queues}
 
     def agree(self, losses: dict[str, Tensor], bad: list[dict], interrupted: TrainingInterrupt) -> StepConsensus:
-        """Every process takes the same decision: engines differ in what a NaN on one process does."""
-        mine = [float(loss.detach()) for loss in losses.values()]
-        *sums, stop, num_bad = all_reduce_sum([*mine, interrupted.asked, len(bad)], self.accelerator.device)
-        everyones = [b for part in gather_objects(bad) for b in part] if num_bad else []
+        """Reach the same decisions on every process. Engines differ in how they treat a NaN on one process."""
+        own = [float(loss.detach()) for loss in losses.values()]
+        *sums, stop, num_bad = all_reduce_sum([*own, interrupted.asked, len(bad)], self.accelerator.device)
+        all_bad = [sample for part in gather_objects(bad) for sample in part] if num_bad else []
         means = {name: total / self.accelerator.num_processes for name, total in zip(losses, sums)}
-        return StepConsensus(means, stop > 0, everyones)
+        return StepConsensus(means, stop > 0, all_bad)
 
     def _gradient_norm(self) -> float:
-        """Norm before clipping, over all parameters; clips where that is asked for. DeepSpeed has clipped by now."""
+        """Return the norm over all parameters before clipping, and clip if configured. DeepSpeed has clipped already."""
         limit = self.experiment.train.clip_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(self.pretrainer.parameters(), limit)
         return float(norm) if norm is not None else math.nan
 
     def _nonfinite(self, losses: dict[str, float], keys: list[str], norm: float | None, complaint: str) -> None:
-        """Names the samples; raises unless the step may be skipped. Nothing was stepped, so nothing is spoilt."""
-        everyones = [key for part in gather_objects(list(keys)) for key in part]
+        """Record the samples of the step, and raise unless it may be skipped. The optimizer has not stepped."""
+        all_keys = [key for part in gather_objects(list(keys)) for key in part]
         what = complaint.removesuffix(" is not finite") or (
             f"gradient norm {norm}" if norm is not None else f"loss {losses.get('loss')}"
         )
-        self.run.writer.log_nonfinite(what, everyones)
+        self.run.writer.log_nonfinite(what, all_keys)
         if self.experiment.train.nonfinite == "stop" or (self.zero and norm is not None):
             raise UserError(
-                f"step {self.run.state.step + 1}: {what} is not finite; its {len(everyones)} samples are in "
+                f"step {self.run.state.step + 1}: {what} is not finite; its {len(all_keys)} samples are in "
                 f"{self.experiment.folder}/nonfinite.jsonl. The last checkpoint is untouched; lower optim.lr or remove the "
                 f"samples and resume, or set train.nonfinite=skip"
             )
 
-    def advance(self, remembered: list[dict[str, dict[str, Tensor]]], skipped: bool) -> None:
+    def advance(self, enqueued: list[dict[str, dict[str, Tensor]]], skipped: bool) -> None:
         state = self.run.state
         state.step += 1
         state.position += self.experiment.data.batch_size
         state.skipped += skipped
-        # under ZeRO this is of no effect, the next step brings its own copy back; `scale` is bounded all the same
+        # ZeRO restores its own copy in the next step, so clamping has no effect there. `Model.scale` is bounded anyway.
         self.run.model.clamp_scalars()
         if skipped:
             return
         for average in filter(None, (state.average, state.momentum)):
             average.update(self.run.model)
-        for micro in remembered:
-            for name, rows in micro.items():
+        for rows_of in enqueued:
+            for name, rows in rows_of.items():
                 state.queues[name].push(**rows)
 
     def _record(self, losses: dict, lr: float, norm: float, f: Forward | None, began: float) -> dict:
@@ -280,8 +274,10 @@ class Trainer:
 
 @torch.no_grad()
 def geometry(f: Forward) -> dict[str, float]:
-    """Where the embeddings of a step lie: uniformity of each kind, alignment and gap of the first two, if they are of one space:
-    a model without contrast has first tokens of different widths."""
+    """Measure the embeddings of a step: uniformity of each kind, alignment and modality gap of the first two.
+
+    The two must be of one space: a model without contrast gives first tokens of different widths.
+    """
     embeds = {name: embed.detach() for name, embed in f.cached_embeddings().items()}
     record = {f"geometry/uniformity_{name}": float(uniformity(embed)) for name, embed in embeds.items()}
     x, y, *_ = [*embeds.values(), None, None]
@@ -291,7 +287,7 @@ def geometry(f: Forward) -> dict[str, float]:
 
 
 def train(experiment: Experiment, resume: bool = False, code: UserCode = NO_CODE) -> int:
-    """Run the experiment, or continue it; return the exit code.
+    """Run the experiment, or resume it, and return the exit code.
 
     Args:
         code: The user's own code that the experiment is made of, to be kept with the run.
@@ -324,6 +320,6 @@ def _fit(run: Run, interrupted: TrainingInterrupt, code: UserCode) -> None:
 
 
 if __name__ == "__main__":
-    # the command line is above this module: run it as a program instead of importing it
+    # Modules below the command line must not import it, so run it as a program.
     sys.argv.insert(1, "train")
     runpy.run_module("vlp.cli", run_name="__main__", alter_sys=True)

@@ -106,6 +106,7 @@ class Encoded:
         embed: (B, E) unit-norm projection.
         inputs: (B, N, D) tokens before the first layer, which early-fusion models fuse; None elsewhere.
         vl: the same by a second head; None where there is none.
+        unnormalised: (B, E) the output of the projection head before normalisation; None if the model does not give it.
     """
 
     tokens: Tensor
@@ -113,6 +114,14 @@ class Encoded:
     embed: Tensor
     inputs: Tensor | None = None
     vl: Encoded | None = None
+    unnormalised: Tensor | None = None
+
+    @property
+    def projection(self) -> Tensor:
+        """(B, E) output of the projection head before normalisation, of which ``embed`` is the unit vector."""
+        if self.unnormalised is None:
+            raise ValueError("the model gives only unit-norm embeddings; set Encoded.unnormalised where it encodes")
+        return self.unnormalised
 
     @property
     def fusible(self) -> Tensor:
@@ -120,8 +129,8 @@ class Encoded:
         return self.tokens if self.inputs is None else self.inputs
 
     def __getitem__(self, rows: Tensor | slice) -> Encoded:
-        inputs = None if self.inputs is None else self.inputs[rows]
-        return Encoded(self.tokens[rows], self.mask[rows], self.embed[rows], inputs, self.vl and self.vl[rows])
+        parts = {name: part[rows] for name, part in vars(self).items() if part is not None}
+        return Encoded(**parts)
 
 
 @dataclass

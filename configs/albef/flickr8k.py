@@ -155,8 +155,8 @@ def retrieval() -> Experiment:
             weights="runs/albef-flickr8k-matching",
         ),
         objectives={
-            "itc": MomentumContrast(queue_size=2048, same_picture="positive", distill=0.4, ramp_epochs=1.0),
-            "itm": ImageTextMatching(same_picture="left_out"),
+            "itc": MomentumContrast(queue_size=2048, duplicates="positive", distill=0.4, ramp_epochs=1.0),
+            "itm": ImageTextMatching(duplicates="mask"),
         },
         momentum=MomentumConfig(decay=0.995, mode="train"),
         data=replace(base.data, batch_size=64),

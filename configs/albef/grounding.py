@@ -60,9 +60,9 @@ def config() -> Experiment:
         ),
         objectives={
             "itc": MomentumContrast(
-                queue_size=65_536, keys="process", same_picture="positive", distill=0.4, ramp_epochs=1.0
+                queue_size=65_536, keys="local", duplicates="positive", distill=0.4, ramp_epochs=1.0
             ),
-            "itm": ImageTextMatching(keys="momentum", candidates="process", same_picture="left_out"),
+            "itm": ImageTextMatching(keys="momentum", candidates="local", duplicates="mask"),
         },
         momentum=MomentumConfig(decay=0.995, mode="train"),
         data=Data(

@@ -106,17 +106,17 @@ def published_objectives(ramp_epochs: float) -> dict:
         "itc": MomentumContrast(
             queue_size=65_536,
             random_start=True,
-            keys="process",
-            same_picture="negative",
+            keys="local",
+            duplicates="negative",
             distill=0.4,
             ramp_epochs=ramp_epochs,
         ),
-        "itm": ImageTextMatching(keys="momentum", candidates="process", same_picture="negative"),
+        "itm": ImageTextMatching(keys="momentum", candidates="local", duplicates="negative"),
         "mlm": MaskedText(
-            masking=TextMasking(probability=0.15, spared="first", random_from="all"),
+            masking=TextMasking(probability=0.15, exclude="first", random_from="all"),
             distill=0.4,
             ramp_epochs=ramp_epochs,
-            mean_over="process",
+            mean_over="local",
         ),
     }
 

@@ -75,9 +75,7 @@ def imagenette() -> Experiment:
     return Experiment(
         name="moco-v2-imagenette",
         model=Single(image=TimmImage("regnetx_002", image_size=64), head="mlp", embed_size=128),
-        objectives={
-            "moco": Moco(temperature=0.2, queue_size=1024, random_start=False, same_picture="left_out", groups=4)
-        },
+        objectives={"moco": Moco(temperature=0.2, queue_size=1024, random_start=False, duplicates="mask", groups=4)},
         data=Data(train=(Source("data/imagenette/train"),), batch_size=128, augment=view, views=(view,), workers=1),
         optim=AdamW(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.05),
         schedule=Schedule(warmup_steps=50, kind="cosine"),

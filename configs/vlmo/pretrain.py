@@ -62,8 +62,8 @@ def config() -> Experiment:
         objectives={
             "itc": ImageTextContrast(weight=0.5),
             "itc_vl": ImageTextContrast(weight=0.5, head="vl"),
-            "itm": ImageTextMatching(keys="student", candidates="all"),
-            "mlm": MaskedText(weight=0.25, masking=TextMasking(probability=0.15, of="word", random_from="all")),
+            "itm": ImageTextMatching(keys="student", candidates="global"),
+            "mlm": MaskedText(weight=0.25, masking=TextMasking(probability=0.15, unit="word", random_from="all")),
         },
         data=Data(
             train=(

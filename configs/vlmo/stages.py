@@ -149,7 +149,7 @@ def pairs() -> Experiment:
         objectives={
             "itc": ImageTextContrast(weight=0.5),
             "itc_vl": ImageTextContrast(weight=0.5, head="vl"),
-            "itm": ImageTextMatching(keys="student", candidates="all"),
+            "itm": ImageTextMatching(keys="student", candidates="global"),
             "mlm": MaskedText(weight=0.25),
         },
         data=Data(

@@ -57,7 +57,7 @@ def config() -> Ablation:
         objectives={
             "itc": ImageTextContrast(weight=0.5),
             "itc_vl": ImageTextContrast(weight=0.5, head="vl"),
-            "itm": ImageTextMatching(keys="student", candidates="all"),
+            "itm": ImageTextMatching(keys="student", candidates="global"),
             "mlm": MaskedText(weight=0.25, masking=MASKING),
         },
         data=Data(

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from vlp.errors import NonFiniteLoss
 from vlp.losses.classification import one_hot, sigmoid_cross_entropy, softmax_cross_entropy
-from vlp.losses.inputs import NonFiniteLoss
 
 ROWS, CLASSES = 5, 7
 

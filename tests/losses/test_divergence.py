@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vlp.errors import NonFiniteLoss
 from vlp.losses.divergence import jensen_shannon
-from vlp.losses.inputs import NonFiniteLoss
 
 
 def views(number, rows=5, classes=4):

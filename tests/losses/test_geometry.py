@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vlp.errors import NonFiniteLoss
 from vlp.losses.geometry import alignment, modality_gap, uniformity
-from vlp.losses.inputs import NonFiniteLoss
 
 
 def unit(rows, width=8, seed=0):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from vlp.losses.inputs import NonFiniteLoss
+from vlp.errors import NonFiniteLoss
 from vlp.losses.masked import masked_cross_entropy, masked_pixel_loss
 
 LABELS = torch.tensor([3, -100, 0, 6, -100])

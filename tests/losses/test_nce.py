@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vlp.losses.inputs import NonFiniteLoss
+from vlp.errors import NonFiniteLoss
 from vlp.losses.nce import draw_noise, instance_softmax_loss, log_partition, nce_loss
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vlp.losses.inputs import NonFiniteLoss
+from vlp.errors import NonFiniteLoss
 from vlp.losses.npair import n_pair_loss, tuplet_loss
 from vlp.losses.pairwise import triplet_loss
 from vlp.losses.softmax import info_nce

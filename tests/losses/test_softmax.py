@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from transformers.models.align.modeling_align import align_loss
 
-from vlp.losses.inputs import NonFiniteLoss
+from vlp.errors import NonFiniteLoss
 from vlp.losses.softmax import id_targets, info_nce, soft_info_nce
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vlp.losses.inputs import NonFiniteLoss
+from vlp.errors import NonFiniteLoss
 from vlp.losses.sigmoid import sigmoid_loss
 from vlp.losses.softmax import info_nce
 from vlp.losses.tiled import queue_info_nce, tiled_info_nce, tiled_sigmoid_loss

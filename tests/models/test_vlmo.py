@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tests.objectives.fusing import (
+    CACHED,
     ROWS,
     WIDTH,
     assert_same,
-    cached_step,
     context_of,
     drawn_by_row,
     networks,
@@ -38,7 +38,7 @@ SPEC = Vlmo(ENCODER, embed_size=WIDTH)
 OBJECTIVES = {
     "itc": ImageTextContrast(weight=0.5),
     "itc_vl": ImageTextContrast(weight=0.5, head="vl"),
-    "itm": ImageTextMatching(keys="student", candidates="all"),
+    "itm": ImageTextMatching(keys="student", candidates="global"),
     "mlm": MaskedText(weight=0.25),
 }
 
@@ -65,7 +65,7 @@ def apart():
 def test_losses_and_every_gradient_are_those_of_the_published_passes_one_by_one():
     batch, model, slow = apart(), randomised(), randomised()
     with drawn_by_row():
-        losses, total, f = Pretrainer(model, OBJECTIVES)(batch, None, StepContext())
+        losses, total, (f,) = Pretrainer(model, OBJECTIVES)([batch], None, StepContext())
         masked = f.masked(OBJECTIVES["mlm"].masking)
     total.backward()
     labels = torch.full_like(batch.input_ids, IGNORED)
@@ -89,7 +89,7 @@ def test_recomputation_changes_nothing(how):
         model.set_activation_checkpointing(each)
         torch.manual_seed(3)
         with drawn_by_row():
-            Pretrainer(model, OBJECTIVES)(apart(), None, StepContext())[1].backward()
+            Pretrainer(model, OBJECTIVES)([apart()], None, StepContext())[1].backward()
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
 
@@ -125,7 +125,7 @@ def test_images_of_the_pairs_in_order_and_others_are_the_ones_that_are_named():
 
 
 def test_cached_micro_batches_are_one_batch():
-    assert_same(cached_step(0, 1, OBJECTIVES, 4, SPEC), step(0, 1, OBJECTIVES, SPEC))
+    assert_same(step(0, 1, OBJECTIVES, SPEC, CACHED, 4), step(0, 1, OBJECTIVES, SPEC))
 
 
 # --- only what is used ---------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_every_parameter_is_used(use):
     if use == "texts":
         batch.image = None
     with drawn_by_row():
-        Pretrainer(model, objectives)(batch, None, StepContext())[1].backward()
+        Pretrainer(model, objectives)([batch], None, StepContext())[1].backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert [name for name, p in trained.items() if p.grad is None] == []
 
@@ -167,7 +167,7 @@ def test_a_model_that_only_fuses_does_not_run_the_modalities_alone():
     for layer in model.encoder.layers:
         layer.register_forward_pre_hook(lambda module, given: ran.append(given[1]))
     with drawn_by_row():
-        Pretrainer(model, objectives)(apart(), None, StepContext())
+        Pretrainer(model, objectives)([apart()], None, StepContext())
     assert len(ran) == 3 and all(rows.width and rows.patches for rows in ran)
 
 

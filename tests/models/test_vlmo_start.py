@@ -155,7 +155,8 @@ def text_stage(first: VlmoModel, plan: tuple[str, ...], optim=DECAYING) -> VlmoM
     step = Pretrainer(model, {"mlm": MaskedText()})
     for _ in range(3):
         ids = torch.randint(5, 60, (8, 10))
-        _, total, _ = step(Batch(torch.arange(8), None, ids, torch.ones_like(ids).bool()), None, context)
+        batch = Batch(torch.arange(8), None, ids, torch.ones_like(ids).bool())
+        _, total, _ = step([batch], None, context)
         total.backward()
         optimizer.step()
         optimizer.zero_grad()

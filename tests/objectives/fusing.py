@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -16,19 +17,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.objectives.toys import CPU, part_of
+from tests.objectives.toys import CPU
 from vlp.distributed import all_reduce_sum
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
-from vlp.forward import Forward, StepContext
+from vlp.forward import Bundle, Forward, StepContext
 from vlp.models.albef import Albef
 from vlp.objectives import itm
+from vlp.objectives.itc import MomentumContrast
 from vlp.objectives.masking import TextMasking
 from vlp.objectives.queues import Queue
 from vlp.optim.ema import EMA
-from vlp.train import Pretrainer
-from vlp.training.grad_cache import average_gradients, bundles
+from vlp.testing import divide, part_of
+from vlp.train import Pretrainer, single_graph
+from vlp.training.detached import DetachedGraph
 from vlp.types import Batch, MaskedIds
 
 ROWS, LENGTH, WIDTH = 8, 9, 24
@@ -62,10 +65,9 @@ def queue_of(size: int, filled: int) -> Queue:
 
 
 def context_of(objectives: dict, filled: int = 5, progress: float = 0.5) -> StepContext:
-    memory = {
-        o: queue_of(o.queue_size, min(filled, o.queue_size)) for o in objectives.values() if hasattr(o, "init_queue")
-    }
-    return StepContext(memory, progress=progress)
+    contrasts = [o for o in objectives.values() if isinstance(o, MomentumContrast)]
+    queues = {o: queue_of(o.queue_size, min(filled, o.queue_size)) for o in contrasts}
+    return StepContext(queues, progress=progress)
 
 
 def networks(spec: Any = None, **how) -> tuple[nn.Module, nn.Module]:
@@ -80,7 +82,7 @@ def networks(spec: Any = None, **how) -> tuple[nn.Module, nn.Module]:
 def bundle(batch: Batch, objectives: dict, model: nn.Module | None = None, **how) -> Forward:
     made, momentum = networks()
     context = context_of(objectives, **how)
-    return Forward(model or made, batch, Forward(momentum, batch, context=context), context)
+    return Forward(model or made, batch, Bundle(momentum, batch, context), context)
 
 
 @contextmanager
@@ -105,52 +107,32 @@ def shortened(batch: Batch) -> Batch:
 
 
 def step(
-    rank: int, world: int, objectives: dict, spec: Any = None, bundle: type[Forward] = Forward
+    rank: int, world: int, objectives: dict, spec: Any = None, graph: Any = single_graph, parts: int = 1, **how
 ) -> tuple[dict, dict, dict]:
-    """Means of the losses over processes, the gradients that DDP leaves, and what the memories get."""
-    part = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
-    batch = shortened(part_of(pairs(), part))
-    model, momentum = networks(spec)
-    pretrainer = Pretrainer(model, objectives, bundle)
+    """Return the means of the losses over processes, the gradients that DDP leaves, and what the queues get.
+
+    Args:
+        graph: Graph of the step, e.g. `CACHED`.
+        parts: Micro-batches that losses take as one batch.
+    """
+    batches = [shortened(part_of(pairs(), rows)) for rows in divide(ROWS, parts, world, rank)]
+    model, momentum = networks(spec, **how)
+    pretrainer = Pretrainer(model, objectives, graph)
     called = DistributedDataParallel(pretrainer, find_unused_parameters=True) if world > 1 else pretrainer
+    context = context_of(objectives)
     with drawn_by_row():
-        losses, total, f = called(batch, momentum, context_of(objectives))
+        losses, total, bundles = called(batches, momentum, context)
         total.backward()
     means = all_reduce_sum([loss.item() for loss in losses.values()], CPU)
     with torch.no_grad():
-        kept = {name: o.enqueue(f) for name, o in objectives.items() if hasattr(o, "enqueue")}
+        kept = {name: o.enqueue(bundles[0]) for name, o in objectives.items() if o in context.queues}
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: mean / world for name, mean in zip(losses, means)}, gradients, kept
 
 
-def cached_step(
-    rank: int, world: int, objectives: dict, parts: int, spec: Any = None, **how
-) -> tuple[dict, dict, dict]:
-    """As `step`, over so many accumulated micro-batches, by gradient caching."""
-    size = ROWS // parts
-    batches = []
-    for n in range(parts):
-        first = n * size + rank * size // world
-        batches.append(shortened(part_of(pairs(), slice(first, first + size // world))))
-    model, momentum = networks(spec, **how)
-    found = bundles(model, batches, momentum, context_of(objectives))
-    sums, kept = dict.fromkeys(objectives, 0.0), {}
-    with drawn_by_row():
-        for f in found:
-            losses = {name: objective(f) for name, objective in objectives.items()}
-            f.free_activations()
-            (sum(objectives[name].weight * loss for name, loss in losses.items()) / parts).backward()
-            sums = {name: total + losses[name].item() / parts for name, total in sums.items()}
-        for f in found:
-            f.replay()
-    average_gradients(list(model.parameters()))
-    means = all_reduce_sum(list(sums.values()), CPU)
-    with torch.no_grad():
-        for name, objective in objectives.items():
-            rows = [objective.enqueue(f) for f in found] if hasattr(objective, "enqueue") else []
-            kept |= {name: {column: torch.cat([row[column] for row in rows]) for column in rows[0]}} if rows else {}
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: mean / world for name, mean in zip(sums, means)}, gradients, kept
+CACHED = partial(DetachedGraph, recompute=True)
+PER_LOSS = partial(DetachedGraph, per_loss=True)
+CACHED_PER_LOSS = partial(DetachedGraph, recompute=True, per_loss=True)
 
 
 def assert_same(found: tuple[dict, dict, dict], expected: tuple[dict, dict, dict]) -> None:

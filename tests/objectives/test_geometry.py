@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.objectives.toys import assert_two_are_one, forward_of, views
+from tests.objectives.toys import Net, assert_two_are_one, forward_of, views
 from vlp.config import Data, Experiment
 from vlp.data.augment import simclr
 from vlp.data.reading.sentences import Sentences
@@ -11,9 +11,11 @@ from vlp.data.text_views import Same
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
+from vlp.forward import Forward
 from vlp.models.dual import Dual
 from vlp.models.single import Single
 from vlp.objectives.geometry import Alignment, Uniformity, sides_of
+from vlp.types import Encoded
 
 SIDES = ("image_text", "images", "texts")
 
@@ -56,10 +58,11 @@ def test_two_processes_are_one(pair, objective):
 
 def test_minimum_of_uniformity_spreads_points_evenly():
     """Three points in a plane end at 120 degrees, by gradient descent on the objective."""
-    f = forward_of(Uniformity(sides="image_text"), views(rows=3))
+    batch, mask = views(rows=3), torch.ones(3, 1, dtype=torch.bool)
     x = torch.nn.functional.normalize(torch.randn(3, 2, dtype=torch.float64), dim=1).requires_grad_()
     for _ in range(500):
-        f.image = f.text = replace(f.image, embed=torch.nn.functional.normalize(x, dim=1))
+        points = Encoded(x[:, None], mask, torch.nn.functional.normalize(x, dim=1))
+        f = Forward(Net(), batch, encoded={"image": points, "text": points})
         (gradient,) = torch.autograd.grad(Uniformity(sides="image_text")(f), x)
         x.data -= 0.1 * gradient
     cosines = (f.image.embed @ f.image.embed.T)[~torch.eye(3, dtype=torch.bool)]
@@ -77,7 +80,7 @@ def test_missing_sides_are_said_before_anything_is_built():
     Alignment(sides="texts").validate(replace(texts, data=Data(train=(two,))))
     Alignment(sides="image_text").validate(both)
     for experiment, sides, missing in (
-        (replace(pictures, data=Data(train=())), "images", "at least one further view of each picture, not 0"),
+        (replace(pictures, data=Data(train=())), "images", "at least one further view of each image, not 0"),
         (texts, "images", "an image tower"),
         (pictures, "texts", "a text tower"),
         (pictures, "image_text", "a text tower"),

@@ -6,13 +6,13 @@ import torch
 from torch.nn import functional as F
 
 from tests.objectives.fusing import ROWS, assert_same, bundle, drawn_by_row, pairs, step, tiny
-from tests.objectives.toys import part_of
 from vlp.config import Data, Experiment
 from vlp.errors import UserError
 from vlp.models.dual import Dual
 from vlp.objectives.hard_negatives import sample_hard_negatives
 from vlp.objectives.itm import ImageTextMatching, matching_loss
 from vlp.optim.ema import MomentumConfig
+from vlp.testing import part_of
 
 ITM = ImageTextMatching()
 
@@ -88,14 +88,14 @@ def gradients_of(loss, model):
 
 
 @pytest.mark.parametrize("keys", ["momentum", "student"])
-@pytest.mark.parametrize("same_picture", ["left_out", "negative"])
-def test_loss_is_that_of_every_pair_by_itself_with_the_hardest_negatives(keys, same_picture):
-    itm = replace(ITM, keys=keys, same_picture=same_picture)
+@pytest.mark.parametrize("duplicates", ["mask", "negative"])
+def test_loss_is_that_of_every_pair_by_itself_with_the_hardest_negatives(keys, duplicates):
+    itm = replace(ITM, keys=keys, duplicates=duplicates)
     f = bundle(pairs(), {"itm": itm})
     of = f.momentum if keys == "momentum" else f
     i2t, t2i = f.image.embed @ of.text.embed.T, f.text.embed @ of.image.embed.T
     same = torch.eye(ROWS, dtype=torch.bool)
-    if same_picture == "left_out":
+    if duplicates == "mask":
         same[[1, 6], [6, 1]] = True
     hardest = [similarity.masked_fill(same, -torch.inf).argmax(1) for similarity in (i2t, t2i)]
     with drawn_by_row():
@@ -111,9 +111,9 @@ def test_loss_is_that_of_every_pair_by_itself_with_the_hardest_negatives(keys, s
 def test_batch_of_one_picture_has_the_loss_of_its_pairs_alone(rows):
     batch = part_of(pairs(), slice(0, rows))
     batch = replace(batch, image_id=torch.full((rows,), 7))
-    for same_picture in ("left_out", "negative")[: 1 if rows == 2 else 2]:
+    for duplicates in ("mask", "negative")[: 1 if rows == 2 else 2]:
         f = bundle(batch, {"itm": ITM})
-        loss = replace(ITM, same_picture=same_picture)(f)
+        loss = replace(ITM, duplicates=duplicates)(f)
         expected = pair_by_pair(f, [0] * rows, [0] * rows, [False] * rows)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
         wanted, found = gradients_of(expected, f.model), gradients_of(loss, f.model)
@@ -126,8 +126,8 @@ def test_row_whose_picture_is_every_candidates_has_no_negative_and_the_others_ha
     f = bundle(batch, {"itm": ITM})
     with drawn_by_row():
         loss = ITM(f)  # rows 0 to 2 have row 3 alone, and row 3 has all of them
-    index = batch.image_id
-    texts, images = ITM.draw(f, index[:, None] != index)
+    candidates = f.scope("local")
+    texts, images = ITM.sample(f, candidates, ITM.allowed(f, candidates))
     assert texts[:3].tolist() == images[:3].tolist() == [3, 3, 3]
     assert loss.isfinite()
 
@@ -136,12 +136,13 @@ def test_uniform_negatives_need_no_embeddings_and_come_equally_often():
     itm = replace(ITM, negatives="uniform")
     f = bundle(pairs(), {"itm": itm})
     torch.manual_seed(0)
-    candidates = f.batch.image_id[:, None] != f.batch.image_id
-    drawn = torch.stack([torch.stack(itm.draw(f, candidates)) for _ in range(2000)])  # (draws, 2, B)
+    candidates = f.scope("local")
+    allowed = itm.allowed(f, candidates)
+    drawn = torch.stack([torch.stack(itm.sample(f, candidates, allowed)) for _ in range(2000)])  # (draws, 2, B)
     shares = F.one_hot(drawn, ROWS).double().mean((0, 1))
-    expected = candidates.double() / candidates.sum(1, keepdim=True)
+    expected = allowed.double() / allowed.sum(1, keepdim=True)
     assert ((shares - expected).abs() <= 4 * (expected / 4000).sqrt()).all()
-    assert not {"image", "text"} & vars(f.momentum).keys()
+    assert not f.cached_embeddings()
 
 
 def test_every_network_runs_once():
@@ -170,7 +171,7 @@ def test_equal_logits_cost_log_2_whatever_is_counted():
 
 
 def test_two_processes_that_draw_from_the_whole_batch_are_one(pair):
-    objectives = {"itm": replace(ITM, candidates="all")}
+    objectives = {"itm": replace(ITM, candidates="global")}
     expected = step(0, 1, objectives)
     for found in pair(step, 2, objectives):
         assert_same(found, expected)

@@ -41,7 +41,7 @@ def near(found, expected, count, sigmas=5.0):
 @pytest.mark.parametrize("of", ["token", "word", "span"])
 def test_specials_and_padding_are_neither_chosen_nor_drawn_and_labels_are_the_true_ids(of):
     ids, mask = texts()
-    masked = draw(TextMasking(of=of, probability=0.5, mask_share=0.3, random_share=0.7), ids, mask)
+    masked = draw(TextMasking(unit=of, probability=0.5, mask_share=0.3, random_share=0.7), ids, mask)
     chosen = chosen_of(masked, ids)
     assert not VOCABULARY.special[ids[chosen]].any() and mask[chosen].all()
     assert torch.equal(masked.labels, ids[chosen])
@@ -55,7 +55,7 @@ def test_specials_and_padding_are_neither_chosen_nor_drawn_and_labels_are_the_tr
 @pytest.mark.parametrize("of", ["token", "word", "span"])
 def test_a_share_is_chosen_of_which_80_10_10_are_masked_replaced_and_kept(of):
     ids, mask = texts(2000)
-    masked = draw(TextMasking(of=of), ids, mask)
+    masked = draw(TextMasking(unit=of), ids, mask)
     words = int((mask & ~VOCABULARY.special[ids]).sum())
     # words and spans are chosen together: fewer independent draws; a span's share is rounded up in each text
     independent = {"token": 1, "word": 2, "span": 6}[of]
@@ -86,7 +86,7 @@ def words_of(ids):
 
 def test_words_are_masked_whole_and_each_by_itself():
     ids, mask = texts(300)
-    chosen = chosen_of(draw(TextMasking(of="word", probability=0.3), ids, mask), ids)
+    chosen = chosen_of(draw(TextMasking(unit="word", probability=0.3), ids, mask), ids)
     total = count = 0
     for row, picked, present in zip(ids.tolist(), chosen.tolist(), mask.tolist()):
         for word in words_of(row):
@@ -127,7 +127,7 @@ def test_a_span_begins_and_ends_with_a_word_unless_the_budget_cuts_it_and_is_rep
             cut += not chosen[row][inside].all()
             assert len(fate[row][inside & chosen[row]].unique()) == 1
     assert cut <= len(ids)  # the last span of a text
-    masked = draw(TextMasking(of="span", mask_share=0.5, random_share=0.0), ids, mask)
+    masked = draw(TextMasking(unit="span", mask_share=0.5, random_share=0.0), ids, mask)
     is_masked = masked.input_ids == MASK
     alike = sum(
         len(set(is_masked[row][(word[row] == n) & chosen_of(masked, ids)[row]].tolist())) == 1
@@ -139,19 +139,19 @@ def test_a_span_begins_and_ends_with_a_word_unless_the_budget_cuts_it_and_is_rep
 
 def test_published_ways_spare_the_first_token_alone_and_draw_from_the_whole_vocabulary():
     ids, mask = texts(2000)
-    published = TextMasking(spared="first", random_from="all", mask_share=0.0, random_share=1.0)
+    published = TextMasking(exclude="first", random_from="all", mask_share=0.0, random_share=1.0)
     masked = draw(published, ids, mask)
     chosen = chosen_of(masked, ids)
     assert (ids[chosen] == SEP).any() and not chosen[:, 0].any() and mask[chosen].all()
     assert masked.input_ids[chosen].unique().tolist() == list(range(SIZE))
 
 
-@pytest.mark.parametrize("masking", [TextMasking(of=of) for of in ("token", "word", "span")], ids=lambda m: m.of)
+@pytest.mark.parametrize("masking", [TextMasking(unit=of) for of in ("token", "word", "span")], ids=lambda m: m.unit)
 def test_texts_without_a_word_stay_as_they_are(masking):
     ids = torch.tensor([[CLS, SEP, PAD], [CLS, SEP, PAD], [PAD, PAD, PAD]])
     masked = draw(masking, ids, ids != PAD)
     assert torch.equal(masked.input_ids, ids) and len(masked.positions) == len(masked.labels) == 0
-    half = TextMasking(of=masking.of, capacity=0.5)
+    half = TextMasking(unit=masking.unit, capacity=0.5)
     masked = draw(half, ids, ids != PAD)
     assert masked.positions.tolist() == [0] * 5 and masked.labels.tolist() == [-100] * 5
     assert torch.equal(masked.input_ids, ids)
@@ -175,7 +175,7 @@ def test_capacity_fixes_the_number_of_positions_and_changes_nothing_where_it_suf
 def test_draws_depend_on_the_generator_alone():
     ids, mask = texts()
     for of in ("token", "word", "span"):
-        first, again, other = (draw(TextMasking(of=of), ids, mask, seed) for seed in (0, 0, 1))
+        first, again, other = (draw(TextMasking(unit=of), ids, mask, seed) for seed in (0, 0, 1))
         assert torch.equal(first.input_ids, again.input_ids) and not torch.equal(first.input_ids, other.input_ids)
 
 
@@ -189,8 +189,8 @@ def test_what_cannot_be_is_said():
         TextMasking(capacity=-0.1),
     ):
         with pytest.raises(UserError, match="it is a share"):
-            bad.check("masking")
-    TextMasking().check("masking")
+            bad.validate("masking")
+    TextMasking().validate("masking")
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (8, 8), (10, 6), (4, 4), (2, 3), (37, 37)], ids=str)

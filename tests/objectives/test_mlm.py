@@ -4,7 +4,6 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vlp.config import Data, Experiment
@@ -13,12 +12,14 @@ from vlp.distributed import all_reduce_sum
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
-from vlp.forward import Forward, StepContext
+from vlp.forward import Bundle, Forward, StepContext
 from vlp.models.single import Single
 from vlp.objectives.masking import TextMasking
 from vlp.objectives.mlm import MaskedText
 from vlp.optim.ema import MomentumConfig
 from vlp.optim.optimizers import AdamW
+from vlp.testing import part_of
+from vlp.train import Pretrainer
 from vlp.types import Batch, Vocabulary
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -44,7 +45,7 @@ def build(seed=0):
 
 def bundle(model, given, momentum=None, progress=0.0):
     context = StepContext(vocabulary=VOCABULARY, progress=progress)
-    return Forward(model, given, momentum and Forward(momentum, given, context=context), context)
+    return Forward(model, given, momentum and Bundle(momentum, given, context), context)
 
 
 def run(objective, f, seed=5):
@@ -79,7 +80,7 @@ def published(model, folder):
 @pytest.mark.parametrize("capacity", [None, 0.5])
 def test_loss_and_gradients_are_those_of_transformers_bert_on_the_same_labels(tmp_path, of, capacity):
     model, given = build().eval(), batch((12, 3, 12, 9))
-    masking = TextMasking(of=of, probability=0.3, capacity=capacity)
+    masking = TextMasking(unit=of, probability=0.3, capacity=capacity)
     ids, labels = masked_batch(given, replace(masking, capacity=None))
     assert (labels >= 0).any()
     reference = published(model, tmp_path)
@@ -97,7 +98,7 @@ def test_loss_and_gradients_are_those_of_transformers_bert_on_the_same_labels(tm
 def test_texts_without_a_word_cost_exactly_0_and_every_gradient_is_0():
     given = batch((2, 2, 2))
     given.input_ids[:, 1] = 3
-    for masking in (USUAL, TextMasking(of="span"), TextMasking(capacity=0.5)):
+    for masking in (USUAL, TextMasking(unit="span"), TextMasking(capacity=0.5)):
         model = build()
         loss = run(MaskedText(masking=masking, distill=0.4), bundle(model, given, build(1)))
         assert loss.item() == 0
@@ -128,28 +129,15 @@ def test_only_the_asked_views_pass_is_run():
     assert calls == ["text"]
 
 
-class Wrapped(nn.Module):
-    def __init__(self, model, objective):
-        super().__init__()
-        self.model, self.objective = model, objective
-
-    def forward(self, given):
-        return self.objective(bundle(self.model, given))
-
-
-def part_of(given, rows):
-    return Batch(given.image_id[rows], input_ids=given.input_ids[rows], attention_mask=given.attention_mask[rows])
-
-
 def step(rank, world, objective):
-    """Mean of the loss over the processes, and the gradients that DDP leaves."""
+    """Return the mean of the loss over the processes, and the gradients that DDP leaves."""
     model, given = build().double(), batch((12, 10, 11, 9, 3, 2, 4, 1))  # the first half has most of the words
-    rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
-    wrapped = Wrapped(model, objective)
-    called = DistributedDataParallel(wrapped) if world > 1 else wrapped  # kept until the backward is done
-    loss = called(part_of(given, rows))
-    loss.backward()
-    mean = all_reduce_sum([loss.item()], torch.device("cpu"))[0] / world
+    pretrainer = Pretrainer(model, {"mlm": objective})
+    called = DistributedDataParallel(pretrainer) if world > 1 else pretrainer  # kept until the backward is done
+    part = part_of(given, slice(rank * 8 // world, (rank + 1) * 8 // world))
+    losses, total, _ = called([part], None, StepContext(vocabulary=VOCABULARY))
+    total.backward()
+    mean = all_reduce_sum([losses["mlm"].item()], torch.device("cpu"))[0] / world
     return mean, {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -160,7 +148,7 @@ def test_two_processes_with_unequal_numbers_of_words_have_the_loss_and_gradient_
         for name, gradient in gradients.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-10, msg=name)
     # as published: a word counts more where there are fewer of them
-    for mean, _ in pair(step, 2, MaskedText(masking=EVERY, mean_over="process")):
+    for mean, _ in pair(step, 2, MaskedText(masking=EVERY, mean_over="local")):
         assert abs(mean - loss) > 1e-4
 
 
@@ -177,7 +165,7 @@ def test_what_is_missing_is_said_before_anything_is_built():
         (experiment(replace(MODEL, mlm=False)), "set model.mlm=true"),
         (experiment(distill=0.4), "needs the momentum encoder"),
         (experiment(masking=TextMasking(probability=1.5)), "masking.probability is 1.5"),
-        (experiment(distill=1.4, momentum=MomentumConfig()), "distill is 1.4"),
+        (experiment(distill=1.4, momentum=MomentumConfig()), "distill of MaskedText is 1.4"),
     ):
         with pytest.raises(UserError, match=complaint):
             wrong.objectives["mlm"].validate(wrong)

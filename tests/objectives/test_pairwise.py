@@ -57,7 +57,7 @@ def test_without_a_triplet_the_loss_and_its_gradient_are_0():
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("others", [1, 3])
 def test_pair_contrast_is_equation_4_of_each_row_with_its_own_and_the_next_keys(sides, others):
-    objective = PairContrast(margin=1.3, others=others, sides=sides)
+    objective = PairContrast(margin=1.3, num_others=others, sides=sides)
     f = forward_of(objective, views())
     ids, values = f.batch.image_id.tolist(), []
     for queries, keys in both(f, sides):
@@ -69,13 +69,13 @@ def test_pair_contrast_is_equation_4_of_each_row_with_its_own_and_the_next_keys(
     assert objective(f).item() == pytest.approx(sum(values) / len(values))
 
 
-def test_same_picture_elsewhere_in_the_batch_is_a_match():
+def test_duplicates_elsewhere_in_the_batch_is_a_match():
     """Rows 1 and 6 show the same picture: a step of 5 meets it."""
     f = forward_of(PairContrast(), views())
     f.batch.image_id[:] = torch.arange(ROWS)
-    apart = PairContrast(others=5)(f)
+    apart = PairContrast(num_others=5)(f)
     f.batch.image_id[6] = 1
-    assert PairContrast(others=5)(f) != apart
+    assert PairContrast(num_others=5)(f) != apart
 
 
 @pytest.mark.parametrize("sides", SIDES)
@@ -93,7 +93,7 @@ def test_n_pair_is_the_softmax_of_pooled_states_with_the_penalty(sides):
 
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize(
-    "objective", [Triplet(), Triplet(mining="hardest", margin=0.5), PairContrast(others=5), NPair(l2=0.1)]
+    "objective", [Triplet(), Triplet(mining="hardest", margin=0.5), PairContrast(num_others=5), NPair(l2=0.1)]
 )
 def test_two_processes_are_one(pair, objective, sides):
     objective = replace(objective, sides=sides)
@@ -109,4 +109,4 @@ def test_what_cannot_be_is_said_before_anything_is_built():
             objective.validate(replace(experiment, data=Data(train=())))
     for others in (0, 8):
         with pytest.raises(UserError, match="a micro-batch of 8 has 1 to 7 other rows"):
-            PairContrast(others=others).validate(experiment)
+            PairContrast(num_others=others).validate(experiment)

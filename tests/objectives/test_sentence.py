@@ -21,11 +21,14 @@ from vlp.distributed import all_reduce_sum
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
-from vlp.forward import Forward, StepContext
+from vlp.forward import Bundle, Forward, StepContext
+from vlp.models.base import Model
 from vlp.models.single import Single
 from vlp.objectives.queues import Queue
 from vlp.objectives.sentence import Cert, ESimCse, SimCse
 from vlp.optim.ema import MomentumConfig
+from vlp.testing import part_of
+from vlp.train import Pretrainer
 from vlp.training.validation import validate
 from vlp.types import Batch, Encoded
 
@@ -34,7 +37,7 @@ INDEX = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])  # rows 1 and 3 are the same sent
 TOY = ROOT / "tests" / "fixtures" / "toy_esimcse.py"
 
 
-class Bag(nn.Module):
+class Bag(Model):
     """The smallest sentence encoder."""
 
     def __init__(self, seed=0):
@@ -42,9 +45,12 @@ class Bag(nn.Module):
         torch.manual_seed(seed)
         self.text, self.head, self.embed_size = nn.Embedding(40, 7), nn.Linear(7, E), E
 
+    def embed_text(self, pooled):
+        return nn.functional.normalize(self.head(pooled), dim=-1)
+
     def encode_text(self, input_ids, attention_mask):
         pooled = (self.text(input_ids) * attention_mask[:, :, None]).sum(1, keepdim=True)
-        return Encoded(pooled, attention_mask[:, :1], nn.functional.normalize(self.head(pooled[:, 0]), dim=-1))
+        return Encoded(pooled, attention_mask[:, :1], self.embed_text(pooled[:, 0]))
 
 
 def batch_of(views: int) -> Batch:
@@ -69,7 +75,7 @@ def queue_of(rows: int, size: int = 30) -> Queue:
 def forward_of(objective, views=2, queue=None, momentum=None) -> Forward:
     batch = batch_of(views)
     context = StepContext({objective: queue} if queue is not None else {})
-    return Forward(Bag(), batch, Forward(momentum, batch, context=context) if momentum else None, context)
+    return Forward(Bag(), batch, Bundle(momentum, batch, context) if momentum else None, context)
 
 
 def mean_over_rows(rows) -> float:
@@ -101,7 +107,7 @@ def simcse_by_loops(views, index, temperature, alpha) -> float:
 def test_simcse_equals_loops_over_sentences(views, alpha):
     objective = SimCse(hard_negative=math.log(alpha))
     f = forward_of(objective, views)
-    expected = simcse_by_loops([view.embed.detach() for view in f.texts], INDEX, 0.05, alpha)
+    expected = simcse_by_loops([view.embed.detach() for view in f.text_views], INDEX, 0.05, alpha)
     assert objective(f).item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -128,17 +134,17 @@ def test_unsupervised_simcse_is_one_pass_with_two_dropout_masks():
     f = Forward(model, batch)
     SimCse()(f).backward()
     assert rows == [2 * B]
-    one, two = (view.embed for view in f.texts)
+    one, two = (view.embed for view in f.text_views)
     assert (one - two).norm(dim=1).min() > 1e-3
     model.eval()
-    one, two = (view.embed for view in Forward(model, batch).texts)
+    one, two = (view.embed for view in Forward(model, batch).text_views)
     torch.testing.assert_close(one, two)
 
 
 def test_esimcse_equals_loops_over_batch_and_queue():
     objective, queue = ESimCse(), queue_of(20)
     f = forward_of(objective, queue=queue)
-    queries, positives = (view.embed.detach() for view in f.texts)
+    queries, positives = (view.embed.detach() for view in f.text_views)
     rows = []
     for i in range(B):
         row = [(float(queries[i] @ positives[j]) / 0.05, bool(INDEX[i] == INDEX[j])) for j in range(B)]
@@ -210,45 +216,30 @@ OBJECTIVES = {
 }
 
 
-class Wrapped(nn.Module):
-    def __init__(self, model, objective, context, momentum):
-        super().__init__()
-        self.model, self.objective, self.context, self.momentum = model, objective, context, [momentum]
-
-    def forward(self, batch):
-        teacher = Forward(self.momentum[0], batch, context=self.context)
-        f = Forward(self.model, batch, teacher, self.context)
-        return self.objective(f), f
-
-
 def gradients(rank: int, world: int, name: str) -> tuple:
     objective, views = OBJECTIVES[name]
-    part = slice(rank * B // world, (rank + 1) * B // world)
-
-    def cut(batch):
-        rows = {n: getattr(batch, n)[part] for n in ("image_id", "input_ids", "attention_mask")}
-        return Batch(**rows, views=tuple(map(cut, batch.views)))
-
-    context = StepContext({objective: queue_of(20)} if name != "simcse" else {})
-    wrapped = Wrapped(Bag(), objective, context, Bag(seed=5).requires_grad_(False))
-    called = DistributedDataParallel(wrapped) if world > 1 else wrapped  # which must live until the backward
-    loss, f = called(cut(batch_of(views)))
-    loss.backward()
+    model, momentum = Bag(), Bag(seed=5).requires_grad_(False)
+    context = StepContext({objective: queue_of(20)} if not name.startswith("simcse") else {})
+    pretrainer = Pretrainer(model, {"o": objective})
+    called = DistributedDataParallel(pretrainer) if world > 1 else pretrainer  # which must live until the backward
+    batch = part_of(batch_of(views), slice(rank * B // world, (rank + 1) * B // world))
+    losses, total, (f,) = called([batch], momentum, context)
+    total.backward()
     with torch.no_grad():
-        rows = objective.enqueue(f) if hasattr(objective, "enqueue") else {}
-    total = all_reduce_sum([loss.item()], torch.device("cpu"))[0] / world
-    return total, {n: p.grad for n, p in wrapped.model.named_parameters()}, rows
+        rows = objective.enqueue(f) if context.queues else {}
+    mean = all_reduce_sum([losses["o"].item()], torch.device("cpu"))[0] / world
+    return mean, {n: p.grad for n, p in model.named_parameters()}, rows
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_two_processes_are_one_in_loss_gradient_and_what_is_remembered(pair, name):
-    loss, expected, remembered = gradients(0, 1, name)
+def test_two_processes_are_one_in_loss_gradient_and_queue(pair, name):
+    loss, expected, enqueued = gradients(0, 1, name)
     for total, found, rows in pair(gradients, 2, name):
         assert total == pytest.approx(loss, rel=1e-5)
         for parameter, gradient in expected.items():
             torch.testing.assert_close(found[parameter], gradient, rtol=1e-4, atol=1e-6)
-        assert rows.keys() == remembered.keys()
-        for column, value in remembered.items():
+        assert rows.keys() == enqueued.keys()
+        for column, value in enqueued.items():
             torch.testing.assert_close(rows[column], value)
 
 

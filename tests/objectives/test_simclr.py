@@ -59,7 +59,7 @@ def test_two_processes_are_one(pair):
 def test_what_is_missing_is_said_before_anything_is_built():
     experiment = Experiment("x", Single(image=TimmImage("test_vit")), {"simclr": SimClr()}, Data(train=()))
     for count in (0, 2):
-        with pytest.raises(UserError, match=f"SimClr needs 1 further view of each picture, not {count}"):
+        with pytest.raises(UserError, match=f"SimClr needs 1 further view of each image, not {count}"):
             SimClr().validate(replace(experiment, data=Data(train=(), views=(simclr(),) * count)))
     with pytest.raises(UserError, match="SimClr needs an image tower"):
         SimClr().validate(replace(experiment, model=Single(text=BertText(config={}))))

@@ -22,7 +22,7 @@ def test_with_queues_and_a_teacher_two_processes_are_one(pair):
     objectives = {
         "itc": MomentumContrast(queue_size=7, ramp_epochs=1.0),
         "itc_vl": MomentumContrast(queue_size=7, ramp_epochs=1.0, head="vl"),
-        "itm": ImageTextMatching(candidates="all"),
+        "itm": ImageTextMatching(candidates="global"),
         "mlm": MaskedText(distill=0.4, ramp_epochs=1.0),
     }
     expected = step(0, 1, objectives, SPEC)
@@ -38,7 +38,7 @@ def ddp_step(rank, spec, objectives):
         for _ in range(2):  # the second complains of what the first left unused
             batch = apart()
             batch.image = batch.image.float()
-            module(batch, None, StepContext())[1].backward()
+            module([batch], None, StepContext())[1].backward()
     return True
 
 

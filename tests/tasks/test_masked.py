@@ -97,7 +97,7 @@ def test_masks_are_the_same_for_any_batch_size_and_follow_the_seed(folder, token
     ask(teller, tokenizer, folder)
     ask(teller, tokenizer, folder)
     assert all(torch.equal(a, b) for a, b in zip(*teller.seen))
-    ask(teller, tokenizer, folder, masking=TextMasking(of="word"))
+    ask(teller, tokenizer, folder, masking=TextMasking(unit="word"))
     assert not torch.equal(teller.seen[0][1], teller.seen[2][1])
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.processes import Pair
 from tests.tasks.fakes import NAMES, Blind, Seer, subject
 from tests.tasks.test_zero_shot import picture
 from vlp.encoders.image import TimmImage
 from vlp.errors import UserError
 from vlp.models.single import Single
 from vlp.tasks.probe import Knn, LinearProbe, confused, cross_validate, encode_pictures, fit_logistic, knn_scores
+from vlp.testing import ProcessPool
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def evaluate(rank: int, folder: str) -> list[dict]:
 def test_two_processes_find_what_one_finds(labelled):
     (labelled / "images" / "4.png").write_bytes(b"no picture")
     (labelled / "images" / "33.png").write_bytes(b"no picture")
-    pair = Pair()
+    pair = ProcessPool()
     try:
         first, second = pair(evaluate, str(labelled))
     finally:

@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.conftest import SHARED
-from tests.processes import Pair
 from vlp.config import Data
 from vlp.errors import UserError
 from vlp.losses.geometry import alignment, uniformity
 from vlp.tasks.base import EvalModel
 from vlp.tasks.sentence_similarity import SentenceSimilarity, read_pairs, uniformity_interval
+from vlp.testing import ProcessPool
 from vlp.types import Encoded
 
 
@@ -151,7 +151,7 @@ def evaluate(rank: int, folder: str) -> dict:
 
 
 def test_two_processes_find_what_one_finds(folder):
-    pair = Pair()
+    pair = ProcessPool()
     try:
         first, second = pair(evaluate, str(folder))
     finally:

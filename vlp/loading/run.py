@@ -72,7 +72,7 @@ def load_run(
     path = select_checkpoint(folder / "checkpoints", checkpoint)
     averaged = (path / "average.safetensors").exists()
     weights = path / ("average.safetensors" if averaged else "model.safetensors")
-    model = experiment.model.build(load_weights=False)
+    model = experiment.build_model(load_weights=False)
     checkpoints.load_model(model, checkpoints.read(path, weights.stem), path)
     eval_model = on_device(
         model,

@@ -4,10 +4,10 @@ Every public loss can be imported from here, for example ``from vlp.losses impor
 float32 whatever autocast says, and raises `NonFiniteLoss` naming the input row where its value is not finite.
 """
 
+from vlp.errors import NonFiniteLoss
 from vlp.losses.classification import one_hot, sigmoid_cross_entropy, softmax_cross_entropy
 from vlp.losses.divergence import jensen_shannon
 from vlp.losses.geometry import alignment, modality_gap, uniformity
-from vlp.losses.inputs import NonFiniteLoss
 from vlp.losses.masked import masked_cross_entropy, masked_pixel_loss
 from vlp.losses.nce import draw_noise, instance_softmax_loss, log_partition, nce_loss
 from vlp.losses.npair import n_pair_loss, tuplet_loss

@@ -9,11 +9,9 @@ from typing import ParamSpec
 import torch
 from torch import Tensor
 
+from vlp.errors import NonFiniteLoss
+
 P = ParamSpec("P")
-
-
-class NonFiniteLoss(ValueError):
-    """A loss whose value is not finite. The message names the input row that caused it."""
 
 
 def in_float32(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:

@@ -19,8 +19,8 @@ from vlp.encoders.decoder import Decoder, Predicted
 from vlp.encoders.fusion import AlternatingImages, CrossAttentionCache, Fusion, ImageTokens, Outputs
 from vlp.encoders.heads import vocabulary_head
 from vlp.errors import UserError
-from vlp.models.base import Encodings, Model, ModelSpec
-from vlp.models.dual import l2_normalize, tower_layer_ids
+from vlp.models.base import Encodings, Model, ModelSpec, encoded_by_head, l2_normalize
+from vlp.models.dual import tower_layer_ids
 from vlp.models.temperature import LearnedScale, check_temperatures
 from vlp.specs.fields import setting
 from vlp.types import Answers, Encoded
@@ -249,12 +249,15 @@ class AlbefModel(LearnedScale, Model):
         """(B, 3, H, W) float32, normalised as `preprocess` says."""
         tokens = self.image(image)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Encoded(tokens, mask, l2_normalize(self.image_projection(tokens[:, 0])))
+        return encoded_by_head(tokens, mask, self.image_projection(tokens[:, 0]))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         """(A, L) int64 and bool, padded on the right."""
         tokens = self._text_tokens(input_ids, attention_mask)
-        return Encoded(tokens, attention_mask, l2_normalize(self.text_projection(tokens[:, 0])))
+        return encoded_by_head(tokens, attention_mask, self.text_projection(tokens[:, 0]))
+
+    def embed_text(self, pooled: Tensor) -> Tensor:
+        return l2_normalize(self.text_projection(pooled))
 
     def _text_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         tokens = self.text(input_ids, attention_mask)
@@ -278,7 +281,7 @@ class AlbefModel(LearnedScale, Model):
 
     def fuse_all(self, f: Encodings) -> Tensor:
         """(B, L, D) the texts of ``f`` fused with its images; see `vlp.forward.Forward.fused`."""
-        return self.fuse(self._seen(f), f.text)
+        return self.fuse(self._image_of(f), f.text)
 
     def match(
         self,
@@ -311,32 +314,26 @@ class AlbefModel(LearnedScale, Model):
             (M, V).
         """
         tokens = self._text_tokens(input_ids, f.batch.attention_mask)
-        states = self.fusion(tokens, f.batch.attention_mask, self._seen(f), at=positions)
+        states = self.fusion(tokens, f.batch.attention_mask, self._image_of(f), at=positions)
         return self.mlm(states, self.text.get_input_embeddings())
 
     def classify(self, f: Encodings) -> Tensor:
         """(B, C) logits of the classes of texts with their image, or with all of their images, from fusion's first token."""
-        if "fused" in vars(f):
+        if self.can_answer:  # the decoder reads every fused state, the first among them
             return self.classifier(f.fused[:, 0])
         if self.fusion.images == 1:
-            image = self._seen(f)
+            image = self._image_of(f)
         else:
-            if len(f.images) != self.fusion.images:
-                raise ValueError(f"each text looks at {self.fusion.images} images, and the batch has {len(f.images)}")
-            image = AlternatingImages(tuple(map(self.project, f.images)))
+            if len(f.image_views) != self.fusion.images:
+                raise ValueError(
+                    f"each text looks at {self.fusion.images} images, and the batch has {len(f.image_views)}"
+                )
+            image = AlternatingImages(tuple(map(self.project, f.image_views)))
         return self.classifier(self.fuse(image, f.text, at="first"))
 
-    def assign(self, f: Encodings, images: Tensor) -> Tensor:
-        """Logits of which of several images the texts of ``f`` belong to.
-
-        Args:
-            images: (fusion.images, B) int64 of ``f``, those that each text is shown.
-
-        Returns:
-            (B, fusion.images + 1), the last for none of them.
-        """
-        shown = AlternatingImages(tuple(f.projected[rows] for rows in images))
-        return self.assignment(self.fuse(shown, f.text, at="first"))
+    def assign(self, images: tuple[CrossAttentionCache, ...], text: Encoded) -> Tensor:
+        """Score which of ``fusion.images`` images each text belongs to, see `Model.assign`."""
+        return self.assignment(self.fuse(AlternatingImages(images), text, at="first"))
 
     def ask(
         self, image: CrossAttentionCache | ImageTokens, text: Encoded, images: Tensor | None = None
@@ -357,13 +354,14 @@ class AlbefModel(LearnedScale, Model):
         """The tokens of the texts of ``f``, as the decoder would write them about its images."""
         return self.decoder.predict(f.batch.input_ids, f.batch.attention_mask, self.describe(f.image))
 
-    def _seen(self, f: Encodings) -> CrossAttentionCache | ImageTokens:
-        """What fusion reads of the images of ``f``: a teacher, or an evaluation, projects none that nobody else asked for.
+    def _image_of(self, f: Encodings) -> CrossAttentionCache | ImageTokens:
+        """Return what fusion reads of the images of ``f``.
 
-        ImageTokens, the biases of keys would have no gradient, which DDP refuses, whereas here it is 0.
+        While training, the keys and values that all objectives share. A teacher or an evaluation fuses once, for which the
+        image tokens are cheaper. Training needs the keys: without them their biases have no gradient, which DDP refuses.
         """
         learns = torch.is_grad_enabled() and self.fusion.layers[0].cross_attention.key.bias.requires_grad
-        return f.projected if learns or "projected" in vars(f) else ImageTokens(f.image.tokens)
+        return f.projected if learns else ImageTokens(f.image.tokens)
 
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to depth, for layer-wise learning rates: towers, fusion, and heads and scalars as the top."""

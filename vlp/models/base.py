@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vlp.types import Answers, Batch, Encoded
 
@@ -31,7 +33,7 @@ class Encodings(Protocol):
     @property
     def text(self) -> Encoded: ...
     @property
-    def images(self) -> tuple[Encoded, ...]: ...
+    def image_views(self) -> tuple[Encoded, ...]: ...
     @property
     def projected(self) -> Any: ...
     @property
@@ -146,7 +148,7 @@ class Model(nn.Module):
     ``can_caption``,             logits of captions' tokens; the decoder's source for images                 False
     ``caption``, ``describe``
     ``fuses_inputs``             early fusion: fusing passes read embedded patches and words, and the        False
-                                 encode methods take ``cut``, see `vlp.training.split_backward`
+                                 encode methods take ``detach``, see `vlp.training.detached`
     ``heads``                    heads that objectives added, by name                                        empty
     ``scalars``                  learned scalars for the log                                                 {}
     ``clamp_scalars``            puts them back within their bounds after an optimizer step                  no-op
@@ -156,14 +158,17 @@ class Model(nn.Module):
     ===========================  ==========================================================================  ===========
     """
 
-    image: nn.Module | None
-    text: nn.Module | None
+    image: Any
+    text: Any
     embed_size: int
+    vl: Any
+    classifier: Any
+    mim: Any
 
     def __init__(self) -> None:
         super().__init__()
         self.heads = nn.ModuleDict()
-        self.vl: Any = None
+        self.vl = self.classifier = self.mim = None
 
     def add_heads(self, specs: Mapping[str, HeadSpec]) -> None:
         """Build the heads that objectives read as ``model.heads[name]``."""
@@ -235,6 +240,10 @@ class Model(nn.Module):
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         """Encode (A, L) int64 ids with their (A, L) bool mask, padded on the right."""
+        raise NotImplementedError
+
+    def embed_text(self, pooled: Tensor) -> Tensor:
+        """Project (A, D) pooled states of texts to (A, E) embeddings of unit norm."""
         raise NotImplementedError
 
     @property
@@ -315,11 +324,12 @@ class Model(nn.Module):
         """Return (B, C) logits of the classes of the samples of ``f``."""
         raise NotImplementedError
 
-    def assign(self, f: Encodings, images: Tensor) -> Tensor:
-        """Score which of several images the texts of ``f`` belong to.
+    def assign(self, images: tuple[Any, ...], text: Encoded) -> Tensor:
+        """Score which of several images each text belongs to.
 
         Args:
-            images: (num_images, B) int64 rows of ``f`` whose images are shown with each text.
+            images: ``num_images`` times B images after `project`.
+            text: B encoded texts.
 
         Returns:
             (B, num_images + 1) logits, the last for none of the images.
@@ -358,3 +368,13 @@ class Model(nn.Module):
 
     def set_activation_checkpointing(self, how: Checkpointing) -> None:
         raise NotImplementedError
+
+
+def encoded_by_head(tokens: Tensor, mask: Tensor, projection: Tensor, inputs: Tensor | None = None) -> Encoded:
+    """Return the encoding of a modality from its tokens and the (B, E) output of its projection head."""
+    return Encoded(tokens, mask, l2_normalize(projection), inputs, unnormalised=projection)
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """Scale rows to length 1, in float32 or higher precision."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)

@@ -11,14 +11,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vlp.data.preprocess import Preprocess
 from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.encoders.base import ImageTower, ImageTowerSpec, TextTower, TextTowerSpec, Tower
 from vlp.encoders.open_clip import OpenClip
 from vlp.errors import UserError
-from vlp.models.base import Model, ModelSpec
+from vlp.models.base import Model, ModelSpec, encoded_by_head, l2_normalize
 from vlp.models.temperature import LearnedScale, check_temperatures
 from vlp.specs.fields import setting
 from vlp.types import Encoded
@@ -161,12 +160,15 @@ class DualEncoder(LearnedScale, Model):
         """(B, 3, H, W) float32, normalised as `preprocess` says."""
         tokens = self.image(image)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Encoded(tokens, mask, l2_normalize(self.image_projection(tokens[:, 0])))
+        return encoded_by_head(tokens, mask, self.image_projection(tokens[:, 0]))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         """(B, L) int64 and bool, padded on the right."""
         tokens = self.text(input_ids, attention_mask)
-        return Encoded(tokens, self.text.token_mask(attention_mask), l2_normalize(self.text_projection(tokens[:, 0])))
+        return encoded_by_head(tokens, self.text.token_mask(attention_mask), self.text_projection(tokens[:, 0]))
+
+    def embed_text(self, pooled: Tensor) -> Tensor:
+        return l2_normalize(self.text_projection(pooled))
 
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to depth, for layer-wise learning rates; projections and scalars are the top.
@@ -198,11 +200,6 @@ def tower_layer_ids(image: Tower, text: Tower) -> dict[str, int]:
         for tower, ids in towers.items()
         for name, depth in ids.items()
     }
-
-
-def l2_normalize(x: Tensor) -> Tensor:
-    """Rows of length 1, in float32 at least."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 def _embed_size(spec: Dual, image_width: int, text_width: int) -> int:

@@ -10,14 +10,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vlp.data.preprocess import Preprocess
 from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.encoders.base import ImageTowerSpec, TextTowerSpec, Tower
 from vlp.encoders.heads import PatchHead, check_patch_masking, vocabulary_head
 from vlp.errors import UserError
-from vlp.models.base import Encodings, Model, ModelSpec
+from vlp.models.base import Encodings, Model, ModelSpec, encoded_by_head, l2_normalize
 from vlp.specs.fields import setting
 from vlp.types import Encoded
 from vlp.weights.reading import LoadReport
@@ -147,12 +146,12 @@ class SingleTower(Model):
         """(B, 3, H, W) float32, normalised as `preprocess` says."""
         tokens = self.image(image)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Encoded(tokens, mask, self._embed(tokens[:, 0]))
+        return encoded_by_head(tokens, mask, self.head(tokens[:, 0]))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         """(B, L) int64 and bool, padded on the right."""
         tokens = self.text(input_ids, attention_mask)
-        return Encoded(tokens, self.text.token_mask(attention_mask), self._embed(tokens[:, 0]))
+        return encoded_by_head(tokens, self.text.token_mask(attention_mask), self.head(tokens[:, 0]))
 
     def classify(self, f: Encodings) -> Tensor:
         """(B, C) logits of the classes, from the tower's pooled state."""
@@ -190,8 +189,8 @@ class SingleTower(Model):
         states = self.image.forward_masked(f.batch.image, masked.view(len(f.batch), -1), self.mim.mask_token)
         return self.mim(states.flatten(0, 1)[positions])
 
-    def _embed(self, pooled: Tensor) -> Tensor:
-        return F.normalize(self.head(pooled).float(), dim=-1)
+    def embed_text(self, pooled: Tensor) -> Tensor:
+        return l2_normalize(self.head(pooled))
 
     def layer_ids(self) -> dict[str, int]:
         """Parameter name to depth, for layer-wise learning rates; the heads are the top."""

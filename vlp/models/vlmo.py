@@ -18,8 +18,7 @@ from vlp.encoders.heads import PatchHead, VocabularyHead
 from vlp.encoders.mome import Mome, MomeEncoder
 from vlp.encoders.ragged import RaggedBatch
 from vlp.errors import UserError
-from vlp.models.base import Encodings, Modality, Model, ModelSpec
-from vlp.models.dual import l2_normalize
+from vlp.models.base import Encodings, Modality, Model, ModelSpec, encoded_by_head
 from vlp.models.temperature import LearnedScale, check_temperatures
 from vlp.models.vlmo_start import grid_of_run, start
 from vlp.specs.fields import setting
@@ -149,6 +148,10 @@ class ContrastHead(LearnedScale):
         for layer in (self.image, self.text):
             nn.init.trunc_normal_(layer.weight, std=0.02)
 
+    def project(self, pooled: Tensor, modality: Modality) -> Tensor:
+        """Project (B, D) pooled states to (B, E)."""
+        return (self.image if modality == "image" else self.text)(pooled)
+
 
 class Classifier(nn.Sequential):
     """Of the (n, images * D) pooled states of a sample: linear, norm, GELU, linear."""
@@ -265,29 +268,29 @@ class VlmoModel(Model):
         for head in filter(None, (self.itc, self.vl)):
             head.clamp_scalars()
 
-    def encode_image(self, image: Tensor, cut: Callable[[Tensor], Tensor] = lambda inputs: inputs) -> Encoded:
+    def encode_image(self, image: Tensor, detach: Callable[[Tensor], Tensor] = lambda inputs: inputs) -> Encoded:
         """(B, 3, H, W) float32, normalised as `preprocess` says.
 
         Args:
-            cut: what is done to the embedded patches before anything reads them.
+            detach: Applied to the embedded patches before anything reads them, see `vlp.training.detached`.
         """
-        inputs = cut(self.encoder.image(image))
+        inputs = detach(self.encoder.image(image))
         mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         rows = RaggedBatch.of_images(len(inputs), inputs.shape[1], inputs.device)
         return self._encoded(inputs, mask, rows, "image")
 
     def encode_text(
-        self, input_ids: Tensor, attention_mask: Tensor, cut: Callable[[Tensor], Tensor] = lambda inputs: inputs
+        self, input_ids: Tensor, attention_mask: Tensor, detach: Callable[[Tensor], Tensor] = lambda inputs: inputs
     ) -> Encoded:
         """(A, L) int64 and bool, padded on the right; see `encode_image`."""
-        inputs = cut(self.encoder.text(input_ids))
+        inputs = detach(self.encoder.text(input_ids))
         return self._encoded(inputs, attention_mask, RaggedBatch.of_texts(attention_mask), "text")
 
-    def _encoded(self, inputs: Tensor, mask: Tensor, rows: RaggedBatch, modality: str) -> Encoded:
+    def _encoded(self, inputs: Tensor, mask: Tensor, rows: RaggedBatch, modality: Modality) -> Encoded:
         """Of the last layer the first token alone: nothing reads the others."""
         encoder = self.encoder
         if modality not in encoder.alone:
-            return Encoded(inputs[:, :1], mask, l2_normalize(inputs[:, 0]), inputs)
+            return encoded_by_head(inputs[:, :1], mask, inputs[:, 0], inputs)
         given = {modality: inputs}
         states, first, depth = encoder.pack(rows, **given), rows.first_tokens(), len(encoder.layers)
         fork = encoder.vl_from if self.vl else 0
@@ -295,7 +298,7 @@ class VlmoModel(Model):
 
         def top(joint: bool, head: ContrastHead | None) -> Encoded:
             pooled = encoder.norm(encoder.run_layers(states, rows, fork, depth, joint, first))
-            return Encoded(pooled[:, None], mask, l2_normalize(getattr(head, modality)(pooled) if head else pooled))
+            return encoded_by_head(pooled[:, None], mask, head.project(pooled, modality) if head else pooled)
 
         return replace(top(False, self.itc), inputs=inputs, vl=top(True, self.vl) if self.vl else None)
 

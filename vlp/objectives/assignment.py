@@ -1,8 +1,6 @@
-"""Text assignment: to which of two pictures does this text belong, or to neither? What ALBEF pre-trains NLVR2's twins with.
+"""Text assignment: to which of two images does this text belong, or to neither? Pre-trains the twin layers of ALBEF's NLVR2.
 
-The model has ``assign(f, images) -> (B, 3)``, see `vlp.models.albef`.
-
-B rows of this process.
+B rows of a bundle, M rows among which other images are sampled.
 """
 
 from __future__ import annotations
@@ -14,62 +12,74 @@ from torch import Tensor
 
 from vlp.config import Experiment
 from vlp.errors import UserError
-from vlp.forward import Forward
+from vlp.forward import Forward, Gathered, Scope
 from vlp.losses.classification import one_hot, softmax_cross_entropy
 from vlp.losses.inputs import in_float32
-from vlp.objectives.hard_negatives import sample_hard_negatives
-from vlp.objectives.needs import need_image, need_text
+from vlp.objectives.base import Objective
+from vlp.objectives.hard_negatives import gather_encodings, sample_hard_negatives
+from vlp.objectives.requirements import require_image, require_text
 
 
 @dataclass(frozen=True)
-class TextAssignment:
-    """Cross-entropy of three answers (Li et al. 2021, sec. 4 and appendix A): the text's picture comes first, or second beside
-    another one, or not at all, beside two others.
+class TextAssignment(Objective):
+    """Cross-entropy of three answers: the text's image is shown first, second, or not at all (Li et al. 2021, appendix A).
 
-    Others are drawn in proportion to ``softmax(cosine of pictures / temperature)``, from the rows of this process that show
-    another picture; two of them are different rows. Where there is one other alone, the text's picture always comes; where
-    there is none it comes twice, which teaches nothing.
+    The other images are sampled with probability softmax(cosine of images / temperature) from the candidates that show another
+    image; two of them are different rows. With a single other image, the text's image is always shown. Without any it is
+    shown twice, which teaches nothing.
 
     Args:
-        temperature: the published one; it is no parameter.
-        none: share of texts whose picture does not come. The published answers are equally frequent.
+        temperature: The published one; it is not learned.
+        neither: Share of texts whose image is not shown. The published answers are equally frequent.
+        candidates: Rows that can be sampled: of this process ("local"), as published, or of all processes ("global").
     """
 
-    weight: float = 1.0
     temperature: float = 0.07
-    none: float = 1 / 3
+    neither: float = 1 / 3
+    candidates: Scope = "local"
 
     def validate(self, experiment: Experiment) -> None:
-        """Raises UserError for what is missing."""
-        need_image(experiment, "TextAssignment")
-        need_text(experiment, "TextAssignment")
+        require_image(experiment, "TextAssignment")
+        require_text(experiment, "TextAssignment")
         model = experiment.model
-        if not getattr(model, "assignment", False) or model.fusion.images != 2:
+        if not model.assignment or model.num_images != 2:
             raise UserError("TextAssignment needs a head on twins; set model.assignment=true and model.fusion.images=2")
-        if self.temperature <= 0 or not 0 <= self.none <= 1:
+        if self.temperature <= 0 or not 0 <= self.neither <= 1:
             raise UserError(
-                f"TextAssignment has temperature={self.temperature:g} and none={self.none:g}; "
+                f"TextAssignment has temperature={self.temperature:g} and neither={self.neither:g}; "
                 "give a positive number, and a share from 0 to 1"
             )
 
     def __call__(self, f: Forward) -> Tensor:
-        images, labels = self.draw(f)
-        return softmax_cross_entropy(f.model.assign(f, images), one_hot(labels, 3))
+        candidates = f.scope(self.candidates)
+        images, labels = self.sample(f, candidates)
+        shown = tuple(self._projected(f, candidates, rows) for rows in images)
+        return softmax_cross_entropy(f.model.assign(shown, f.text), one_hot(labels, 3))
 
-    def draw(self, f: Forward) -> tuple[Tensor, Tensor]:
-        """(2, B) images that each text is shown, and (B,) where its own is: 0, 1, or 2 = it is not there."""
-        index, rows = f.batch.image_id, torch.arange(len(f.batch), device=f.batch.image_id.device)
-        similarity, others = _cosines(f.image.embed) / self.temperature, index[:, None] != index
+    def sample(self, f: Forward, candidates: Gathered) -> tuple[Tensor, Tensor]:
+        """Sample the images shown with each text.
+
+        Returns:
+            (2, B) positions among the candidates, and (B,) labels: 0 or 1 where the text's image is shown, 2 without it.
+        """
+        own, ids = candidates.rows, candidates.image_id
+        similarity = _cosines(f.image.embed, candidates.image) / self.temperature  # (B, M)
+        others = f.batch.image_id[:, None] != ids
         first = sample_hard_negatives(similarity, others)
-        further = others & (rows != first[:, None])
+        further = others & (torch.arange(len(ids), device=ids.device) != first[:, None])
         second = sample_hard_negatives(similarity, further)
-        labels = (torch.rand(len(rows), device=rows.device) < 0.5).long()
-        labels[(torch.rand(len(rows), device=rows.device) < self.none) & further.any(1)] = 2
-        first = torch.where(others.any(1), first, rows)
-        images = [torch.where(labels == 0, rows, first), torch.stack([first, rows, second]).gather(0, labels[None])[0]]
+        labels = (torch.rand(len(own), device=own.device) < 0.5).long()
+        labels[(torch.rand(len(own), device=own.device) < self.neither) & further.any(1)] = 2
+        first = torch.where(others.any(1), first, own)
+        images = [torch.where(labels == 0, own, first), torch.stack([first, own, second]).gather(0, labels[None])[0]]
         return torch.stack(images), labels
+
+    def _projected(self, f: Forward, candidates: Gathered, rows: Tensor):
+        if candidates.is_own_rows:
+            return f.projected[rows]
+        return f.model.project(gather_encodings(candidates, lambda bundle: bundle.image, rows))
 
 
 @in_float32
-def _cosines(embed: Tensor) -> Tensor:
-    return embed.detach() @ embed.detach().T
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    return a.detach() @ b.detach().T

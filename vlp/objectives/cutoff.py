@@ -1,4 +1,4 @@
-"""Cutoff: a classifier that must say the same when a part of its input is missing (Shen et al. 2020).
+"""Cutoff: a classifier that must predict the same when a part of its input is missing (Shen et al. 2020).
 
 B texts, L text tokens, W width of the embeddings, C classes.
 """
@@ -17,27 +17,26 @@ from vlp.data.reading.sentences import Sentences
 from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.losses.divergence import jensen_shannon
+from vlp.objectives.base import Objective
 
 
 @dataclass(frozen=True)
-class Cutoff:
+class Cutoff(Objective):
     """``CE(x) + a sum_n CE(x_n) + b JS(x, x_1, .., x_N)`` over N copies with a part cut out (Shen et al. 2020, sec. 3).
 
-    What is cut are rows or columns of the L x W matrix that the embedding layer gives out. Positions are drawn without
-    replacement, and the first token, which the classifier reads, stays; the published code draws with replacement and
-    may cut it. Its divergence is KL(mean || p), not Jensen-Shannon's, and its token variant loses CE(x); here both are
-    as in the paper.
+    Rows or columns of the L x W matrix of word embeddings are cut out. Positions are drawn without replacement, and the first
+    token, which the classifier reads, always stays. The published code draws with replacement and may cut the first token. Its
+    divergence is KL(mean || p) instead of Jensen-Shannon, and its token variant lacks CE(x). Here both are as in the paper.
 
     Args:
-        cut: "token" = random tokens; "feature" = random columns, the same for all tokens of a text; "span" =
-            neighbouring tokens, which attention does not see either.
-        ratio: of the tokens of a text, or of the W columns, rounded down.
-        copies: N; 0 = plain fine-tuning.
+        cut: "token" cuts random tokens, "feature" random columns, the same for all tokens of a text, "span" neighbouring
+            tokens, which attention does not see either.
+        ratio: Share of the tokens of a text, or of the W columns, rounded down.
+        copies: N; 0 is plain fine-tuning.
         augmented: a.
         consistency: b.
     """
 
-    weight: float = 1.0
     cut: Literal["token", "feature", "span"] = "span"
     ratio: float = 0.1
     copies: int = 1
@@ -45,10 +44,8 @@ class Cutoff:
     consistency: float = 1.0
 
     def validate(self, experiment: Experiment) -> None:
-        """Raises UserError for what is missing."""
-        model = experiment.model
-        classes = getattr(model, "classes", None)
-        if model.text is None or classes is None:
+        classes = experiment.model.classes
+        if experiment.model.text is None or classes is None:
             raise UserError("Cutoff needs a text tower with a classifier: model=Single(text=..., classes=C)")
         for source in experiment.data.train:
             if isinstance(source, Sentences) and not (source.label and len(source.classes) == classes):
@@ -60,7 +57,7 @@ class Cutoff:
 
     def __call__(self, f: Forward) -> Tensor:
         batch, tower, classifier = f.batch, f.model.text, f.model.classifier
-        logits = [classifier(f.text.tokens[:, 0])]
+        logits = [classifier(f.text.tokens[:, 0])]  # (B, C)
         for _ in range(self.copies):
             keep, mask = self.restrict(batch.attention_mask, tower.get_input_embeddings().embedding_dim)
             logits.append(classifier(tower.forward_cutoff(batch.input_ids, mask, keep)[:, 0]))
@@ -68,30 +65,34 @@ class Cutoff:
         return whole + self.augmented * sum(restricted) + self.consistency * jensen_shannon(*logits)
 
     def restrict(self, mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """What a copy keeps of the embeddings, (B, L, 1) or (B, 1, W) bool, and its (B, L) attention mask."""
+        """Draw what a copy keeps.
+
+        Returns:
+            (B, L, 1) or (B, 1, W) bool, True for embeddings that stay, and the (B, L) attention mask of the copy.
+        """
         if self.cut == "feature":
-            columns = torch.rand(len(mask), width, device=mask.device).argsort(1)
+            columns = torch.rand(len(mask), width, device=mask.device).argsort(1)  # (B, W)
             return (columns >= int(self.ratio * width))[:, None], mask
-        kept = (keep_tokens if self.cut == "token" else keep_outside_span)(mask, self.ratio)
+        kept = (keep_tokens if self.cut == "token" else keep_outside_span)(mask, self.ratio)  # (B, L)
         return kept[:, :, None], mask & kept if self.cut == "span" else mask
 
 
 def keep_tokens(mask: Tensor, ratio: float) -> Tensor:
-    """(B, L) mask of tokens -> (B, L) bool, False at int(ratio * length) random tokens, never at the first."""
+    """Draw int(ratio * length) random tokens per text, never the first, and return the (B, L) mask of the others."""
     draw = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, 2.0)
     draw[:, 0] = 2.0
     return draw.argsort(1).argsort(1) >= _count(mask, ratio)
 
 
 def keep_outside_span(mask: Tensor, ratio: float) -> Tensor:
-    """(B, L) mask of tokens -> (B, L) bool, False at int(ratio * length) tokens in a row, never at the first."""
+    """Draw int(ratio * length) adjacent tokens per text, never the first, and return the (B, L) mask of the others."""
     count, lengths = _count(mask, ratio), mask.sum(1, keepdim=True)
-    room = (lengths - count).clamp(min=1)  # places where the span can begin
+    room = (lengths - count).clamp(min=1)  # positions where the span can begin
     begin = 1 + (torch.rand(room.shape, device=mask.device) * room).long().minimum(room - 1)
-    place = torch.arange(mask.shape[1], device=mask.device)
-    return (place < begin) | (place >= begin + count)
+    position = torch.arange(mask.shape[1], device=mask.device)
+    return (position < begin) | (position >= begin + count)
 
 
 def _count(mask: Tensor, ratio: float) -> Tensor:
-    """(B, 1) tokens to cut; in float64, as Python's int(ratio * length) would be."""
+    """Return the (B, 1) number of tokens to cut; in float64, like Python's int(ratio * length)."""
     return (mask.sum(1, keepdim=True).double() * ratio).long()

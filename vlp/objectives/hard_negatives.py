@@ -1,6 +1,6 @@
-"""Hard negatives: which other rows a row is mistaken for, and their encodings, wherever these were made.
+"""Hard negatives: sample rows that are easily mistaken for a row, and collect their encodings from wherever they are.
 
-B rows of this bundle, M rows that can be drawn, N tokens, D width, E embedding.
+B rows of a bundle, M candidate rows, N tokens, D width, E embedding.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlp.distributed import gather
-from vlp.forward import Among, Forward
+from vlp.forward import Bundle, Gathered
 from vlp.types import Encoded
 
 
@@ -20,54 +19,56 @@ from vlp.types import Encoded
 def sample_hard_negatives(
     similarity: Tensor, candidates: Tensor, epsilon: float = 0.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """One candidate a row, with probability proportional to ``softmax(similarity) + epsilon`` over the row's candidates.
+    """Sample one candidate per row, with probability proportional to ``softmax(similarity) + epsilon`` over candidates.
 
-    By the largest of scores with Gumbel noise: all rows at once, and nothing waits for the device. The scores stay
-    logarithms, so that a row keeps its candidates where all of their probabilities would be 0 in float32.
+    Takes the largest score after adding Gumbel noise, for all rows at once and without a host-device sync. Scores stay
+    logarithms, so that candidates are sampled in the right proportion even if all probabilities underflow in float32.
 
     Args:
-        similarity: (B, M) divided by the temperature already.
-        candidates: (B, M) bool; a row may have none, and then its number means nothing.
-        epsilon: above 0 the dissimilar ones are drawn, too (BLIP's is 1e-4).
-        generator: on the device of the scores; None = torch's own.
+        similarity: (B, M) already divided by the temperature.
+        candidates: (B, M) bool. The result of a row without a candidate is meaningless.
+        epsilon: Above 0, dissimilar candidates are sampled as well (BLIP's is 1e-4).
+        generator: On the device of the scores; None uses the default generator.
 
     Returns:
         (B,) int64.
     """
-    scores = similarity.float().masked_fill(~candidates, -torch.inf)
+    scores = similarity.float().masked_fill(~candidates, -torch.inf)  # (B, M)
     if epsilon:
         scores = (scores.softmax(1) + epsilon).log()
     gumbel = -torch.empty_like(scores).exponential_(generator=generator).log()
     return (scores + gumbel).masked_fill(~candidates, -torch.inf).argmax(1)
 
 
-def take(f: Forward, encoded: Callable[[Forward], Encoded], rows: Tensor, among: Among) -> Encoded:
-    """Encodings of rows that may be another micro-batch's or process's, with the gradient back to where they were made.
+def gather_encodings(candidates: Gathered, encoded: Callable[[Bundle], Encoded], rows: Tensor) -> Encoded:
+    """Collect encodings of rows that other micro-batches or processes may have computed, with gradient.
 
-    Of the tokens what is fused alone, `Encoded.fusible`. Over several processes texts are padded to the longest of all, for which a GPU's host waits once.
+    Only the tokens that fusion reads are collected, `Encoded.fusible`. Across processes, texts are padded to the longest
+    of all, which costs one host-device sync.
 
     Args:
-        encoded: what is wanted of a bundle: ``lambda f: f.text``.
-        rows: (n,) int64 as `Forward.gathered` numbers them.
-        among: what can be drawn, as `Forward.gathered` takes it.
+        candidates: The rows that can be drawn.
+        encoded: Selects the encodings of a bundle: ``lambda bundle: bundle.text``.
+        rows: (n,) int64 positions among the candidates.
+
+    Returns:
+        n rows.
     """
-    longest = torch.tensor(
-        [max(encoded(micro_batch).fusible.shape[1] for micro_batch in f.micro_batches)], device=rows.device
-    )
-    longest = int((gather(longest) if among == "all" else longest).max())
+    longest = int(candidates.gather(lambda bundle: rows.new_tensor([encoded(bundle).fusible.shape[1]])).max())
 
-    def tokens(micro_batch: Forward) -> Tensor:
-        x = encoded(micro_batch).fusible
-        return F.pad(x, (0, 0, 0, longest - x.shape[1]))
+    def tokens(bundle: Bundle) -> Tensor:
+        x = encoded(bundle).fusible
+        return F.pad(x, (0, 0, 0, longest - x.shape[1]))  # (B, longest, D)
 
-    def mask(micro_batch: Forward) -> Tensor:  # as bytes: not every backend sends bools
-        x = encoded(micro_batch).mask.byte()
+    def mask(bundle: Bundle) -> Tensor:
+        x = encoded(bundle).mask.byte()  # not every backend sends bools
         return F.pad(x, (0, longest - x.shape[1]))
 
-    fusible = f.gathered(tokens, among)[rows]
+    fusible = candidates.gather(tokens)[rows]  # (n, longest, D)
+    early_fusion = any(encoded(bundle).inputs is not None for bundle in candidates.bundles)
     return Encoded(
         fusible,
-        f.gathered(mask, among)[rows].bool(),
-        f.gathered(lambda micro_batch: encoded(micro_batch).embed, among)[rows],
-        None if encoded(f).inputs is None else fusible,
+        candidates.gather(mask)[rows].bool(),
+        candidates.gather(lambda bundle: encoded(bundle).embed)[rows],
+        fusible if early_fusion else None,
     )

@@ -1,6 +1,6 @@
-"""Instance discrimination: a picture is a class, whose weight is its own embedding of an epoch ago (Wu et al. 2018).
+"""Instance discrimination: each image is a class, whose weight is its own embedding of an epoch ago (Wu et al. 2018).
 
-B rows of this process, n samples of the data, m noise rows, E embedding.
+B rows of a bundle, n samples of the data, m noise rows, E embedding.
 """
 
 from __future__ import annotations
@@ -13,34 +13,33 @@ import torch
 from torch import Tensor
 
 from vlp.config import Experiment
-from vlp.distributed import gather, world_size
 from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.losses.geometry import alignment
 from vlp.losses.nce import draw_noise, instance_softmax_loss, log_partition, nce_loss
-from vlp.objectives.needs import need_image
+from vlp.models.base import Model
+from vlp.objectives.base import Objective
 from vlp.objectives.queues import MemoryBank
+from vlp.objectives.requirements import require_image
 
 
 @dataclass(frozen=True)
-class InstanceDiscrimination:
-    """A picture finds its own vector in the bank, and does not move far from it (Wu et al. 2018, eq. 10).
+class InstanceDiscrimination(Objective):
+    """An image finds its own vector in the memory bank, and stays close to it (Wu et al. 2018, eq. 10).
 
     ``1/B sum_i [-log h(i, v_i) - sum_k log(1 - h(i, v_k)) + proximal ||f_i - v_i||^2]`` with v the rows of the bank and
     k the m noise rows. Gradient flows to f only.
 
     Args:
-        temperature: 0.07; the published code takes 0.1 for CIFAR-10.
-        form: "nce", or "softmax" over the whole bank, which is what NCE approximates and small data can afford.
-        noise: m, rows drawn evenly for each picture and step.
-        noise_may_be_own: draw a picture's own row as noise too, as the published code does.
-        bank_momentum: share of the old vector that stays, 0.5 as in the published code; the paper replaces it (0).
-        proximal: the paper's lambda, on the positive pair alone; the published code has no such term (0).
-        partition_every: steps between estimates of Z; 0 = once, from the
-            first batch, as published.
+        temperature: 0.07; the published code has 0.1 for CIFAR-10.
+        form: "nce", or "softmax" over the whole bank, which NCE approximates and small data can afford.
+        noise: m, rows drawn evenly for each image and step.
+        noise_may_be_own: An image's own row can be drawn as noise, as in the published code.
+        bank_momentum: Share of the old vector that stays, 0.5 as in the published code. The paper replaces it (0).
+        proximal: The paper's lambda, on the positive pair only. The published code has no such term (0).
+        partition_every: Steps between estimates of Z; 0 estimates it once, from the first batch, as published.
     """
 
-    weight: float = 1.0
     temperature: float = 0.07
     form: Literal["nce", "softmax"] = "nce"
     noise: int = 4096
@@ -50,46 +49,43 @@ class InstanceDiscrimination:
     partition_every: int = 0
 
     def validate(self, experiment: Experiment) -> None:
-        """Raises UserError for what cannot be."""
-        need_image(experiment, "InstanceDiscrimination")
+        require_image(experiment, "InstanceDiscrimination")
         if self.noise < 1 or not 0 <= self.bank_momentum < 1:
             raise UserError(
                 f"InstanceDiscrimination has noise={self.noise} and bank_momentum={self.bank_momentum}; "
                 f"give at least 1 row, and a momentum from 0 to below 1"
             )
 
-    def init_queue(self, model, samples: int, device: torch.device, generator: torch.Generator) -> MemoryBank:
-        return MemoryBank(samples, model.embed_size, self.bank_momentum, device, generator)
+    def init_queue(
+        self, model: Model, num_samples: int, device: torch.device, generator: torch.Generator
+    ) -> MemoryBank:
+        return MemoryBank(num_samples, model.embed_size, self.bank_momentum, device, generator)
 
     def __call__(self, f: Forward) -> Tensor:
-        queries, bank, rows, scale = (
-            f.image.embed,
-            f.context.queues[self].rows,
-            f.batch.dataset_row,
-            1 / self.temperature,
-        )
+        bank, rows, scale = f.context.queues[self].rows, f.batch.dataset_row, 1 / self.temperature
+        queries = f.image.embed  # (B, E)
         if self.form == "softmax":
             loss = instance_softmax_loss(queries, bank, scale, rows)
         else:
-            noise = draw_noise(rows, len(bank), self.noise, may_be_own=self.noise_may_be_own)
+            noise = draw_noise(rows, len(bank), self.noise, may_be_own=self.noise_may_be_own)  # (B, m)
             loss = nce_loss(queries, bank, scale, rows, noise, self._log_partition(f))
         return loss + self.proximal * alignment(queries, bank[rows]) if self.proximal else loss
 
     def enqueue(self, f: Forward) -> dict[str, Tensor]:
-        rows = {"dataset_row": gather(f.batch.dataset_row), "embed": gather(f.image.embed)}
+        rows = {"dataset_row": f.all.gather(lambda bundle: bundle.batch.dataset_row), "embed": f.all.image}
         if self.form == "nce" and self._estimates(f):
             rows["partition"] = self._log_partition(f).exp()
         return rows
 
     def _estimates(self, f: Forward) -> bool:
-        """Whether Z is estimated in this step."""
+        """Return whether this step estimates Z."""
         every = self.partition_every
         return bool(f.context.queues[self].partition == 0) or every > 0 and f.context.step % every == 0
 
     def _log_partition(self, f: Forward) -> Tensor:
-        """(1,) log Z, the same on every process."""
+        """Return (1,) log Z, equal on all processes."""
         bank = f.context.queues[self]
         if not self._estimates(f):
             return bank.partition.log()
-        own = log_partition(f.image.embed, bank.rows, 1 / self.temperature).view(1)
-        return gather(own).logsumexp(0, keepdim=True) - math.log(world_size())
+        parts = f.all.gather(lambda b: log_partition(b.image.embed, bank.rows, 1 / self.temperature).view(1))
+        return parts.logsumexp(0, keepdim=True) - math.log(len(parts))

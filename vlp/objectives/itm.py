@@ -1,8 +1,6 @@
-"""Image-text matching: does this text belong to this image? On any model that can fuse the two.
+"""Image-text matching: does this text belong to this image? For any model that fuses the two (`Model.match`).
 
-The model has ``project(image) -> K`` and ``match(K, text, texts, images) -> (n, 2)``, see `vlp.models.albef`.
-
-B rows of this process, M rows among which negatives are drawn.
+B rows of a bundle, M rows among which negatives are sampled.
 """
 
 from __future__ import annotations
@@ -15,92 +13,91 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlp.config import Experiment
-from vlp.distributed import world_size
 from vlp.errors import UserError
-from vlp.forward import Among, Forward
+from vlp.forward import Forward, Gathered, Scope
 from vlp.losses.inputs import check_finite, in_float32
-from vlp.objectives.hard_negatives import sample_hard_negatives, take
-from vlp.objectives.needs import need_image, need_momentum, need_text
+from vlp.objectives.base import Objective
+from vlp.objectives.hard_negatives import gather_encodings, sample_hard_negatives
+from vlp.objectives.requirements import require_image, require_momentum, require_text
 
 
 @dataclass(frozen=True)
-class ImageTextMatching:
-    """ITM with hard negatives (Li et al. 2021, sec. 3.2): cross-entropy of B pairs, B images with another text, and B texts
-    with another image; mean over all 3B.
+class ImageTextMatching(Objective):
+    """ITM with hard negatives: cross-entropy of B pairs, B images with another text and B texts with another image (Li et al.
+    2021, sec. 3.2). Mean over all 3B.
 
-    The other is drawn in proportion to ``softmax(similarity)``, of the model's embedding to the keys. A row that every
-    candidate shares its picture with, as in a batch of one, has no negatives, and the mean is over the others.
+    Negatives are sampled with probability softmax(similarity) of the model's embedding to the keys. If all candidates show
+    the same image, as in a batch of one, there are no negatives, and the mean is over the B pairs.
 
     Args:
-        negatives: "hard", or "uniform" = any other row (the ablation of the paper's table 1).
-        keys: whose embeddings the similarity is to: the "momentum" encoder's, as published, or the model's own.
-        candidates: rows of this "process", as published: pairs, other texts and other images are one pass over keys and
-            values that are there; or of "all", whose gradient is that of one process with the whole batch: over several
-            processes tokens are sent, the drawn images are projected again, and texts are read in a second pass.
-        same_picture: rows of the same picture are "left_out" of the candidates, or, as in the published pre-training,
-            are a "negative" but for the row itself.
-        epsilon: added to the candidates' probabilities (BLIP's is 1e-4).
+        negatives: "hard", or "uniform" over the candidates (the ablation of the paper's table 1).
+        keys: Embeddings that the similarity is to: the "momentum" encoder's, as published, or the model's own ("student").
+        candidates: Rows that can be negatives. "local": those of this process, as published; all 3B pairs are one pass over
+            keys and values that exist already. "global": those of all processes, whose gradient is that of one process with
+            the whole batch. With several processes, tokens are sent, the sampled images are projected again, and texts are
+            fused in a second pass.
+        duplicates: Candidates that show the row's own image: "mask" excludes them, "negative" keeps all but the row itself,
+            as in the published pre-training.
+        epsilon: Added to the probabilities of the candidates (BLIP's is 1e-4).
     """
 
-    supports_grad_cache: ClassVar[bool] = True  # see vlp.training.grad_cache
-    supports_split_backward: ClassVar[bool] = True  # see vlp.training.split_backward
-    weight: float = 1.0
+    supports_split_backward: ClassVar[bool] = True
+
     negatives: Literal["hard", "uniform"] = "hard"
     keys: Literal["momentum", "student"] = "momentum"
-    candidates: Among = "process"
-    same_picture: Literal["left_out", "negative"] = "left_out"
+    candidates: Scope = "local"
+    duplicates: Literal["mask", "negative"] = "mask"
     epsilon: float = 0.0
 
     def validate(self, experiment: Experiment) -> None:
-        """Raises UserError for what is missing."""
-        need_image(experiment, "ImageTextMatching")
-        need_text(experiment, "ImageTextMatching")
-        if not getattr(experiment.model, "itm", False):
+        require_image(experiment, "ImageTextMatching")
+        require_text(experiment, "ImageTextMatching")
+        if not experiment.model.itm:
             raise UserError("ImageTextMatching needs a model that fuses, and a head for it; set model.itm=true")
         if self.epsilon < 0:
             raise UserError(f"epsilon is {self.epsilon:g}; it is added to probabilities, so use 0 or more")
         if self.negatives == "uniform":
             return
-        if not getattr(experiment.model, "itc", True):
+        if not experiment.model.itc:
             raise UserError("hard negatives need embeddings; set model.itc=true, or negatives=uniform")
         if self.keys == "momentum":
-            need_momentum(experiment, "keys='momentum' of ImageTextMatching")
+            require_momentum(experiment, "keys='momentum' of ImageTextMatching")
 
     def __call__(self, f: Forward) -> Tensor:
-        index = f.gathered(lambda micro_batch: micro_batch.batch.image_id, self.candidates)
-        candidates = self._candidates(f, index)
-        logits = self.logits(f, *self.draw(f, candidates))
-        found, pair = candidates.any(1), torch.ones_like(f.batch.image_id, dtype=torch.bool)
-        # of a micro-batch, on average over all of them and all processes
-        pairs = f.gathered(
-            lambda micro_batch: len(micro_batch.batch) + 2 * self._candidates(micro_batch, index).any(1).sum()[None]
-        )
+        candidates = f.scope(self.candidates)
+        allowed = self.allowed(f, candidates)  # (B, M)
+        logits = self.logits(f, candidates, *self.sample(f, candidates, allowed))  # (3B, 2)
+        found, pair = allowed.any(1), torch.ones_like(f.batch.image_id, dtype=torch.bool)
+        # Processes may differ in whether they have negatives. Either all rows of a process have one, or none has.
+        pairs = len(f.batch) + 2 * found.sum()
+        count = f.all.gather(lambda bundle: pairs[None]).float().mean()
         labels = torch.cat([pair, ~pair, ~pair]).long()
-        return matching_loss(logits, labels, torch.cat([pair, found, found]), pairs.float().mean())
+        return matching_loss(logits, labels, torch.cat([pair, found, found]), count)
 
-    def _candidates(self, f: Forward, index: Tensor) -> Tensor:
-        """(B, M) bool: which of the rows with these (M,) indices are no match of which of ours."""
-        if self.same_picture == "left_out":
-            return f.batch.image_id[:, None] != index
-        return f.rows(self.candidates)[:, None] != torch.arange(len(index), device=index.device)
+    def allowed(self, f: Forward, candidates: Gathered) -> Tensor:
+        """Return the (B, M) bool mask of the candidates that can be a negative of each row."""
+        ids = candidates.image_id
+        if self.duplicates == "mask":
+            return f.batch.image_id[:, None] != ids
+        return candidates.rows[:, None] != torch.arange(len(ids), device=ids.device)
 
-    def draw(self, f: Forward, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) another text for each image, and (B,) another image for each text, as `Forward.gathered` numbers them."""
-        similarity = torch.zeros(2 * len(candidates), candidates.shape[1], device=candidates.device)
+    def sample(self, f: Forward, candidates: Gathered, allowed: Tensor) -> tuple[Tensor, Tensor]:
+        """Sample a (B,) text for each image and a (B,) image for each text, as positions among the candidates."""
+        similarity = torch.zeros(2 * len(allowed), allowed.shape[1], device=allowed.device)
         if self.negatives == "hard":
-            keys = (f.momentum if self.keys == "momentum" else f).keys_among(self.candidates)
-            similarity = torch.cat([_cosines(f.image.embed, keys.text), _cosines(f.text.embed, keys.image)])
-            similarity = f.model.scale.detach() * similarity
-        texts, images = sample_hard_negatives(similarity, candidates.repeat(2, 1), self.epsilon).chunk(2)
+            keys = candidates.momentum if self.keys == "momentum" else candidates
+            similarity = torch.cat([_cosines(f.image.embed, keys.text), _cosines(f.text.embed, keys.image)])  # (2B, M)
+            similarity = f.scale.detach() * similarity
+        texts, images = sample_hard_negatives(similarity, allowed.repeat(2, 1), self.epsilon).chunk(2)
         return texts, images
 
-    def logits(self, f: Forward, texts: Tensor, images: Tensor) -> Tensor:
-        """(3B, 2): pairs, images with the (B,) ``texts``, texts with the (B,) ``images``."""
-        if len(f.micro_batches) == 1 and (self.candidates == "process" or world_size() == 1):
+    def logits(self, f: Forward, candidates: Gathered, texts: Tensor, images: Tensor) -> Tensor:
+        """Score pairs, then images with the (B,) ``texts``, then texts with the (B,) ``images``: (3B, 2)."""
+        if candidates.is_own_rows:
             own = torch.arange(len(texts), device=texts.device)
             return f.model.match(f.projected, f.text, torch.cat([own, texts, own]), images)
-        other_texts = take(f, lambda micro_batch: micro_batch.text, texts, self.candidates)
-        other_images = take(f, lambda micro_batch: micro_batch.image, images, self.candidates)
+        other_texts = gather_encodings(candidates, lambda bundle: bundle.text, texts)
+        other_images = gather_encodings(candidates, lambda bundle: bundle.image, images)
         pairs = (f.model.match(f.projected, text) for text in (f.text, other_texts))
         return torch.cat([*pairs, f.model.match(f.model.project(other_images), f.text)])
 
@@ -112,13 +109,13 @@ def _cosines(a: Tensor, b: Tensor) -> Tensor:
 
 @in_float32
 def matching_loss(logits: Tensor, labels: Tensor, counted: Tensor, count: Tensor) -> Tensor:
-    """``1/count sum_i counted_i CE(logits_i, labels_i)``, computed in float32.
+    """Compute ``1/count sum_i counted_i CE(logits_i, labels_i)`` in float32.
 
     Args:
         logits: (n, 2).
         labels: (n,) int64, 1 for a pair.
         counted: (n,) bool.
-        count: (); over several processes the mean of their numbers.
+        count: () number of counted rows; over several processes the mean of their numbers.
 
     Returns:
         () in nats.
@@ -126,5 +123,5 @@ def matching_loss(logits: Tensor, labels: Tensor, counted: Tensor, count: Tensor
     Raises:
         ValueError: naming the row, if logits are not finite.
     """
-    rows = F.cross_entropy(logits, labels, reduction="none").masked_fill(~counted, 0)
+    rows = F.cross_entropy(logits, labels, reduction="none").masked_fill(~counted, 0)  # (n,)
     return check_finite(rows.sum() / count, logits=logits)

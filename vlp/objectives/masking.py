@@ -26,12 +26,12 @@ class TextMasking:
 
     Args:
         probability: share of the tokens that are chosen, specials not counted.
-        of: "token" = each by itself; "word" = all pieces of a word or none, each word by itself; "span" = runs of whole
+        unit: "token" = each by itself; "word" = all pieces of a word or none, each word by itself; "span" = runs of whole
             words (SpanBERT, Joshi et al. 2020, sec. 3.1), replaced alike, until the share of a text, rounded up, is
             reached, which cuts the last one.
         mask_share: of the chosen ones, become ``[MASK]``.
         random_share: of the chosen ones, become another token; the rest stay as they are, and are predicted too.
-        spared: never chosen: "special" = ``[PAD]``, ``[CLS]``, ``[SEP]`` and their like; "first" = padding and the first
+        exclude: never chosen: "special" = ``[PAD]``, ``[CLS]``, ``[SEP]`` and their like; "first" = padding and the first
             token alone, as ALBEF's code has it.
         random_from: what another token is drawn from, evenly: "words" = all that are not special; "all" = the whole
             vocabulary, as published by BERT, ALBEF and others.
@@ -41,14 +41,14 @@ class TextMasking:
     """
 
     probability: float = 0.15
-    of: Literal["token", "word", "span"] = "token"
+    unit: Literal["token", "word", "span"] = "token"
     mask_share: float = 0.8
     random_share: float = 0.1
-    spared: Literal["special", "first"] = "special"
+    exclude: Literal["special", "first"] = "special"
     random_from: Literal["words", "all"] = "words"
     capacity: float | None = None
 
-    def check(self, name: str) -> None:
+    def validate(self, name: str) -> None:
         """Raises UserError, naming the field of ``name``, for shares that cannot be."""
         shares = {"probability": self.probability, "mask_share": self.mask_share, "random_share": self.random_share}
         shares |= {"mask_share + random_share": self.mask_share + self.random_share, "capacity": self.capacity or 0}
@@ -70,7 +70,7 @@ class TextMasking:
         """
         if vocabulary.mask_id is None:
             raise UserError("masked language modelling needs a tokenizer with [MASK]; use BERT's, or train one")
-        if self.spared == "special":
+        if self.exclude == "special":
             maskable = attention_mask & ~vocabulary.special[input_ids]
         else:
             maskable = attention_mask.clone()
@@ -94,11 +94,11 @@ class TextMasking:
     def _choose(self, input_ids, maskable, vocabulary, generator) -> tuple[Tensor, Tensor]:
         """(B, L) bool, which are chosen; (B, L) in [0, 1), what decides on their replacement."""
         word = (~vocabulary.continues[input_ids]).cumsum(1)  # its number in the text
-        if self.of == "span":
+        if self.unit == "span":
             return choose_spans(maskable, word, self.probability, generator)
         rows, length = maskable.shape
         draws = torch.rand(rows, length + 1, generator=generator, device=maskable.device)
-        if self.of == "word":
+        if self.unit == "word":
             draws = draws.gather(1, word)
         chosen = (draws[:, :length] < self.probability) & maskable
         return chosen, torch.rand(rows, length, generator=generator, device=maskable.device)

@@ -5,21 +5,38 @@ K rows of a queue, n samples of the data, E embedding.
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-class Queue:
-    """The newest K rows, first in, first out (He et al. 2020, sec. 3.2), with the picture's index beside each.
+class QueueLike(Protocol):
+    """State that `Objective.init_queue` returns: a `Queue`, a `MemoryBank`, or one of your own."""
 
-    Any length, any number of rows at a time. It starts empty and grows: what has not been pushed is never a negative.
+    push: Any
+    """Called after the step, in no_grad, with what `Objective.enqueue` returned as keyword arguments."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that a checkpoint must keep."""
+        ...
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `tensors` returned."""
+        ...
+
+
+class Queue:
+    """The newest K rows, first in, first out (He et al. 2020, sec. 3.2), with the image id of each row.
+
+    Any length, and any number of rows at a time. It starts empty and grows: rows that were never pushed are not negatives.
 
     Args:
         size: K.
-        columns: name -> width E of the vectors kept side by side, e.g. {"image": 256, "text": 256}.
-        generator: fills it with random unit vectors (image_id -1) at the start, as the published MoCo and ALBEF do; None =
-            it starts empty.
+        columns: Name -> width E of the vectors that each row has, e.g. {"image": 256, "text": 256}.
+        generator: Fills the queue with random unit vectors (image id -1) at the start, as the published MoCo and ALBEF do.
+            None leaves it empty.
     """
 
     def __init__(
@@ -34,11 +51,11 @@ class Queue:
                 rows.copy_(F.normalize(torch.randn(rows.shape, generator=generator), dim=1))
 
     def __len__(self) -> int:
-        """Rows that it holds by now."""
+        """Return the number of rows that have been filled."""
         return self._filled
 
     def __getitem__(self, name: str) -> Tensor:
-        """(len, E) rows of a column; a view: it changes with the next push."""
+        """Return the (len, E) rows of a column. It is a view, which changes with the next push."""
         return self._columns[name][: self._filled]
 
     @property
@@ -47,12 +64,13 @@ class Queue:
         return self._image_id[: self._filled]
 
     def push(self, image_id: Tensor, **columns: Tensor) -> None:
-        """Puts (B,) ``image_id`` and (B, E) rows in the place of the oldest; of more than K rows the last K stay."""
+        """Replace the oldest rows by (B,) ids and (B, E) rows. Of more than K rows, the last K stay."""
         size = len(self._image_id)
         slots = (self._pointer + torch.arange(len(image_id), device=image_id.device)) % size
         self._image_id[slots[-size:]] = image_id[-size:]
         for name, rows in columns.items():
-            self._columns[name][slots[-size:]] = rows[-size:].detach().float()
+            column = self._columns[name]
+            column[slots[-size:]] = rows[-size:].detach().to(column.dtype)
         self._pointer = (self._pointer + len(image_id)) % size
         self._filled = min(size, self._filled + len(image_id))
 
@@ -68,31 +86,33 @@ class Queue:
 
 
 class MemoryBank:
-    """One vector for every sample of the data (Wu et al. 2018, sec. 3.2), replaced by v <- normalise(m v + (1 - m) f).
+    """One vector for every sample of the data (Wu et al. 2018, sec. 3.2), updated by v <- normalise(m v + (1 - m) f).
 
     Args:
         size: n.
         width: E.
-        momentum: m; the paper's is 0, its published code's 0.5.
-        generator: draws the first vectors, uniform in +-sqrt(3 / E) as published: their norms are about 1.
+        momentum: m; the paper's is 0, that of its published code 0.5.
+        generator: Draws the first vectors, uniform in +-sqrt(3 / E) as published, so that their norms are about 1.
     """
 
     def __init__(self, size: int, width: int, momentum: float, device: torch.device, generator: torch.Generator):
         bound = (3 / width) ** 0.5
         self.rows = ((2 * torch.rand(size, width, generator=generator) - 1) * bound).to(device)
-        self.partition = torch.zeros(1, device=device)  # Z of the NCE loss, 0 = not estimated yet
+        self.partition = torch.zeros(1, device=device)  # Z of the NCE loss; 0 until it is estimated
         self.momentum = momentum
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def push(self, dataset_row: Tensor, embed: Tensor, partition: Tensor | None = None) -> None:
-        """(B,) slots and their (B, E) new vectors, and (1,) the estimate of Z where there is one. Of a slot that comes
-        twice the last one counts."""
+        """Update (B,) rows with their (B, E) new vectors, and set the (1,) estimate of Z if there is one.
+
+        Of a row that occurs twice, the last vector counts.
+        """
         order = torch.arange(len(dataset_row), device=dataset_row.device)
-        last = torch.full((len(self),), -1, device=order.device).scatter_reduce(0, dataset_row, order, "amax")
+        last = torch.full((len(self),), -1, device=order.device).scatter_reduce(0, dataset_row, order, "amax")  # (n,)
         kept = last[dataset_row] == order
-        row, embed = dataset_row[kept], embed[kept].detach().float()
+        row, embed = dataset_row[kept], embed[kept].detach().to(self.rows.dtype)
         self.rows[row] = F.normalize(self.momentum * self.rows[row] + (1 - self.momentum) * embed, dim=1)
         if partition is not None:
             self.partition.copy_(partition)
@@ -103,6 +123,3 @@ class MemoryBank:
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.rows.copy_(tensors["rows"])
         self.partition.copy_(tensors["partition"])
-
-
-Memory = Queue | MemoryBank

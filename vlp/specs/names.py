@@ -79,12 +79,26 @@ RENAMED = {"Mix": "Mixup", "Momentum": "MomentumConfig"}
 # short class name -> old field name -> its name today
 RENAMED_FIELDS: dict[str, dict[str, str]] = {
     "Data": {"sep": "add_sep", "clean": "clean_captions"},
+    "ImageTextMatching": {"same_picture": "duplicates"},
     "Logging": {"samples": "sample_keys"},
+    "Moco": {"same_picture": "duplicates"},
+    "MomentumContrast": {"same_picture": "duplicates"},
+    "PairContrast": {"others": "num_others"},
     "Repetition": {"of": "unit"},
+    "TextAssignment": {"none": "neither"},
+    "TextMasking": {"of": "unit", "spared": "exclude"},
     "Training": {"mix": "mixup"},
 }
+SCOPES = {"all": "global", "process": "local"}
 # (short class name, field name of today) -> old value -> its value today
-RENAMED_VALUES: dict[tuple[str, str], dict[str, str]] = {}
+RENAMED_VALUES: dict[tuple[str, str], dict[str, str]] = {
+    ("Captioning", "mean_over"): SCOPES,
+    ("ImageTextMatching", "candidates"): SCOPES,
+    ("ImageTextMatching", "duplicates"): {"left_out": "mask"},
+    ("MaskedText", "mean_over"): SCOPES,
+    ("Moco", "duplicates"): {"left_out": "mask"},
+    ("MomentumContrast", "keys"): SCOPES,
+}
 
 
 NO_TYPES: Mapping[str, type] = MappingProxyType({})

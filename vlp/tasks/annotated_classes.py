@@ -196,10 +196,10 @@ def best_class(subject: EvalModel, pictures: Sequence[AnnotatedImage], classes: 
     views = [subject.preprocess.normalise(torch.stack(view).to(device)) for view in zip(*(p.images for p in pictures))]
     first, *others = views if len(views) == 1 else [view[of] for view in views]
     batch = Batch(of, first, ids, mask, views=tuple(Batch(of, other) for other in others))
-    f = Forward(model, batch)
-    if not others:
-        f.image = model.encode_image(first)[of]
-    logits: Tensor = model.classify(f)
+    encoded = (
+        {} if others else {"image": model.encode_image(first)[of]}
+    )  # an image is encoded once for all of its lines
+    logits: Tensor = model.classify(Forward(model, batch, encoded=encoded))
     if logits.shape[1] != classes:
         raise UserError(
             f"the model has {logits.shape[1]} classes and the data {classes}; evaluate it on those of its training"

@@ -48,8 +48,9 @@ def classifying(subject: EvalModel, known: Sequence[str]) -> Say:
     """By the class with the highest logit, ``known`` naming the classes."""
 
     def say(image: Encoded, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> list[str]:
-        f = Forward(subject.model, Batch(rows, None, input_ids, attention_mask))
-        f.image = image[rows]  # encoded once for all of its questions
+        batch = Batch(rows, None, input_ids, attention_mask)
+        # an image is encoded once for all of its questions
+        f = Forward(subject.model, batch, encoded={"image": image[rows]})
         return [known[best] for best in subject.model.classify(f).argmax(1).tolist()]
 
     return say

@@ -53,7 +53,7 @@ class MaskedPrediction(Task):
 
     def validate(self, data: Data) -> None:
         """Raises UserError where there are no texts, or the masking cannot be."""
-        self.masking.check("masking")
+        self.masking.validate("masking")
         self._read()
 
     def _read(self) -> list[str]:
@@ -90,7 +90,7 @@ class MaskedPrediction(Task):
         m = self.masking
         return Result(
             protocol=(
-                f"{m.probability:.0%} of the tokens masked by {m.of}, {m.mask_share:.0%} [MASK], "
+                f"{m.probability:.0%} of the tokens masked by {m.unit}, {m.mask_share:.0%} [MASK], "
                 f"{m.random_share:.0%} another, all of a text at once, seed {subject.seed}"
             ),
             data=self.data,

@@ -37,7 +37,7 @@ def start_engine(train: Training, micro_batch: int) -> Accelerator:
     accelerator = Accelerator(
         cpu=not cuda and not deepspeed,
         mixed_precision={"fp32": "no", "bf16": "bf16"}[train.precision],
-        gradient_accumulation_steps=train.accumulation,
+        gradient_accumulation_steps=train.backward_passes,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if deepspeed and not cuda else [],
     )
     if dist.is_available() and dist.is_initialized():
@@ -50,8 +50,9 @@ def start_engine(train: Training, micro_batch: int) -> Accelerator:
         )
     if deepspeed:
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
-        settings["train_micro_batch_size_per_gpu"] = micro_batch // accelerator.num_processes
-        settings["gradient_accumulation_steps"] = train.accumulation
+        rows = micro_batch * train.accumulation // train.backward_passes  # of a backward pass
+        settings["train_micro_batch_size_per_gpu"] = rows // accelerator.num_processes
+        settings["gradient_accumulation_steps"] = train.backward_passes
         settings["gradient_clipping"] = train.clip_norm or 0.0
         # the optimizers of vlp are not among those that DeepSpeed has tested
         settings["zero_allow_untested_optimizer"] = True

@@ -16,7 +16,7 @@ from vlp.data.stream import TrainDataset
 from vlp.data.text import Tokenizer, load_tokenizer
 from vlp.errors import UserError
 from vlp.models.base import Model
-from vlp.objectives.needs import has_pictures
+from vlp.objectives.requirements import has_images
 from vlp.optim.ema import EMA
 from vlp.optim.groups import describe_groups, parameter_groups, starts_with
 from vlp.optim.optimizers import Lamb, Lars
@@ -51,12 +51,12 @@ def set_up(experiment: Experiment, resume: bool, code: UserCode = NO_CODE) -> Ru
         experiment = experiment.resolved()
     torch.manual_seed(experiment.seed)
     # a checkpoint contains every weight, so a resumed run does not need the files that it once started from
-    model = experiment.model.build(load_weights=checkpoint is None)
+    model = experiment.build_model(load_weights=checkpoint is None)
     tokenizer = load_run_tokenizer(experiment, model, resume) if model.text is not None else None
     dataset = TrainDataset(
         data.train,
         (data.augment, *data.views),
-        model.preprocess if has_pictures(data) else None,
+        model.preprocess if has_images(data) else None,
         tokenizer,
         data.max_length,
         data.max_pixels,
@@ -171,7 +171,7 @@ def check_zero(experiment: Experiment) -> None:
             f"{type(experiment.optim).__name__} needs whole parameters and ZeRO cuts them up; use "
             f"vlp.optim.optimizers.AdamW, or another launch config"
         )
-    if experiment.train.nonfinite == "skip" and experiment.train.accumulation > 1:
+    if experiment.train.nonfinite == "skip" and experiment.train.backward_passes > 1:
         raise UserError("train.nonfinite=skip with DeepSpeed needs train.accumulation=1; set one of them")
 
 
@@ -232,8 +232,9 @@ def initial_state(experiment: Experiment, model: Model, epoch_samples: int, devi
     # a generator of its own, so that queues start equal on every process, whatever random numbers the model used
     generator = torch.Generator().manual_seed(experiment.seed)
     for name, objective in experiment.objectives.items():
-        if hasattr(objective, "init_queue"):
-            state.queues[name] = objective.init_queue(model, epoch_samples, device, generator)
+        queue = objective.init_queue(model, epoch_samples, device, generator)
+        if queue is not None:
+            state.queues[name] = queue
     return state
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from vlp.objectives.queues import Memory
+from vlp.objectives.queues import QueueLike
 from vlp.optim.ema import EMA
 
 
@@ -33,7 +33,7 @@ class TrainState:
     truncated_captions: int = 0
     average: EMA | None = None
     momentum: EMA | None = None
-    queues: dict[str, Memory] = field(default_factory=dict)
+    queues: dict[str, QueueLike] = field(default_factory=dict)
 
     def counters(self) -> dict:
         return {name: value for name, value in vars(self).items() if isinstance(value, int)}

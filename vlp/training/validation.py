@@ -6,12 +6,13 @@ import json
 
 from vlp.config import Experiment
 from vlp.errors import UserError
+from vlp.objectives.base import Objective
 from vlp.specs.fields import check_limits
 from vlp.specs.json import dump, from_plain
 from vlp.specs.types import check_types
 from vlp.specs.user_code import own_types
 from vlp.tasks.base import Task
-from vlp.training import grad_cache, split_backward
+from vlp.training import detached
 from vlp.training.logging import require
 
 
@@ -38,13 +39,11 @@ def validate(experiment: Experiment) -> None:
     objectives = list(experiment.objectives.values())
     if any(a == b for n, a in enumerate(objectives) for b in objectives[:n]):
         raise UserError("objectives has the same objective twice; give it once, with the weight of both")
-    for objective in objectives:
-        if hasattr(objective, "validate"):
-            objective.validate(experiment)
-    if train.backward == "per_loss":
-        split_backward.validate(experiment)
-    if train.grad_cache:
-        grad_cache.validate(experiment)
+    for name, objective in experiment.objectives.items():
+        if not isinstance(objective, Objective):
+            raise UserError(f"objectives.{name} is not a vlp.objectives.base.Objective; make its class a subclass")
+        objective.validate(experiment)
+    detached.validate(experiment)
     if train.mixup:
         check_mixup(experiment)
     for name, task in experiment.evaluate.items():
