@@ -9,11 +9,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlp.distributed import all_reduce_sum
 from vlp.forward import Bundle, Forward, StepContext
-from vlp.models.base import Model
+from vlp.models.base import Model, encoded_by_head
 from vlp.objectives.queues import MemoryBank
 from vlp.testing import part_of
 from vlp.train import Pretrainer
-from vlp.types import Batch, Encoded
+from vlp.types import Batch
 
 ROWS, SAMPLES, WIDTH = 8, 20, 5
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ class Net(Model):
 
     def _encoded(self, pooled):
         mask = torch.ones(len(pooled), 1, dtype=torch.bool)
-        return Encoded(pooled[:, None], mask, normalize(self.head(pooled), dim=-1))
+        return encoded_by_head(pooled[:, None], mask, self.head(pooled))
 
     def encode_image(self, image):
         return self._encoded(self.body(image.flatten(1)))

@@ -15,7 +15,7 @@ from vlp.losses.inputs import check_finite, in_float32
 
 
 @in_float32
-def tuplet_loss(anchor: Tensor, positive: Tensor, negatives: Tensor) -> Tensor:
+def tuplet_loss(anchor: Tensor, positive: Tensor, negatives: Tensor, allowed: Tensor | None = None) -> Tensor:
     """(N+1)-tuplet loss: each anchor has one positive and N negatives of its own (Sohn 2016, sec. 3.1).
 
     ``mean_i log(1 + sum_j exp(a_i . n_ij - a_i . p_i))``, InfoNCE among these N + 1. The paper's "(N+1)-tuplet" has
@@ -26,6 +26,7 @@ def tuplet_loss(anchor: Tensor, positive: Tensor, negatives: Tensor) -> Tensor:
         anchor: (B, E) embeddings.
         positive: (B, E) embeddings.
         negatives: (B, N, E) embeddings. With N = 0 the loss is 0.
+        allowed: (B, N) bool, False where a negative is excluded. None allows all.
 
     Returns:
         () mean over anchors, in nats.
@@ -41,6 +42,8 @@ def tuplet_loss(anchor: Tensor, positive: Tensor, negatives: Tensor) -> Tensor:
     to_negatives = torch.einsum("be,bne->bn", anchor, negatives)  # (B, N)
     # of the similarities, not of the loss: a negative at -inf leaves the loss finite but not its gradient
     check_finite(to_positive.sum() + to_negatives.sum(), anchor=anchor, positive=positive, negatives=negatives)
+    if allowed is not None:
+        to_negatives = to_negatives.masked_fill(~allowed, -torch.inf)
     return F.pad(to_negatives - to_positive, (1, 0)).logsumexp(1).mean()  # the 0 in front is the positive itself
 
 

@@ -36,6 +36,13 @@ def all_embeddings(f: Forward, sides: Sides) -> tuple[Tensor, Tensor]:
     return x, y
 
 
+def all_projections(f: Forward, sides: Sides) -> tuple[Tensor, Tensor]:
+    """Return the (M, E) outputs of the projection heads before normalisation, like `all_embeddings`."""
+    x = f.all.gather(lambda bundle: sides_of(bundle, sides)[0].unnormalised)
+    y = f.all.gather(lambda bundle: sides_of(bundle, sides)[1].unnormalised)
+    return x, y
+
+
 def require_sides(experiment: Experiment, who: str, sides: Sides) -> None:
     """Raise UserError if the experiment lacks one of the sides."""
     if sides == "image_text":

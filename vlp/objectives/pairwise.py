@@ -17,7 +17,7 @@ from torch import Tensor
 from vlp.config import Experiment
 from vlp.errors import UserError
 from vlp.forward import Forward
-from vlp.losses.npair import n_pair_loss
+from vlp.losses.npair import n_pair_loss, tuplet_loss
 from vlp.losses.pairwise import contrastive_loss, hardest_triplets, semi_hard_triplets, triplet_loss
 from vlp.objectives.base import Objective
 from vlp.objectives.geometry import Sides, all_embeddings, require_sides, sides_of
@@ -84,6 +84,40 @@ class PairContrast(Objective):
         query = torch.arange(len(queries), device=queries.device).repeat_interleave(len(steps))
         matches = f.batch.image_id[query] == f.all.image_id[key]
         return contrastive_loss(queries[query], keys[key], matches, self.margin)
+
+
+@dataclass(frozen=True)
+class Tuplet(Objective):
+    """(N+1)-tuplet loss: each row has its own positive and N negatives of its own (Sohn 2016, sec. 3.1).
+
+    Reads the pooled states of the towers, like `NPair`. The negatives are the keys of the next N rows of the whole batch,
+    whose order is random. A negative that shows the same image is excluded.
+
+    Args:
+        num_negatives: N.
+        l2: Weight of the penalty on the squared norms.
+    """
+
+    num_negatives: int = 16
+    l2: float = 0.002
+    sides: Sides = "images"
+
+    def validate(self, experiment: Experiment) -> None:
+        require_sides(experiment, "Tuplet", self.sides)
+        rows = experiment.micro_batch_size
+        if not 1 <= self.num_negatives < rows:
+            raise UserError(
+                f"Tuplet.num_negatives is {self.num_negatives}; a micro-batch of {rows} has 1 to {rows - 1} other rows"
+            )
+
+    def __call__(self, f: Forward) -> Tensor:
+        x, y = (side.tokens[:, 0] for side in sides_of(f, self.sides))  # (B, D) each
+        keys = f.all.gather(lambda bundle: sides_of(bundle, self.sides)[1].tokens[:, 0])  # (M, D)
+        steps = torch.arange(1, self.num_negatives + 1, device=x.device)
+        negative = (f.all.rows[:, None] + steps) % len(keys)  # (B, N)
+        allowed = f.all.image_id[negative] != f.batch.image_id[:, None]
+        square_norm = (x.float().square().sum(1) + y.float().square().sum(1)).mean() / 2
+        return tuplet_loss(x, y, keys[negative], allowed) + self.l2 / 2 * square_norm
 
 
 @dataclass(frozen=True)
