@@ -1,11 +1,13 @@
 """A config is a Python module: which of its functions is called, what it can import, and what is refused."""
 
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT, environment
 from vlp.errors import UserError
 from vlp.specs.config_file import call_config, load_module
 
@@ -107,3 +109,20 @@ def test_missing_argument_of_a_spec_is_one_line(write):
 def test_other_type_errors_keep_their_traceback(write):
     with pytest.raises(TypeError, match="unsupported operand"):
         call_config(write("def config(): return 1 + 'a'"), [object])
+
+
+def test_spawned_data_worker_imports_the_class_of_a_config(write, tmp_path_factory):
+    """A start method other than fork: the worker finds the config by the search path that it gets from its parent."""
+    config = write("class Mine:\n    x = 1\n\ndef config(): return Mine()")
+    main = tmp_path_factory.mktemp("elsewhere") / "main.py"
+    main.write_text(
+        "import multiprocessing, sys\n"
+        "from vlp.specs.config_file import call_config\n"
+        "if __name__ == '__main__':\n"
+        "    made = call_config(sys.argv[1], (object,))\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        print(pool.apply_async(repr, (made,)).get(20))\n"
+    )
+    command = [sys.executable, str(main), config]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert done.stdout.startswith("<vlp_test_config.Mine object"), done.stderr
