@@ -18,6 +18,7 @@ from vlp.data.reading.sentences import Sentences
 from vlp.data.reading.shards import Source
 from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.errors import UserError
+from vlp.files import local_path
 from vlp.models.base import Model, ModelSpec
 from vlp.optim.ema import MomentumConfig
 from vlp.optim.optimizers import AdamW
@@ -202,7 +203,7 @@ class Experiment:
 
     @property
     def folder(self) -> Path:
-        return Path(self.output) / self.name
+        return local_path(self.output) / self.name
 
     def resolved(self) -> Experiment:
         """Return the experiment with every value that weights and annotations determine filled in: sizes, classes, ..."""

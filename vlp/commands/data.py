@@ -10,6 +10,7 @@ from pathlib import Path
 from vlp.commands import annotations, dedup, texts, world
 from vlp.commands.progress import progress_bar
 from vlp.errors import UserError
+from vlp.files import local_path
 
 
 def add_parser(commands) -> None:
@@ -45,6 +46,7 @@ def run_pack(options: argparse.Namespace) -> int:
     from vlp.data.preparing.formats import read_pairs
     from vlp.data.preparing.pack import Packing, pack
 
+    options.image_root = options.image_root and local_path(options.image_root)
     if options.image_root and not options.image_root.is_dir():
         raise UserError(f"--image-root {options.image_root} is not a folder; give the one that image paths start from")
     packing = Packing(options.shard_samples, options.max_side)

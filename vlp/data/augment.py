@@ -188,6 +188,20 @@ def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     return interpolate(image, size, mode=interpolation, antialias=True)[0]
 
 
+def resize_like_torchvision(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    """Resize with torchvision's pixels: as `resize`, always with the width first."""
+    return interpolate(image[None], size, mode=interpolation, antialias=True)[0]
+
+
+def resize_like_pil(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    """Resize with PIL's pixels."""
+    pil = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    return to_tensor(np.array(pil.resize(size[::-1], Image.Resampling[interpolation.upper()])))
+
+
+RESAMPLERS = {"fast": resize, "pil": resize_like_pil, "torchvision": resize_like_torchvision}
+
+
 def finish(image: Tensor, flip: float, then: tuple[Step, ...], rng: np.random.Generator, caption: str) -> Tensor:
     """Mirror with probability ``flip``, unless the caption mentions a side, then apply the further steps in order."""
     if rng.random() < flip and not mentions_side(caption):
@@ -267,15 +281,22 @@ class ResizeCrop:
 
 @dataclass(frozen=True)
 class Resize:
-    """The whole image or its centre, nothing random: for evaluation.
+    """Deterministic transform for evaluation: resize the whole image, then crop the centre.
 
-    ``mode`` "center" scales so that the model's shape is just covered (open_clip, timm); "squash" ignores the image's
-    shape (ALBEF, ALIGN). Then the centre is cut out, its side ``fraction`` of the resized one (timm's crop_pct; ALIGN
-    289/346).
+    Args:
+        mode: "center" scales the image so that it just covers the model's shape (open_clip, timm). "squash" ignores the
+            aspect ratio (ALBEF, ALIGN).
+        fraction: Side of the crop over the side of the resized image (timm's crop_pct; ALIGN uses 289/346).
+        resampler: "fast" is within 2/255 of PIL's pixels. "pil" and "torchvision" are the pixels of these libraries, for
+            published weights whose own preprocessing uses one of them.
+        odd_margin: Offset of the crop where its margin is an odd number of pixels: "round" to even (torchvision) or "floor"
+            (transformers).
     """
 
     mode: Literal["center", "squash"] = "center"
     fraction: float = 1.0
+    resampler: Literal["fast", "pil", "torchvision"] = "fast"
+    odd_margin: Literal["round", "floor"] = "round"
 
     def __call__(
         self,
@@ -289,8 +310,10 @@ class Resize:
         if self.mode == "center":  # one side fits exactly, the other is rounded down, as torchvision's Resize does
             h, w = image.shape[:2]
             height, width = max(height, width * h // w), max(width, height * w // h)
-        top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
-        return resize(to_tensor(image), (height, width), interpolation)[:, top : top + size[0], left : left + size[1]]
+        margins = (height - size[0]) / 2, (width - size[1]) / 2
+        top, left = map(round if self.odd_margin == "round" else math.floor, margins)
+        whole = RESAMPLERS[self.resampler](to_tensor(image), (height, width), interpolation)  # (3, height, width)
+        return whole[:, top : top + size[0], left : left + size[1]]
 
 
 Transform = RandomResizedCrop | ResizeCrop | Resize

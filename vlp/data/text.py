@@ -20,9 +20,9 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from vlp.data.reading.shards import write_atomically
+from vlp.data.reading.tables import read_json, read_text
 from vlp.errors import UserError
-from vlp.files import resolve
+from vlp.files import resolve, write_atomically
 from vlp.types import Vocabulary
 
 # Data workers run in parallel, so threads inside each would only compete, and after a fork the library warns of a
@@ -31,7 +31,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 MAX_CHARACTERS = 1000  # alphabet of a trained vocabulary; rarer characters become [UNK]
 SPECIAL = {"pad": ("[PAD]", "<pad>"), "cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>"), "mask": ("[MASK]", "<mask>")}
+SPECIAL_TOKEN = re.compile(r"[\[<].*[\]>]", re.DOTALL)
 OPEN_CLIP_FILE = "open_clip_tokenizer.json"
+MODEL_NAME = re.compile(
+    r"[A-Za-z0-9][\w.-]*"
+)  # no path, and no schema such as hf-hub:, from which open_clip would download
 
 
 class Tokenizer:
@@ -53,6 +57,7 @@ class Tokenizer:
         missing = [SPECIAL[name][0] for name in ("pad", "cls", "sep") if found[name] is None]
         if missing:
             raise UserError(f"the tokenizer has no token {' or '.join(missing)}; use a BERT-like one, or train one")
+        check_spelling(backend.get_vocab(), "the tokenizer")
         self.pad_id, self.cls_id, self.sep_id, self.mask_id = found.values()
         if isinstance(backend.model, models.WordPiece) and backend.decoder is None:
             backend.decoder = decoders.WordPiece()
@@ -141,7 +146,7 @@ class OpenClipTokenizer:
     def __init__(self, name: str):
         import open_clip
 
-        config = open_clip.get_model_config(name)
+        config = open_clip.get_model_config(name) if isinstance(name, str) and MODEL_NAME.fullmatch(name) else None
         if config is None:
             raise UserError(f"open_clip has no model {name!r}; `open_clip.list_models()` names them")
         if "hf_tokenizer_name" in config["text_cfg"]:
@@ -203,6 +208,23 @@ def pad(rows: list[list[int]], max_length: int, pad_id: int, keep_last: bool) ->
     return torch.from_numpy(ids), torch.from_numpy(mask), cut
 
 
+def check_spelling(tokens: Iterable[str], name: str) -> None:
+    """Refuse a vocabulary of hardly more than special tokens, with which all texts look the same.
+
+    transformers makes such a tokenizer for a folder without tokenizer files.
+
+    Args:
+        tokens: The vocabulary.
+        name: Name of the tokenizer, for the message.
+
+    Raises:
+        UserError: if fewer than two tokens are parts of words.
+    """
+    words = [t for t in tokens if not SPECIAL_TOKEN.fullmatch(t) and any(map(str.isalnum, t))]
+    if len(words) < 2:
+        raise UserError(f"{name} has only special tokens and cannot spell a text; fetch the tokenizer's files too")
+
+
 def _first_known(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> int | None:
     return next((backend.token_to_id(t) for t in tokens if backend.token_to_id(t) is not None), None)
 
@@ -230,7 +252,8 @@ def load_tokenizer(path: str, sep: bool | None = None, clean: bool = False) -> T
         if file is None:
             raise UserError(f"{path} has neither tokenizer.json nor vocab.txt; give the folder of a fast tokenizer")
     if file.name == OPEN_CLIP_FILE:
-        return OpenClipTokenizer(json.loads(file.read_text())["name"])
+        content = read_json(file)
+        return OpenClipTokenizer(content.get("name") if isinstance(content, dict) else None)
     try:
         backend = _from_vocabulary(file) if file.suffix == ".txt" else tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exceptions
@@ -243,11 +266,12 @@ def load_tokenizer(path: str, sep: bool | None = None, clean: bool = False) -> T
 
 def _from_vocabulary(file: Path) -> tokenizers.Tokenizer:
     """Build BERT's WordPiece from a vocab.txt, lower-case unless the tokenizer_config.json next to it disables that."""
-    tokens = file.read_text(encoding="utf-8").splitlines()
+    tokens = read_text(file).replace("\r\n", "\n").rstrip("\n").split("\n")  # splitlines() would also split at U+2028
     if "[UNK]" not in tokens:
         raise ValueError("it has no line [UNK]")
     config = file.with_name("tokenizer_config.json")
-    lowercase = json.loads(config.read_text()).get("do_lower_case", True) if config.is_file() else True
+    settings = read_json(config) if config.is_file() else {}
+    lowercase = not isinstance(settings, dict) or settings.get("do_lower_case", True) is not False
     backend = _wordpiece({token: i for i, token in enumerate(tokens)}, lowercase)
     backend.add_special_tokens([token for names in SPECIAL.values() for token in names if token in tokens])
     return backend

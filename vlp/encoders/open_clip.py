@@ -85,10 +85,7 @@ class OpenClip:
         own = self._config()["text_cfg"].get("context_length", 77)
         if (self.context_length or own) > own:
             raise UserError(f"{self.name} reads {own} tokens; set context_length to {own} or less")
-        # The tags of a model nearly always agree on normalisation, so a file of unknown origin takes that of the first one.
-        tags = open_clip.list_pretrained_tags_by_model(self.name)
-        tag = self.weights if self.weights in tags else next(iter(tags), None)
-        cfg = open_clip.get_pretrained_cfg(self.name, tag) if tag else {}
+        cfg = pretrained_settings(self.name, self.weights)
         return replace(
             self,
             context_length=self.context_length or own,
@@ -145,6 +142,16 @@ class OpenClip:
                 f"{self.name} has a text tower from a hub or a decoder; use TimmImage with BertText instead"
             )
         return config
+
+
+def pretrained_settings(name: str, weights: str | None) -> dict:
+    """Return open_clip's preprocessing of a model's weights: mean, std, interpolation, resize_mode.
+
+    The tags of a model nearly always agree on it, so a file of unknown origin takes that of the first one.
+    """
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    tag = weights if weights in tags else next(iter(tags), None)
+    return open_clip.get_pretrained_cfg(name, tag) if tag else {}
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import torch
 from accelerate import PartialState
 
 from vlp.config import Data
-from vlp.data.augment import Resize
 from vlp.errors import UserError
 from vlp.files import file_hash
 from vlp.models.base import Model
@@ -48,7 +47,7 @@ class LoadOptions:
     def applied_to(self, data: Data) -> Data:
         """Return the data settings with those that are given here replaced."""
         given = {"tokenizer": self.tokenizer, "max_length": self.max_length, "workers": self.workers}
-        given["resize"] = Resize(self.resize) if self.resize else None
+        given["resize"] = replace(data.resize, mode=self.resize, fraction=1.0) if self.resize else None
         return replace(data, **{name: value for name, value in given.items() if value is not None})
 
     def refuse(self, reason: str, *names: str) -> None:

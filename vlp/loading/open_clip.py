@@ -7,10 +7,13 @@ import open_clip
 from vlp.config import Data
 from vlp.data.augment import Resize
 from vlp.data.text import load_tokenizer
-from vlp.encoders.open_clip import OpenClip
+from vlp.encoders.open_clip import OpenClip, pretrained_settings
+from vlp.errors import UserError
 from vlp.files import resolve
 from vlp.loading.base import NO_OPTIONS, LoadedModel, LoadOptions, published
 from vlp.models.dual import Dual
+
+RESIZE_MODES = {"shortest": "center", "squash": "squash"}  # open_clip's names
 
 
 def load_open_clip(name: str, options: LoadOptions = NO_OPTIONS) -> LoadedModel:
@@ -23,9 +26,13 @@ def load_open_clip(name: str, options: LoadOptions = NO_OPTIONS) -> LoadedModel:
     model_name, _, weights = name.partition("/")
     towers = OpenClip(model_name, weights=weights or None).resolved()
     model = Dual(towers=towers, projection="none", temperature=None if weights else 1.0).build()
-    tag = open_clip.get_pretrained_cfg(model_name, weights) if weights else None
-    resize = Resize("squash" if (tag or {}).get("resize_mode") == "squash" else "center")
+    mode = pretrained_settings(model_name, weights).get("resize_mode") or "shortest"
+    if mode not in RESIZE_MODES:
+        raise UserError(
+            f"open_clip's {model_name} resizes images by their {mode} side and pads them, which is not supported"
+        )
+    resize = Resize(RESIZE_MODES[mode], resampler="pil")
     own = Data((), None, f"open_clip:{model_name}", max_length=towers.context_length, resize=resize)
     data = options.applied_to(own)
-    files = [resolve(weights)] if weights and not tag else []
+    files = [resolve(weights)] if weights and not open_clip.get_pretrained_cfg(model_name, weights) else []
     return published(f"open_clip:{name}", model, load_tokenizer(data.tokenizer), data, files)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from vlp.config import Data
 from vlp.data.augment import Resize
 from vlp.data.preprocess import Preprocess
-from vlp.data.text import pad
+from vlp.data.text import check_spelling, pad
 from vlp.encoders.base import ImageTower, PooledTextTower
 from vlp.errors import UserError
 from vlp.loading.base import NO_OPTIONS, LoadedModel, LoadOptions, published
@@ -32,6 +32,7 @@ INDEX = "model.safetensors.index.json"  # names the files of weights that are in
 # Buffers of older versions: position numbers from 0.
 DERIVED = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 PROJECTIONS = {"clip": "both", "align": "text-to-image", "siglip": "none", "siglip2": "none"}
+PROCESSORS = ("CLIPImageProcessor", "SiglipImageProcessor", "EfficientNetImageProcessor", "ViTImageProcessor")
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
@@ -46,7 +47,8 @@ def model_type(folder: Path) -> str | None:
 def load_transformers(folder: Path, options: LoadOptions = NO_OPTIONS) -> LoadedModel:
     """Load a CLIPModel, AlignModel, SiglipModel or Siglip2Model that ``save_pretrained`` or a hub wrote.
 
-    Siglip2 takes images of any shape. Here they are squashed to the largest square of patches that it takes.
+    Siglip2 keeps the aspect ratio of images (NaFlex), which is not implemented. With ``options.resize`` "squash" its images
+    are squashed to the largest square of patches that it takes.
 
     Raises:
         UserError: if a part is missing, cannot be read without running code, or does not fit.
@@ -62,7 +64,7 @@ def load_transformers(folder: Path, options: LoadOptions = NO_OPTIONS) -> Loaded
     files = _weight_files(folder)
     state = {key: value for file in files for key, value in reading.read_weights(file).items()}
     report = reading.load(model, state, ignored=DERIVED)
-    preprocess, resize = _preprocessing(folder, config)
+    preprocess, resize = _preprocessing(folder, config, squash=options.resize == "squash")
     tokenizer = TransformersTokenizer(folder)
     dual = _dual_encoder(model, preprocess, tokenizer, report)
     data = Data((), None, str(folder), max_length=dual.text.max_length, resize=resize)
@@ -99,14 +101,25 @@ def _line(error: Exception) -> str:
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         names = json.loads((folder / INDEX).read_text())["weight_map"].values()
+        if strange := [name for name in names if Path(str(name)).name != name]:
+            raise UserError(f"{folder}/{INDEX} names {strange[0]!r}, which is not a file in the folder")
         return [folder / name for name in dict.fromkeys(names)]
     if files := [folder / name for name in FILES if (folder / name).is_file()]:
         return files[:1]
     raise UserError(f"{folder} has a config.json but no {' or '.join(FILES)}; fetch the weights too")
 
 
-def _preprocessing(folder: Path, config) -> tuple[Preprocess, Resize]:
-    """Return the steps of the folder's image processor: one affine map of the pixels, and one resize and crop."""
+def _preprocessing(folder: Path, config, squash: bool) -> tuple[Preprocess, Resize]:
+    """Return the steps of the folder's image processor: one affine map of the pixels, and one resize and crop.
+
+    Args:
+        folder: Folder of the processor.
+        config: Configuration of the model.
+        squash: Squash images to one shape although the model keeps their aspect ratio.
+
+    Raises:
+        UserError: if the processor has a step that `Preprocess` and `Resize` cannot express.
+    """
     from transformers import AutoImageProcessor
 
     try:
@@ -116,32 +129,67 @@ def _preprocessing(folder: Path, config) -> tuple[Preprocess, Resize]:
             f"{folder} lacks preprocessor_config.json, which says how images are prepared: {error}"
         ) from error
     steps = own.to_dict()  # each family of processors has some of them
-    interpolation = INTERPOLATIONS.get(int(own.resample))
+    interpolation = INTERPOLATIONS.get(steps.get("resample"))
     if interpolation is None:
         raise UserError(
-            f"{folder} resizes with PIL's filter {int(own.resample)}; only bilinear and bicubic are supported"
+            f"{folder} resizes with PIL's filter {steps.get('resample')}; only bilinear and bicubic are supported"
         )
     if config.model_type == "siglip2":
+        if not squash:
+            raise UserError(
+                f"{folder} keeps the aspect ratio of images, which is not supported; say resize=squash to evaluate it on "
+                "squashed images, which it was not trained with"
+            )
         sides = (own.patch_size * math.isqrt(own.max_num_patches),) * 2
-        return Preprocess(sides, tuple(own.image_mean), tuple(own.image_std), interpolation), Resize(mode="squash")
-    crops = bool(steps.get("do_center_crop"))
-    shortest = "shortest_edge" in own.size and own.size["shortest_edge"]
-    resized = (shortest, shortest) if shortest else (own.size["height"], own.size["width"])
-    size = (own.crop_size["height"], own.crop_size["width"]) if crops else resized
-    if shortest and not crops:
-        raise UserError(f"{folder} does not crop images, so that they would have different shapes; set do_center_crop")
+        resize = Resize(mode="squash", resampler="torchvision")
+        return Preprocess(sides, tuple(own.image_mean), tuple(own.image_std), interpolation), resize
+    size, resize = _resize_of(folder, type(own).__name__, steps)
     # theirs: (x * factor - offset - mean) / std of x in [0, 255]; `Preprocess` takes x / 255
     scale = 255 * own.rescale_factor if own.do_rescale else 255.0
     offset = float(steps.get("rescale_offset") or False)
     mean, std = (own.image_mean, own.image_std) if own.do_normalize else ((0.0,) * 3, (1.0,) * 3)
     again = own.image_std if steps.get("include_top") else (1.0,) * 3  # EfficientNet divides twice
     preprocess = Preprocess(
-        tuple(size),
+        size,
         tuple((m + offset) / scale for m in mean),
         tuple(s * a / scale for s, a in zip(std, again)),
         interpolation,
     )
-    return preprocess, Resize(mode="center" if shortest else "squash", fraction=size[0] / resized[0])
+    return preprocess, resize
+
+
+def _resize_of(folder: Path, processor: str, steps: dict) -> tuple[tuple[int, int], Resize]:
+    """Return the (H, W) of a processor's images, and its resize and crop.
+
+    Raises:
+        UserError: if it has other steps, or images would keep different shapes.
+    """
+    if not processor.startswith(PROCESSORS):
+        raise UserError(
+            f"{folder} has a {processor}, whose steps are unknown here; {', '.join(PROCESSORS)} are supported"
+        )
+    if not steps.get("do_resize") or steps.get("do_pad"):
+        raise UserError(f"{folder} does not resize images, or pads them, which is not supported; change its do_resize")
+    given = {name: value for name, value in dict(steps["size"]).items() if value}
+    crops = bool(steps.get("do_center_crop"))
+    if set(given) == {"shortest_edge"} and not crops:
+        raise UserError(f"{folder} does not crop images, so that they would have different shapes; set do_center_crop")
+    if set(given) not in ({"shortest_edge"}, {"height", "width"}):
+        raise UserError(f"{folder} resizes images to {given}; only shortest_edge, or height and width, are supported")
+    mode = "center" if "shortest_edge" in given else "squash"
+    resized = (given["shortest_edge"],) * 2 if mode == "center" else (given["height"], given["width"])
+    crop = dict(steps["crop_size"]) if crops else {}
+    size = (crop["height"], crop["width"]) if crops else resized
+    resize = Resize(mode, fraction=size[0] / resized[0], resampler="torchvision", odd_margin="floor")
+    if mode == "center" and size[0] != size[1]:
+        raise UserError(f"{folder} crops {size[0]} x {size[1]} pixels; only squares are supported with shortest_edge")
+    if any(c > r for c, r in zip(size, resized)):
+        raise UserError(
+            f"{folder} crops {size} of images of {resized} pixels, which would be padded; correct crop_size"
+        )
+    if any(round(side / resize.fraction) != whole for side, whole in zip(size, resized)):
+        raise UserError(f"{folder} crops {size} of {resized} pixels; only crops of the same shape are supported")
+    return size, resize
 
 
 class TransformersImageTower(ImageTower):
@@ -234,6 +282,7 @@ class TransformersTokenizer:
             self._own = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, ImportError, AttributeError) as error:
             raise UserError(f"{folder} has no tokenizer that can be read: {_line(error)}") from error
+        check_spelling(self._own.get_vocab(), f"the tokenizer of {folder}")
         self.vocab_size: int = len(self._own)
         self.pad_id = 0 if self._own.pad_token_id is None else self._own.pad_token_id
         self.padding = self.pad_id, self._own.padding_side

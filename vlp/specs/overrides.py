@@ -10,6 +10,7 @@ from dataclasses import is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from vlp.errors import UserError
+from vlp.files import split_locations
 from vlp.specs.fields import field_values
 from vlp.specs.types import describe_type
 
@@ -69,7 +70,7 @@ def _set(node: Any, key: str, path: list[str], text: str) -> Any:
 def _parse(key: str, text: str, hint: Any, old: Any) -> Any:
     """Return ``text`` parsed as the type ``hint``. A tuple of specs may be given as paths separated by commas."""
     if kinds := _spec_kinds(hint):
-        return tuple(old[0].at(path) if old else kinds[0](path) for path in text.split(","))
+        return tuple(old[0].at(path) if old else kinds[0](path) for path in split_locations(text))
     if hint is Any or is_dataclass(hint):
         names = [f.name for f in dataclasses.fields(old)] if is_dataclass(old) else []
         raise UserError(

@@ -15,7 +15,7 @@ from statistics import fmean, stdev
 
 from vlp.config import Experiment, load_config
 from vlp.errors import UserError
-from vlp.files import write_atomically
+from vlp.files import local_path, write_atomically
 from vlp.report.run import png
 from vlp.specs.overrides import override
 from vlp.specs.user_code import NO_CODE, UserCode
@@ -49,7 +49,7 @@ class Ablation:
 
     @property
     def folder(self) -> Path:
-        return Path(self.output) / self.name
+        return local_path(self.output) / self.name
 
     def overridden(self, assignments: list[str]) -> Ablation:
         """Return the ablation with each ``dotted.key=value`` applied in turn.

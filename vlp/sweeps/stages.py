@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vlp.config import Experiment, load_json
 from vlp.errors import UserError
+from vlp.files import local_path
 from vlp.specs.overrides import override
 from vlp.specs.user_code import NO_CODE, UserCode
 from vlp.sweeps.run_queue import RunQueue, check_same, has_started, is_finished
@@ -36,7 +37,7 @@ class Stages:
 
     @property
     def folder(self) -> Path:
-        return Path(self.output) / self.name
+        return local_path(self.output) / self.name
 
     def runs(self) -> list[Experiment]:
         """Return the experiments with the folders and weights that they are trained with.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from vlp.config import Data
 from vlp.data.preparing.dedup import AnnotatedCollection, Collection, FileCollection, ShardCollection, same_bytes
 from vlp.data.reading.annotated import Annotated, AnnotatedReader
 from vlp.data.reading.shards import Source
 from vlp.errors import UserError
+from vlp.files import local_path
 from vlp.tasks.base import Images, Task
 
 MOST = 1_000_000  # training pictures whose indexes are read for this
@@ -35,8 +34,8 @@ def contaminated_images(task: Task, data: Data, allow: bool) -> int | None:
         return None
     if any("://" in (source.shards if isinstance(source, Source) else source.images or "") for source in sources):
         return None
-    shards = [Path(source.shards).resolve() for source in sources if isinstance(source, Source)]
-    if isinstance(of_task, str) and Path(of_task).resolve() in shards:
+    shards = [local_path(source.shards).resolve() for source in sources if isinstance(source, Source)]
+    if isinstance(of_task, str) and local_path(of_task).resolve() in shards:
         return len(ShardCollection(of_task))
     asked = _pictures(of_task)
     try:

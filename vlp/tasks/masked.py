@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,8 +15,10 @@ from torch.nn import functional as F
 
 from vlp.config import Data
 from vlp.data.preparing.formats import read_pairs
+from vlp.data.reading.tables import Lines
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
+from vlp.files import local_path
 from vlp.forward import Forward
 from vlp.objectives.masking import TextMasking
 from vlp.specs.fields import setting
@@ -59,11 +60,12 @@ class MaskedPrediction(Task):
     def _read(self) -> list[str]:
         if not self.data:
             raise UserError("masked has no data: give data=FILE, a .txt or annotations with captions")
-        path = Path(self.data)
+        path = local_path(self.data)
         if path.suffix == ".txt":
             if not path.is_file():
                 raise UserError(f"no such file: {path}; give data=FILE")
-            texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = Lines(path)
+            texts = [lines[index].strip() for index in range(len(lines))]
         else:
             texts = [caption for pair in read_pairs(path, split=self.split) for caption in pair.captions]
         if not any(texts):

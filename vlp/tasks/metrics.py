@@ -75,7 +75,9 @@ def bootstrap(values: np.ndarray, groups: np.ndarray, seed: int, resamples: int 
         groups: (n,) queries of one group (captions of one picture) are drawn together, since they are not independent.
         resamples: drawn with replacement; 0 = no interval.
     """
-    _, group = np.unique(groups, return_inverse=True)
+    # numbered by first appearance, so that the interval depends on which queries share a group, and not on the ids
+    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    group = np.argsort(np.argsort(first))[group]
     sums, counts = np.bincount(group, weights=values), np.bincount(group)
     rng = np.random.default_rng(seed)
     means = np.empty(resamples)

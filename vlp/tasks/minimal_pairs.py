@@ -14,6 +14,7 @@ from vlp.data.reading.shards import ShardReader
 from vlp.data.stream import EvalDataset, evaluation_batches
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
+from vlp.files import local_path
 from vlp.specs.fields import setting
 from vlp.tasks.base import EvalModel, Result, Task, evaluating
 from vlp.tasks.metrics import bootstrap
@@ -51,7 +52,7 @@ class MinimalPairs(Task):
         return self._source(data)
 
     def _source(self, data: Data) -> str:
-        world = self.data or (data.val and Path(data.val).parent)
+        world = self.data or (data.val and local_path(data.val).parent)
         if not world:
             raise UserError("minimal-pairs has no data: give data=FOLDER, made by vlp data world")
         return str(Path(world) / self.split)

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlp.config import Data
+from vlp.data.reading.tables import Lines
 from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
+from vlp.files import local_path
 from vlp.losses.geometry import uniformity
 from vlp.specs.fields import setting
 from vlp.tasks.base import EvalModel, Result, Task, evaluating
@@ -72,7 +74,8 @@ class SentenceSimilarity(Task):
         if not self.data or not self.tasks:
             raise UserError(f"sts has no data: give data=FOLDER with {', '.join(self.tasks or STANDARD)} as .tsv files")
         files = {
-            name: read_pairs(Path(self.data) / f"{name}.tsv") for name in {**dict.fromkeys(self.tasks + self.geometry)}
+            name: read_pairs(local_path(self.data) / f"{name}.tsv")
+            for name in {**dict.fromkeys(self.tasks + self.geometry)}
         }
         if self.geometry and not any(score > 4 for name in self.geometry for score, _, _ in files[name]):
             raise UserError(
@@ -150,16 +153,15 @@ def read_pairs(path: Path) -> Pairs:
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.tsv")))
         raise UserError(f"no file {path}; the folder has {there or 'no .tsv'}")
-    pairs = []
-    with open(path, encoding="utf-8", newline="\n") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                score, a, b = line.rstrip("\r\n").split("\t")[:3]
-                pairs.append((float(score), a.strip(), b.strip()))
-            except ValueError:
-                raise UserError(f"{path} line {number}: expected score, sentence and sentence, apart by tabs") from None
-            if not (math.isfinite(pairs[-1][0]) and a.strip() and b.strip()):
-                raise UserError(f"{path} line {number}: the score is not finite, or a sentence is empty; drop the line")
+    pairs, lines = [], Lines(path)
+    for index, number in enumerate(lines.numbers):
+        try:
+            score, a, b = lines[index].split("\t")[:3]
+            pairs.append((float(score), a.strip(), b.strip()))
+        except ValueError:
+            raise UserError(f"{path} line {number}: expected score, sentence and sentence, apart by tabs") from None
+        if not (math.isfinite(pairs[-1][0]) and a.strip() and b.strip()):
+            raise UserError(f"{path} line {number}: the score is not finite, or a sentence is empty; drop the line")
     if len(pairs) < 2:
         raise UserError(f"{path} has {len(pairs)} pairs; a correlation needs two or more")
     return pairs

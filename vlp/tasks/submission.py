@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from vlp.errors import UserError
-from vlp.files import write_atomically
+from vlp.files import local_path, write_atomically
 
 
 def need_ids(ids: Sequence[Any], field: str) -> None:
@@ -20,11 +19,11 @@ def need_ids(ids: Sequence[Any], field: str) -> None:
 def check_submission(path: str) -> None:
     """Raises UserError where nothing can be written there: before the work, not after it."""
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        local_path(path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}; choose another submission=FILE") from None
-    if not os.access(Path(path).parent, os.W_OK):
-        raise UserError(f"cannot write into {Path(path).parent}; choose another submission=FILE")
+    if not os.access(local_path(path).parent, os.W_OK):
+        raise UserError(f"cannot write into {local_path(path).parent}; choose another submission=FILE")
 
 
 def write_submission(path: str, text: str, bad: Sequence[dict], rank: int) -> None:
@@ -41,7 +40,7 @@ def write_submission(path: str, text: str, bad: Sequence[dict], rank: int) -> No
     if rank != 0:
         return
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(path), text.encode())
+        local_path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(local_path(path), text.encode())
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}; choose another submission=FILE") from None

@@ -15,6 +15,7 @@ from vlp.config import Data
 from vlp.data.reading.benchmarks import CifarImage
 from vlp.data.reading.labelled import FORMS, LabelledImages, read_labelled
 from vlp.errors import UserError
+from vlp.files import local_path
 from vlp.specs.fields import setting
 from vlp.tasks.base import EvalModel, Result, Task, evaluating
 from vlp.tasks.embeddings import encode_texts
@@ -85,8 +86,10 @@ class ZeroShot(Task):
             classifier = torch.stack([class_embedding(subject, name, templates) for name in names])
         encoded = encode_pictures(subject, pictures, "embed", self.batch_size)
         scores, labels = encoded.features @ classifier.T, encoded.labels
-        # as in retrieval, a class that ties with the true one counts as ahead of it
-        rank = (scores >= scores.gather(1, labels[:, None])).sum(1) - 1
+        # As in retrieval, a class that ties with the true one counts as ahead of it. Of classes with one name (ImageNet has
+        # two cranes), which always tie, the first counts as the prediction, as argmax in published evaluations has it.
+        later_twin = torch.tensor([[a == b for b in names] for a in names]).triu(diagonal=1)  # (C, C)
+        rank = ((scores >= scores.gather(1, labels[:, None])) & ~later_twin[labels]).sum(1) - 1
         groups = np.arange(len(labels))
         metrics = {
             f"top{k}": bootstrap((rank < k).numpy().astype(np.float64), groups, subject.seed, self.resamples)
@@ -113,7 +116,7 @@ class ZeroShot(Task):
 def class_names(classes: list[str], names: str | None) -> list[str]:
     if names is not None:
         try:
-            given = json.loads(Path(names).read_text())
+            given = json.loads(local_path(names).read_text())
         except (OSError, ValueError) as e:
             raise UserError(f"cannot read class names from {names}: {e}") from None
         if not isinstance(given, dict) or not all(isinstance(name, str) for name in given.values()):

@@ -114,7 +114,7 @@ def read_list(path: str) -> tuple[str, ...]:
         UserError: if the file does not exist, is not UTF-8, or has no text.
     """
     file = resolve(path)
-    found = read_json(file) if file.suffix == ".json" else read_text(file).splitlines()
+    found = read_json(file) if file.suffix == ".json" else read_text(file).split("\n")
     texts = found if isinstance(found, list) and all(isinstance(text, str) for text in found) else []
     if not any(text.strip() for text in texts):
         raise UserError(f"{file} is not a list of texts; give one per line, or a json list")
