@@ -1,12 +1,20 @@
+import argparse
+import gzip
+import json
 import pickle
+import zipfile
 
+import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
+from vlp.encoders.image import TimmImage
+from vlp.encoders.text import BertText
 from vlp.errors import UserError
 from vlp.files import resolve
 from vlp.weights.reading import Grid, from_efficientnet_pytorch, load, read_weights
@@ -182,3 +190,177 @@ def test_efficientnet_pytorch_layout_covers_timms_names_with_squeeze_and_excitat
     converted = from_efficientnet_pytorch(foreign, counts)
     assert converted.keys() == own.keys()
     assert all(converted[key] is own[key] for key in own)
+
+
+# --- files as people have them -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    return timm.create_model("resnet10t", num_classes=10).state_dict()
+
+
+def tower_of(path):
+    return TimmImage("resnet10t", weights=str(path), image_size=64).build()
+
+
+@pytest.mark.parametrize(
+    "prefix, others",
+    [
+        ("_orig_mod.", False),
+        ("module._orig_mod.", False),
+        ("model.", False),
+        ("module.backbone.", False),
+        ("module.backbone.", True),
+        ("module.encoder_q.", True),
+    ],
+)
+def test_wrappers_around_a_tower_are_removed(tmp_path, resnet, prefix, others):
+    """Names of the same script outside the wrapper are reported, and no other tensor is taken for one of the tower."""
+    state = {prefix + key: value for key, value in resnet.items()}
+    if others:
+        state |= {f"module.encoder_k.{key}": torch.zeros_like(value) for key, value in resnet.items()}
+        state["module.queue"] = torch.zeros(3)
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "w.pth")
+    tower = tower_of(tmp_path / "w.pth")
+    own = tower.model.state_dict()
+    assert len(own) > 80 and all(torch.equal(value, resnet[key]) for key, value in own.items())
+    assert any("encoder_k" in key for key in tower.report.unexpected) == others
+    assert tower.report.new == ()
+
+
+def test_wrapper_with_only_some_of_the_names_is_refused(tmp_path, resnet):
+    state = {f"encoder_q.{key}": value for key, value in resnet.items() if key != "layer4.0.bn1.weight"}
+    torch.save(state | {"queue": torch.zeros(3)}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="the weights lack"):
+        tower_of(tmp_path / "w.pth")
+
+
+def test_wrappers_inside_a_model_are_removed(tmp_path, resnet):
+    state = {key.replace("layer1.", "layer1._orig_mod.", 1): value for key, value in resnet.items()}
+    torch.save(state, tmp_path / "w.pth")
+    assert read_weights(tmp_path / "w.pth").keys() == resnet.keys()
+
+
+def test_batch_norm_without_counters_is_loaded(tmp_path, resnet):
+    """Files older than torch 0.4.1 have none, and torch itself loads them."""
+    torch.save({key: value for key, value in resnet.items() if "num_batches" not in key}, tmp_path / "w.pth")
+    report = tower_of(tmp_path / "w.pth").report
+    assert report.new and all(name.endswith("num_batches_tracked") for name in report.new)
+    state = {key: value for key, value in resnet.items() if "running_mean" not in key}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="the weights lack conv1.1.running_mean"):
+        tower_of(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345\n", "git-lfs pointer.*git lfs pull"),
+        (b"<!DOCTYPE html><html>Sign in</html>", "is a web page"),
+        (b"\n <HTML><body>404</body></HTML>", "is a web page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is a web page"),
+        (b"", "it is empty"),
+        (gzip.compress(b"weights"), "is a gzip archive"),
+    ],
+)
+def test_files_that_are_not_weights_are_called_what_they_are(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        read_weights(tmp_path / name)
+    assert name in one_line(error) and "weights_only=False" not in str(error.value)
+
+
+def test_zip_of_something_else_and_json_are_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "w.pth", "w") as archive:
+        archive.writestr("model/weights.safetensors", b"x")
+    (tmp_path / "index.bin").write_text(json.dumps({"weight_map": {}}))
+    for name, message in {"w.pth": "a zip archive of model/weights.safetensors", "index.bin": "is JSON text"}.items():
+        with pytest.raises(UserError, match=message):
+            read_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [argparse.Namespace(lr=0.1), np.int64(3), np.float32(0.5), np.bool_(True), np.arange(3.0), np.zeros((2, 2))],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_settings_and_numbers_next_to_the_tensors_are_read_safely(tmp_path, extra, zipped):
+    content = {"state_dict": {"a": torch.ones(2)}, "args": extra}
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    assert torch.equal(read_weights(tmp_path / "w.pth")["a"], torch.ones(2))
+
+
+def test_settings_do_not_open_the_door_to_code(tmp_path):
+    canary = tmp_path / "canary"
+    torch.save({"model": {"a": torch.ones(1)}, "args": argparse.Namespace(x=Canary(canary))}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="convert it once"):
+        read_weights(tmp_path / "w.pth")
+    assert not canary.exists()
+
+
+def test_recipe_of_the_message_works(tmp_path, monkeypatch):
+    torch.save({"state_dict": {"a": torch.ones(2)}, "args": pytest.Config}, tmp_path / "w.pth")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="convert it once") as error:
+        read_weights("w.pth")
+    recipe = str(error.value).partition("once: ")[2].partition(", with the key")[0]
+    eval(recipe, {"torch": torch, "FILE": "w.pth"})
+    assert torch.equal(read_weights("x.pth")["a"], torch.ones(2))
+
+
+# --- folders of transformers -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bert(tmp_path):
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(**sizes, intermediate_size=64, max_position_embeddings=32)
+    torch.manual_seed(0)
+    model = transformers.BertModel(config)
+    config.save_pretrained(tmp_path)
+    return model, tmp_path
+
+
+def test_head_of_simcse_is_left_out_and_reported(bert):
+    """Its checkpoints have the pooler of the training script under mlp, and lm_head with masked language modelling."""
+    model, folder = bert
+    state = {f"bert.{key}": value for key, value in model.state_dict().items()}
+    heads = {
+        f"{head}.{leaf}": torch.zeros(32)
+        for head in ("mlp.dense", "lm_head.transform.dense")
+        for leaf in ("weight", "bias")
+    }
+    torch.save(state | heads, folder / "pytorch_model.bin")
+    tower = BertText(weights=str(folder)).build()
+    assert tower.report.new == () and heads.keys() <= set(tower.report.unexpected)
+    assert torch.equal(tower.model.embeddings.word_embeddings.weight, model.embeddings.word_embeddings.weight)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_weights_in_several_files_are_read_through_their_index(bert, safe):
+    model, folder = bert
+    state, name = model.state_dict(), "model.safetensors" if safe else "pytorch_model.bin"
+    stem, _, suffix = name.rpartition(".")
+    files = [f"{stem}-0000{n + 1}-of-00002.{suffix}" for n in range(2)]
+    for n, file in enumerate(files):
+        part = {key: value.clone() for key, value in list(state.items())[n::2]}
+        save_file(part, folder / file) if safe else torch.save(part, folder / file)
+    listed = {key: files[n % 2] for n, key in enumerate(state)}
+    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    own = BertText(weights=str(folder)).build().model.state_dict()
+    assert all(torch.equal(own[key], state[key]) for key in own)
+    (folder / files[1]).unlink()
+    with pytest.raises(UserError, match=f"lacks {files[1]}, which {name}.index.json lists"):
+        BertText(weights=str(folder)).build()
+    (folder / f"{name}.index.json").write_text("{}")
+    with pytest.raises(UserError, match="is damaged"):
+        BertText(weights=str(folder)).build()
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "princeton-nlp/unsup-simcse-bert-base-uncased"])
+def test_name_on_a_hub_says_what_to_download(name):
+    with pytest.raises(UserError, match=f"no such file or folder: {name}.*hf download {name} --local-dir") as error:
+        BertText(weights=name).build()
+    one_line(error)

@@ -21,14 +21,24 @@ from torch.nn import functional as F
 from vlp.encoders.activation_checkpointing import Checkpointing, checkpoint_blocks
 from vlp.encoders.base import LayerSizes, TextTower, TextTowerSpec
 from vlp.errors import UserError
-from vlp.files import resolve
 from vlp.weights import reading
 from vlp.weights.reading import LoadReport
 from vlp.weights.run import is_run, read_run, tower_spec
 
-# Parts of BERT-like checkpoints besides the encoder: pooler, heads of other tasks, buffers of older versions.
+# Parts of BERT-like checkpoints besides the encoder: pooler (SimCSE's is "mlp"), heads of other tasks, buffers of older
+# versions.
 HEADS = (
-    *("pooler", "cls", "lm_head", "classifier", "qa_outputs", "vocab_transform", "vocab_layer_norm", "vocab_projector"),
+    *(
+        "pooler",
+        "mlp",
+        "cls",
+        "lm_head",
+        "classifier",
+        "qa_outputs",
+        "vocab_transform",
+        "vocab_layer_norm",
+        "vocab_projector",
+    ),
     *("discriminator_predictions", "generator_predictions", "generator_lm_head"),
     *("embeddings.position_ids", "embeddings.token_type_ids"),
 )
@@ -137,7 +147,7 @@ class BertText(TextTowerSpec):
 
         if is_run(self.weights):
             return tower_spec(self.weights, "text", BertText).config
-        folder = resolve(self.weights)
+        folder = reading.resolve_weights(self.weights)
         try:
             return _architecture(AutoConfig.from_pretrained(folder, local_files_only=True))
         except (OSError, ValueError) as error:
@@ -164,15 +174,10 @@ def read_encoder(weights: str, prefix: str) -> dict[str, Tensor]:
         prefix: Name of the encoder within the saved model, removed where a name starts with it.
 
     Raises:
-        UserError: if the folder has no weights in one file.
+        UserError: if the folder has no weights.
     """
-    folder = resolve(weights)
-    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
-    if not files:
-        raise UserError(
-            f"{weights} holds neither model.safetensors nor pytorch_model.bin; save the model there in one file"
-        )
-    state = reading.read_weights(files[0])
+    files = reading.weight_files(reading.resolve_weights(weights))
+    state = {key: value for file in files for key, value in reading.read_weights(file).items()}
     # The first BERT checkpoints call a norm's weight gamma and its bias beta.
     norms = {"gamma": "weight", "beta": "bias"}
     state = {re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda m: norms[m[1]], key): v for key, v in state.items()}

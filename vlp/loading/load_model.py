@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vlp.errors import UserError
-from vlp.files import resolve
 from vlp.loading.albef import load_albef_file
 from vlp.loading.base import NO_OPTIONS, LoadedModel, LoadOptions
 from vlp.loading.open_clip import load_open_clip
@@ -55,7 +54,7 @@ def load_model(
         raise UserError(f"--checkpoint is for runs, and {path} is not one; name the file of weights itself")
     if path.startswith("open_clip:"):
         return load_open_clip(path.removeprefix("open_clip:"), options)
-    location = resolve(path)
+    location = reading.resolve_weights(path)
     if location.is_dir():
         kind = model_type(location)
         if kind in PROJECTIONS:

@@ -2,25 +2,79 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import pickle
+import re
+import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vlp.errors import UserError
-from vlp.files import resolve
+from vlp.files import local_path, relative_to, resolve
+
+# Modules that training scripts put around a model: DistributedDataParallel, torch.compile, Lightning, MoCo, MoCo v3.
+WRAPPERS = ("module", "_orig_mod", "model", "backbone", "network", "net", "encoder_q", "base_encoder", "encoder")
+# Wrappers that torch also puts around parts of a model.
+INNER_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a transformers folder. In several files: with .index.json
+HUB_NAME = re.compile(r"(?!.*\.(?:pth?|bin|ckpt|tar|safetensors)$)[\w-][\w.-]*(/[\w.-]+)?")
+# Settings and counters that training scripts save next to the tensors. numpy 1 and 2 have different names for theirs.
+NUMPY = [value.__reduce__()[0] for value in (np.int64(0), np.zeros(1))]  # functions that rebuild a scalar and an array
+SAFE = [argparse.Namespace, np.ndarray, np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd")]
+SAFE += [(call, f"numpy.{core}.multiarray.{call.__name__}") for core in ("core", "_core") for call in NUMPY]
+
+
+def resolve_weights(path: str) -> Path:
+    """Return the existing file or folder of weights that ``path`` names, as `vlp.files.resolve` does.
+
+    Raises:
+        UserError: if nothing exists there. For the name of a model on a hub, it says what to download.
+    """
+    if HUB_NAME.fullmatch(path) and not local_path(path).exists():
+        raise UserError(
+            f"no such file or folder: {path}{relative_to(path)}; check the path. If it is a name on the Hugging Face hub, "
+            f"download it first and name the folder: hf download {path} --local-dir FOLDER"
+        )
+    return resolve(path)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of weights in a transformers folder: one, or those that an index lists.
+
+    Raises:
+        UserError: if there are none, or the index cannot be read or lists missing files.
+    """
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                shards = [
+                    folder / shard for shard in dict.fromkeys(json.loads(index.read_text())["weight_map"].values())
+                ]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{index} is damaged: it lists no files of weights; fetch it again") from error
+            if missing := [shard.name for shard in shards if not shard.is_file()]:
+                raise UserError(f"{folder} lacks {_first(missing)}, which {index.name} lists; fetch the weights too")
+            return shards
+    raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS)}, in one file or several; fetch the weights too")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a weights file, on the CPU. Nothing in the file is executed.
 
-    Reads safetensors, and torch files that load with ``weights_only=True``. A dictionary under ``state_dict`` or ``model`` is
-    unwrapped, and the prefix ``module.`` of DistributedDataParallel is removed.
+    Reads safetensors, and torch files that load with ``weights_only=True``, also with the settings of argparse and the
+    numbers of numpy next to the tensors. A dictionary under ``state_dict`` or ``model`` is unwrapped, and prefixes of
+    `WRAPPERS` that all names have are removed.
 
     Args:
         path: A file, or ``pip:PACKAGE/sub/path``.
@@ -28,18 +82,48 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: if the file is missing, damaged, would have to be unpickled, or contains anything but tensors.
     """
-    path = resolve(str(path))
+    path = resolve_weights(str(path))
     if path.is_dir():
         raise UserError(f"{path} is a folder without experiment.json, so not a run; train it first, or name a file")
+    _check_content(path)
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    for wrapper in ("state_dict", "model"):
+    for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} is not a dictionary of tensors; save the model's state_dict()")
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    return dict(state)
+    state = {INNER_WRAPPERS.sub("", key): value for key, value in state.items()}
+    while (prefix := next(iter(state)).partition(".")[0]) in WRAPPERS and all(
+        k.startswith(f"{prefix}.") for k in state
+    ):
+        state = {key.removeprefix(f"{prefix}."): value for key, value in state.items()}
+    return state
+
+
+def _check_content(path: Path) -> None:
+    """Raise UserError for files that are often found in the place of weights, since no reader would name them."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    text = start.lstrip().lower()
+    if not start:
+        raise UserError(f"{path} is damaged: it is empty; fetch it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{path} is a git-lfs pointer, not the weights; run git lfs pull in its repository, or download the file itself"
+        )
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UserError(f"{path} is a web page, not weights (a login or error page); download the file itself")
+    if text.startswith((b'{"', b"{\n")) and path.suffix != ".safetensors":
+        raise UserError(f"{path} is JSON text, not weights; name the file of weights")
+    if start.startswith(b"\x1f\x8b"):
+        raise UserError(f"{path} is a gzip archive; unpack it and name the file of weights in it")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if not any(name.endswith("/data.pkl") for name in names):
+            raise UserError(
+                f"{path} is a zip archive of {_first(names)}, not a file of torch; unpack it and name the file of weights"
+            )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -54,13 +138,18 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path):
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(SAFE):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types here, and only the message tells the cases apart
-        refused = isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error)
-        if refused or "TorchScript" in str(error):
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"{path} is a TorchScript program and would run code on loading; if you trust it, convert it once: "
+                "torch.save(torch.jit.load(FILE).state_dict(), 'x.pth')"
+            ) from error
+        if isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error):
             raise UserError(
                 f"{path} contains more than tensors and would run code on loading; if you trust it, convert it once: "
-                "safetensors.torch.save_file(torch.load(..., weights_only=False), 'x.safetensors')"
+                "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'x.pth'), with the key of its tensors"
             ) from error
         raise UserError(f"{path} is damaged or not a weights file; fetch it again") from error
 
@@ -138,6 +227,10 @@ def load(
 ) -> LoadReport:
     """Copy ``state`` into ``module`` in place. Every name on either side must be loaded or declared.
 
+    Weights of a whole training script are recognised: if all names of ``module`` are in ``state`` behind a prefix of
+    `WRAPPERS`, such as ``encoder_q.``, the prefix is removed, and names without it are reported as unexpected. Counters of
+    BatchNorm (``num_batches_tracked``) may be missing, as in torch itself.
+
     Args:
         module: The module.
         state: Tensors by name.
@@ -153,9 +246,13 @@ def load(
     """
     # everything is checked before anything is copied
     own, grids = module.state_dict(), grids or {}
+    needed = [key for key in own if not _under(key, new) and not key.endswith(".num_batches_tracked")]
+    prefix = _wrapper(needed, state)
+    outside = [key for key in state if not key.startswith(prefix)]
+    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
-    if unexplained := [key for key in missing if not _under(key, new)]:
+    if unexplained := [key for key in needed if key not in state]:
         raise UserError(f"the weights lack {_first(unexplained)}; they are of another model, choose one that fits")
     if unexplained := [key for key in unexpected if not _under(key, ignored)]:
         raise UserError(f"the weights have {_first(unexplained)}, which the model lacks; choose a model that fits")
@@ -170,7 +267,16 @@ def load(
             raise UserError(f"{key} is {shapes}; choose a model of the same size")
     module.load_state_dict(fitting, strict=False)
     loaded = tuple(key for key in own if key in fitting)
-    return LoadReport(loaded, tuple(resized), new=tuple(missing), unexpected=tuple(unexpected))
+    return LoadReport(loaded, tuple(resized), new=tuple(missing), unexpected=(*unexpected, *outside))
+
+
+def _wrapper(needed: list[str], state: Mapping[str, Tensor]) -> str:
+    """Return the prefix of `WRAPPERS` behind which ``state`` has all needed names, or "" if there is none."""
+    if not needed or needed[0] in state:
+        return ""
+    prefixes = [key.removesuffix(needed[0]) for key in state if key.endswith(f".{needed[0]}")]
+    wrappers = [prefix for prefix in prefixes if set(prefix.rstrip(".").split(".")) <= set(WRAPPERS)]
+    return next((prefix for prefix in wrappers if all(prefix + key in state for key in needed)), "")
 
 
 def _under(key: str, prefixes: Iterable[str]) -> bool:
