@@ -28,7 +28,7 @@ from vlp.distributed import all_reduce_sum, world_size
 from vlp.encoders.decoder import Decoder
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage
-from vlp.encoders.mome import Mome
+from vlp.encoders.mome import SMALL
 from vlp.encoders.patch_targets import Pixels
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
@@ -39,7 +39,7 @@ from vlp.models.dual import Dual
 from vlp.models.single import Single
 from vlp.models.vlmo import Vlmo
 from vlp.objectives.base import Objective
-from vlp.optim.ema import EMA, MomentumConfig
+from vlp.optim.ema import MomentumConfig
 from vlp.train import Pretrainer, single_graph
 from vlp.training.detached import DetachedGraph
 from vlp.types import Answers, Batch, Vocabulary
@@ -61,9 +61,7 @@ TEXT = BertText(
 SIZES: dict[str, Any] = {"layers": 1, "heads": 2, "hidden_size": 48, "dropout": 0.0}
 ALBEF = Albef(IMAGE, TEXT, Fusion(**SIZES), embed_size=16, temperature=0.2)
 NO_HEADS = replace(ALBEF, itm=False, mlm=False)
-MOME = Mome(
-    width=32, heads=2, layers=2, vl_from=1, image_size=SIDE, patch_size=16, vocab_size=WORDS, max_text_length=16
-)
+MOME = replace(SMALL, width=32, heads=2, layers=2, vl_from=1, image_size=SIDE, vocab_size=WORDS, max_text_length=16)
 
 SMALL_MODELS: tuple[ModelSpec, ...] = (
     Dual(IMAGE, TEXT, projection="both", embed_size=16, temperature=0.2, bias=-1.0),
@@ -159,7 +157,7 @@ def run_steps(
             network = model.build(load_weights=False)
             network.add_heads(objective.heads())
             networks.append(network.double().train())  # transformers builds float32 whatever the default is
-        student, teacher = networks[0], EMA(networks[1], 0.9, "train").network.double()
+        student, teacher = networks[0], networks[1].requires_grad_(False)
         queue = objective.init_queue(student, 2 * ROWS, torch.device("cpu"), torch.Generator().manual_seed(2))
         graph = partial(DetachedGraph, recompute=True) if micro_batches > 1 else single_graph
         pretrainer = Pretrainer(student, {"loss": objective}, graph)
