@@ -1,5 +1,6 @@
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
+from vlp.loading.albef import build_albef
+from vlp.loading.base import LoadOptions
+from vlp.loading.load_model import load_model
 from vlp.models.albef import Albef
 from vlp.objectives.queues import Queue
 from vlp.weights.albef import AlbefCheckpoint, export_albef, load_albef
@@ -114,6 +118,26 @@ def official(layout):
     return state
 
 
+def of_lavis(task):
+    """Return a checkpoint as LAVIS saves it: without token types, and without frozen parameters under their first name.
+
+    Its runner drops the names of frozen parameters that ``named_parameters()`` lists, which are the first ones of shared
+    parameters. ``state_dict()`` has all names, so that the others stay.
+    """
+    state = official(task)
+    first = {}
+    for key, value in state.items():
+        first.setdefault(value.data_ptr(), key)
+    if task == "nlvr2":  # the twins' keys and values are one parameter there
+        for n, name in product((2, 4), ("key.weight", "key.bias", "value.weight", "value.bias")):
+            layer = "text_encoder_m.encoder.layer.{}.crossattention.self.{}".format
+            first[state[layer(n + 1, name)].data_ptr()] = layer(n, name)
+    frozen = {key for key in state if "_m." in key and first[state[key].data_ptr()] == key}
+    frozen -= {key for key in frozen if key.endswith("position_ids")}  # buffers are saved
+    return {key: value for key, value in state.items() if key not in frozen and "token_type_embeddings" not in key}
+
+
+LAVIS = ("pretrain", "retrieval", "vqa", "nlvr2", "entailment")
 LAYOUTS = (
     "pretrain",
     "retrieval",
@@ -304,6 +328,33 @@ def test_another_layout_is_refused_in_one_line(case, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         load_albef(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("task", LAVIS)
+def test_file_as_lavis_saves_it_has_token_types_of_zero_and_no_momentum_encoder(task):
+    state = of_lavis(task)
+    assert any("_m." in key for key in state) and not any("token_type" in key for key in state)
+    checkpoint, reference = load_albef(state), load_albef(official(task))
+    assert checkpoint.lavis and not reference.lavis and checkpoint.momentum == {}
+    assert checkpoint.student.keys() == reference.student.keys()
+    for key, value in checkpoint.student.items():
+        zero = "token_type_embeddings" in key
+        assert torch.equal(value, torch.zeros(2, D) if zero else reference.student[key]), key
+    assert (checkpoint.queue is None) == (reference.queue is None)
+    build_albef(checkpoint, head_width=16)
+
+
+@pytest.mark.parametrize("task", LAVIS)
+def test_texts_end_with_sep_for_files_of_lavis_unless_asked_otherwise(task, tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "square"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    options = LoadOptions(tokenizer=str(tmp_path / "vocab.txt"), head_width=16, max_length=POSITIONS)
+    for name, state, ends in (("lavis", of_lavis(task), True), ("own", official(task), False)):
+        torch.save({"model": state, "config": {"run": {"task": "x"}}, "epoch": 4}, tmp_path / f"{name}.pth")
+        for add_sep in (None, True, False):
+            opened = load_model(str(tmp_path / f"{name}.pth"), options=replace(options, add_sep=add_sep))
+            ids = opened.eval_model.tokenizer(["a red square"], 10)[0][0].tolist()
+            assert ids == [2, 5, 6, 7] + ([3] if (ends if add_sep is None else add_sep) else [])
 
 
 def test_file_that_would_run_code_is_refused(tmp_path, capsys):

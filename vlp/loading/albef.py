@@ -30,9 +30,10 @@ HEAD_WIDTH = 64  # of ViT-B and of BERT-base; no tensor shape tells it
 
 
 def load_albef_file(path: Path, state: Mapping[str, Tensor], options: LoadOptions = NO_OPTIONS) -> LoadedModel:
-    """Load ALBEF weights with the preprocessing of the published code.
+    """Load ALBEF weights with the preprocessing of the code that wrote them.
 
-    Images are squashed. Texts end without ``[SEP]`` and lose their punctuation. For retrieval they are truncated.
+    Images are squashed. Texts lose their punctuation, and end with ``[SEP]`` for files of LAVIS only. For retrieval they
+    are truncated.
 
     Args:
         path: The file.
@@ -42,9 +43,12 @@ def load_albef_file(path: Path, state: Mapping[str, Tensor], options: LoadOption
     Raises:
         UserError: if the sizes do not go together, or the tokenizer does not fit.
     """
-    model = build_albef(load_albef(state), options.image_size, options.head_width or HEAD_WIDTH)
+    checkpoint = load_albef(state)
+    model = build_albef(checkpoint, options.image_size, options.head_width or HEAD_WIDTH)
     max_length = min(30 if model.itc else 64, model.text.max_length)
-    data = Data((), None, "", add_sep=False, clean_captions=True, max_length=max_length, resize=Resize("squash"))
+    data = Data(
+        (), None, "", add_sep=checkpoint.lavis, clean_captions=True, max_length=max_length, resize=Resize("squash")
+    )
     data = options.applied_to(data)
     tokenizer = load_tokenizer(data.tokenizer, data.add_sep, data.clean_captions) if data.tokenizer else None
     return published(path.stem, model, tokenizer, data, [path])

@@ -194,6 +194,7 @@ def load(
     resize: Literal["center", "squash"] | None = None,
     image_size: int | None = None,
     head_width: int | None = None,
+    add_sep: bool | None = None,
     device: str | torch.device | None = None,
     config: str | None = None,
     trust_code: bool = False,
@@ -209,6 +210,7 @@ def load(
         resize: "center" crops, "squash" ignores the aspect ratio of the image.
         image_size: Pixels at which a file of ALBEF or VLMo sees images.
         head_width: Width of the attention heads in a file of ALBEF or VLMo.
+        add_sep: End texts with ``[SEP]``. None follows the file: those of LAVIS do, ALBEF's own do not.
         device: Device of the model. None takes a GPU if there is one.
         config: Of a run with classes of your own: the config that they come from, ``FILE.py`` or ``FILE.py:NAME``.
         trust_code: Of a run with classes of your own: import them from the copy in the run folder. Runs that code.
@@ -224,7 +226,7 @@ def load(
         code = code_of_config(config)
     elif trust_code:
         code = code_of_run(Path(path).expanduser() / "experiment.json")
-    options = LoadOptions(tokenizer, max_length, resize, image_size, head_width)
+    options = LoadOptions(tokenizer, max_length, resize, image_size, head_width, add_sep)
     chosen = None if checkpoint is None else str(checkpoint)
     eval_model = load_model(str(path), chosen, options, code.types).eval_model
     if device is not None:

@@ -32,6 +32,7 @@ class LoadOptions:
         resize: "center" crops, "squash" ignores the aspect ratio of the image, see `vlp.data.augment.Resize`.
         image_size: Pixels at which a file of ALBEF or VLMo sees images. Its position embeddings are resized.
         head_width: Width of the attention heads in a file of ALBEF or VLMo, which no tensor shape tells.
+        add_sep: End texts with ``[SEP]``. None follows the weights: files of LAVIS do, ALBEF's own do not.
         workers: Data loading processes. None takes 1, or the setting of the run.
         allow_contamination: Evaluate a run also on images that it was trained on, see `vlp.tasks.contamination`.
     """
@@ -41,12 +42,13 @@ class LoadOptions:
     resize: Literal["center", "squash"] | None = None
     image_size: int | None = setting(None, least=1)
     head_width: int | None = setting(None, least=1)
+    add_sep: bool | None = None
     workers: int | None = setting(None, least=0)
     allow_contamination: bool = False
 
     def applied_to(self, data: Data) -> Data:
         """Return the data settings with those that are given here replaced."""
-        given = {"tokenizer": self.tokenizer, "max_length": self.max_length, "workers": self.workers}
+        given = {name: vars(self)[name] for name in ("tokenizer", "max_length", "add_sep", "workers")}
         given["resize"] = replace(data.resize, mode=self.resize, fraction=1.0) if self.resize else None
         return replace(data, **{name: value for name, value in given.items() if value is not None})
 

@@ -22,7 +22,7 @@ def load_open_clip(name: str, options: LoadOptions = NO_OPTIONS) -> LoadedModel:
     Raises:
         UserError: if open_clip has no such model, or the weights do not fit.
     """
-    options.refuse("open_clip's models have their own", "image_size", "head_width")
+    options.refuse("open_clip's models have their own", "image_size", "head_width", "add_sep")
     model_name, _, weights = name.partition("/")
     towers = OpenClip(model_name, weights=weights or None).resolved()
     model = Dual(towers=towers, projection="none", temperature=None if weights else 1.0).build()

@@ -66,7 +66,7 @@ def load_run(
     """
     if not (folder / "experiment.json").is_file():
         raise UserError(f"{folder} is not a run: it has no experiment.json")
-    options.refuse("a run uses that which it was trained with", "tokenizer", "image_size", "head_width")
+    options.refuse("a run uses that which it was trained with", "tokenizer", "image_size", "head_width", "add_sep")
     experiment = load_json(folder / "experiment.json", own_types)
     check_types(experiment)
     path = select_checkpoint(folder / "checkpoints", checkpoint)

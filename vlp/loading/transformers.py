@@ -27,8 +27,6 @@ from vlp.models.dual import Dual, DualEncoder
 from vlp.weights import reading
 from vlp.weights.reading import LoadReport
 
-FILES = ("model.safetensors", "pytorch_model.bin")
-INDEX = "model.safetensors.index.json"  # names the files of weights that are in several
 # Buffers of older versions: position numbers from 0.
 DERIVED = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 PROJECTIONS = {"clip": "both", "align": "text-to-image", "siglip": "none", "siglip2": "none"}
@@ -55,13 +53,13 @@ def load_transformers(folder: Path, options: LoadOptions = NO_OPTIONS) -> Loaded
     """
     from transformers import AutoConfig, AutoModel
 
-    options.refuse(f"{folder} has its own", "tokenizer", "image_size", "head_width")
+    options.refuse(f"{folder} has its own", "tokenizer", "image_size", "head_width", "add_sep")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = AutoModel.from_config(config).float()
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"transformers cannot build the model of {folder}: {_line(error)}") from error
-    files = _weight_files(folder)
+    files = reading.weight_files(folder)
     state = {key: value for file in files for key, value in reading.read_weights(file).items()}
     report = reading.load(model, state, ignored=DERIVED)
     preprocess, resize = _preprocessing(folder, config, squash=options.resize == "squash")
@@ -96,17 +94,6 @@ def _dual_encoder(
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
-        names = json.loads((folder / INDEX).read_text())["weight_map"].values()
-        if strange := [name for name in names if Path(str(name)).name != name]:
-            raise UserError(f"{folder}/{INDEX} names {strange[0]!r}, which is not a file in the folder")
-        return [folder / name for name in dict.fromkeys(names)]
-    if files := [folder / name for name in FILES if (folder / name).is_file()]:
-        return files[:1]
-    raise UserError(f"{folder} has a config.json but no {' or '.join(FILES)}; fetch the weights too")
 
 
 def _preprocessing(folder: Path, config, squash: bool) -> tuple[Preprocess, Resize]:

@@ -38,7 +38,7 @@ def load_vlmo_file(path: Path, state: Mapping[str, Tensor], options: LoadOptions
     model = build_vlmo(load_vlmo(state), str(path), options.image_size, options.head_width)
     max_length = min(40, model.text.max_length)
     data = options.applied_to(Data((), None, "", max_length=max_length, resize=Resize("squash")))
-    tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
+    tokenizer = load_tokenizer(data.tokenizer, data.add_sep) if data.tokenizer else None
     return published(path.stem, model, tokenizer, data, [path])
 
 

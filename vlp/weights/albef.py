@@ -2,7 +2,10 @@
 
 The official files (pre-training, retrieval and grounding, VQA, NLVR2, visual entailment) and those of LAVIS use the same names.
 They differ in their parts: heads, a prefix ``bert.`` of the text encoder (with an MLM head), number of fusion layers, momentum
-encoder (``*_m``, which LAVIS drops) and queues. The names show all of that. The names here:
+encoder (``*_m``) and queues. The names show all of that. Two things are peculiar to LAVIS. Its BERT has no token types, which
+is the same as token types of zero. And it saves no frozen parameters, but finds them by their first name only: of the momentum
+encoder, the second names of shared parameters are left (``decoder.weight``, keys and values of NLVR2's twins). They are
+skipped. The names here:
 
   image.model.*  text.model.*  image_projection  text_projection  temperature  itm  mlm   as in `vlp.models.albef`
   fusion.layers.N      layers of the text encoder from the first one with cross-attention on. NLVR2's files have 12, in twins
@@ -40,6 +43,7 @@ TOPS = {
 }
 HEAD = {"transform.dense.": "dense.", "transform.LayerNorm.": "norm.", "bias": "bias"}
 QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
+TYPES = "embeddings.token_type_embeddings.weight"
 # Repetitions of other tensors, and position numbers.
 DERIVED = re.compile(r"(embeddings\.position_ids|cls\.predictions\.decoder\.(weight|bias))$")
 FUSION_LAYER = re.compile(r"fusion\.layers\.(\d+)\.(.+)")
@@ -56,11 +60,13 @@ class AlbefCheckpoint:
         student: Tensors of the model by the names of this module.
         momentum: Tensors of the momentum encoder, without the ITM head and the temperature. Empty if the file has none.
         queue: In the format of `vlp.objectives.queues.Queue.load`, with the columns image and text. None if the file has none.
+        lavis: Whether LAVIS wrote the file. Its texts end with ``[SEP]``, those of ALBEF do not.
     """
 
     student: dict[str, Tensor]
     momentum: dict[str, Tensor] = field(default_factory=dict)
     queue: dict[str, Tensor] | None = None
+    lavis: bool = False
 
     @property
     def teacher(self) -> dict[str, Tensor]:
@@ -91,7 +97,10 @@ def load_albef(source: str | Path | Mapping[str, Tensor]) -> AlbefCheckpoint:
             f"{name} is not an ALBEF checkpoint, which has a visual_encoder, and a text_encoder whose last layers have "
             f"crossattention; it has {some}, ..."
         )
-    checkpoint = AlbefCheckpoint({}, {}, _queue({key: state.pop(key) for key in QUEUES if key in state}))
+    if not any(key.startswith("visual_encoder_m.") for key in state):  # what LAVIS leaves of it
+        state = {key: value for key, value in state.items() if not key.partition(".")[0].endswith("_m")}
+    queue = _queue({key: state.pop(key) for key in QUEUES if key in state})
+    checkpoint = AlbefCheckpoint({}, {}, queue, lavis=not any(key.endswith(TYPES) for key in state))
     for key, value in state.items():
         top, dot, rest = key.partition(".")
         target = checkpoint.momentum if top.endswith("_m") else checkpoint.student
@@ -107,6 +116,10 @@ def load_albef(source: str | Path | Mapping[str, Tensor]) -> AlbefCheckpoint:
                 f"{name} predicts words by another matrix than their embeddings ({key}), which ALBEF ties; choose "
                 "another file"
             )
+    if checkpoint.lavis:
+        for part in ("text.model.", "decoder."):
+            if (words := checkpoint.student.get(f"{part}embeddings.word_embeddings.weight")) is not None:
+                checkpoint.student[part + TYPES] = words.new_zeros(2, words.shape[1])
     return checkpoint
 
 

@@ -58,11 +58,12 @@ def weight_files(folder: Path) -> list[Path]:
         index = folder / f"{name}.index.json"
         if index.is_file():
             try:
-                shards = [
-                    folder / shard for shard in dict.fromkeys(json.loads(index.read_text())["weight_map"].values())
-                ]
+                names = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
+                if strange := [name for name in names if Path(name).name != name]:
+                    raise UserError(f"{index} names {strange[0]!r}, which is not a file in the folder; fetch it again")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{index} is damaged: it lists no files of weights; fetch it again") from error
+            shards = [folder / name for name in names]
             if missing := [shard.name for shard in shards if not shard.is_file()]:
                 raise UserError(f"{folder} lacks {_first(missing)}, which {index.name} lists; fetch the weights too")
             return shards
