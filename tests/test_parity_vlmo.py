@@ -130,7 +130,8 @@ def test_every_gradient_is_the_published_one(read, monkeypatch, dtype, tolerance
     published = Published(read, monkeypatch, dtype)
     published.total.backward()
     found = export_vlmo(VlmoCheckpoint({name: p.grad for name, p in published.model.named_parameters()}))
-    assert found.keys() == published.gradients.keys()
+    unused = {f"text_embeddings.{name}" for name in ("position_embeddings.weight", "position_ids")}  # no gradients
+    assert found.keys() - unused == published.gradients.keys()
     for name, gradient in published.gradients.items():
         ours = found[name] if gradient.shape == found[name].shape else thin(found[name])
         assert gradient.norm() > 1e-6

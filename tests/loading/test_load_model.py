@@ -1,7 +1,9 @@
 """Published weights load strictly, and give the scores of the library that they come from."""
 
 import json
+from configparser import ConfigParser
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +213,41 @@ def test_weights_that_do_not_fit_are_refused(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="fetch the weights too"):
         load_model(str(folder))
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece is installed")
+def test_tokenizer_that_needs_sentencepiece_names_the_extra(tmp_path):
+    model, processor = siglip()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "SiglipTokenizer"}))
+    (tmp_path / "spiece.model").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"needs the package sentencepiece.*pip install 'vlp\[siglip\]'"):
+        load_model(str(tmp_path))
+    extras = ConfigParser()
+    extras.read(Path(__file__).resolve().parents[2] / "setup.cfg")
+    assert "sentencepiece" in extras["options.extras_require"]["siglip"]
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_folder_with_weights_in_several_files_loads(folder, safe):
+    state, name = load_file(folder / "model.safetensors"), "model.safetensors" if safe else "pytorch_model.bin"
+    (folder / "model.safetensors").unlink()
+    listed = {}
+    for n in range(3):
+        part, file = dict(list(state.items())[n::3]), f"{n}-of-3.{name.rpartition('.')[2]}"
+        save_file(part, folder / file) if safe else torch.save(part, folder / file)
+        listed |= dict.fromkeys(part, file)
+    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    options = LoadOptions(resize="squash")  # Siglip2 needs it
+    report = load_model(str(folder), options=options).reports["image"]
+    assert report.new == () and state.keys() >= set(report.loaded)
+
+
+def test_hub_name_says_what_to_download(capsys):
+    assert main(["eval", "openai/clip-vit-base-patch32", "retrieval", "data=x"]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "hf download openai/clip-vit-base-patch32 --local-dir" in err
 
 
 # --- ALBEF's files -----------------------------------------------------------------------------------------------------

@@ -109,6 +109,17 @@ def test_round_trip_of_an_official_file_is_exact(name, tmp_path):
     assert all(back[key].shape == state[key].shape and torch.equal(back[key], state[key]) for key in state)
 
 
+@pytest.mark.parametrize("name", ["base", "base_plus"])
+def test_export_of_a_trained_model_has_every_parameter_of_the_official_file(name):
+    """The official code has absolute positions next to relative ones, and a strict load misses them otherwise."""
+    layout, spec = FILES[name]
+    exported, reference = export_vlmo(VlmoCheckpoint(spec.build().state_dict())), official(**layout)
+    assert reference.keys() - {"text_embeddings.position_ids"} <= exported.keys()
+    if name == "base":
+        assert exported["text_embeddings.position_embeddings.weight"].shape == (196, D)
+        assert exported["text_embeddings.position_ids"].tolist() == [list(range(196))]
+
+
 def test_exported_model_loads_again():
     model = SPEC.build()
     own = model.state_dict()

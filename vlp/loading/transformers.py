@@ -268,6 +268,11 @@ class TransformersTokenizer:
         try:
             self._own = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, ImportError, AttributeError) as error:
+            if "sentencepiece" in str(error).lower():  # SigLIP's own, where the folder has no tokenizer.json
+                raise UserError(
+                    f"the tokenizer of {folder} needs the package sentencepiece, which is not installed: "
+                    "pip install 'vlp[siglip]'"
+                ) from error
             raise UserError(f"{folder} has no tokenizer that can be read: {_line(error)}") from error
         check_spelling(self._own.get_vocab(), f"the tokenizer of {folder}")
         self.vocab_size: int = len(self._own)

@@ -187,6 +187,8 @@ def _from_beit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def export_vlmo(checkpoint: VlmoCheckpoint) -> dict[str, Tensor]:
     """Return a checkpoint by official names, for the official code. The inverse of `load_vlmo` for files of VLMo.
 
+    A model with relative positions gets absolute ones of zero, which the official code has but does not use.
+
     Raises:
         ValueError: if a part has no place in VLMo's layout, such as the head for masked patches, positions of a rectangle, or
             another number of text positions than 196; or if positions are missing.
@@ -196,6 +198,9 @@ def export_vlmo(checkpoint: VlmoCheckpoint) -> dict[str, Tensor]:
     if any(table is not None for table in tables):
         _check_tables(*tables)
         official[TABLE] = torch.cat([table for table in tables if table is not None])  # (rows of all three, C)
+        if DEAD not in official:  # the official module has them all the same, and truncates them to its longest text
+            official[DEAD] = torch.zeros(TEXT_POSITIONS, len(student["encoder.norm.weight"]))  # (M, D)
+            official["text_embeddings.position_ids"] = torch.arange(TEXT_POSITIONS)[None]  # (1, M)
     kinds = [student.pop(key, None) for key in ("encoder.text.kind", "encoder.image.kind.weight")]
     if all(kind is not None for kind in kinds):
         official[KINDS] = torch.cat([kinds[0][None], kinds[1]])  # (1 + image kinds, D)
