@@ -32,14 +32,15 @@ def main() -> None:
     options = parser.parse_args()
     path = Path("runs/bench.json")
     results = json.loads(path.read_text()) if path.exists() else {}
+    failed = []
     for name in options.measures:
         began = time.monotonic()
         # each in a process of its own: peaks of memory are those of a process
-        done = subprocess.run(
-            [sys.executable, "-m", f"benchmarks.{name}"], check=True, stdout=subprocess.PIPE, text=True
-        )
-        measured = json.loads(done.stdout)
-        results[name] = measured | {
+        done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            failed.append(name)
+            continue
+        results[name] = json.loads(done.stdout) | {
             "took_seconds": round(time.monotonic() - began, 1),
             "machine": platform.processor() or platform.machine(),
             "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -47,6 +48,8 @@ def main() -> None:
         print(name, json.dumps(results[name], indent=1), flush=True)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(results, indent=1))
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -8,16 +8,11 @@ The time is that of forward, backward, optimizer and momentum encoder; operation
 
 from __future__ import annotations
 
-import json
-import re
-import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -25,12 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.common import first_captions, in_fresh_process, main, resident_mib, text_tokenizer
+from benchmarks.models import albef, tiny_albef
 from tests.albef_reference import plain, reference_step
-from vlp.data.text import load_tokenizer
 from vlp.encoders.activation_checkpointing import Checkpointing
-from vlp.encoders.fusion import Fusion
-from vlp.encoders.image import TimmImage
-from vlp.encoders.text import BertText
 from vlp.forward import Graph, StepContext
 from vlp.losses.masked import IGNORED
 from vlp.models.albef import Albef, AlbefModel
@@ -47,30 +40,32 @@ from vlp.train import Pretrainer, single_graph
 from vlp.training.detached import DetachedGraph
 from vlp.types import Batch, MaskedIds, Vocabulary
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-THREADS, QUEUE, DECAY = 1, 65_536, 0.995
-SIZES = {"model_type": "bert", "vocab_size": 30_522, "hidden_size": 768, "num_hidden_layers": 6}
-SIZES |= {"num_attention_heads": 12, "intermediate_size": 3072}
+THREADS, DECAY = 1, 0.995
 OBJECTIVES = {
-    "itc": MomentumContrast(queue_size=QUEUE, keys="local", duplicates="negative"),
+    "itc": MomentumContrast(keys="local", duplicates="negative"),
     "itm": ImageTextMatching(duplicates="negative"),
     "mlm": MaskedText(distill=0.4, mean_over="local"),
 }
-PUBLISHED = {8: (2129, 647), 64: (17894, 6037)}  # GFLOP of the published code, and outside its image towers
+LONGEST = {4: 16, 8: 15, 64: 21}  # tokens of so many captions
+PUBLISHED = {
+    (8, 100): (2129, 647),
+    (64, 805): (17894, 6037),
+}  # GFLOP of the published code, and outside its image towers
+# counted and timed: (pairs, tokens)
+SIZES = {"spec": albef(256), "queue": 65_536, "counted": ((8, 100), (64, 805)), "timed": (8, 100), "rounds": 2}
+SMALL = {"spec": tiny_albef(), "queue": 16, "counted": ((4, 51),), "timed": (4, 51), "rounds": 1}
 
 
-def spec(count: int) -> Albef:
+def fitted(spec: Albef, count: int) -> Albef:
     """Eight texts are one group: split, there would be too few tokens for each reading of a weight."""
-    text = BertText(config=SIZES, dropout=0.0, length_groups=1 if count == 8 else 4)
-    return Albef(TimmImage("vit_base_patch16_224", image_size=256), text, Fusion(layers=6, dropout=0.0))
+    return replace(spec, text=replace(spec.text, length_groups=1 if count == 8 else 4))
 
 
 def captions(count: int, tokens: int) -> tuple[Tensor, Tensor, Vocabulary]:
-    """(count, L) ids and mask, L about as they are long (16 for 4, 15 for 8, 21 for 64), cut so that there are exactly ``tokens``."""
-    tokenizer = load_tokenizer(str(SHARED / "text" / "bert_base_uncased_vocab.txt"), False)
-    rows = [json.loads(line) for line in (SHARED / "flickr8k" / "captions.jsonl").read_text().splitlines()]
-    ids, mask, _ = tokenizer([row["captions"][0] for row in rows[:: len(rows) // count][:count]], 25)
-    limit = {4: 16, 8: 15, 64: 21}[count]
+    """(count, L) ids and mask, L about as they are long (see `LONGEST`), cut so that there are exactly ``tokens``."""
+    tokenizer, every = text_tokenizer(), first_captions()
+    ids, mask, _ = tokenizer(every[:: len(every) // count][:count], 25)
+    limit = LONGEST.get(count, 21)
     ids, mask = ids[:, :limit], mask[:, :limit].clone()
     lengths = mask.sum(1)
     while lengths.sum() != tokens:  # longer or shorter by a token, the longest first or the shortest
@@ -85,9 +80,11 @@ def captions(count: int, tokens: int) -> tuple[Tensor, Tensor, Vocabulary]:
     return ids.masked_fill(~mask, 0).masked_fill(mask & (ids == 0), 2000), mask, tokenizer.vocabulary()
 
 
-def masked_of(ids: Tensor, mask: Tensor, vocabulary: Vocabulary) -> MaskedIds:
+def masked_of(ids: Tensor, mask: Tensor, vocabulary: Vocabulary, device: str = "cpu") -> MaskedIds:
+    """Drawn on the CPU, so that they are the same for every device."""
     torch.manual_seed(0)
-    return TextMasking()(ids, mask, vocabulary)
+    masked = TextMasking()(ids, mask, vocabulary)
+    return MaskedIds(*(each.to(device) for each in (masked.input_ids, masked.positions, masked.labels)))
 
 
 def reference_losses(model: AlbefModel, momentum: AlbefModel, batch: Batch, masked: MaskedIds, queue: Queue) -> Tensor:
@@ -119,17 +116,18 @@ STEPS = {
 # --- operations ----------------------------------------------------------------------------------------------------
 
 
-def operations(name: str, count: int, tokens: int) -> dict:
+def operations(name: str, spec: Albef, queue_size: int, count: int, tokens: int) -> dict:
     """GFLOP of a step, whole and outside the image towers; the weights are on meta, so nothing is computed."""
     ids, mask, vocabulary = captions(count, tokens)
     masked = masked_of(ids, mask, vocabulary)
     with torch.device("meta"):
-        model, momentum = spec(count).build(), spec(count).build().requires_grad_(False)
-        queue = Queue(QUEUE, {"image": 256, "text": 256}, torch.device("meta"))
-        batch = Batch(torch.arange(count), torch.empty(count, 3, 256, 256), ids, mask)
+        model, momentum = (fitted(spec, count).build() for _ in range(2))
+        queue = Queue(queue_size, {"image": 256, "text": 256}, torch.device("meta"))
+        batch = Batch(torch.arange(count), torch.empty(count, 3, *model.preprocess.size), ids, mask)
+    momentum.requires_grad_(False)
     if name == "reference":
         plain(model), plain(momentum)
-    queue._filled = QUEUE
+    queue._filled = queue_size
     masked.labels = masked.labels.to("meta")
     own, index_copy, attention = torch.arange(count), Tensor.index_copy, F.scaled_dot_product_attention
 
@@ -156,31 +154,74 @@ def operations(name: str, count: int, tokens: int) -> dict:
     return {"gflop": round(whole), "gflop_outside_image_towers": round(whole - inside)}
 
 
+def all_operations(spec: Albef, queue: int, sizes: tuple[tuple[int, int], ...]) -> dict:
+    """At both sizes of ../shared/reference/costs.md, beside what that says of the published code."""
+    found = {}
+    for count, tokens in sizes:
+        found[f"{count}_pairs"] = {name: operations(name, spec, queue, count, tokens) for name in COUNTED}
+        if (count, tokens) in PUBLISHED:
+            published = dict(zip(("gflop", "gflop_outside_image_towers"), PUBLISHED[count, tokens]))
+            found[f"{count}_pairs"] |= {"published": published}
+    return found
+
+
 # --- time and memory -----------------------------------------------------------------------------------------------
 
 
-def prepared(name: str, how: Checkpointing = "none") -> tuple:
-    torch.set_num_threads(THREADS)
+def built(spec: Albef, size: tuple[int, int]) -> AlbefModel:
+    """The same random weights each time."""
     torch.manual_seed(0)
-    ids, mask, vocabulary = captions(8, 100)
-    model = spec(8).build()
-    momentum = EMA(model, DECAY, "train")
+    return fitted(spec, size[0]).build()
+
+
+def prepared(
+    name: str,
+    model: AlbefModel,
+    queue: int,
+    size: tuple[int, int],
+    how: Checkpointing = "none",
+    device: str = "cpu",
+    fused_attention: bool = False,
+) -> tuple:
+    """Model, momentum encoder, batch, masked texts and queue of one way of `STEPS`.
+
+    Args:
+        model: is moved to the device and changed to run this way.
+        size: pairs, and their tokens.
+        fused_attention: give torch's fused attention to the reference.
+    """
+    torch.manual_seed(0)
+    ids, mask, vocabulary = captions(*size)
+    momentum = EMA(model.to(device), DECAY, "train")
     if name == "reference":
-        plain(model), plain(momentum.network)
+        plain(model, fused_attention), plain(momentum.network, fused_attention)
     model.set_activation_checkpointing(how)
-    queue = Queue(QUEUE, {"image": 256, "text": 256}, torch.device("cpu"), torch.Generator().manual_seed(0))
-    batch = Batch(torch.arange(8), torch.randn(8, 3, 256, 256), ids, mask)
-    return model, momentum, batch, masked_of(ids, mask, vocabulary), queue
+    generator = torch.Generator().manual_seed(0)
+    filled = Queue(queue, {"image": 256, "text": 256}, torch.device(device), generator)
+    batch = Batch(torch.arange(len(ids)), torch.randn(len(ids), 3, *model.preprocess.size), ids, mask)
+    return model, momentum, batch.to(torch.device(device)), masked_of(ids, mask, vocabulary, device), filled
+
+
+def losses_of(name: str, given: tuple) -> Tensor:
+    """() sum of what one way of `STEPS` makes of what was `prepared`."""
+    model, momentum, *rest = given
+    return STEPS[name](model, momentum.network, *rest)
 
 
 def run(name: str, given: tuple, bf16: bool = False) -> float:
     """CPU seconds of one forward and backward."""
-    model, momentum, *rest = given
     began = time.process_time()
-    with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
-        loss = STEPS[name](model, momentum.network, *rest)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = losses_of(name, given)
     loss.backward()
     return time.process_time() - began
+
+
+def optimizer_of(name: str, model: AlbefModel) -> torch.optim.Optimizer:
+    parameters = list(model.parameters())
+    if name == "reference":
+        return torch.optim.AdamW(parameters, foreach=False)
+    return AdamW().build([{"params": parameters}])
 
 
 def update(name: str, given: tuple, optimizer: torch.optim.Optimizer) -> float:
@@ -188,21 +229,19 @@ def update(name: str, given: tuple, optimizer: torch.optim.Optimizer) -> float:
     model, momentum, *_ = given
     began = time.process_time()
     optimizer.step()
-    if name == "product":
-        momentum.update(model)
-    else:
+    if name == "reference":
         for average, parameter in zip(momentum.network.parameters(), model.parameters()):
             average.data = average.data * DECAY + parameter.data * (1 - DECAY)
+    else:
+        momentum.update(model)
     return time.process_time() - began
 
 
-def best_of(name: str, bf16: bool, rounds: int = 2) -> float:
+def best_of(name: str, bf16: bool, rounds: int, spec: Albef, queue: int, size: tuple[int, int]) -> float:
     """CPU seconds of the best of ``rounds`` steps, after one for warming up."""
-    given = prepared(name)
-    parameters = list(given[0].parameters())
-    optimizer = (
-        AdamW().build([{"params": parameters}]) if name == "product" else torch.optim.AdamW(parameters, foreach=False)
-    )
+    torch.set_num_threads(THREADS)
+    given = prepared(name, built(spec, size), queue, size)
+    optimizer = optimizer_of(name, given[0])
     taken = []
     for _ in range(rounds + 1):
         given[0].zero_grad()
@@ -210,56 +249,41 @@ def best_of(name: str, bf16: bool, rounds: int = 2) -> float:
     return min(taken[1:])
 
 
-def seconds() -> dict:
+def seconds(rounds: int, *sizes) -> dict:
     """Of the reference, of ours, and of ours in bfloat16, each in a process of its own; and their ratios."""
     ways = {"reference": ("reference", False), "fp32": ("product", False), "bf16": ("product", True)}
-    best = {way: in_fresh_process(best_of, *how) for way, how in ways.items()}
+    best = {way: in_fresh_process(best_of, *how, rounds, *sizes) for way, how in ways.items()}
     ratios = {f"{way}_to_reference": round(best[way] / best["reference"], 3) for way in ("fp32", "bf16")}
     return {f"{way}_cpu_seconds": round(each, 2) for way, each in best.items()} | ratios
 
 
-def peak(name: str, how: Checkpointing) -> float:
+def peak(name: str, how: Checkpointing, spec: Albef, queue: int, size: tuple[int, int]) -> float:
     """MiB of peak growth over the state before the step, gradients included."""
-    given = prepared(name, how)
-    before = resident("VmRSS")
+    torch.set_num_threads(THREADS)
+    given = prepared(name, built(spec, size), queue, size, how)
+    before = resident_mib("VmRSS")
     run(name, given)
-    return round(resident("VmHWM") - before)
+    return max(1, round(resident_mib("VmHWM") - before))
 
 
-def resident(field: str) -> float:
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
-
-
-def in_fresh_process(function, *arguments):
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def memory() -> dict:
+def memory(*sizes) -> dict:
     """Peaks, and their ratios to the reference's, by train.backward and train.activation_checkpointing."""
     ways = {f"{step}_{how}": (step, how) for step in ("product", "per_loss") for how in ("none", "cheap", "full")}
     ways |= {"reference": ("reference", "none")}
-    found = {way: in_fresh_process(peak, *how) for way, how in ways.items()}
+    found = {way: in_fresh_process(peak, *how, *sizes) for way, how in ways.items()}
     ratios = {f"{way}_to_reference": round(mib / found["reference"], 3) for way, mib in found.items()}
     return {f"{way}_mib": mib for way, mib in found.items()} | ratios
 
 
-def counted() -> dict:
-    """At both sizes of ../shared/reference/costs.md, beside what that says of the published code."""
-    found = {}
-    for count, tokens in ((8, 100), (64, 805)):
-        whole, outside = PUBLISHED[count]
-        published = {"gflop": whole, "gflop_outside_image_towers": outside}
-        found[f"{count}_pairs"] = {name: operations(name, count, tokens) for name in COUNTED}
-        found[f"{count}_pairs"] |= {"published": published}
-    return found
-
-
-def measure() -> dict:
+def measure(spec: Albef, queue: int, counted: tuple[tuple[int, int], ...], timed: tuple[int, int], rounds: int) -> dict:
     """JSON-able. Goals at 64 pairs: 14,500 and 2,500 GFLOP; time 0.75 and 0.40 of the reference's, memory 0.6 and 0.3."""
-    return {"operations": counted(), "time": seconds(), "memory": memory(), "threads": THREADS}
+    return {
+        "operations": all_operations(spec, queue, counted),
+        "time": seconds(rounds, spec, queue, timed),
+        "memory": memory(spec, queue, timed),
+        "threads": THREADS,
+    }
 
 
 if __name__ == "__main__":
-    parts = {"operations": counted, "time": seconds, "memory": memory}
-    print(json.dumps(measure() if len(sys.argv) < 2 else {name: parts[name]() for name in sys.argv[1:]}, indent=1))
+    main(measure, SIZES, SMALL)

@@ -4,37 +4,34 @@
 the similarities; the model is random, the captions are Flickr8k's.
 """
 
-import json
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.common import first_captions, main
+from benchmarks.models import TINY_CLIP, clip
 from vlp.data.text import OpenClipTokenizer
-from vlp.encoders.open_clip import OpenClip
-from vlp.models.dual import Dual
 
-CAPTIONS = Path(__file__).resolve().parents[3] / "shared" / "data" / "flickr8k" / "captions.jsonl"
 CONTEXT, THREADS = 77, 2
+SIZES = {"name": "ViT-B-32", "batch_size": 64, "length_groups": 4}
+SMALL = {"name": TINY_CLIP, "batch_size": 4, "length_groups": 2}
 
 
-def measure(batch_size: int = 64, length_groups: int = 4) -> dict:
+def measure(name: str, batch_size: int, length_groups: int) -> dict:
     """JSON-able: both counts, their ratio (goal: at most 0.70), and how far embeddings and gradients differ."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     ids, mask = captions(batch_size)
-    image = torch.randn(batch_size, 3, 224, 224)
-    towers = OpenClip("ViT-B-32", length_groups=length_groups)
-    model = Dual(towers=towers, projection="none", temperature=0.07, temperature_form="logit_scale").build()
+    model = clip(name, length_groups=length_groups).build()
+    image = torch.randn(batch_size, 3, *model.preprocess.size)
     whole = F.pad(ids, (0, CONTEXT - ids.shape[1])), F.pad(mask, (0, CONTEXT - mask.shape[1]))
     grouped = step(model, image, ids, mask)
     model.text.length_groups = 1
     longest, padded = step(model, image, ids, mask), step(model, image, *whole)
     gradients = list(zip(grouped["gradients"], padded["gradients"]))
     return {
-        "model": towers.name,
+        "model": name,
         "batch_size": batch_size,
         "length_groups": length_groups,
         "mean_tokens": mask.sum().item() / batch_size,
@@ -51,10 +48,8 @@ def measure(batch_size: int = 64, length_groups: int = 4) -> dict:
 
 def captions(count: int) -> tuple[Tensor, Tensor]:
     """(count, L) ids and mask of the first caption of ``count`` pictures, spread over the training split."""
-    rows = [json.loads(line) for line in CAPTIONS.read_text().splitlines()]
-    train = [row for row in rows if row["split"] == "train"]
-    chosen = train[:: len(train) // count][:count]
-    ids, mask, _ = OpenClipTokenizer("ViT-B-32")([row["captions"][0] for row in chosen], CONTEXT)
+    train = first_captions("train")
+    ids, mask, _ = OpenClipTokenizer("ViT-B-32")(train[:: len(train) // count][:count], CONTEXT)
     return ids, mask
 
 
@@ -70,4 +65,4 @@ def step(model, image: Tensor, ids: Tensor, mask: Tensor) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(), indent=1))
+    main(measure, SIZES, SMALL)

@@ -5,66 +5,58 @@ once the inputs exist. So it counts everything but the two input matrices: both 
 what autograd keeps, the tiles, and the libraries' work space. Times are CPU seconds, which other jobs disturb less.
 """
 
-import json
-import re
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.common import in_fresh_process, main, resident_mib
 from vlp.losses.softmax import info_nce
 from vlp.losses.tiled import tiled_info_nce
 
-WIDTH, SCALE, THREADS = 512, 14.3, 2
+SCALE, THREADS = 14.3, 2
+SIZES = {"rows": 32_768, "rows_of_plain": 4096, "width": 512}
+SMALL = {"rows": 64, "rows_of_plain": 32, "width": 16}
 
 
 def both_ways(loss):
     return lambda x, y, scale, ids: loss(x, y, scale, ids, ids) + loss(y, x, scale, ids, ids)
 
 
-LOSSES = {
-    "plain": both_ways(info_nce),
-    "tiled": both_ways(tiled_info_nce),
-}
+LOSSES = {"plain": both_ways(info_nce), "tiled": both_ways(tiled_info_nce)}
 
 
-def measure() -> dict:
+def measure(rows: int, rows_of_plain: int, width: int) -> dict:
     """JSON-able: the goal's case, the plain form where it fits, and how the two compare there."""
-    large = in_fresh_process(cost, "tiled", 32768)
-    plain, tiled = in_fresh_process(cost, "plain", 4096), in_fresh_process(cost, "tiled", 4096)
+    large = in_fresh_process(cost, "tiled", rows, width)
+    plain, tiled = (in_fresh_process(cost, name, rows_of_plain, width) for name in ("plain", "tiled"))
     return {
-        "shape": [32768, WIDTH],
+        "shape": [rows, width],
         "threads": THREADS,
         **large,
         # What the plain form would take: it grows with the square of the rows.
-        "plain_peak_growth_mb_extrapolated": plain["peak_growth_mb"] * (32768 // 4096) ** 2,
-        "at_4096": {"plain": plain, "tiled": tiled, **in_fresh_process(compare, 4096)},
+        "plain_peak_growth_mb_extrapolated": plain["peak_growth_mb"] * (rows // rows_of_plain) ** 2,
+        f"at_{rows_of_plain}": {"plain": plain, "tiled": tiled, **in_fresh_process(compare, rows_of_plain, width)},
     }
 
 
-def in_fresh_process(function, *arguments):
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def cost(name: str, rows: int) -> dict:
+def cost(name: str, rows: int, width: int) -> dict:
     """Of one forward and backward."""
-    arguments = inputs(rows)
-    before, cpu, wall = memory_mb("VmRSS"), time.process_time(), time.perf_counter()
+    torch.set_num_threads(THREADS)
+    arguments = inputs(rows, width)
+    before, cpu, wall = resident_mib("VmRSS"), time.process_time(), time.perf_counter()
     forward_backward(name, arguments)
     return {
-        "peak_growth_mb": round(memory_mb("VmHWM") - before, 1),
+        "peak_growth_mb": round(resident_mib("VmHWM") - before, 1),
         "cpu_seconds": round(time.process_time() - cpu, 2),
         "seconds": round(time.perf_counter() - wall, 2),
     }
 
 
-def compare(rows: int) -> dict:
+def compare(rows: int, width: int) -> dict:
     """Tiled against plain: relative error of the value and of the worst gradient, and CPU time (best of three each)."""
-    arguments, seconds, results = inputs(rows), {"plain": [], "tiled": []}, {}
+    torch.set_num_threads(THREADS)
+    arguments, seconds, results = inputs(rows, width), {"plain": [], "tiled": []}, {}
     for _ in range(3):
         for name, taken in seconds.items():
             start = time.process_time()
@@ -84,17 +76,11 @@ def forward_backward(name: str, arguments) -> tuple:
     return loss.detach(), *torch.autograd.grad(loss, (x, y, scale))
 
 
-def inputs(rows: int) -> tuple:
-    torch.set_num_threads(THREADS)
+def inputs(rows: int, width: int, device: str = "cpu") -> tuple:
     torch.manual_seed(0)
-    x, y = (F.normalize(torch.randn(rows, WIDTH), dim=1).requires_grad_() for _ in range(2))
-    return x, y, torch.tensor([SCALE], requires_grad=True), torch.arange(rows)
-
-
-def memory_mb(field: str) -> float:
-    """Resident memory of this process in MiB: VmRSS now, VmHWM at its peak (Linux)."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
+    x, y = (F.normalize(torch.randn(rows, width), dim=1).to(device).requires_grad_() for _ in range(2))
+    return x, y, torch.tensor([SCALE], device=device, requires_grad=True), torch.arange(rows, device=device)
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(), indent=2))
+    main(measure, SIZES, SMALL)

@@ -6,23 +6,36 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.common import main
+from tests.conftest import TOY, make_world, toy_overrides
 
-def measure(steps: int = 30) -> dict:
-    """Trains the demo's experiment for some steps (its shards are made first if need be) and reads its log."""
+
+def demo(folder: Path) -> list[str]:
+    """What `vlp train` takes for the demo; its shards are made first if need be."""
     subprocess.run([sys.executable, "-m", "vlp.cli", "data", "demo", "data/openmoji"], check=True, capture_output=True)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = [
-            f"output={folder}",
-            "train.epochs=none",
-            f"train.steps={steps}",
-            "evaluate_every=0",
-            "data.workers=1",
-        ]
-        command = [sys.executable, "-m", "vlp.cli", "train", "configs/align/demo.py", *arguments]
+    return ["configs/align/demo.py", f"output={folder}"]
+
+
+def toy(folder: Path) -> list[str]:
+    """What `vlp train` takes for the tests' toy."""
+    return [str(TOY), *toy_overrides(make_world(folder), folder)]
+
+
+SIZES = {"experiment": demo, "steps": 30}
+SMALL = {"experiment": toy, "steps": 3}
+
+
+def measure(experiment: Callable[[Path], list[str]], steps: int) -> dict:
+    """Trains for some steps and reads the log."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        overrides = ["name=run", "train.epochs=none", f"train.steps={steps}", "evaluate_every=0", "data.workers=1"]
+        command = [sys.executable, "-m", "vlp.cli", "train", *experiment(folder), *overrides]
         subprocess.run(command, check=True, capture_output=True)
-        log = [json.loads(line) for line in (Path(folder) / "demo" / "log.jsonl").read_text().splitlines()]
+        log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
     # the first step waits for the worker to start
     seconds = sum(line["seconds"] for line in log[1:])
     wait = sum(line["seconds"] * line["data_wait"] for line in log[1:])
@@ -30,4 +43,4 @@ def measure(steps: int = 30) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(), indent=1))
+    main(measure, SIZES, SMALL)

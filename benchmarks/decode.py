@@ -6,23 +6,23 @@ python -m benchmarks.decode
 from __future__ import annotations
 
 import io
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
+from benchmarks.common import DATA, main
 from vlp.data.augment import RandomResizedCrop, resize, to_tensor
 from vlp.data.image import decode
 
-PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "photos_500px"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-SIZE, BATCH, ROUNDS = (224, 224), 60, 9
+SIZE, BATCH = (224, 224), 60
+SIZES = {"photos": 240, "rounds": 9}
+SMALL = {"photos": 4, "rounds": 2}
 
 
 def bare(data: bytes) -> Image.Image:
@@ -69,10 +69,10 @@ def pixel_difference(files: list[bytes]) -> tuple[int, float]:
     return largest, statistics.mean(differing)
 
 
-def measure() -> dict:
+def measure(photos: int, rounds: int) -> dict:
     """Medians over rounds in which the variants take turns, CPU milliseconds an image, one thread."""
     torch.set_num_threads(1)
-    files = [path.read_bytes() for path in sorted(PHOTOS.rglob("*.[jJ][pP]*[gG]"))]
+    files = [path.read_bytes() for path in sorted((DATA / "photos_500px").rglob("*.[jJ][pP]*[gG]"))[:photos]]
     variants = {
         "decode": bare,
         "pipeline": ours((0.2, 1.0)),
@@ -80,7 +80,7 @@ def measure() -> dict:
         "usual": usual_pipeline(),
     }
     times: dict[str, list[float]] = {name: [] for name in (*variants, "normalise")}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, run in variants.items():
             start = time.process_time()
             images = [run(data) for data in files]
@@ -109,4 +109,4 @@ def measure() -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(), indent=1))
+    main(measure, SIZES, SMALL)

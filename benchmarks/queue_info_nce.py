@@ -6,30 +6,32 @@ the 256 keys; the queue gets none. The ratio is of CPU times, the best of some r
 
 from __future__ import annotations
 
-import json
 import time
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.common import main
 from vlp.losses.softmax import info_nce
 from vlp.losses.tiled import queue_info_nce, tiled_info_nce
 
-ROWS, QUEUE, WIDTH, SCALE, THREADS, ROUNDS = 256, 65_536, 128, 1 / 0.07, 1, 9
+SCALE, THREADS = 1 / 0.07, 1
+SIZES = {"rows": 256, "queue_rows": 65_536, "width": 128, "rounds": 9}
+SMALL = {"rows": 8, "queue_rows": 100, "width": 16, "rounds": 2}
 
 
-def measure() -> dict:
+def measure(rows: int, queue_rows: int, width: int, rounds: int) -> dict:
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    queries, keys = (F.normalize(torch.randn(ROWS, WIDTH), dim=1).requires_grad_() for _ in range(2))
-    queue, scale = F.normalize(torch.randn(QUEUE, WIDTH), dim=1), torch.tensor(SCALE, requires_grad=True)
-    ids, queue_ids = torch.arange(ROWS), torch.arange(ROWS, ROWS + QUEUE)
+    queries, keys = (F.normalize(torch.randn(rows, width), dim=1).requires_grad_() for _ in range(2))
+    queue, scale = F.normalize(torch.randn(queue_rows, width), dim=1), torch.tensor(SCALE, requires_grad=True)
+    ids, queue_ids = torch.arange(rows), torch.arange(rows, rows + queue_rows)
     every_key, every_id = torch.cat([keys.detach(), queue]), torch.cat([ids, queue_ids])
-    grad = torch.rand(ROWS, ROWS + QUEUE)
+    grad = torch.rand(rows, rows + queue_rows)
 
     def products():
         query, key = queries.detach(), keys.detach()
-        return query @ every_key.T, grad @ every_key, grad[:, :ROWS].T @ key
+        return query @ every_key.T, grad @ every_key, grad[:, :rows].T @ key
 
     def whole(loss):
         return lambda: loss(queries, torch.cat([keys, queue]), scale, ids, every_id)
@@ -40,7 +42,7 @@ def measure() -> dict:
         "info_nce": whole(info_nce),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ("products", *forms)}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         began = time.process_time()
         products()
         seconds["products"].append(time.process_time() - began)
@@ -50,9 +52,9 @@ def measure() -> dict:
             seconds[name].append(time.process_time() - began)
     best = {name: min(values) for name, values in seconds.items()}
     return {
-        "queries": ROWS,
-        "queue": QUEUE,
-        "width": WIDTH,
+        "queries": rows,
+        "queue": queue_rows,
+        "width": width,
         "threads": THREADS,
         "products_ms": round(1000 * best["products"], 1),
         "ratio": round(best["queue_info_nce"] / best["products"], 3),
@@ -63,4 +65,4 @@ def measure() -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(), indent=1))
+    main(measure, SIZES, SMALL)

@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import re
 import time
-from pathlib import Path
 
 import torch
 
+from benchmarks.common import main, resident_mib
 from vlp.tasks.metrics import ranks
 
-IMAGES, CAPTIONS, WIDTH, THREADS = 5_000, 25_000, 512, 1
+THREADS = 1
+SIZES = {"images": 5_000, "captions": 25_000, "width": 512}
+SMALL = {"images": 50, "captions": 250, "width": 16}
 
 
-def measure() -> dict:
+def measure(images: int, captions: int, width: int) -> dict:
     """In a process of its own: the peak is that of the process."""
     torch.set_num_threads(THREADS)
     before, began = resident_mib("VmRSS"), time.process_time()
     torch.manual_seed(0)
-    images, texts = torch.randn(IMAGES, WIDTH), torch.randn(CAPTIONS, WIDTH)
-    image_ids = torch.arange(IMAGES)
-    text_ids = image_ids.repeat_interleave(CAPTIONS // IMAGES)
-    i2t = ranks(images, texts, image_ids, text_ids)
-    t2i = ranks(texts, images, text_ids, image_ids)
+    x, y = torch.randn(images, width), torch.randn(captions, width)
+    image_ids = torch.arange(images)
+    text_ids = image_ids.repeat_interleave(captions // images)
+    i2t = ranks(x, y, image_ids, text_ids)
+    t2i = ranks(y, x, text_ids, image_ids)
     return {
         "images": len(i2t),
         "captions": len(t2i),
         "peak_growth_mib": round(resident_mib("VmHWM") - before, 1),
-        "whole_matrix_mib": round(IMAGES * CAPTIONS * 4 / 2**20, 1),
+        "whole_matrix_mib": round(images * captions * 4 / 2**20, 1),
         "cpu_seconds": round(time.process_time() - began, 1),
     }
 
 
-def resident_mib(field: str) -> float:
-    """Of this process: VmRSS now, VmHWM at its peak (Linux)."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
-
-
 if __name__ == "__main__":
-    print(json.dumps(measure()))
+    main(measure, SIZES, SMALL)

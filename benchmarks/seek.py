@@ -11,11 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common import main
 from vlp.data.order import MixtureOrder, SourceOrder
 from vlp.data.reading.shards import ShardIndex, ShardReader, index_path
 
+SIZES = {"shards": 1000, "samples": 1000}
+SMALL = {"shards": 3, "samples": 4}
 
-def measure(shards: int = 1000, samples: int = 1000) -> dict:
+
+def measure(shards: int, samples: int) -> dict:
     """Milliseconds of a seek in a freshly built order, at 20 positions drawn over five epochs."""
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), shards, samples)
@@ -59,6 +63,4 @@ def write_shards(folder: Path, shards: int, samples: int) -> None:
 
 
 if __name__ == "__main__":
-    import json
-
-    print(json.dumps(measure(), indent=1))
+    main(measure, SIZES, SMALL)

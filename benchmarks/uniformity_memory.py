@@ -7,36 +7,37 @@ gradient (98 MiB), the tile of distances, and the libraries' work space. The who
 
 from __future__ import annotations
 
-import json
 import time
 
 import torch
 
-from benchmarks.contrastive_memory import memory_mb
+from benchmarks.common import main, resident_mib
 from vlp.losses.geometry import uniformity
 
-ROWS, WIDTH, THREADS = 50_000, 512, 1
+THREADS = 1
+SIZES = {"rows": 50_000, "width": 512}
+SMALL = {"rows": 300, "width": 16}
 
 
-def measure() -> dict:
+def measure(rows: int, width: int) -> dict:
     """In a process of its own: the peak is that of the process."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    x = torch.randn(ROWS, WIDTH)
+    x = torch.randn(rows, width)
     x.div_(torch.linalg.vector_norm(x, dim=1, keepdim=True)).requires_grad_()  # in place: no copy raises the peak
-    before, cpu = memory_mb("VmRSS"), time.process_time()
+    before, cpu = resident_mib("VmRSS"), time.process_time()
     value = uniformity(x)
     value.backward()
     return {
-        "shape": [ROWS, WIDTH],
+        "shape": [rows, width],
         "threads": THREADS,
         "value": round(value.item(), 5),
-        "peak_growth_mb": round(memory_mb("VmHWM") - before, 1),
+        "peak_growth_mb": round(resident_mib("VmHWM") - before, 1),
         "goal_mb": 300,
-        "whole_matrix_mb": round(ROWS**2 * 4 / 2**20),
+        "whole_matrix_mb": round(rows**2 * 4 / 2**20),
         "cpu_seconds": round(time.process_time() - cpu, 1),
     }
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(), indent=1))
+    main(measure, SIZES, SMALL)

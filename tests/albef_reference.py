@@ -21,11 +21,17 @@ from vlp.objectives.queues import Queue
 from vlp.types import Batch
 
 
-def plain(model: AlbefModel) -> AlbefModel:
-    """Without what saves work on padding, and with attention written out, as in the published code."""
+def plain(model: AlbefModel, fused_attention: bool = False) -> AlbefModel:
+    """Take out what saves work on padding, and write attention out, as in the published code.
+
+    Args:
+        fused_attention: keep torch's fused attention, which the published code predates.
+    """
     model.text.length_groups = 1
-    model.text.model.set_attn_implementation("eager")
     model.fusion.pack = False
+    if fused_attention:
+        return model
+    model.text.model.set_attn_implementation("eager")
     for module in model.modules():
         if isinstance(module, Attention):
             module.attend = attend

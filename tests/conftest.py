@@ -74,8 +74,11 @@ def pair():
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """A folder with ``shards`` (50 samples in 5 shards) and ``tokenizer`` (up to 200 tokens)."""
-    folder = tmp_path_factory.mktemp("world")
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def make_world(folder: Path) -> Path:
+    """Fill ``folder`` with ``shards`` (50 samples in 5 shards) and ``tokenizer`` (up to 200 tokens)."""
     pairs = draw_pairs(folder / "pictures", 50)
     pack(pairs, folder / "shards", Packing(shard_samples=10))
     train_tokenizer([c for p in pairs for c in p.captions], vocab_size=200).save(folder / "tokenizer")

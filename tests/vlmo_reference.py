@@ -43,15 +43,28 @@ def position_bias(model: VlmoModel, length: int, image: bool) -> Tensor:
     return table[index].permute(2, 0, 1).unflatten(0, (positions.layers, -1))
 
 
-def layer(block: MomeLayer, x: Tensor, mask: Tensor, bias: Tensor, length: int, expert: str) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+    """Attention of (B, heads, N, d) with (B, N) mask and (heads, N, N) bias, written out as published."""
+    scores = (query * query.shape[-1] ** -0.5).float() @ key.float().mT + bias[None]
+    scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    return scores.softmax(-1).type_as(value) @ value
+
+
+def attend_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+    """The same by torch's fused attention, which the published code predates."""
+    added = torch.where(mask[:, None, None], bias, -torch.inf).to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, added)
+
+
+def layer(
+    block: MomeLayer, x: Tensor, mask: Tensor, bias: Tensor, length: int, expert: str, attend: Callable[..., Tensor]
+) -> Tensor:
     """(B, N, D); ``expert`` "split" = texts, the first ``length`` tokens, and images each by their own."""
     attention, (batch, count, width) = block.attention, x.shape
     own = torch.cat([attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias])
     qkv = F.linear(block.norm(x), attention.qkv.weight, own)
     query, key, value = qkv.reshape(batch, count, 3, attention.heads, -1).permute(2, 0, 3, 1, 4)
-    scores = (query * query.shape[-1] ** -0.5).float() @ key.float().mT + bias[None]
-    scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
-    attended = (scores.softmax(-1).type_as(x) @ value).transpose(1, 2).reshape(batch, count, width)
+    attended = attend(query, key, value, mask, bias).transpose(1, 2).reshape(batch, count, width)
     x = x + block.gamma_1 * attention.out(attended)
 
     def served(x: Tensor, name: str) -> Tensor:
@@ -69,6 +82,7 @@ def reference_step(
     masked_ids: Tensor,
     labels: Tensor,
     pick: Callable[[Tensor], Tensor] = lambda weights: torch.multinomial(weights, 1),
+    attend: Callable[..., Tensor] = attend,
 ) -> dict[str, Tensor]:
     """Losses by name, unweighted; (B, L) int64 ``labels`` are -100 where nothing is masked; all pictures differ."""
     encoder, size, length = model.encoder, len(batch), batch.input_ids.shape[1]
@@ -81,18 +95,18 @@ def reference_step(
         """First tokens by the modality's experts, and with the vision-language experts on top."""
         biases, hidden = position_bias(model, words, expert == "image"), []
         for block, bias in zip(layers, biases):
-            x = layer(block, x, mask, bias, words, expert)
+            x = layer(block, x, mask, bias, words, expert, attend)
             hidden.append(x)
         y = hidden[fork - 1]
         for block, bias in zip(layers[fork:], biases[fork:]):
-            y = layer(block, y, mask, bias, words, "vl")
+            y = layer(block, y, mask, bias, words, "vl", attend)
         return encoder.norm(x)[:, 0], encoder.norm(y)[:, 0]
 
     def together(ids: Tensor, mask: Tensor, image: Tensor) -> Tensor:
         x = torch.cat([encoder.text(ids), encoder.image(image)], 1)
         mask, biases = torch.cat([mask, seen(image)], 1), position_bias(model, length, True)
         for number, (block, bias) in enumerate(zip(layers, biases)):
-            x = layer(block, x, mask, bias, length, "vl" if number >= fork else "split")
+            x = layer(block, x, mask, bias, length, "vl" if number >= fork else "split", attend)
         return encoder.norm(x)
 
     images = alone(encoder.image(batch.image), seen(batch.image), "image", 0)

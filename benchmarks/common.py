@@ -1,0 +1,50 @@
+"""Plumbing of the benchmark programs: data folder, captions, resident memory, fresh processes, command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from vlp.data.text import Tokenizer, load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("VLP_BENCHMARK_DATA") or ROOT.parent / "shared" / "data")
+
+
+def main(measure: Callable[..., dict], sizes: dict, small: dict) -> None:
+    """Print what ``measure`` returns for ``sizes``, or with ``--small`` for ``small``, as JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument(
+        "--small", action="store_true", help="tiny sizes: shows that the program runs, measures nothing"
+    )
+    chosen = small if parser.parse_args().small else sizes
+    print(json.dumps(measure(**chosen), indent=1))
+
+
+def first_captions(split: str | None = None) -> list[str]:
+    """The first caption of each Flickr8k photo, of one split or of all."""
+    lines = (DATA / "flickr8k" / "captions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row["captions"][0] for row in rows if split in (None, row["split"])]
+
+
+def text_tokenizer(clean: bool = False) -> Tokenizer:
+    """BERT's, without [SEP], as ALBEF was trained with."""
+    return load_tokenizer(str(DATA / "text" / "bert_base_uncased_vocab.txt"), sep=False, clean=clean)
+
+
+def resident_mib(field: str) -> float:
+    """Resident memory of this process: VmRSS now, VmHWM at its peak (Linux)."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
+
+
+def in_fresh_process(function, *arguments):
+    """Peaks of memory are those of a process, so each measurement of one runs in its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
