@@ -39,3 +39,11 @@ def read_fixture(name: str) -> tuple[dict[str, dict[str, Tensor]], dict]:
             file, _, rest = key.partition("/")
             files.setdefault(file, {})[rest] = tensor
     return files, meta
+
+
+def on_device(
+    read: tuple[dict[str, dict[str, Tensor]], dict], device: str
+) -> tuple[dict[str, dict[str, Tensor]], dict]:
+    """What was read, with its tensors on a device."""
+    files, meta = read
+    return {file: {key: x.to(device) for key, x in tensors.items()} for file, tensors in files.items()}, meta

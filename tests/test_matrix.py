@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -186,28 +187,51 @@ def batch(spec: Experiment, model) -> Batch:
     return replace(view(), dataset_row=torch.arange(ROWS), labels=labels, views=others)
 
 
-def take_step(spec: Experiment) -> None:
-    """Raises UserError where the cell cannot be; AssertionError where its step does not train every parameter."""
+def take_step(
+    spec: Experiment,
+    device: str = "cpu",
+    bf16: bool = False,
+    prepare: Callable[[torch.nn.Module], object] = lambda model: None,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return losses and gradients by name, on the CPU; weights and batch are the same on every device.
+
+    Args:
+        prepare: Is called with the model, to checkpoint its activations or to compile it.
+
+    Raises:
+        UserError: Where the cell cannot be.
+        AssertionError: Where its step does not train every parameter.
+    """
     torch.manual_seed(0)
     validate(spec)
     spec = spec.resolved()
-    model = spec.model.build(load_weights=False).train()
+    model = spec.model.build(load_weights=False).train().to(device)
+    prepare(model)
     momentum = EMA(model, spec.momentum.decay, spec.momentum.mode).network if spec.momentum else None
     generator = torch.Generator().manual_seed(0)
-    queues = {o: o.init_queue(model, 20, torch.device("cpu"), generator) for o in spec.objectives.values()}
+    queues = {o: o.init_queue(model, 20, torch.device(device), generator) for o in spec.objectives.values()}
     queues = {objective: queue for objective, queue in queues.items() if queue is not None}
     special = torch.arange(WORDS) < 5
-    context = StepContext(queues, Vocabulary(WORDS, 4, special, torch.zeros_like(special)))
+    vocabulary = Vocabulary(WORDS, 4, special, torch.zeros_like(special)).to(torch.device(device))
+    context = StepContext(queues, vocabulary)
     pretrainer = Pretrainer(model, spec.objectives)
+
+    def forward() -> tuple:
+        given = batch(spec, model).to(torch.device(device))
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            return pretrainer([given], momentum, context)
+
     if queues:  # an empty queue has nothing to tell apart
         with torch.no_grad():
-            _, _, (f,) = pretrainer([batch(spec, model)], momentum, context)
+            _, _, (f,) = forward()
             for objective, queue in queues.items():
                 queue.push(**objective.enqueue(f))
-    losses, total, _ = pretrainer([batch(spec, model)], momentum, context)
+    losses, total, _ = forward()
     assert losses.keys() == spec.objectives.keys() and total.isfinite()
     total.backward()
-    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert [n for n, p in trained.items() if p.grad is None] == []
+    return {n: loss.detach().cpu() for n, loss in losses.items()}, {n: p.grad.cpu() for n, p in trained.items()}
 
 
 def cell(row: str, column: str) -> str:

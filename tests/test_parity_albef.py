@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from tests.conftest import ROOT
-from tests.parity import read_fixture, thin
+from tests.parity import on_device, read_fixture, thin
 from vlp.data.preprocess import Preprocess
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage, TimmTower
@@ -62,14 +62,16 @@ def originals() -> tuple[dict[str, dict[str, Tensor]], dict]:
 class Published:
     """One step of ours from the published state, with the published draws, and what the published code printed."""
 
-    def __init__(self, read, monkeypatch: pytest.MonkeyPatch):
-        files, self.meta = read()
+    def __init__(self, read, monkeypatch: pytest.MonkeyPatch, device: str = "cpu"):
+        files, self.meta = on_device(read(), device)
         self.given, self.expected, self.gradients = files["inputs"], files["outputs"], files["grads"]
         self.checkpoint = load_albef(files["weights"])
-        self.model, teacher = self.build(self.checkpoint.student), self.build(self.checkpoint.teacher)
+        self.model, teacher = (
+            self.build(state).to(device) for state in (self.checkpoint.student, self.checkpoint.teacher)
+        )
         self.momentum = EMA(teacher, self.meta["config"]["momentum"], "train")
         self.momentum.update(self.model)  # theirs comes before the step, ours after it
-        self.queue = Queue(64, {"image": 32, "text": 32}, torch.device("cpu"))
+        self.queue = Queue(64, {"image": 32, "text": 32}, torch.device(device))
         self.queue.load(self.checkpoint.queue)
         expected = self.expected
         positions = (expected["mlm_labels"].flatten() != -100).nonzero()[:, 0]
@@ -84,9 +86,8 @@ class Published:
         monkeypatch.setattr(TextMasking, "__call__", lambda *_: masked)
         monkeypatch.setattr(itm, "sample_hard_negatives", draw)
         # the published pre-training takes every pair for another picture
-        batch = Batch(
-            torch.arange(8), self.given["image"], self.given["input_ids"], self.given["attention_mask"].bool()
-        )
+        index, mask = torch.arange(8, device=device), self.given["attention_mask"].bool()
+        batch = Batch(index, self.given["image"], self.given["input_ids"], mask)
         self.context = StepContext({PUBLISHED["itc"]: self.queue}, progress=1.0)
         given = [batch], self.momentum.network, self.context
         self.losses, self.total, (self.f,) = Pretrainer(self.model, PUBLISHED)(*given)
@@ -106,6 +107,21 @@ class Published:
         assert reading.load(model, state).new == ()
         return model
 
+    def compared_losses(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Name -> ours, theirs."""
+        names = {"itc": "loss_ita", "itm": "loss_itm", "mlm": "loss_mlm"}
+        return {name: (self.losses[name], self.expected[theirs]) for name, theirs in names.items()}
+
+    def compared_gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Their name -> ours, theirs; of a fixture every n-th value. To be called after the backward pass."""
+        found = export_albef(AlbefCheckpoint({name: p.grad for name, p in self.model.named_parameters()}))
+        return {
+            name: (found[name] if gradient.shape == found[name].shape else thin(found[name]), gradient)
+            for name, gradient in self.gradients.items()
+            # zero in truth: noise on either side
+            if not re.search(r"(self|crossattention\.self)\.key\.bias$", name)
+        }
+
 
 @pytest.fixture(params=[fixture, originals])
 def published(request, monkeypatch):
@@ -117,8 +133,8 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
 
 
 def test_losses_are_the_published_ones(published):
-    for name, theirs in {"itc": "loss_ita", "itm": "loss_itm", "mlm": "loss_mlm"}.items():
-        close(published.losses[name], published.expected[theirs])
+    for ours, theirs in published.compared_losses().values():
+        close(ours, theirs)
     close(published.total, sum(published.losses.values()))
 
 
@@ -146,17 +162,12 @@ def test_similarities_logits_and_weights_of_negatives_are_the_published_ones(pub
 
 def test_every_gradient_is_the_published_one(published):
     published.total.backward()
-    found = export_albef(AlbefCheckpoint({name: p.grad for name, p in published.model.named_parameters()}))
-    compared = 0
-    for name, gradient in published.gradients.items():
-        if re.search(r"(self|crossattention\.self)\.key\.bias$", name):
-            continue  # zero in truth: noise on either side
-        ours = found[name] if gradient.shape == found[name].shape else thin(found[name])
+    compared = published.compared_gradients()
+    for name, (ours, gradient) in compared.items():
         assert gradient.norm() > 1e-6
         assert (ours - gradient).norm() <= 1e-4 * gradient.norm(), name
-        compared += 1
     # two layers of text, two of fusion, and what of the ViT has no key bias of its own
-    assert compared == len(list(published.model.parameters())) - 6
+    assert len(compared) == len(list(published.model.parameters())) - 6
 
 
 def test_queues_after_the_step_are_the_published_ones(published):

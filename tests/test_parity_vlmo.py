@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.conftest import ROOT
-from tests.parity import read_fixture, thin
+from tests.parity import on_device, read_fixture, thin
 from vlp.encoders.mome import Mome
 from vlp.encoders.relative_position import image_index, text_index
 from vlp.models.base import l2_normalize
@@ -55,8 +55,8 @@ def originals() -> tuple[dict[str, dict[str, Tensor]], dict]:
 class Published:
     """One step of ours with the published weights and draws, and what the published code printed."""
 
-    def __init__(self, read, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float32):
-        files, meta = read()
+    def __init__(self, read, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+        files, meta = on_device(read(), device)
         self.given, self.expected, self.gradients = files["inputs"], files["outputs"], files["grads"]
         self.checkpoint = load_vlmo(files["weights"])
         dims = meta["dims"]
@@ -71,7 +71,7 @@ class Published:
         self.model = Vlmo(encoder, temperature_min=None).build()
         report = start(self.model, self.checkpoint.student, "the weights", {"text": "weights", "vl": "weights"}, None)
         assert not (report.new or report.unexpected or report.resized)
-        self.model.to(dtype)
+        self.model.to(device, dtype)
         expected = self.expected
         self.positions = (expected["mlm_labels"].flatten() != -100).nonzero()[:, 0]
         masked = MaskedIds(expected["mlm_ids"], self.positions, expected["mlm_labels"].flatten()[self.positions])
@@ -80,8 +80,25 @@ class Published:
         monkeypatch.setattr(itm, "sample_hard_negatives", lambda *_: negatives)
         given = self.given
         image = given["batch/image/0"].to(dtype)
-        batch = Batch(torch.arange(8), image, given["batch/text_ids"], given["batch/text_masks"].bool())
+        ids, mask = torch.arange(8, device=device), given["batch/text_masks"].bool()
+        batch = Batch(ids, image, given["batch/text_ids"], mask)
         self.losses, self.total, (self.f,) = Pretrainer(self.model, PUBLISHED)([batch], None, StepContext())
+
+    def compared_losses(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Name -> ours, theirs."""
+        losses, expected = self.losses, self.expected
+        ours = {"itc": (losses["itc"] + losses["itc_vl"]) / 2, "itm": losses["itm"], "mlm": losses["mlm"] / 4}
+        return {name: (loss, expected[f"{name}_loss"]) for name, loss in ours.items()}
+
+    def compared_gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Their name -> ours, theirs; of a fixture every n-th value. To be called after the backward pass."""
+        found = export_vlmo(VlmoCheckpoint({name: p.grad for name, p in self.model.named_parameters()}))
+        unused = {f"text_embeddings.{name}" for name in ("position_embeddings.weight", "position_ids")}  # no gradients
+        assert found.keys() - unused == self.gradients.keys()
+        return {
+            name: (found[name] if gradient.shape == found[name].shape else thin(found[name]), gradient)
+            for name, gradient in self.gradients.items()
+        }
 
 
 @pytest.fixture(params=[fixture, originals])
@@ -99,11 +116,9 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
 
 
 def test_losses_are_the_published_ones(published):
-    losses, expected = published.losses, published.expected
-    itc = (losses["itc"] + losses["itc_vl"]) / 2
-    close(itc, expected["itc_loss"])
-    close(losses["itm"], expected["itm_loss"])
-    close(losses["mlm"] / 4, expected["mlm_loss"])
+    for ours, theirs in published.compared_losses().values():
+        close(ours, theirs)
+    expected = published.expected
     close(published.total, expected["itc_loss"] + expected["itm_loss"] + expected["mlm_loss"])
 
 
@@ -129,11 +144,7 @@ def test_every_gradient_is_the_published_one(read, monkeypatch, dtype, tolerance
     """The published float32 is up to 7e-5 away from ours in float64, and ours in float32 as far again, by processor."""
     published = Published(read, monkeypatch, dtype)
     published.total.backward()
-    found = export_vlmo(VlmoCheckpoint({name: p.grad for name, p in published.model.named_parameters()}))
-    unused = {f"text_embeddings.{name}" for name in ("position_embeddings.weight", "position_ids")}  # no gradients
-    assert found.keys() - unused == published.gradients.keys()
-    for name, gradient in published.gradients.items():
-        ours = found[name] if gradient.shape == found[name].shape else thin(found[name])
+    for name, (ours, gradient) in published.compared_gradients().items():
         assert gradient.norm() > 1e-6
         assert (ours - gradient).norm() <= tolerance * gradient.norm(), name
 

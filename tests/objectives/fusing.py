@@ -55,18 +55,18 @@ def pairs(rows: int = ROWS) -> Batch:
     return Batch(index, image, ids, mask)
 
 
-def queue_of(size: int, filled: int) -> Queue:
+def queue_of(size: int, filled: int, device: torch.device = CPU) -> Queue:
     """One of its rows shows the picture of row 2."""
     generator = torch.Generator().manual_seed(4)
-    queue = Queue(size, {"image": WIDTH, "text": WIDTH}, CPU)
+    queue = Queue(size, {"image": WIDTH, "text": WIDTH}, device)
     columns = {n: F.normalize(torch.randn(filled, WIDTH, generator=generator), dim=1) for n in ("image", "text")}
-    queue.push(torch.arange(filled) + 102, **columns)
+    queue.push(torch.arange(filled, device=device) + 102, **{n: rows.to(device) for n, rows in columns.items()})
     return queue
 
 
-def context_of(objectives: dict, filled: int = 5, progress: float = 0.5) -> StepContext:
+def context_of(objectives: dict, filled: int = 5, progress: float = 0.5, device: torch.device = CPU) -> StepContext:
     contrasts = [o for o in objectives.values() if isinstance(o, MomentumContrast)]
-    queues = {o: queue_of(o.queue_size, min(filled, o.queue_size)) for o in contrasts}
+    queues = {o: queue_of(o.queue_size, min(filled, o.queue_size), device) for o in contrasts}
     return StepContext(queues, progress=progress)
 
 
@@ -107,7 +107,14 @@ def shortened(batch: Batch) -> Batch:
 
 
 def step(
-    rank: int, world: int, objectives: dict, spec: Any = None, graph: Any = single_graph, parts: int = 1, **how
+    rank: int,
+    world: int,
+    objectives: dict,
+    spec: Any = None,
+    graph: Any = single_graph,
+    parts: int = 1,
+    device: torch.device = CPU,
+    **how,
 ) -> tuple[dict, dict, dict]:
     """Return the means of the losses over processes, the gradients that DDP leaves, and what the queues get.
 
@@ -115,11 +122,11 @@ def step(
         graph: Graph of the step, e.g. `CACHED`.
         parts: Micro-batches that losses take as one batch.
     """
-    batches = [shortened(part_of(pairs(), rows)) for rows in divide(ROWS, parts, world, rank)]
-    model, momentum = networks(spec, **how)
+    batches = [shortened(part_of(pairs(), rows)).to(device) for rows in divide(ROWS, parts, world, rank)]
+    model, momentum = (network.to(device) for network in networks(spec, **how))
     pretrainer = Pretrainer(model, objectives, graph)
     called = DistributedDataParallel(pretrainer, find_unused_parameters=True) if world > 1 else pretrainer
-    context = context_of(objectives)
+    context = context_of(objectives, device=device)
     with drawn_by_row():
         losses, total, bundles = called(batches, momentum, context)
         total.backward()
