@@ -4,7 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
 
-.PHONY: demo test test-fast bench docs lint clean
+OUT ?= runs/gpu
+
+.PHONY: demo test test-fast bench gpu gpu-carry docs lint clean
 
 demo: .venv/.demo
 	$(BIN)/vlp data demo data/openmoji
@@ -20,6 +22,13 @@ test-fast: .venv/.dev
 
 bench: .venv/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
+
+# On a machine with a GPU; without .venv it takes that machine's own packages and what gpu-carry has put into .carry/.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --out $(OUT)
+
+gpu-carry: .venv/.dev
+	$(BIN)/python -m benchmarks.gpu.carry
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
