@@ -108,7 +108,7 @@ def ours(name: str, image: Tensor, ids: Tensor, mask: Tensor, backend: str | Non
 
     def step() -> None:
         with torch.autocast(DEVICE, torch.bfloat16):
-            _, loss, _ = pretrainer(batch, None, StepContext())
+            _, loss, _ = pretrainer([batch], None, StepContext())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

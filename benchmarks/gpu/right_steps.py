@@ -28,7 +28,6 @@ from vlp.objectives.itc import MomentumContrast
 from vlp.objectives.itm import ImageTextMatching
 from vlp.objectives.masking import TextMasking, block_masks
 from vlp.objectives.mlm import MaskedText
-from vlp.training.split_backward import DetachedForward
 from vlp.types import Vocabulary
 
 Step = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses and gradients by name, on the CPU
@@ -38,7 +37,7 @@ BF16 = {"bf16_loss_error": 0.02, "bf16_whole_gradient_error": 0.1}
 FLOAT64 = {"loss_error": 1e-9, "gradient_error": 1e-9}
 FUSED = {
     "itc": MomentumContrast(queue_size=7),
-    "itm": ImageTextMatching(candidates="all"),
+    "itm": ImageTextMatching(candidates="global"),
     "mlm": MaskedText(distill=0.4, ramp_epochs=1.0),
 }
 
@@ -58,8 +57,8 @@ def checks(small: bool) -> dict[str, Callable[[], dict]]:
     for how in ("cheap", "full"):
         for column in ("two towers, cross-attention (ALBEF)", "shared attention, experts (VLMo)"):
             found[f"activation checkpointing, {how} | {column}"] = partial(checkpointed, how, column)
-    found["gradient caching, two micro-batches"] = partial(one_batch, cached)
-    found["backward loss by loss"] = partial(one_batch, split)
+    found["gradient caching, two micro-batches"] = partial(one_batch, fusing.CACHED, 2)
+    found["backward loss by loss"] = partial(one_batch, fusing.PER_LOSS, 1)
     found["random draws"] = draws
     found["torch.compile"] = partial(compiled, "aot_eager" if small else "inductor")
     return found
@@ -191,21 +190,13 @@ def published(parity, gradient_bound: float) -> dict:
 # --- gradient caching, split backward: in float64, against one batch and one backward on the CPU ----------------------
 
 
-def one_batch(run: Callable[[], tuple[dict, dict, dict]]) -> dict:
-    """A way that must give the losses and gradients of one batch with one backward pass."""
-    losses, gradients, _ = run()
+def one_batch(graph: Callable, parts: int) -> dict:
+    """A graph, of so many micro-batches, that must give the losses and gradients of one batch with one backward pass."""
+    losses, gradients, _ = fusing.step(0, 1, FUSED, graph=graph, parts=parts, device=torch.device(DEVICE))
     expected, true_gradients, _ = fusing.step(0, 1, FUSED)
     losses, expected = ({n: torch.tensor(loss) for n, loss in each.items()} for each in (losses, expected))
     gradients = {name: gradient.cpu() for name, gradient in gradients.items()}
     return judged(errors((losses, gradients), (expected, true_gradients)), FLOAT64)
-
-
-def cached() -> tuple[dict, dict, dict]:
-    return fusing.cached_step(0, 1, FUSED, 2, device=torch.device(DEVICE))
-
-
-def split() -> tuple[dict, dict, dict]:
-    return fusing.step(0, 1, FUSED, bundle=DetachedForward, device=torch.device(DEVICE))
 
 
 # --- draws ---------------------------------------------------------------------------------------------------------
