@@ -91,6 +91,6 @@ def test_report_of_one_run_holds_what_was_evaluated_by_hand(run, inputs, capsys)
     html = (run / "report.html").read_text()
     assert capsys.readouterr().out == f"wrote {run / 'report.html'}\n"
     assert "<h2>sts: " in html and "<td>alignment</td>" in html and "<h2>knn: " in html
-    assert "chance at one 20.00 %" in html and html.count("chance at one") == sum(
+    assert "a random answer is correct in 20.00 %" in html and html.count("a random answer") == sum(
         not path.name.startswith("sts") for path in (run / "eval").glob("*.json")
     )

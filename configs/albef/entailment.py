@@ -28,7 +28,7 @@ from vlp.objectives.classification import Classification
 from vlp.optim.ema import MomentumConfig
 from vlp.optim.optimizers import AdamW
 from vlp.optim.schedule import Schedule
-from vlp.tasks.annotated_classes import Classes
+from vlp.tasks.pair_classification import PairClassification
 
 SIZES = {
     "model_type": "bert",
@@ -82,7 +82,9 @@ def config() -> Experiment:
         optim=AdamW(lr=2e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.02),
         schedule=Schedule(warmup_steps=100, kind="cosine", final_fraction=0.05),
         train=Training(epochs=5, precision="fp32", clip_norm=None, processes=8),
-        evaluate={"dev": Classes(data="annotations/snli_ve_dev.jsonl", images="flickr30k-images", baseline=False)},
+        evaluate={
+            "dev": PairClassification(data="annotations/snli_ve_dev.jsonl", images="flickr30k-images", baseline=False)
+        },
         evaluate_every=2000,
         save=Saving(every=1000, keep=2, best="dev/accuracy"),
     )

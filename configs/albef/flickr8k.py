@@ -27,8 +27,8 @@ from vlp.objectives.mlm import MaskedText
 from vlp.optim.ema import MomentumConfig
 from vlp.optim.optimizers import AdamW
 from vlp.optim.schedule import Schedule
-from vlp.tasks.annotated_classes import Classes
 from vlp.tasks.captioning import CaptionQuality
+from vlp.tasks.pair_classification import PairClassification
 from vlp.tasks.rerank import Rerank
 from vlp.tasks.retrieval import Retrieval
 
@@ -225,7 +225,7 @@ def entailment() -> Experiment:
             frozen=("image.model", "text.model.embeddings"),
             threads=1,
         ),
-        evaluate={"entailment": Classes(split="val")},
+        evaluate={"entailment": PairClassification(split="val")},
         save=Saving(every=200, keep=1),
         log=Logging(geometry_every=0),
     )

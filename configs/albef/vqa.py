@@ -102,14 +102,14 @@ def daquar() -> Experiment:
     Differs: a classifier with soft targets, which is VLMo's (Bao et al. 2022, arXiv:2111.02358), reads the same fusion
         encoder.
     Measured: 5,673 questions: ranked 20.9 % (vlp eval runs/albef-daquar vqa split=test k=16), classified 21.2 % (vlp
-        eval runs/albef-daquar vqa split=test how=classify), written 22.5 %, 21.1 to 23.8 (vlp eval runs/albef-daquar
-        vqa split=test how=write). The question prior, which the evaluation prints too (the most frequent answer of the
+        eval runs/albef-daquar vqa split=test mode=classify), written 22.5 %, 21.1 to 23.8 (vlp eval runs/albef-daquar
+        vqa split=test mode=write). The question prior, which the evaluation prints too (the most frequent answer of the
         longest known beginning of the question): 20.2 %, 19.0 to 21.4.
     Cost: 11 minutes on one CPU core shared with other work.
     Command: ln -s ../../shared/data/daquar data/daquar
         vlp data answers data/daquar/questions.jsonl data/daquar-answers.txt --field answer --split train
         vlp train configs/albef/vqa.py:daquar
-        vlp eval runs/albef-daquar vqa split=test how=write
+        vlp eval runs/albef-daquar vqa split=test mode=write
     """
     return Experiment(
         name="albef-daquar",
@@ -153,7 +153,7 @@ def daquar() -> Experiment:
             threads=1,
             frozen=("image.model", "text.model", "decoder.embeddings"),
         ),
-        evaluate={"rank": Vqa(split="test", k=16), "classify": Vqa(split="test", how="classify")},
+        evaluate={"rank": Vqa(split="test", k=16), "classify": Vqa(split="test", mode="classify")},
         save=Saving(every=160, keep=1),
     )
 

@@ -29,8 +29,8 @@ from vlp.optim.ema import MomentumConfig
 from vlp.optim.optimizers import AdamW
 from vlp.optim.schedule import Schedule
 from vlp.sweeps.ablation import Ablation
-from vlp.tasks.annotated_classes import Classes
 from vlp.tasks.minimal_pairs import MinimalPairs
+from vlp.tasks.pair_classification import PairClassification
 from vlp.tasks.rerank import Rerank
 
 SIZES = {
@@ -173,7 +173,7 @@ def pairs() -> Experiment:
         objectives={"pairs": Classification()},
         data=replace(base.data, train=(statements,)),
         train=Training(steps=240, threads=1),
-        evaluate={"pairs": Classes(split="val", images="data/world/val", by="kind")},
+        evaluate={"pairs": PairClassification(split="val", images="data/world/val", by="kind")},
     )
 
 

@@ -22,8 +22,8 @@ from vlp.models.single import Single
 from vlp.objectives.cutoff import Cutoff
 from vlp.optim.optimizers import AdamW
 from vlp.optim.schedule import Schedule
-from vlp.tasks.classification import TextAccuracy
 from vlp.tasks.sentence_similarity import SentenceSimilarity
+from vlp.tasks.text_accuracy import TextAccuracy
 
 
 def config() -> Experiment:

@@ -25,7 +25,7 @@ from vlp.models.vlmo import Vlmo
 from vlp.objectives.classification import Classification
 from vlp.optim.optimizers import AdamW
 from vlp.optim.schedule import Schedule
-from vlp.tasks.annotated_classes import Classes
+from vlp.tasks.pair_classification import PairClassification
 
 
 def config() -> Experiment:
@@ -63,7 +63,7 @@ def config() -> Experiment:
         optim=AdamW(lr=5e-5, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.01),
         schedule=Schedule(warmup_steps=675, kind="linear"),
         train=Training(epochs=10.0, precision="bf16", clip_norm=None, activation_checkpointing="cheap"),
-        evaluate={"dev": Classes(data="annotations/nlvr2_dev.jsonl", images="nlvr2", baseline=False)},
+        evaluate={"dev": PairClassification(data="annotations/nlvr2_dev.jsonl", images="nlvr2", baseline=False)},
         evaluate_every=675,
         save=Saving(every=675, keep=2, best="dev/accuracy"),
     )

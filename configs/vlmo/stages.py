@@ -31,7 +31,7 @@ from vlp.optim.optimizers import AdamW
 from vlp.optim.schedule import Schedule
 from vlp.sweeps.ablation import Ablation
 from vlp.sweeps.stages import Stages
-from vlp.tasks.annotated_classes import Classes
+from vlp.tasks.pair_classification import PairClassification
 from vlp.tasks.retrieval import Retrieval
 
 ALBEF_TEXT = {
@@ -211,7 +211,7 @@ def entailment() -> Experiment:
         optim=AdamW(lr=3e-4, weight_decay=0.05),
         schedule=Schedule(warmup_steps=20, kind="linear"),
         train=Training(steps=270, precision="bf16", lr_scales={"classifier": 5.0}),
-        evaluate={"entailment": Classes(split="val")},
+        evaluate={"entailment": PairClassification(split="val")},
         save=Saving(every=270, keep=1),
     )
 

@@ -16,7 +16,7 @@ Cost: 128 questions a step, 10 epochs. Not run here.
 Command: vlp data annotations vqa2 QUESTIONS.json ANNOTATIONS.json data/vqa-train.jsonl     # also val and test-dev
     vlp data answers data/vqa-train.jsonl data/vqa-val.jsonl data/vqa-answers.txt --field multiple_choice_answer --normalise --min-count 9 --order appearance
     accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/vlmo/vqa.py
-    vlp eval runs/vlmo-vqa-v2 vqa data=data/vqa-test.jsonl how=classify submission=results.json
+    vlp eval runs/vlmo-vqa-v2 vqa data=data/vqa-test.jsonl mode=classify submission=results.json
 """
 
 from dataclasses import replace

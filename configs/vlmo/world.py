@@ -35,7 +35,7 @@ from vlp.optim.optimizers import AdamW
 from vlp.optim.schedule import Schedule
 from vlp.sweeps.ablation import Ablation
 from vlp.sweeps.stages import Stages
-from vlp.tasks.annotated_classes import Classes
+from vlp.tasks.pair_classification import PairClassification
 
 WORLD = "data/world"
 ANSWERS = (
@@ -102,7 +102,7 @@ def config() -> Ablation:
         model=replace(bare, classes=len(ANSWERS)),
         objectives={"answers": Classification()},
         data=replace(pairs.data, train=(questions,), val=None),
-        evaluate={"questions": Classes(images=f"{WORLD}/val", split="val", baseline=False)},
+        evaluate={"questions": PairClassification(images=f"{WORLD}/val", split="val", baseline=False)},
     )
     after_text = replace(pairs, model=replace(pairs.model, vl_start="text"))
     longer = replace(pairs, train=replace(pairs.train, steps=226))

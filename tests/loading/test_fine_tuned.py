@@ -21,8 +21,8 @@ from vlp.encoders.mome import Mome
 from vlp.loading.albef import MEAN, STD
 from vlp.models.albef import Albef
 from vlp.models.vlmo import Vlmo
-from vlp.tasks.annotated_classes import Classes
 from vlp.tasks.base import EvalModel
+from vlp.tasks.pair_classification import PairClassification
 from vlp.tasks.vqa import Vqa
 from vlp.weights.albef import AlbefCheckpoint, export_albef
 from vlp.weights.vlmo import VlmoCheckpoint, export_vlmo
@@ -127,7 +127,7 @@ def test_exported_fine_tuned_file_gives_the_results_of_its_model(questions, monk
     eval_model = EvalModel(
         own, load_tokenizer("vocab.txt", data.add_sep, data.clean_captions), data, torch.device("cpu")
     )
-    kind = {"vqa": Vqa, "classification": Classes}[task](**fields, resamples=5)
+    kind = {"vqa": Vqa, "classification": PairClassification}[task](**fields, resamples=5)
     if own.classifier is not None:  # centred, so that several classes are predicted
         scores = []
         hook = own.classifier.register_forward_hook(lambda module, given, said: scores.append(said))

@@ -3,5 +3,5 @@ import pytest
 
 @pytest.fixture(scope="session")
 def two_processes(pair):
-    """Call it with a function and its arguments: the results of ``function(rank, *arguments)`` in two processes."""
+    """A function that calls ``function(rank, *arguments)`` in two connected processes and returns both results."""
     return pair

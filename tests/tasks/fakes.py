@@ -1,4 +1,4 @@
-"""Models whose answers are known: they see a picture's colour and read the colour's name."""
+"""Models with known answers: they encode the colour of an image, and the colour that a text names."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from tests.conftest import COLOURS
 from vlp.config import Data
 from vlp.data.augment import Resize
 from vlp.data.preprocess import Preprocess
+from vlp.models.base import Model
 from vlp.tasks.base import EvalModel
 from vlp.types import Encoded
 
@@ -17,7 +18,7 @@ VALUES = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
 
 
 class Tokens:
-    """A caption's ids: the number of the colour that it names, and its length."""
+    """Tokenizer whose ids are the number of the colour that a text names, and the length of the text."""
 
     vocab_size = 100
 
@@ -26,10 +27,16 @@ class Tokens:
         return ids, torch.ones_like(ids, dtype=torch.bool), 0
 
 
-class Seer(nn.Module):
-    """One-hot embeddings of the colour: of the darkest pixel's surroundings, and of the word."""
+class ColourModel(Model):
+    """One-hot embeddings of the colour: the one nearest to the image's mean, and the one that the text names."""
 
+    can_contrast = True
+    image = text = None
+    embed_size = len(NAMES) + 1
     preprocess = Preprocess((8, 8), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic")
+
+    def can_encode(self, modality: str) -> bool:
+        return True
 
     def _encoded(self, colours: torch.Tensor) -> Encoded:
         embed = torch.eye(len(NAMES) + 1)[colours]
@@ -43,8 +50,8 @@ class Seer(nn.Module):
         return self._encoded(input_ids[:, 0])
 
 
-class Blind(Seer):
-    """Everything looks the same."""
+class BlindModel(ColourModel):
+    """Every image and text has the same embedding."""
 
     def encode_image(self, image: torch.Tensor) -> Encoded:
         return self._encoded(torch.zeros(len(image), dtype=torch.int64))
@@ -53,6 +60,6 @@ class Blind(Seer):
         return self._encoded(torch.zeros(len(input_ids), dtype=torch.int64))
 
 
-def subject(model: nn.Module, val: str | None = None) -> EvalModel:
+def eval_model(model: nn.Module, val: str | None = None) -> EvalModel:
     data = Data(train=(), val=val, resize=Resize(mode="squash"), workers=0)
     return EvalModel(model, Tokens(), data, torch.device("cpu"), checkpoint="a fake")

@@ -1,4 +1,4 @@
-"""What every evaluation is asked before it starts, and under which name its result is kept."""
+"""Checks that all tasks share, and names of result files."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import TOY, toy_overrides
 from tests.models.test_albef import SPEC
-from tests.tasks.fakes import subject
+from tests.tasks.fakes import eval_model
 from vlp.cli import main
 from vlp.data.reading.annotated import Annotated
 from vlp.encoders.mome import Mome
@@ -14,8 +14,8 @@ from vlp.errors import UserError
 from vlp.models.single import Single
 from vlp.models.vlmo import Vlmo
 from vlp.specs.fields import check_limits
-from vlp.tasks.annotated_classes import Classes
 from vlp.tasks.naming import result_name
+from vlp.tasks.pair_classification import PairClassification
 from vlp.tasks.probe import Knn
 from vlp.tasks.rerank import Rerank
 from vlp.tasks.sentence_similarity import SentenceSimilarity
@@ -36,7 +36,7 @@ TOGETHER = Vlmo(MOME, itc=False, itc_vl=False, itm=False, mlm=False, classes=2)
         (SentenceSimilarity(resamples=-1), "resamples"),
     ],
 )
-def test_numbers_out_of_range_are_refused_before_anything_is_opened(task, name):
+def test_numbers_outside_their_limits_are_refused(task, name):
     with pytest.raises(UserError, match=rf"^sts-dev\.{name} is -?\d; set it to at least \d"):
         check_limits(task, "sts-dev")
 
@@ -45,54 +45,53 @@ def test_numbers_out_of_range_are_refused_before_anything_is_opened(task, name):
     "wrong",
     ["batch_size=0", "resamples=-1", "ks=", "ks=0,1", "workers=-1", "max_length=0", "image_size=0", "head_width=0"],
 )
-def test_wrong_number_on_the_command_line_is_one_line(wrong, tmp_path, capsys):
+def test_number_outside_its_limits_on_the_command_line_is_one_line(wrong, tmp_path, capsys):
     assert main(["eval", str(tmp_path / "nothing"), "retrieval", "data=x", wrong]) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and wrong.partition("=")[0] in err
 
 
-def test_wrong_number_of_an_evaluation_within_a_training_is_one_line(world, tmp_path, capsys):
+def test_number_outside_its_limits_in_an_experiment_is_one_line(world, tmp_path, capsys):
     assert main(["train", str(TOY), *toy_overrides(world, tmp_path), "evaluate.retrieval.batch_size=0"]) == 2
     assert "evaluate.retrieval.batch_size is 0; set it to at least 1" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("task", [Knn, SentenceSimilarity])
-def test_what_is_read_together_only_has_no_features_of_its_own(task, monkeypatch):
-    """A VLMo that was fine-tuned to classify pairs: its first token, which no layer has seen, is not a feature."""
+def test_model_that_only_reads_pairs_has_no_features_of_one_modality(task, monkeypatch):
+    """In a VLMo fine-tuned to classify pairs, no layer has processed the first token of a single modality."""
     monkeypatch.setattr(task, "_read", lambda self: ({}, {}, []) if task is Knn else {})
-    monkeypatch.setattr("vlp.tasks.sentence_similarity.NO_TEXT", "")
-    with pytest.raises(UserError, match="reads pictures and texts together only"):
-        task()(subject(TOGETHER.build()))
+    with pytest.raises(UserError, match="reads images and texts only together"):
+        task()(eval_model(TOGETHER.build()))
 
 
-def test_model_that_looks_at_another_number_of_pictures_is_refused(tmp_path, monkeypatch):
+def test_model_that_reads_another_number_of_images_is_refused(tmp_path, monkeypatch):
     (tmp_path / "x.jsonl").write_text('{"image": "a.png", "image1": "b.png", "text": "?", "label": "no"}\n')
-    twins = subject(replace(SPEC, fusion=replace(SPEC.fusion, images=2), itm=False, mlm=False, classes=2).build())
-    single = subject(replace(SPEC, itm=False, mlm=False, classes=2).build())
+    twins = eval_model(replace(SPEC, fusion=replace(SPEC.fusion, images=2), itm=False, mlm=False, classes=2).build())
+    single = eval_model(replace(SPEC, itm=False, mlm=False, classes=2).build())
     given = {"data": str(tmp_path / "x.jsonl"), "label": "label", "classes": ("no", "yes")}
-    for of, fields, message in (
-        (twins, ("image",), "gives 1 picture with each text, and this model looks at 2"),
-        (single, ("image", "image1"), "gives 2 pictures with each text, and this model looks at 1"),
-        (subject(TOGETHER.build()), ("image", "image1"), "looks at 1"),
+    for model, fields, message in (
+        (twins, ("image",), "gives 1 image with each text, and this model reads 2"),
+        (single, ("image", "image1"), "gives 2 images with each text, and this model reads 1"),
+        (eval_model(TOGETHER.build()), ("image", "image1"), "reads 1"),
     ):
         with pytest.raises(UserError, match=message):
-            Classes(image=fields, **given)(of)
-    with pytest.raises(UserError, match="vqa gives 1 picture"):
+            PairClassification(image=fields, **given)(model)
+    with pytest.raises(UserError, match="vqa gives 1 image"):
         Vqa(data=given["data"])(twins)
 
 
-@pytest.mark.parametrize("task", [Classes, Vqa])
-def test_model_that_reads_nothing_is_refused(tmp_path, task):
+@pytest.mark.parametrize("task", [PairClassification, Vqa])
+def test_model_without_a_tokenizer_is_refused(tmp_path, task):
     (tmp_path / "x.jsonl").write_text('{"image": "a.png", "text": "?", "label": "no", "answers": ["no"]}\n')
-    blind = replace(subject(Single(image=SPEC.image, classes=2).build()), tokenizer=None)
+    untokenized = replace(eval_model(Single(image=SPEC.image, classes=2).build()), tokenizer=None)
     source = Annotated(str(tmp_path / "x.jsonl"), label="label", classes=("no", "yes"))
-    blind = replace(blind, data=replace(blind.data, train=(source,)))
-    with pytest.raises(UserError, match="needs a model of pictures and texts"):
-        task(data=source.path)(blind)
+    untokenized = replace(untokenized, data=replace(untokenized.data, train=(source,)))
+    with pytest.raises(UserError, match="needs a model of images and texts"):
+        task(data=source.path)(untokenized)
 
 
-def test_what_was_asked_otherwise_is_kept_in_a_file_of_its_own():
+def test_options_that_change_the_result_are_part_of_its_file_name():
     names = [
         result_name("rerank", Rerank(), ["data=data/flickr8k/val", *given])
         for given in ([], ["k=16", "batch_size=8"], ["k=16", "score=itm+itc"], ["resamples=9"])

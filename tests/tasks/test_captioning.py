@@ -1,4 +1,4 @@
-"""Captions are scored by the package; what a model writes is what it is asked for."""
+"""Captions are scored by pycocoevalcap, and are those that beam search writes for each image."""
 
 import json
 from dataclasses import replace
@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.conftest import draw_pairs
 from tests.models.test_albef import SPEC
-from tests.tasks.fakes import subject
+from tests.tasks.fakes import eval_model
 from vlp.data.preparing.pack import Packing, pack
 from vlp.data.text import load_tokenizer
 from vlp.encoders.decoder import Decoder
@@ -25,11 +25,11 @@ def given(world):
     torch.manual_seed(0)
     text = replace(SPEC.text, config=SPEC.text.config | {"vocab_size": 200})
     spec = replace(SPEC, text=text, itc=False, itm=False, mlm=False, decoder=Decoder(layers=2, source="image"))
-    found = subject(spec.build().eval(), str(world / "shards"))
+    found = eval_model(spec.build().eval(), str(world / "shards"))
     return replace(found, tokenizer=load_tokenizer(str(world / "tokenizer")), data=replace(found.data, max_length=16))
 
 
-def test_its_own_caption_scores_higher_than_anothers_and_nothing_scores_nothing():
+def test_own_caption_scores_higher_than_another_and_unrelated_words_score_zero():
     true = [("a red square", "red thing"), ("a blue square", "blue thing"), ("two green dogs", "dogs")]
     own, other = cider(["a red square", "a blue square", "two green dogs"], true), cider(["a blue square"] * 3, true)
     assert (own[[0, 2]] > other[[0, 2]]).all() and own[1] == other[1]
@@ -37,7 +37,7 @@ def test_its_own_caption_scores_higher_than_anothers_and_nothing_scores_nothing(
     assert words("A dog's ball, (red)!") == "a dog's ball red"
 
 
-def test_every_picture_is_captioned_and_submitted(given, tmp_path):
+def test_every_image_is_captioned_and_submitted(given, tmp_path):
     path = tmp_path / "captions.json"
     task = CaptionQuality(beams=2, max_length=6, min_length=2, batch_size=16, submission=str(path), resamples=10)
     task.validate(given.data)
@@ -49,7 +49,7 @@ def test_every_picture_is_captioned_and_submitted(given, tmp_path):
     assert result.metrics["cider"].value == pytest.approx(scores.mean()) and not result.metrics["cider"].percent
 
 
-def test_cocos_number_of_a_picture_is_submitted_and_none_but_all_pictures(given, tmp_path):
+def test_submission_has_coco_ids_and_must_be_complete(given, tmp_path):
     pairs = draw_pairs(tmp_path / "pictures", 3)
     pairs = [
         replace(pair, extra={name: 40 + n}) for n, (pair, name) in enumerate(zip(pairs, ("cocoid", "image_id", "x")))
@@ -65,7 +65,7 @@ def test_cocos_number_of_a_picture_is_submitted_and_none_but_all_pictures(given,
     larger = tmp_path / "pictures" / "larger.png"
     Image.new("RGB", (99, 99)).save(larger)
     pack([*pairs, replace(pairs[0], image=str(larger), key="larger")], tmp_path / "more", Packing())
-    with pytest.raises(UserError, match="^1 could not be answered, e.g. "):
+    with pytest.raises(UserError, match="^1 samples have no prediction, e.g. "):
         limited = replace(given, data=replace(given.data, max_pixels=5000))
         replace(task, data=str(tmp_path / "more"))(limited)
     assert not path.exists()
@@ -73,12 +73,12 @@ def test_cocos_number_of_a_picture_is_submitted_and_none_but_all_pictures(given,
         replace(task, submission="/proc/nowhere/x.json").validate(given.data)
 
 
-def test_captions_are_those_of_each_picture_alone(given):
+def test_captions_do_not_depend_on_the_batch(given):
     torch.manual_seed(1)
     images = [torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8) for _ in range(3)]
     task, model = CaptionQuality(beams=2, max_length=6, min_length=2), given.model
     with torch.no_grad():
-        together = task._captions(given, images)
+        together = task.write_captions(given, images)
         for image, caption in zip(images, together):
             described = model.describe(model.encode_image(given.preprocess.normalise(image[None])))
             tokenizer = given.tokenizer
@@ -86,7 +86,7 @@ def test_captions_are_those_of_each_picture_alone(given):
             assert tokenizer.text(ids) == caption
 
 
-def test_what_cannot_be_is_one_line(given, monkeypatch):
+def test_mistakes_are_user_errors(given, monkeypatch):
     with pytest.raises(UserError, match="source='image'"):
         CaptionQuality()(replace(given, model=SPEC.build()))
     with pytest.raises(UserError, match="at most max_length"):

@@ -1,4 +1,4 @@
-"""Heat maps of words: against an implementation of fusion that computes one pair at a time, and on a picture file."""
+"""Heat maps of words, against a reference that computes one pair at a time, and as a PNG."""
 
 import math
 from dataclasses import replace
@@ -20,7 +20,7 @@ from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmTower
 from vlp.errors import UserError
 from vlp.tasks.base import EvalModel
-from vlp.tasks.grad_cam import choose_layer, draw_words, enlarged, grad_cam, mean_over, word_maps
+from vlp.tasks.grad_cam import choose_layer, draw_words, enlarge, grad_cam, mean_over_tokens, word_maps
 
 
 def build(**changed):
@@ -33,7 +33,7 @@ def heads_of(x, count):
 
 
 def attend(attention, states, source):
-    """(L, D) attended and (heads, L, P) probabilities, by the definition."""
+    """Compute (L, D) outputs and (heads, L, P) probabilities of attention by definition."""
     query, key = (heads_of(part, attention.heads) for part in (attention.query(states), attention.key(source)))
     probabilities = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1)
     seen = probabilities @ heads_of(attention.value(source), attention.heads)
@@ -41,7 +41,7 @@ def attend(attention, states, source):
 
 
 def straightforward(model, image, text, layer):
-    """(L, h, w) of one pair without padding: (P, image width) tokens of an image, (L, D) of a text."""
+    """Compute the (L, h, w) maps of one pair without padding, from (P, image width) and (L, D) tokens."""
     states, seen = text, None
     for number, part in enumerate(model.fusion.layers):
         states = part.self_norm(states + attend(part.self_attention, states, states)[0])
@@ -57,7 +57,7 @@ def straightforward(model, image, text, layer):
 
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("trained", [True, False])
-def test_maps_are_those_of_one_pair_at_a_time_whatever_the_padding_and_the_order_of_images(layer, trained):
+def test_maps_equal_the_reference_for_any_padding_and_order_of_images(layer, trained):
     model, batch = build(), pairs()
     rows = torch.tensor([3, 3, 0, 7, 1, 5, 5, 2])
     with torch.no_grad():
@@ -73,26 +73,26 @@ def test_maps_are_those_of_one_pair_at_a_time_whatever_the_padding_and_the_order
         assert cam.any()
         torch.testing.assert_close(found[row, : len(cam)], cam)
         assert not found[row, len(cam) :].any()
-    whole = mean_over(found, batch.attention_mask)
+    whole = mean_over_tokens(found, batch.attention_mask)
     torch.testing.assert_close(whole, torch.stack([cam.mean(0) for cam in expected]))
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_map_keeps_its_values_at_its_own_size_and_its_place_when_enlarged():
+def test_enlarged_map_keeps_values_at_its_own_size_and_the_place_of_its_maximum():
     cam = torch.zeros(3, 4)
     cam[1, 3] = 1.0
-    torch.testing.assert_close(enlarged(cam, 3, 4), cam)
-    y, x = divmod(int(enlarged(cam, 60, 120).argmax()), 120)
+    torch.testing.assert_close(enlarge(cam, 3, 4), cam)
+    y, x = divmod(int(enlarge(cam, 60, 120).argmax()), 120)
     assert 20 <= y < 40 and 90 <= x < 120
 
 
 @pytest.mark.parametrize(
     "name", ["test_vit", "test_efficientnet", "swin_tiny_patch4_window7_224", "deit_tiny_distilled_patch16_224"]
 )
-def test_every_kind_of_tower_knows_its_grid(name):
+def test_grid_of_each_kind_of_image_tower(name):
     size = (64, 64) if name == "test_vit" else (224, 224)
     if name == "test_efficientnet":
-        size = (150, 70)  # no multiple of its stride
+        size = (150, 70)  # not a multiple of its stride
     given = {} if name == "test_efficientnet" else {"img_size": size}
     model = timm.create_model(name, num_classes=0, **given).eval()
     tower = TimmTower(model, Preprocess(size, (0.5,) * 3, (0.5,) * 3, "bicubic"))
@@ -102,7 +102,7 @@ def test_every_kind_of_tower_knows_its_grid(name):
     assert tokens.shape[1] == 1 + height * width and abs(height / width - size[0] / size[1]) < 0.6
 
 
-def test_words_have_the_places_of_their_pieces():
+def test_words_have_the_positions_of_their_pieces():
     tokenizer = train_tokenizer(["dogs run", "a dog runs"], 40, min_frequency=1)
     caption = "The dogs, running!"
     rows = tokenizer.rows([caption])[0]
@@ -116,7 +116,7 @@ def test_words_have_the_places_of_their_pieces():
     assert [own for _, own in Tokenizer(tokenizer._backend, sep=False).words(caption)] == [own for _, own in found]
 
 
-def test_the_layer_is_checked_and_published_by_default():
+def test_default_layer_is_the_published_one():
     assert choose_layer(build(fusion=Fusion(layers=6)), None) == 2
     with pytest.raises(UserError, match="layer 2 of fusion; this model has layers 0 to 1"):
         choose_layer(build(), 2)
@@ -130,7 +130,7 @@ def subject():
     return EvalModel(build().float(), tokenizer, Data(train=(), max_length=12), torch.device("cpu"))
 
 
-def test_words_that_nothing_stands_for_or_that_were_cut_have_no_map(subject):
+def test_function_words_and_truncated_words_have_no_map(subject):
     pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
     found = word_maps(subject, pixels, "a dog, of snow", 0, most=6)
     assert [word for word, _ in found.maps] == ["dog", "snow"]
@@ -139,7 +139,7 @@ def test_words_that_nothing_stands_for_or_that_were_cut_have_no_map(subject):
     assert [word for word, _ in word_maps(subject, pixels, "a dog, of snow", 0, most=6).maps] == ["dog"]
 
 
-def test_pictures_of_words_are_drawn_for_captions_that_have_them(subject, tmp_path):
+def test_maps_are_drawn_for_captions_with_the_words(subject, tmp_path):
     rng = np.random.default_rng(0)
     given = []
     for number, caption in enumerate(["a red dog", "two cats of snow", "a dog of snow"]):
@@ -152,6 +152,6 @@ def test_pictures_of_words_are_drawn_for_captions_that_have_them(subject, tmp_pa
     assert sorted(captions) == ["a dog of snow", "a red dog"]
     with Image.open(png) as image:
         assert image.format == "PNG" and image.size[0] > 300
-    assert len(draw_words(subject, str(tmp_path / "shards"), png, pictures=1)) == 1
+    assert len(draw_words(subject, str(tmp_path / "shards"), png, images=1)) == 1
     with pytest.raises(UserError, match="no caption of .* has horse"):
         draw_words(subject, str(tmp_path / "shards"), png, words=("horse",))

@@ -1,4 +1,4 @@
-"""Grounding: closed forms of the scores, and a model whose heat maps are known on a world where everything's place is."""
+"""Grounding: closed forms of the scores, and known heat maps on a synthetic world."""
 
 import json
 
@@ -26,22 +26,22 @@ def heat_at(x, y, height=10, width=12):
 @pytest.mark.parametrize(
     ("x", "y", "hit"), [(3, 2, True), (2, 2, False), (5, 2, True), (6, 2, False), (3, 6, False), (5, 5, True)]
 )
-def test_pointing_is_the_maximum_within_the_box(x, y, hit):
+def test_pointing_hits_if_the_maximum_is_in_the_box(x, y, hit):
     assert points_into(heat_at(x, y), (3, 2, 3, 4)) is hit
 
 
-def test_a_flat_map_points_nowhere():
+def test_flat_map_misses():
     assert not points_into(torch.zeros(10, 12), (0, 0, 12, 10)) and not points_into(torch.ones(10, 12), (0, 0, 12, 10))
 
 
-def test_random_maps_hit_as_often_as_the_box_has_area():
+def test_random_maps_hit_in_proportion_to_the_area_of_the_box():
     generator = torch.Generator().manual_seed(0)
     box = (2, 3, 5, 4)
     hits = [points_into(torch.rand(10, 12, generator=generator), box) for _ in range(4000)]
     assert abs(np.mean(hits) - 20 / 120) < 0.02
 
 
-def test_the_box_is_the_one_with_most_heat_for_the_root_of_its_area():
+def test_chosen_box_has_the_most_heat_per_root_of_its_area():
     heat = torch.rand(20, 30, generator=torch.Generator().manual_seed(1))
     boxes = [(0, 0, 30, 20), (3, 4, 6, 5), (10.5, 2.5, 8.2, 9.9), (25, 15, 40, 40), (-3, -2, 9, 7)]
     scores = []
@@ -57,7 +57,7 @@ def test_the_box_is_the_one_with_most_heat_for_the_root_of_its_area():
     assert choose_box(-torch.ones(10, 12), [(0, 0, 9, 9), (0, 0, 2, 2)], 0.5) == 1  # below the published start at 0
 
 
-def test_intersection_over_union_is_that_of_pixels():
+def test_intersection_over_union_equals_that_of_pixel_masks():
     rng = np.random.default_rng(0)
     for _ in range(50):
         a, b = ([int(v) for v in (*rng.integers(0, 8, 2), *rng.integers(1, 8, 2))] for _ in range(2))
@@ -68,15 +68,15 @@ def test_intersection_over_union_is_that_of_pixels():
 
 
 @pytest.mark.parametrize("box", [None, "1,2,3,4", [1, 2, 3], [1, 2, 0, 4], [1, 2, 3, float("nan")], [1, 2, 3, "4"]])
-def test_what_is_no_box_is_named(box):
+def test_invalid_box_is_a_bad_sample(box):
     with pytest.raises(BadSample, match="left, top, width, height"):
         read_box(box)
 
 
-def test_proposals_that_are_no_list_are_named():
+def test_proposals_must_be_a_list():
     line = RawSample("1", 0, 0, 0, None, ("x",), 0, {"box": [1, 2, 3, 4], "proposals": 5})
     with pytest.raises(BadSample, match="proposals are 5, not a list of boxes"):
-        Grounding()._judge(line, (8, 8), torch.ones(2, 2))
+        Grounding()._score(line, (8, 8), torch.ones(2, 2))
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +101,8 @@ def task(world, **fields):
     return Grounding(**(where | {"batch_size": 3, "resamples": 10} | fields))
 
 
-def knowing(world, subject, wrong=False):
-    """A stand-in for Grad-CAM: heat at the centre of what the text names, or (``wrong``) of another thing of the picture."""
+def known_maps(world, subject, wrong=False):
+    """Return a stand-in for Grad-CAM with heat at the centre of the named object, or, if ``wrong``, of another object."""
     places = {}
     for line in lines(world):
         box = next(p for p in line["proposals"] if (p == line["box"]) != wrong)
@@ -120,9 +120,7 @@ def knowing(world, subject, wrong=False):
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_whoever_knows_the_places_finds_everything_and_who_points_elsewhere_only_what_is_around(
-    world, subject, monkeypatch, wrong
-):
+def test_maps_at_the_object_score_one_and_maps_at_another_object_below_a_half(world, subject, monkeypatch, wrong):
     encode = subject.model.encode_text
 
     def reading(ids, mask):
@@ -130,10 +128,10 @@ def test_whoever_knows_the_places_finds_everything_and_who_points_elsewhere_only
         return encode(ids, mask)
 
     monkeypatch.setattr(subject.model, "encode_text", reading)
-    monkeypatch.setattr(grounding, "grad_cam", knowing(world, subject, wrong))
+    monkeypatch.setattr(grounding, "grad_cam", known_maps(world, subject, wrong))
     result = task(world)(subject)
     given = lines(world)
-    assert result.n == {"phrases": len(given), "pictures": 20, "with proposals": len(given)} and not result.bad
+    assert result.n == {"phrases": len(given), "images": 20, "with proposals": len(given)} and not result.bad
     found = {name: metric.value for name, metric in result.metrics.items()}
     chance = [line["box"][2] * line["box"][3] / 64**2 for line in given]
     assert found["pointing_chance"] == pytest.approx(np.mean(chance))
@@ -147,7 +145,7 @@ def test_whoever_knows_the_places_finds_everything_and_who_points_elsewhere_only
         assert found["pointing"] == pytest.approx(np.mean(inside)) and found["pointing"] < 0.5
         assert found["accuracy"] < 0.5
     else:
-        assert found["pointing"] == 1.0 and found["accuracy"] > 0.9  # what is small may be inside what is large
+        assert found["pointing"] == 1.0 and found["accuracy"] > 0.9  # a small object may lie inside a large one
 
 
 def _centre(box):
@@ -155,14 +153,14 @@ def _centre(box):
 
 
 @pytest.mark.parametrize("layer", [None, 0])
-def test_a_real_model_is_scored_and_batches_do_not_matter(world, subject, layer):
+def test_scores_of_a_model_do_not_depend_on_the_batch_size(world, subject, layer):
     one, other = (task(world, batch_size=size, layer=layer)(subject) for size in (3, 20))
     assert one.metrics == other.metrics and 0 < one.metrics["pointing"].value < 1
     assert f"layer {1 if layer is None else 0}" in one.protocol or layer is None
     assert subject.model.training
 
 
-def test_lines_without_a_box_or_a_picture_are_counted_and_named(world, subject, tmp_path):
+def test_lines_without_a_box_or_an_image_are_skipped_and_recorded(world, subject, tmp_path):
     given = lines(world)[:4]
     given[0]["box"] = [1, 2, 3]
     given[1]["key"] = "nowhere"
@@ -170,11 +168,11 @@ def test_lines_without_a_box_or_a_picture_are_counted_and_named(world, subject, 
     path = tmp_path / "some.jsonl"
     path.write_text("\n".join(map(json.dumps, given)))
     result = task(world, data=str(path))(subject)
-    pictures = {line["key"] for line in given[2:]}
-    assert result.n == {"phrases": 2, "pictures": len(pictures), "with proposals": 1}
+    images = {line["key"] for line in given[2:]}
+    assert result.n == {"phrases": 2, "images": len(images), "with proposals": 1}
     assert sorted(bad["key"] for bad in result.bad) == ["1", "2"]
     path.write_text(json.dumps(given[0]))
-    with pytest.raises(UserError, match="1 were left out"):
+    with pytest.raises(UserError, match="1 were skipped"):
         task(world, data=str(path))(subject)
     with pytest.raises(UserError, match="give data=BOXES.jsonl"):
         Grounding().validate(Data(train=()))

@@ -1,15 +1,14 @@
-"""Fine-tuning on classes: labels come from the shards, pictures are mixed, and the classifier is judged."""
+"""Accuracy of an image classifier, and fine-tuning it on labels of shards with mixup."""
 
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.conftest import COLOURS
-from tests.tasks.fakes import NAMES, Seer, subject
+from tests.tasks.fakes import NAMES, ColourModel, eval_model
 from vlp.cli import main
 from vlp.config import Data, Experiment, Training
 from vlp.data.augment import Resize
@@ -25,7 +24,7 @@ from vlp.tasks.image_accuracy import ImageAccuracy
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Plain pictures of five colours with a labels.jsonl: 20 to train, packed into ``shards`` too, and 10 to judge."""
+    """Plain images of five colours with a labels.jsonl: 20 for training, also packed into ``shards``, and 10 for evaluation."""
     folder, rng, rows = tmp_path_factory.mktemp("classes"), np.random.default_rng(0), []
     for n in range(30):
         pixels = np.clip(np.array(COLOURS[NAMES[n % 5]]) + rng.integers(-9, 9, (32, 32, 3)), 0, 255).astype(np.uint8)
@@ -37,10 +36,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-class Judge(Seer):
-    """Its classifier knows the colour, but takes red (0) for green (1)."""
+class ColourClassifier(ColourModel):
+    """Classifies colours correctly, except that red (0) is taken for green (1)."""
 
-    classifier = torch.nn.Identity()
+    num_classes = 5
 
     def classify(self, f):
         scores = f.image.embed[:, :5].clone()
@@ -48,15 +47,15 @@ class Judge(Seer):
         return scores
 
 
-def test_accuracy_counts_what_the_classifier_gets_right(folder):
-    result = ImageAccuracy(data=str(folder), batch_size=7)(subject(Judge()))
+def test_accuracy_is_the_share_of_correct_classes(folder):
+    result = ImageAccuracy(data=str(folder), batch_size=7)(eval_model(ColourClassifier()))
     assert result.n == {"images": 10, "classes": 5} and result.metrics["top1"].value == 0.8
     assert result.details["confused"] == [{"true": "red", "guessed": "green", "count": 2, "of": 2}]
     with pytest.raises(UserError, match="needs an image tower with a classifier"):
-        ImageAccuracy(data=str(folder))(subject(Seer()))
+        ImageAccuracy(data=str(folder))(eval_model(ColourModel()))
 
 
-def test_labels_of_shards_are_what_the_source_names(folder):
+def test_labels_of_shards_are_those_of_the_named_field(folder):
     reader = Source(str(folder / "shards"), label="label").open()
     assert [reader.read(*reader.locate(n)).label for n in range(20)] == [n % 5 for n in range(20)]
     assert Source(str(folder / "shards")).open().read(0, 0).label is None
@@ -64,7 +63,7 @@ def test_labels_of_shards_are_what_the_source_names(folder):
         Source(str(folder / "shards"), label="source").open().read(0, 0)
 
 
-def test_fine_tuning_with_mixed_pictures_learns_the_classes(folder, tmp_path):
+def test_fine_tuning_with_mixup_learns_the_classes(folder, tmp_path):
     experiment = Experiment(
         name="classes",
         model=Single(image=TimmImage("test_vit", image_size=32), classes=5),

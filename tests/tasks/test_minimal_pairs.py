@@ -1,13 +1,12 @@
-"""Minimal pairs: a bag of words earns exactly chance, and whoever compares words in order earns everything."""
+"""Minimal pairs: a bag-of-words model scores exactly chance, and a model that reads the order scores one."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from tests.conftest import COLOURS
-from tests.tasks.fakes import Seer, subject
+from tests.tasks.fakes import ColourModel, eval_model
 from vlp.data.preparing.formats import Pair
 from vlp.data.preparing.pack import Packing, pack
 from vlp.errors import UserError
@@ -18,22 +17,22 @@ NAMES = list(COLOURS)
 
 
 class Words:
-    """The numbers of a caption's two colours, in its order."""
+    """Tokenizer whose ids are the numbers of a caption's two colours, in order."""
 
     def __call__(self, texts: list[str], max_length: int):
         ids = torch.tensor([[NAMES.index(word) for word in text.split() if word in NAMES] for text in texts])
         return ids, torch.ones_like(ids, dtype=torch.bool), 0
 
 
-class Sides(Seer):
-    """Sees the colours of the left and the right half, each a one-hot of the embedding; ``bag``: both in one place."""
+class Sides(ColourModel):
+    """Encode the colours of the left and the right half as two one-hot vectors, or, with ``bag``, as their sum."""
 
     def __init__(self, bag: bool):
         super().__init__()
         self.bag = bag
 
     def _of(self, pairs: torch.Tensor) -> Encoded:
-        """(B, 2) numbers of colours."""
+        """Encode (B, 2) numbers of colours."""
         embed = torch.eye(len(NAMES))[pairs] / 2**0.5
         embed = embed.sum(1) if self.bag else embed.flatten(1)
         return Encoded(embed[:, None], torch.ones(len(embed), 1, dtype=torch.bool), embed)
@@ -47,12 +46,13 @@ class Sides(Seer):
         return self._of(input_ids)
 
 
-class Contrary(Sides):
-    """Embeds in order, and has a head for matching that says the opposite: the head must be asked."""
+class OppositeMatching(Sides):
+    """Has a matching head that contradicts its embeddings. The head decides."""
+
+    can_match = True
 
     def __init__(self):
         super().__init__(bag=False)
-        self.itm = nn.Identity()
 
     def project(self, image: Encoded) -> torch.Tensor:
         return image.embed
@@ -64,7 +64,7 @@ class Contrary(Sides):
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """A world of 10 scenes: two halves of two colours, and the same exchanged."""
+    """A world of 10 scenes: two halves of two colours, and the same with the halves exchanged."""
     folder = tmp_path_factory.mktemp("scenes")
     pairs = []
     for n in range(10):
@@ -79,13 +79,15 @@ def scenes(tmp_path_factory):
 
 
 def evaluated(model, scenes, **fields):
-    given = subject(model)
+    given = eval_model(model)
     given.tokenizer = Words()
     return MinimalPairs(data=str(scenes), **fields)(given)
 
 
-@pytest.mark.parametrize(("model", "share"), [(Sides(bag=True), 0.5), (Sides(bag=False), 1.0), (Contrary(), 0.0)])
-def test_accuracy_is_that_of_what_the_model_can_see(scenes, model, share):
+@pytest.mark.parametrize(
+    ("model", "share"), [(Sides(bag=True), 0.5), (Sides(bag=False), 1.0), (OppositeMatching(), 0.0)]
+)
+def test_accuracy_of_models_with_known_answers(scenes, model, share):
     for batch_size in (3, 64):
         result = evaluated(model, scenes, batch_size=batch_size)
         assert {name: i.value for name, i in result.metrics.items()} == dict.fromkeys(
@@ -94,14 +96,14 @@ def test_accuracy_is_that_of_what_the_model_can_see(scenes, model, share):
     assert result.n == {"scenes": 10} and ("cosine" in result.protocol) == (model.__class__ is Sides)
 
 
-def test_the_world_is_found_beside_the_val_of_the_run(scenes):
-    given = subject(Sides(bag=False), str(scenes / "val"))
+def test_default_world_is_that_of_the_runs_val(scenes):
+    given = eval_model(Sides(bag=False), str(scenes / "val"))
     given.tokenizer = Words()
     MinimalPairs().validate(given.data)
     assert MinimalPairs()(given).metrics["accuracy"].value == 1.0
 
 
-def test_scores_that_are_not_finite_earn_nothing_but_an_error(scenes):
+def test_scores_that_are_not_finite_are_refused(scenes):
     class Broken(Sides):
         def encode_text(self, *given):
             encoded = super().encode_text(*given)
@@ -112,8 +114,8 @@ def test_scores_that_are_not_finite_earn_nothing_but_an_error(scenes):
 
 
 def test_shards_without_scenes_are_refused(world):
-    given = subject(Sides(bag=False), str(world / "shards" / "val"))
+    given = eval_model(Sides(bag=False), str(world / "shards" / "val"))
     with pytest.raises(UserError, match="vlp data world"):
         MinimalPairs(data=str(world), split="shards").validate(given.data)
     with pytest.raises(UserError, match="give data=FOLDER"):
-        MinimalPairs().validate(subject(Sides(bag=False)).data)
+        MinimalPairs().validate(eval_model(Sides(bag=False)).data)

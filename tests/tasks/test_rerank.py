@@ -1,4 +1,4 @@
-"""Re-ranking: the scores are those of each pair alone, the published ones, and the same for any number of processes."""
+"""Re-ranking: scores equal the published ones and those of each pair, for any number of processes."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.models.test_albef import SPEC, close, published
-from tests.tasks.fakes import Seer, subject
+from tests.tasks.fakes import ColourModel, eval_model
 from vlp.data.stream import EvalDataset, evaluation_batches
 from vlp.data.text import load_tokenizer
 from vlp.encoders.fusion import ImageTokens
@@ -17,7 +17,7 @@ from vlp.tasks.rerank import Rerank, Shortlist, encode_distinct, match, rerank
 from vlp.tasks.retrieval import Retrieval
 
 
-def test_scores_and_candidates_are_the_published_ones():
+def test_scores_and_candidates_equal_the_published_ones():
     model, _, _, meta, given, expected = published("albef_retrieval")
     model.eval()
     encode = SimpleNamespace(
@@ -25,7 +25,6 @@ def test_scores_and_candidates_are_the_published_ones():
         tokenizer=lambda texts, _: (given["input_ids"], given["attention_mask"].bool(), 0),
         data=SimpleNamespace(max_length=30),
         device=torch.device("cpu"),
-        rank=0,
     )
     with torch.no_grad():
         images = model.encode_image(given["image"])
@@ -45,15 +44,15 @@ def test_scores_and_candidates_are_the_published_ones():
 
 @pytest.fixture
 def albef(world):
-    """A small ALBEF with random weights on the world of coloured squares, 50 pictures with two captions each."""
+    """A small ALBEF with random weights, on 50 images of coloured squares with two captions each."""
     torch.manual_seed(0)
     text = replace(SPEC.text, config=SPEC.text.config | {"vocab_size": 200})
-    given = subject(replace(SPEC, text=text).build().eval(), str(world / "shards"))
+    given = eval_model(replace(SPEC, text=text).build().eval(), str(world / "shards"))
     return replace(given, tokenizer=load_tokenizer(str(world / "tokenizer")), data=replace(given.data, max_length=16))
 
 
 def of_all_pairs(given, k: int, plus_cosine: bool) -> dict[str, float]:
-    """Recall at 1 of each way by the definition: all pairs are scored, with a copy of the picture for each caption."""
+    """Compute recall at 1 in both directions by definition: score all pairs, with a copy of the image for each caption."""
     pairs, model = encode_pairs(given, given.data.val, 64), given.model
     dataset = EvalDataset(given.data.val, given.data.resize, given.preprocess, given.data.max_pixels)
     pixels = torch.stack([image for samples, _ in evaluation_batches(dataset, 64, 0) for image, _ in samples])
@@ -73,15 +72,15 @@ def of_all_pairs(given, k: int, plus_cosine: bool) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("score", ["itm", "itm+itc"])
-def test_recall_is_that_of_all_pairs_scored(albef, score):
+def test_recall_equals_that_of_scoring_all_pairs(albef, score):
     metrics = Rerank(k=9, ks=(1, 5), score=score, batch_size=16, text_batch=7, resamples=0)(albef).metrics
     for way, recall in of_all_pairs(albef, 9, score == "itm+itc").items():
         assert metrics[f"{way}_r@1"].value == pytest.approx(recall)
 
 
-def test_without_re_ranking_it_is_retrieval(albef):
+def test_metrics_without_reranking_equal_retrieval(albef):
     plain = Retrieval(resamples=0)(albef).metrics
-    for k in (1, 10):  # with k candidates, recall at k and beyond cannot change
+    for k in (1, 10):  # re-ranking k candidates cannot change recall at k and beyond
         metrics = Rerank(k=k, resamples=0)(albef).metrics
         for name, value in plain.items():
             assert metrics[f"itc_{name}"].value == pytest.approx(value.value)
@@ -90,7 +89,7 @@ def test_without_re_ranking_it_is_retrieval(albef):
                 assert metrics[f"mean_r@{at}"].value == pytest.approx(plain[f"mean_r@{at}"].value)
 
 
-def test_an_image_is_projected_once_and_a_text_encoded_once(albef, monkeypatch):
+def test_images_are_projected_once_and_texts_encoded_once(albef, monkeypatch):
     model, projected, encoded = albef.model, [], []
     monkeypatch.setattr(
         model, "project", lambda image, f=model.project: projected.append(len(image.tokens)) or f(image)
@@ -113,7 +112,7 @@ def test_an_image_is_projected_once_and_a_text_encoded_once(albef, monkeypatch):
 @pytest.mark.parametrize(
     ("scores", "rank"),
     [
-        ([[3.0, 2.0, 1.0]], 1),  # one ahead
+        ([[3.0, 2.0, 1.0]], 1),  # one negative ahead
         ([[1.0, 2.0, 2.0]], 1),  # a tie counts as ahead
         ([[1.0, 3.0, 2.0]], 0),
     ],
@@ -121,25 +120,24 @@ def test_an_image_is_projected_once_and_a_text_encoded_once(albef, monkeypatch):
 def test_rank_is_that_of_the_best_positive_and_ties_count_against(scores, rank):
     positive = torch.tensor([[False, True, False]])
     assert rerank(torch.tensor(scores), positive, torch.tensor([2])).tolist() == [rank]
-    for by_tie in (positive, positive & False):  # among the candidates by the luck of the sort, or not
+    for by_tie in (positive, positive & False):  # whether or not the sort kept it among the candidates
         assert rerank(torch.tensor(scores), by_tie, torch.tensor([7])).tolist() == [7]
 
 
 def two_of(rank: int, given, expected: dict) -> bool:
     torch.manual_seed(0)
-    given = replace(given, rank=rank)
     result = Rerank(k=9, batch_size=7, text_batch=8, resamples=10)(given)
     return {name: i for name, i in result.metrics.items()} == expected and result.n["images"] == 50
 
 
-def test_result_is_the_same_for_one_process_and_two(albef, two_processes):
+def test_two_processes_give_the_result_of_one(albef, two_processes):
     result = Rerank(k=9, batch_size=7, text_batch=8, resamples=10)(albef)
     assert two_processes(two_of, albef, result.metrics) == [True, True]
 
 
-def test_a_model_that_cannot_match_is_refused(world):
+def test_model_without_a_matching_head_is_refused(world):
     with pytest.raises(UserError, match="model.itm"):
-        Rerank(data=str(world / "shards"))(subject(Seer()))
+        Rerank(data=str(world / "shards"))(eval_model(ColourModel()))
 
 
 def test_scores_that_are_not_finite_are_refused(albef):

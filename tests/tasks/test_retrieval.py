@@ -1,4 +1,4 @@
-"""Retrieval: what is counted, and that nothing but the data and the weights changes it."""
+"""Retrieval: recalls of models with known answers, and the same result for any batch size and number of processes."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from tests.conftest import ROOT, environment, toy_overrides, vlp
 from tests.processes import free_port, run, train
-from tests.tasks.fakes import Blind, Seer, subject
+from tests.tasks.fakes import BlindModel, ColourModel, eval_model
 from vlp.data.preparing.formats import Pair
 from vlp.data.preparing.pack import Packing, pack
 from vlp.data.reading.shards import Source
@@ -27,7 +27,7 @@ from vlp.types import Encoded
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory) -> Path:
-    """Shards with one plain picture of each colour; the first has three captions, the others one."""
+    """Shards with one plain image of each colour. The first has three captions, the others one."""
     import numpy as np
     from PIL import Image
 
@@ -43,23 +43,23 @@ def colours(tmp_path_factory) -> Path:
     return folder / "shards"
 
 
-def test_model_that_sees_finds_everything(colours):
-    result = Retrieval(data=str(colours), ks=(1, 2))(subject(Seer()))
+def test_perfect_model_has_recall_one(colours):
+    result = Retrieval(data=str(colours), ks=(1, 2))(eval_model(ColourModel()))
     assert {m: i.value for m, i in result.metrics.items()} == pytest.approx(dict.fromkeys(result.metrics, 1.0))
     assert set(result.metrics) == {f"{way}_r@{k}" for way in ("i2t", "t2i", "mean") for k in (1, 2)} | {"mean_recall"}
     assert result.n == {"images": 5, "captions": 7} and result.data == str(colours)
 
 
-def test_model_that_sees_nothing_earns_nothing(colours):
-    result = Retrieval(data=str(colours), ks=(1, 4, 5))(subject(Blind()))
+def test_blind_model_has_recall_zero(colours):
+    result = Retrieval(data=str(colours), ks=(1, 4, 5))(eval_model(BlindModel()))
     recalls = {m: i.value for m, i in result.metrics.items()}
     assert recalls["i2t_r@1"] == recalls["t2i_r@4"] == 0
-    assert recalls["t2i_r@5"] == 1.0  # every picture is among five
+    assert recalls["t2i_r@5"] == 1.0  # there are five images
     assert recalls["mean_recall"] == pytest.approx((recalls["i2t_r@5"] + 1.0) / 6)
 
 
-def test_both_ways_weigh_the_same_whatever_the_number_of_captions(world):
-    metrics = Retrieval(data=str(world / "shards"), resamples=100)(subject(Seer())).metrics
+def test_both_directions_have_the_same_weight(world):
+    metrics = Retrieval(data=str(world / "shards"), resamples=100)(eval_model(ColourModel())).metrics
     for k in (1, 5, 10):
         mean = (metrics[f"i2t_r@{k}"].value + metrics[f"t2i_r@{k}"].value) / 2
         assert metrics[f"mean_r@{k}"].value == pytest.approx(mean)
@@ -69,16 +69,16 @@ def test_both_ways_weigh_the_same_whatever_the_number_of_captions(world):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_every_pair_is_encoded_once_in_the_sources_order(world, batch_size):
-    pairs = encode_pairs(subject(Seer()), str(world / "shards"), batch_size)
+def test_pairs_are_encoded_once_in_the_order_of_the_source(world, batch_size):
+    pairs = encode_pairs(eval_model(ColourModel()), str(world / "shards"), batch_size)
     assert len(pairs.images) == 50 and len(pairs.texts) == 100 == len(pairs.captions)
     assert len(set(pairs.image_ids.tolist())) == 50 and pairs.rows.tolist() == list(range(50))
     assert torch.equal(pairs.text_ids, pairs.image_ids.repeat_interleave(2))
     assert [int(c.split()[-1]) for c in pairs.captions[::2]] == list(range(50))
 
 
-def test_examples_show_what_was_found(colours):
-    result = Retrieval(data=str(colours), examples=4)(subject(Seer()))
+def test_examples_have_the_retrieved_images(colours):
+    result = Retrieval(data=str(colours), examples=4)(eval_model(ColourModel()))
     examples = result.details["text_to_image"]
     assert len(examples) == 4
     for example in examples:
@@ -88,7 +88,7 @@ def test_examples_show_what_was_found(colours):
 
 def test_no_data_is_an_error():
     with pytest.raises(UserError, match="give data=SHARDS"):
-        Retrieval()(subject(Seer()))
+        Retrieval()(eval_model(ColourModel()))
 
 
 @dataclass
@@ -99,14 +99,14 @@ class Evaluated:
 
 
 def strip(path: Path) -> dict:
-    """All of a result but when and how fast it was found."""
+    """Return a result without the time and the duration of the evaluation."""
     found = json.loads(path.read_text())
     return {k: v for k, v in found.items() if k not in ("seconds", "time")}
 
 
 @pytest.mark.slow
-def test_result_is_the_same_file_for_one_process_and_two(world, tmp_path):
-    """Through the launcher, as a user would."""
+def test_two_processes_write_the_file_of_one(world, tmp_path):
+    """Runs through the launcher, as a user would."""
     train(*toy_overrides(world, tmp_path), "train.ema_decay=0.5", "name=toy")
     folder = tmp_path / "toy"
     arguments = ("eval", folder, "retrieval", f"data={world / 'shards'}", "batch_size=7", "resamples=200")
@@ -142,7 +142,7 @@ def test_result_is_the_same_file_for_one_process_and_two(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_five_thousand_pictures_and_their_captions_fit_in_a_gigabyte():
+def test_ranks_of_five_thousand_images_fit_in_a_gigabyte():
     script = ROOT / "benchmarks" / "retrieval_memory.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment(), check=True)
     measured = json.loads(done.stdout)
@@ -150,14 +150,14 @@ def test_five_thousand_pictures_and_their_captions_fit_in_a_gigabyte():
     assert measured["images"] == 5000 and measured["captions"] == 25000
 
 
-def test_embeddings_that_are_not_finite_are_refused_not_ranked_first(colours):
-    class Diverged(Seer):
+def test_embeddings_that_are_not_finite_are_refused(colours):
+    class Diverged(ColourModel):
         def encode_image(self, image):
             encoded = super().encode_image(image)
             return Encoded(encoded.tokens, encoded.mask, encoded.embed * torch.nan)
 
     with pytest.raises(UserError, match="not finite"):
-        Retrieval(data=str(colours))(subject(Diverged()))
+        Retrieval(data=str(colours))(eval_model(Diverged()))
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,8 @@ def test_embeddings_that_are_not_finite_are_refused_not_ranked_first(colours):
         ("data/coco/karpathy/{000..004}.tar", "fine-tuned", "karpathy-fine-tuned@run"),
     ],
 )
-def test_protocol_names_data_setting_and_weights(location, setting, name):
-    given = subject(Seer())
+def test_protocol_name_has_data_setting_and_weights(location, setting, name):
+    given = eval_model(ColourModel())
     given = replace(given, name="run", data=replace(given.data, train=(Source("data/flickr8k/train"),)))
     assert protocol_name(given, location, setting) == name
     assert protocol_name(replace(given, data=replace(given.data, train=())), "flickr30k-test", None) == (
@@ -178,7 +178,7 @@ def test_protocol_names_data_setting_and_weights(location, setting, name):
 
 
 class Largest(TorchFunctionMode):
-    """The most numbers that an operation gave out."""
+    """Record the largest number of elements that an operation returned."""
 
     numbers = 0
 
@@ -190,8 +190,8 @@ class Largest(TorchFunctionMode):
         return out
 
 
-def test_scores_of_a_chunk_are_all_that_is_held_at_a_time():
-    """Of 5,000 pictures x 25,000 captions the whole matrix would be 500 MB, as often as it is copied."""
+def test_memory_is_that_of_the_scores_of_a_chunk():
+    """The whole matrix of 5,000 images x 25,000 captions would be 500 MB for each copy."""
     torch.manual_seed(0)
     images, texts, ids = torch.randn(600, 4), torch.randn(3000, 4), torch.arange(600)
     with Largest() as largest:

@@ -1,4 +1,4 @@
-"""Every question is answered once, as it is alone, and scored by its rules."""
+"""Answers equal those of each question alone, and are scored by the official rules."""
 
 import json
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 
 from tests.conftest import COLOURS
 from tests.models.test_albef import SPEC
-from tests.tasks.fakes import subject
+from tests.tasks.fakes import eval_model
 from vlp.data.augment import Resize
 from vlp.data.by_image import AnnotatedImageDataset
 from vlp.data.reading.annotated import Annotated
@@ -35,7 +35,7 @@ def write(path, lines) -> str:
 
 @pytest.fixture(scope="module")
 def asked(world, tmp_path_factory) -> Annotated:
-    """Two questions about each of 20 pictures of coloured squares, not side by side, and the first half once more to train."""
+    """Two questions about each of 20 images of coloured squares, in separate lines, and the first ten again for training."""
     lines = []
     for question in ("what colour is it?", "where is the thing?"):
         for n in range(20):
@@ -56,13 +56,13 @@ def given(world, asked):
     for part in (*model.image.modules(), *model.fusion.modules(), *model.decoder.modules()):
         if isinstance(part, torch.nn.Linear):
             torch.nn.init.normal_(part.weight, std=0.4)  # so that answers differ
-    found = subject(model)
+    found = eval_model(model)
     data = replace(found.data, train=(replace(asked, classes=ANSWERS),), max_length=16, resize=Resize(mode="squash"))
     return replace(found, tokenizer=load_tokenizer(str(world / "tokenizer")), data=data)
 
 
 def one_by_one(given, asked, double_first=False) -> list[str]:
-    """Each question alone, with its own copy of the picture."""
+    """Answer each question separately, with its own copy of the image."""
     tokenizer, model, said = given.tokenizer, given.model, {}
     ids, mask, _ = tokenizer.targets(ANSWERS, 16)
     dataset = AnnotatedImageDataset(replace(asked, split="test").open(), given.data.resize, given.preprocess, 10_000)
@@ -77,7 +77,7 @@ def one_by_one(given, asked, double_first=False) -> list[str]:
 
 
 @pytest.mark.parametrize("batches", [(3, 4), (32, 64), (1, 1)])
-def test_answers_are_those_of_each_question_alone_and_are_submitted(given, asked, tmp_path, batches):
+def test_answers_do_not_depend_on_batches_and_are_submitted(given, asked, tmp_path, batches):
     path = tmp_path / "out" / "results.json"
     task = Vqa(split="test", batch_size=batches[0], questions=batches[1], submission=str(path), resamples=20)
     result = task(given)
@@ -90,21 +90,21 @@ def test_answers_are_those_of_each_question_alone_and_are_submitted(given, asked
     )
     assert result.metrics["answerable"].value == 1 and result.n == {"questions": 40, "images": 20}
     assert len(set(said)) > 1
-    # "what ..." was red, green, ... twice each: the first of them; "where" was never asked, so the same of all beginnings
+    # the training has only "what ..." questions with five equally frequent answers, of which the first counts
     assert result.metrics["prior"].value == pytest.approx(4 / 40)
 
 
 def two_of(rank: int, given, expected) -> bool:
-    result = Vqa(split="test", batch_size=3, questions=4, resamples=20)(replace(given, rank=rank))
+    result = Vqa(split="test", batch_size=3, questions=4, resamples=20)(given)
     return result.metrics == expected and result.n["questions"] == 40
 
 
-def test_result_is_the_same_for_one_process_and_two(given, two_processes):
+def test_two_processes_give_the_result_of_one(given, two_processes):
     result = Vqa(split="test", batch_size=3, questions=4, resamples=20)(given)
     assert two_processes(two_of, given, result.metrics) == [True, True]
 
 
-def test_classifier_of_vlmo_answers_as_for_each_question_alone(given, asked, tmp_path):
+def test_vlmo_answers_do_not_depend_on_batches(given, asked, tmp_path):
     torch.manual_seed(1)
     mome = Mome(32, 3, 2, 64, vl_from=2, image_size=32, vocab_size=200, max_text_length=16, layer_scale=None)
     spec = Vlmo(mome, itc=False, itc_vl=False, itm=False, mlm=False, classes=len(ANSWERS))
@@ -127,34 +127,34 @@ def test_classifier_of_vlmo_answers_as_for_each_question_alone(given, asked, tmp
     assert len(set(said.values())) > 1
 
 
-def test_classifier_answers_with_its_highest_class(given, asked):
+def test_classifier_answers_with_the_class_of_the_highest_logit(given, asked):
     with torch.no_grad():
         given.model.classifier[-1].weight.zero_()
         given.model.classifier[-1].bias.copy_(torch.arange(float(len(ANSWERS))))
-    result = Vqa(split="test", how="classify", resamples=20)(given)
+    result = Vqa(split="test", mode="classify", resamples=20)(given)
     assert result.metrics["accuracy"].value == 5 / 40 and "highest of 9 classes" in result.protocol  # "bottom"
     as_class = replace(
         given, data=replace(given.data, train=(replace(asked, answers=None, label="answer", classes=ANSWERS),))
     )
-    assert Vqa(split="test", how="classify", resamples=20)(as_class).metrics == result.metrics
+    assert Vqa(split="test", mode="classify", resamples=20)(as_class).metrics == result.metrics
 
 
-def test_written_answers_are_compared_as_they_are_written(given, asked, tmp_path, monkeypatch):
+def test_written_answers_are_compared_in_the_form_of_the_decoder(given, asked, tmp_path, monkeypatch):
     lines = [
         {"image": "0000.png", "question": "?", "answer": "Top-Left"},
         {"image": "0001.png", "question": "?", "answer": "red"},
     ]
-    task = Vqa(data=write(tmp_path / "x.jsonl", lines), how="write", resamples=20)
+    task = Vqa(data=write(tmp_path / "x.jsonl", lines), mode="write", resamples=20)
     said = iter([["top - left", "green"]])
     monkeypatch.setattr(
         "vlp.tasks.answering.beam_search", lambda *_: [given.tokenizer.rows([a])[0] for a in next(said)]
     )
     result = task(given)
     assert result.metrics["accuracy"].value == 0.5 and "written with 3 beams" in result.protocol
-    assert [(e["said"], e["true"]) for e in result.details["wrong"]] == [("green", "red")]
+    assert [(e["prediction"], e["truth"]) for e in result.details["wrong"]] == [("green", "red")]
 
 
-def test_several_annotators_are_scored_by_the_official_rules(given, asked, tmp_path):
+def test_answers_of_several_annotators_are_scored_by_the_official_rules(given, asked, tmp_path):
     said = [["Red"] * 2 + ["the red"] * 2 + ["blue"] * 6, ["left"] * 10]
     lines = [{"image": "0000.png", "question": "?", "answer": each} for each in said]
     result = Vqa(data=write(tmp_path / "x.jsonl", lines), resamples=20)(given)
@@ -163,7 +163,7 @@ def test_several_annotators_are_scored_by_the_official_rules(given, asked, tmp_p
     assert "official" in result.protocol
 
 
-def test_test_set_without_answers_is_only_submitted(given, tmp_path):
+def test_test_set_without_answers_has_no_metrics(given, tmp_path):
     lines = [{"image": "0000.png", "question": "?", "question_id": 7}]
     task = Vqa(data=write(tmp_path / "x.jsonl", lines), submission=str(tmp_path / "r.json"))
     result = task(given)
@@ -172,24 +172,24 @@ def test_test_set_without_answers_is_only_submitted(given, tmp_path):
     ]
 
 
-def test_answers_that_are_not_in_the_list_count_as_wrong_and_are_named(given, tmp_path):
+def test_answers_outside_the_list_count_as_wrong_and_are_listed(given, tmp_path):
     lines = [{"image": "0000.png", "question": "?", "answer": a} for a in ("purple", "red", "red", "red")]
     result = Vqa(data=write(tmp_path / "x.jsonl", lines), resamples=20)(given)
     assert result.details["not_in_list"] == {"questions": 1, "answers": ["purple"]}
     assert result.metrics["answerable"].value == 0.75 and result.n["questions"] == 4
 
 
-def test_questions_that_cannot_be_asked_are_named_and_never_submitted(given, tmp_path):
+def test_incomplete_submission_is_refused(given, tmp_path):
     good = {"image": "0000.png", "question": "?", "answer": "red", "question_id": 1}
     data = write(tmp_path / "x.jsonl", [good, good | {"image": "gone.png", "question_id": 2}])
     result = Vqa(data=data, resamples=20)(given)
     assert result.n["questions"] == 1 and "gone.png" in result.bad[0]["reason"]
-    with pytest.raises(UserError, match="^1 could not be answered, e.g. .*gone.png"):
+    with pytest.raises(UserError, match="^1 samples have no prediction, e.g. .*gone.png"):
         Vqa(data=data, submission=str(tmp_path / "r.json"))(given)
     for lines in ([good, good], [{k: v for k, v in good.items() if k != "question_id"}]):
         with pytest.raises(UserError, match="question_id in every line"):
             Vqa(data=write(tmp_path / "x.jsonl", lines), submission=str(tmp_path / "r.json"))(given)
-        with pytest.raises(UserError, match="question_id in every line"):  # which is seen before the work, too
+        with pytest.raises(UserError, match="question_id in every line"):  # also before the evaluation
             Vqa(data=write(tmp_path / "x.jsonl", lines), submission=str(tmp_path / "r.json")).validate(given.data)
     with pytest.raises(UserError, match="choose another submission"):
         Vqa(data=write(tmp_path / "x.jsonl", [good]), submission="/proc/r.json")(given)
@@ -197,20 +197,20 @@ def test_questions_that_cannot_be_asked_are_named_and_never_submitted(given, tmp
         Vqa(data=write(tmp_path / "x.jsonl", [good]), submission="/proc/nowhere/r.json").validate(given.data)
 
 
-def test_what_cannot_be_evaluated_is_one_line(given, asked, world, tmp_path):
+def test_mistakes_are_user_errors(given, asked, world, tmp_path):
     with pytest.raises(UserError, match="nothing to evaluate"):
         Vqa().validate(given.data)
     with pytest.raises(UserError, match="no line of split 'dev'"):
         Vqa(split="dev").validate(given.data)
     blind = replace(given, model=SPEC.build())
-    with pytest.raises(UserError, match="cannot answer: it needs a decoder"):
+    with pytest.raises(UserError, match="cannot answer; it needs a decoder"):
         Vqa(split="test")(blind)
-    with pytest.raises(UserError, match="cannot classify: it needs a classifier"):
-        Vqa(split="test", how="classify")(blind)
+    with pytest.raises(UserError, match="cannot classify; it needs a classifier"):
+        Vqa(split="test", mode="classify")(blind)
     few = tmp_path / "few.txt"
     few.write_text("red\nblue\n")
     with pytest.raises(UserError, match="2 answers for a classifier of 9"):
-        Vqa(split="test", how="classify", answers=str(few))(given)
+        Vqa(split="test", mode="classify", answers=str(few))(given)
     assert "a list of 2;" in Vqa(split="test", answers=str(few), resamples=2)(given).protocol
     untold = replace(given, data=replace(given.data, train=()))
     with pytest.raises(UserError, match="made by vlp data answers"):

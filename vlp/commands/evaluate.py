@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     name, assignments = options.task, options.overrides
     if name is not None and "=" in name:  # the task was left out
         name, assignments = None, [name, *assignments]
-    # the option had this name until version 0.1
+    # the earlier name of the option
     assignments = [f"allow_contamination={a[11:]}" if a.startswith("allow_leak=") else a for a in assignments]
     own_types = read_code(options, Path(options.model)).types
     tasks, assignments = choose_tasks(options.model, name, assignments, own_types)

@@ -44,17 +44,18 @@ def searcher(
     from vlp.loading.run import load_run
     from vlp.tasks.base import evaluating
     from vlp.tasks.embeddings import encode_pairs, encode_texts
-    from vlp.tasks.metrics import top
+    from vlp.tasks.metrics import topk
 
     model = load_run(folder, own_types=own_types).eval_model
     source = data or model.data.val
     if source is None:
         raise UserError("there is nothing to search; give --data SHARDS, or set data.val in the config")
-    pairs, reader = encode_pairs(model, source, batch_size=64), ShardReader(source)
+    with evaluating(model.model):
+        pairs, reader = encode_pairs(model, source, batch_size=64), ShardReader(source)
 
     def search(text: str) -> list[tuple[np.ndarray, str]]:
         with evaluating(model.model):
-            nearest = top(encode_texts(model, [text]), pairs.images, count)[0]
+            nearest = topk(encode_texts(model, [text]), pairs.images, count)[1][0]
         samples = [reader.read(*reader.locate(row)) for row in pairs.rows[nearest].tolist()]
         return [(decode(sample.image), sample.captions[0]) for sample in samples]
 

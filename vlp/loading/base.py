@@ -94,7 +94,7 @@ def on_device(model: Model, tokenizer, data: Data, *, seed: int = 0, checkpoint:
         raise UserError(f"max_length={data.max_length} but the text tower takes {text.max_length} tokens; lower it")
     process = PartialState(cpu=not torch.cuda.is_available())
     model = model.to(process.device).eval()
-    return EvalModel(model, tokenizer, data, process.device, seed, checkpoint, process.process_index, name)
+    return EvalModel(model, tokenizer, data, process.device, seed, checkpoint, name)
 
 
 def published(name: str, model: Model, tokenizer, data: Data, files: Sequence[Path]) -> LoadedModel:

@@ -1,24 +1,28 @@
-"""The alignment-uniformity plane (Wang & Isola 2020): where the embeddings of runs lie, coloured by what they are worth."""
+"""Alignment-uniformity plots (Wang & Isola 2020): alignment against uniformity of runs, coloured by their score."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlp.report.tables import Table, tabulate
 from vlp.tasks.metrics import Interval
 from vlp.training.logging import read_log
 
-MEASURES = 10  # logged batches that a point is the mean of
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LOGGED = 10  # last logged batches that a point is the mean of
 
 
 @dataclass
-class Plane:
-    """Runs by what their embeddings look like on the same kind of data.
+class AlignmentUniformityPlot:
+    """Runs by alignment and uniformity on the same data.
 
     Args:
-        points: run name -> (uniformity, alignment).
-        task: that measured it; None = training did.
+        points: Run name -> (uniformity, alignment).
+        task: Task that measured them, None for measurements of the training.
     """
 
     title: str
@@ -26,9 +30,12 @@ class Plane:
     task: str | None = None
 
 
-def find_planes(runs: dict[str, Path], results: dict[str, list[dict]]) -> list[Plane]:
-    """What was measured on the sentences of one protocol, and what was measured while training: these are not comparable."""
-    planes = []
+def find_plots(runs: dict[str, Path], results: dict[str, list[dict]]) -> list[AlignmentUniformityPlot]:
+    """Return a plot for each protocol that measured sentences, and one for measurements of the training.
+
+    Values of different plots are not comparable.
+    """
+    plots = []
     for table in tabulate(results):
         points = {
             name: (r["metrics"]["uniformity"].value, r["metrics"]["alignment"].value)
@@ -36,16 +43,16 @@ def find_planes(runs: dict[str, Path], results: dict[str, list[dict]]) -> list[P
             if "alignment" in r["metrics"] and "uniformity" in r["metrics"]
         }
         if points:
-            planes.append(Plane(f"{table.task}: {Path(table.data).name}", points, table.task))
+            plots.append(AlignmentUniformityPlot(f"{table.task}: {Path(table.data).name}", points, table.task))
     logged = {name: _logged_geometry(folder) for name, folder in runs.items()}
     if points := {name: point for name, point in logged.items() if point}:
-        planes.append(Plane("last training batches", points))
-    return planes
+        plots.append(AlignmentUniformityPlot("last training batches", points))
+    return plots
 
 
 def _logged_geometry(folder: Path) -> tuple[float, float] | None:
-    """Mean of the last measured batches; of several uniformities (of pictures, of texts) the mean, as in Wang & Isola."""
-    lines = [line for line in read_log(folder / "log.jsonl") if line.get("geometry/alignment") is not None][-MEASURES:]
+    """Average the last measured batches, and the uniformities of images and texts, as in Wang & Isola."""
+    lines = [line for line in read_log(folder / "log.jsonl") if line.get("geometry/alignment") is not None][-LOGGED:]
     if not lines:
         return None
     uniformities = [
@@ -54,43 +61,44 @@ def _logged_geometry(folder: Path) -> tuple[float, float] | None:
     return sum(uniformities) / len(uniformities), sum(line["geometry/alignment"] for line in lines) / len(lines)
 
 
-def draw_planes(planes: list[Plane], tables: list[Table]):
-    """A scatter plot a plane: uniformity to the right, alignment upwards, each run coloured by its score."""
+def draw_plots(plots: list[AlignmentUniformityPlot], tables: list[Table]) -> Figure:
+    """Draw a scatter plot for each: uniformity to the right, alignment upwards, each run coloured by its score."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4 * len(planes), 5), layout="constrained")
-    for axis, plane in zip(figure.subplots(1, len(planes), squeeze=False)[0], planes):
-        what, scores = _score_of(plane, tables)
-        across = [x for x, _ in plane.points.values()]
+    figure = Figure(figsize=(6.4 * len(plots), 5), layout="constrained")
+    for axis, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots):
+        label, scores = _scores(plot, tables)
+        across = [x for x, _ in plot.points.values()]
         middle = (min(across) + max(across)) / 2
-        for name, (x, y) in plane.points.items():
+        for name, (x, y) in plot.points.items():
             text = f"{name} ({scores[name]})" if name in scores else name
             side = {"ha": "right", "xytext": (-7, 5)} if x > middle else {"xytext": (7, 5)}  # towards the middle
             axis.annotate(text, (x, y), textcoords="offset points", fontsize=8, **side).set_in_layout(False)
-        grey = [point for name, point in plane.points.items() if name not in scores]
+        grey = [point for name, point in plot.points.items() if name not in scores]
         if grey:
             axis.scatter(*zip(*grey), color="#9aa4ae", s=45)
         if scores:
-            drawn = axis.scatter(
-                *zip(*(plane.points[name] for name in scores)),
+            points = axis.scatter(
+                *zip(*(plot.points[name] for name in scores)),
                 c=[i.value for i in scores.values()],
                 cmap="viridis",
                 s=45,
             )
-            figure.colorbar(drawn, ax=axis, label=what)
+            figure.colorbar(points, ax=axis, label=label)
         axis.set_xlabel("uniformity (lower is more uniform)")
         axis.set_ylabel("alignment (lower is closer)")
-        axis.set_title(plane.title)
+        axis.set_title(plot.title)
         axis.margins(0.2)
         axis.grid(alpha=0.3)
     return figure
 
 
-def _score_of(plane: Plane, tables: list[Table]) -> tuple[str, dict[str, Interval]]:
-    """The headline that most runs of the plane have; of equally many, that of the task that measured the plane."""
-    found = [("", {}, False)]
+def _scores(plot: AlignmentUniformityPlot, tables: list[Table]) -> tuple[str, dict[str, Interval]]:
+    """Return the headline that most runs of the plot have. A tie goes to the task that measured the plot."""
+    found: list[tuple[str, dict[str, Interval], bool]] = [("", {}, False)]
     for table in tables:
-        what, scores = table.headline()
-        found.append((what, {n: i for n, i in scores.items() if n in plane.points}, table.task == plane.task))
-    what, scores, _ = max(found, key=lambda f: (len(f[1]), f[2]))
-    return what, scores
+        label, scores = table.headline()
+        own = {name: interval for name, interval in scores.items() if name in plot.points}
+        found.append((label, own, table.task == plot.task))
+    label, scores, _ = max(found, key=lambda f: (len(f[1]), f[2]))
+    return label, scores

@@ -1,6 +1,6 @@
-"""Several runs on one page: their newest numbers beside each other, what they get wrong, and where their embeddings lie.
+"""A page that compares runs: their newest results, confusions and wrong predictions, and alignment-uniformity plots.
 
-Only what was measured by the same protocol on the same data shares a table; the first table lists everything.
+Results share a table only if they have the same protocol and data. The first table lists all of them.
 """
 
 from __future__ import annotations
@@ -10,18 +10,14 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from vlp.data.reading.shards import write_atomically
 from vlp.errors import UserError
-from vlp.report.alignment_uniformity import draw_planes, find_planes
-from vlp.report.examples import (
-    MACROS,
-    captions_with_pictures,
-    pictures_with_captions,
-    recall_bars,
-    wrong_with_pictures,
-)
+from vlp.files import write_atomically
+from vlp.report.alignment_uniformity import draw_plots, find_plots
+from vlp.report.examples import MACROS, captions_with_images, images_with_captions, recall_bars, wrong_with_images
 from vlp.report.examples import STYLE as EXAMPLES_STYLE
-from vlp.report.run import STYLE, png, read_results
+from vlp.report.figures import png
+from vlp.report.results import metric_label, read_results
+from vlp.report.run import STYLE
 from vlp.report.tables import Table, find_runs, tabulate
 
 TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
@@ -33,18 +29,18 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 {{ examples|safe }}
  .wide { overflow-x: auto } .wide td { white-space: nowrap } .all { font-size: .85rem } .all td { white-space: normal } small { color: #5b6570; display: block } td.best { font-weight: 600 }
 </style></head><body>
-<h1>{{ names|length }} runs</h1><p class="quiet">The newest evaluations of {{ names|join(", ") }}. Small: 95 % bootstrap interval; bold: best of the column.</p>
+<h1>{{ names|length }} runs</h1><p class="quiet">The newest evaluations of {{ names|join(", ") }}. Small: 95 % bootstrap interval. Bold: best of the column.</p>
 <h2>All evaluations</h2>
-<div class="wide"><table class="all"><tr><th>run</th><th>evaluation</th><th>measure</th><th>value</th><th>95 % interval</th><th>n</th><th>step</th><th>weights</th></tr>
+<div class="wide"><table class="all"><tr><th>run</th><th>evaluation</th><th>metric</th><th>value</th><th>95 % interval</th><th>n</th><th>step</th><th>weights</th></tr>
 {% for line in lines %}{% with value, low, high = line.interval.texts() %}
-<tr><td>{{ line.name }}</td><td title="{{ line.protocol }}">{{ line.what }}</td><td>{{ line.metric }}</td><td>{{ value }}</td><td>{{ low }} to {{ high }}</td><td>{{ line.n }}</td><td>{{ line.step if line.step is not none }}</td><td>{{ line.weights }}</td></tr>
+<tr><td>{{ line.run }}</td><td title="{{ line.protocol }}">{{ line.evaluation }}</td><td>{{ line.metric }}</td><td>{{ value }}</td><td>{{ low }} to {{ high }}</td><td>{{ line.n }}</td><td>{{ line.step if line.step is not none }}</td><td>{{ line.weights }}</td></tr>
 {% endwith %}{% endfor %}</table></div>
 {% if bars %}
-<h2>Recalls</h2><img class="plot" alt="recalls with intervals" src="data:image/png;base64,{{ bars }}">
+<h2>Recall</h2><img class="plot" alt="recall with intervals" src="data:image/png;base64,{{ bars }}">
 {% endif %}
 {% for table in tables %}
-<h2>{{ table.task }}: {{ table.data }}</h2>
-<div class="wide"><table><tr><th>run</th>{% for metric in table.metrics %}<th>{{ metric }}</th>{% endfor %}<th>n</th><th>step</th><th>weights</th></tr>
+<h2>{{ table.title }}</h2>
+<div class="wide"><table><tr><th>run</th>{% for metric in table.metrics %}<th>{{ label(metric) }}</th>{% endfor %}<th>n</th><th>step</th><th>weights</th></tr>
 {% for name, result in table.results.items() %}
 <tr><td>{{ name }}</td>
 {% for metric in table.metrics %}{% with i = result.metrics.get(metric) %}
@@ -55,25 +51,25 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 <p class="quiet">{{ table.protocol }}.</p>
 {% endfor %}
 {% if without %}<p class="quiet">Not evaluated: {{ without|join(", ") }}.</p>{% endif %}
-{% if plane %}
+{% if plot %}
 <h2>Alignment and uniformity</h2>
-<p class="quiet">Lower is better on both axes (Wang &amp; Isola 2020; drawn as in SimCSE's figure 3). Colour and brackets: the score named beside the bar; grey runs have none. Also in <code>plane.png</code>.</p>
-<img class="plot" alt="alignment-uniformity plane" src="data:image/png;base64,{{ plane }}">
+<p class="quiet">Lower is better on both axes (Wang &amp; Isola 2020, drawn as in SimCSE's figure 3). Colour and brackets: the metric at the colour bar. Grey: runs without it. Also in <code>alignment_uniformity.png</code>.</p>
+<img class="plot" alt="alignment-uniformity plot" src="data:image/png;base64,{{ plot }}">
 {% endif %}
-{% for mixed in confused %}
-<h2>Mixed up: {{ mixed.name }}, {{ mixed.what }}</h2>
-{{ mixed_up(mixed.pairs) }}
+{% for part in confused %}
+<h2>Confusions: {{ part.title }}</h2>
+{{ confusions(part.pairs) }}
 {% endfor %}
-{% for wrong in mistaken %}
-<h2>Wrong: {{ wrong.name }}, {{ wrong.what }}</h2>
-{{ mistakes(wrong.lines) }}
+{% for part in wrong %}
+<h2>Wrong predictions: {{ part.title }}</h2>
+{{ wrong_predictions(part.lines) }}
 {% endfor %}
-{% for hard in hardest %}
-<h2>Hardest: {{ hard.name }}, {{ hard.what }}</h2>
-<p class="quiet">Captions whose own picture (green) came last, behind the five that they found first.</p>
-{{ captions(hard.captions) }}
-<p class="quiet">Pictures whose own captions (green) came last, and the five captions that they found.</p>
-{{ pictures(hard.pictures) }}
+{% for part in hardest %}
+<h2>Hardest queries: {{ part.title }}</h2>
+<p class="quiet">Captions whose own image (green) has the lowest rank, and the five most similar images.</p>
+{{ caption_queries(part.captions) }}
+<p class="quiet">Images whose own captions (green) have the lowest rank, and the five most similar captions.</p>
+{{ image_queries(part.images) }}
 {% endfor %}
 </body></html>
 """
@@ -81,100 +77,100 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 
 
 def write_comparison(folders: list[Path], output: Path) -> Path:
-    """Writes ``output/report.html``, and ``output/plane.png`` where a run has alignment and uniformity.
+    """Write ``output/report.html``, and ``output/alignment_uniformity.png`` if a run has alignment and uniformity.
 
     Args:
-        folders: of runs, of weights that were evaluated (runs/eval/NAME), or folders of these; what is none is passed over.
+        folders: Folders of runs, of evaluated weights (runs/eval/NAME), or folders of these. Others are ignored.
 
     Raises:
-        UserError: if there is no run, one is given twice, or none has anything to compare.
+        UserError: if there is no run, one is given twice, or no run has anything to compare.
     """
-    runs = _named(find_runs(folders))
+    runs = _names(find_runs(folders))
     results = {name: read_results(folder) for name, folder in runs.items()}
-    tables, planes = tabulate(results), find_planes(runs, results)
-    if not tables and not planes:
+    tables, plots = tabulate(results), find_plots(runs, results)
+    if not tables and not plots:
         raise UserError(f"none of {', '.join(runs)} was evaluated or has its geometry in the log; run vlp eval on them")
-    plane, bars = png(draw_planes(planes, tables)) if planes else b"", recall_bars(tables)
+    plot, bars = png(draw_plots(plots, tables)) if plots else b"", recall_bars(tables)
     html = TEMPLATE.render(
         style=STYLE,
         examples=EXAMPLES_STYLE,
         names=list(runs),
         lines=_lines(tables),
         tables=tables,
+        label=metric_label,
         without=[name for name, found in results.items() if not found],
-        plane=base64.b64encode(plane).decode(),
+        plot=base64.b64encode(plot).decode(),
         bars=bars and base64.b64encode(png(bars)).decode(),
         confused=_confused(tables),
-        mistaken=_mistaken(tables),
+        wrong=_wrong(tables),
         hardest=_hardest(tables),
     )
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if plane:
-            write_atomically(output / "plane.png", plane)
+        if plot:
+            write_atomically(output / "alignment_uniformity.png", plot)
         write_atomically(output / "report.html", html.encode())
     except OSError as e:
         raise UserError(f"cannot write {output}: {e.strerror or e}; give --output FOLDER") from None
     return output / "report.html"
 
 
-def _named(folders: list[Path]) -> dict[str, Path]:
-    """Runs by the folder's name, or by the whole path where two have the same."""
+def _names(folders: list[Path]) -> dict[str, Path]:
+    """Name runs by their folder's name, or by the whole path if two have the same name."""
     names = [folder.resolve().name for folder in folders]
     unique = len(set(names)) == len(names)
     return {name if unique else str(folder): folder for name, folder in zip(names, folders)}
 
 
 def _lines(tables: list[Table]) -> list[dict]:
-    """One for each evaluation of each run, with its headline."""
+    """Return a line for each evaluation of each run, with its headline metric."""
     lines = []
     for table in tables:
         metric, values = table.headline()
-        for name, interval in values.items():
-            result = table.results[name]
+        for run, interval in values.items():
+            result = table.results[run]
             lines.append(
                 {
-                    "name": name,
-                    "what": result.get("name") or f"{table.task}: {table.data}",
+                    "run": run,
+                    "evaluation": result["name"] or table.title,
                     "protocol": table.protocol,
-                    "metric": metric,
+                    "metric": metric_label(metric),
                     "interval": interval,
                     "n": ", ".join(f"{n:,} {what}" for what, n in result["n"].items()),
                     "step": result["step"],
                     "weights": result["checkpoint_sha256"][:8],
                 }
             )
-    return sorted(lines, key=lambda line: line["name"])
+    return sorted(lines, key=lambda line: line["run"])
 
 
 def _confused(tables: list[Table], most: int = 10) -> list[dict]:
-    """The pairs of classes that each run mixes up most often, by its evaluations with classes."""
+    """Return the most frequent confusions of each run in each classification."""
     return [
-        {"name": name, "what": f"{table.task}: {table.data}", "pairs": pairs[:most]}
+        {"title": f"{run}, {table.title}", "pairs": pairs[:most]}
         for table in tables
-        for name, result in table.results.items()
+        for run, result in table.results.items()
         if (pairs := result["details"].get("confused"))
     ]
 
 
-def _mistaken(tables: list[Table], most: int = 6) -> list[dict]:
-    """The first lines that each run has wrong, by its evaluations of annotations."""
+def _wrong(tables: list[Table], most: int = 6) -> list[dict]:
+    """Return the first wrong predictions of each run on annotations."""
     return [
-        {"name": name, "what": f"{table.task}: {table.data}", "lines": lines}
+        {"title": f"{run}, {table.title}", "lines": lines}
         for table in tables
-        for name, result in table.results.items()
-        if (lines := wrong_with_pictures(result, most))
+        for run, result in table.results.items()
+        if (lines := wrong_with_images(result, most))
     ]
 
 
 def _hardest(tables: list[Table], most: int = 6) -> list[dict]:
-    """The queries of each retrieval whose answer came last, where the pictures are still at hand."""
+    """Return the hardest queries of each retrieval, if the images still exist."""
     found = []
     for table in tables:
-        for name, result in table.results.items():
-            captions = captions_with_pictures(result, "hardest_text_to_image")[:most]
-            pictures = pictures_with_captions(result, "hardest_image_to_text")[:most]
-            if captions or pictures:
-                what = f"{table.task}: {table.data}"
-                found.append({"name": name, "what": what, "captions": captions, "pictures": pictures})
+        for run, result in table.results.items():
+            captions = captions_with_images(result, "hardest_text_to_image")[:most]
+            images = images_with_captions(result, "hardest_image_to_text")[:most]
+            if captions or images:
+                found.append({"title": f"{run}, {table.title}", "captions": captions, "images": images})
     return found

@@ -1,4 +1,4 @@
-"""Results of several runs side by side: which folders are runs, and which numbers may share a table."""
+"""Tables of results of several runs: which folders are runs, and which results may be compared."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from vlp.tasks.metrics import Interval
 
 @dataclass
 class Table:
-    """One protocol on one data set.
+    """Results of one protocol on one data set.
 
     Args:
-        results: run name -> its newest result, as `vlp.report.run.read_results` reads it.
+        results: Run name -> its newest result, see `vlp.report.results.read_results`.
     """
 
     task: str
@@ -23,11 +23,15 @@ class Table:
     results: dict[str, dict]
 
     @property
+    def title(self) -> str:
+        return f"{self.task}: {self.data}"
+
+    @property
     def metrics(self) -> list[str]:
         return list(dict.fromkeys(metric for result in self.results.values() for metric in result["metrics"]))
 
     def best(self, metric: str) -> str | None:
-        """The run with the best value; None where there is nothing to compare."""
+        """Return the run with the best value, None if fewer than two runs have one."""
         values = {name: r["metrics"][metric].value for name, r in self.results.items() if metric in r["metrics"]}
         if len(values) < 2:
             return None
@@ -35,14 +39,14 @@ class Table:
         return (min if lower else max)(values, key=lambda name: values[name])
 
     def headline(self) -> tuple[str, dict[str, Interval]]:
-        """What the score is called, and its value for each run."""
+        """Return the task and its headline metric, and the metric's value for each run."""
         metric = next((r["headline"] for r in self.results.values() if r["headline"]), self.metrics[0])
-        found = {name: r["metrics"][metric] for name, r in self.results.items() if metric in r["metrics"]}
-        return f"{self.task} {metric}", found
+        values = {name: r["metrics"][metric] for name, r in self.results.items() if metric in r["metrics"]}
+        return f"{self.task} {metric}", values
 
 
 def find_runs(folders: list[Path]) -> list[Path]:
-    """Those that are runs, or weights with evaluations, and what of this kind lies in the others.
+    """Return the folders that are runs or evaluated weights, and those of the other folders' subfolders that are.
 
     Raises:
         UserError: if there is none, or a run is given twice.
@@ -65,7 +69,7 @@ def find_runs(folders: list[Path]) -> list[Path]:
 
 
 def tabulate(results: dict[str, list[dict]]) -> list[Table]:
-    """Results of the same task, data and protocol together; of a run's several the newest."""
+    """Group results by task, data and protocol. Of several results of a run the newest counts."""
     tables: dict[tuple, Table] = {}
     for name, found in results.items():
         for result in sorted(found, key=lambda r: r["time"]):

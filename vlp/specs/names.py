@@ -64,9 +64,9 @@ MODULES = {
     "vlp.optim.ema": ("MomentumConfig",),
     "vlp.optim.optimizers": ("AdamW", "Lamb", "Lars", "Sgd"),
     "vlp.optim.schedule": ("Schedule",),
-    "vlp.tasks.annotated_classes": ("Classes",),
+    "vlp.tasks.pair_classification": ("PairClassification",),
     "vlp.tasks.captioning": ("CaptionQuality",),
-    "vlp.tasks.classification": ("TextAccuracy",),
+    "vlp.tasks.text_accuracy": ("TextAccuracy",),
     "vlp.tasks.grounding": ("Grounding",),
     "vlp.tasks.image_accuracy": ("ImageAccuracy",),
     "vlp.tasks.masked": ("MaskedPrediction",),
@@ -79,7 +79,7 @@ MODULES = {
     "vlp.tasks.zero_shot": ("ZeroShot",),
 }
 TYPES = {name: module for module, names in MODULES.items() for name in names}
-RENAMED = {"Mix": "Mixup", "Momentum": "MomentumConfig"}
+RENAMED = {"Classes": "PairClassification", "Mix": "Mixup", "Momentum": "MomentumConfig"}
 # short class name -> old field name -> its name today
 RENAMED_FIELDS: dict[str, dict[str, str]] = {
     "Data": {"sep": "add_sep", "clean": "clean_captions"},
@@ -92,6 +92,7 @@ RENAMED_FIELDS: dict[str, dict[str, str]] = {
     "TextAssignment": {"none": "neither"},
     "TextMasking": {"of": "unit", "spared": "exclude"},
     "Training": {"mix": "mixup"},
+    "Vqa": {"how": "mode"},
 }
 SCOPES = {"all": "global", "process": "local"}
 # (short class name, field name of today) -> old value -> its value today

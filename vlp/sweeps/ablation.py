@@ -16,7 +16,7 @@ from statistics import fmean, stdev
 from vlp.config import Experiment, load_config
 from vlp.errors import UserError
 from vlp.files import local_path, write_atomically
-from vlp.report.run import png
+from vlp.report.figures import png
 from vlp.specs.overrides import override
 from vlp.specs.user_code import NO_CODE, UserCode
 from vlp.sweeps.run_queue import RunQueue, check_same, is_finished

@@ -1,7 +1,6 @@
-"""Three ways in which a model answers questions about pictures that it has encoded already.
+"""Three ways to answer questions about encoded images: rank a list, write by beam search, or classify.
 
-Each is made for one evaluation, and then called as ``say(image, input_ids, attention_mask, rows)`` with P encoded pictures, (Q, L)
-ids and mask of questions, and the (Q,) picture of each; it returns Q answers.
+P images, Q questions, L tokens of a question.
 """
 
 from __future__ import annotations
@@ -16,45 +15,50 @@ from vlp.forward import Forward
 from vlp.tasks.base import EvalModel
 from vlp.types import Batch, Encoded
 
-Say = Callable[[Encoded, Tensor, Tensor, Tensor], list[str]]
+# (P images, (Q, L) ids, (Q, L) mask, (Q,) image of each question) -> Q answers
+Answerer = Callable[[Encoded, Tensor, Tensor, Tensor], list[str]]
 
 
-def ranking(subject: EvalModel, known: Sequence[str], k: int, double_first: bool) -> Say:
-    """By the likeliest of ``known``, see `vlp.encoders.generate.rank`."""
-    ids, mask, _ = subject.tokenizer.targets(known, subject.data.max_length)
-    ids, mask = ids.to(subject.device), mask.to(subject.device)
+def ranking(model: EvalModel, candidates: Sequence[str], k: int, double_first: bool) -> Answerer:
+    """Answer with the most likely of ``candidates``, see `vlp.encoders.generate.rank`."""
+    ids, mask, _ = model.tokenizer.targets(candidates, model.data.max_length)
+    ids, mask = ids.to(model.device), mask.to(model.device)  # (candidates, L)
 
-    def say(image: Encoded, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> list[str]:
-        asked = _ask(subject.model, image, input_ids, attention_mask, rows)
-        best = rank(subject.model.decoder, asked, ids, mask, k, double_first)
-        return [known[answer] for answer in best.answers[:, 0].tolist()]
+    def answer(image: Encoded, input_ids: Tensor, attention_mask: Tensor, images: Tensor) -> list[str]:
+        asked = _ask(model, image, input_ids, attention_mask, images)
+        best = rank(model.model.decoder, asked, ids, mask, k, double_first)
+        return [candidates[n] for n in best.answers[:, 0].tolist()]
 
-    return say
+    return answer
 
 
-def writing(subject: EvalModel, beams: int, max_length: int) -> Say:
-    """In words of its own, see `vlp.encoders.generate.beam_search`."""
-    tokenizer = subject.tokenizer
+def writing(model: EvalModel, beams: int, max_length: int) -> Answerer:
+    """Write answers freely, see `vlp.encoders.generate.beam_search`."""
+    tokenizer = model.tokenizer
 
-    def say(image: Encoded, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> list[str]:
-        asked = _ask(subject.model, image, input_ids, attention_mask, rows)
-        found = beam_search(subject.model.decoder, asked, tokenizer.cls_id, tokenizer.sep_id, max_length, beams)
+    def answer(image: Encoded, input_ids: Tensor, attention_mask: Tensor, images: Tensor) -> list[str]:
+        asked = _ask(model, image, input_ids, attention_mask, images)
+        found = beam_search(model.model.decoder, asked, tokenizer.cls_id, tokenizer.sep_id, max_length, beams)
         return [tokenizer.text(ids) for ids in found]
 
-    return say
+    return answer
 
 
-def classifying(subject: EvalModel, known: Sequence[str]) -> Say:
-    """By the class with the highest logit, ``known`` naming the classes."""
+def classifying(model: EvalModel, classes: Sequence[str]) -> Answerer:
+    """Answer with the class that has the highest logit."""
 
-    def say(image: Encoded, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> list[str]:
-        batch = Batch(rows, None, input_ids, attention_mask)
-        # an image is encoded once for all of its questions
-        f = Forward(subject.model, batch, encoded={"image": image[rows]})
-        return [known[best] for best in subject.model.classify(f).argmax(1).tolist()]
+    def answer(image: Encoded, input_ids: Tensor, attention_mask: Tensor, images: Tensor) -> list[str]:
+        # Each image was encoded once for all its questions.
+        encoded = {"image": image[images]}
+        f = Forward(model.model, Batch(images, None, input_ids, attention_mask), encoded=encoded)
+        return [classes[best] for best in model.model.classify(f).argmax(1).tolist()]
 
-    return say
+    return answer
 
 
-def _ask(model, image: Encoded, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> CrossAttentionCache:
-    return model.ask(model.project(image), model.encode_text(input_ids, attention_mask), rows)
+def _ask(
+    model: EvalModel, image: Encoded, input_ids: Tensor, attention_mask: Tensor, images: Tensor
+) -> CrossAttentionCache:
+    """Return what the decoder reads of Q questions."""
+    network = model.model
+    return network.ask(network.project(image), network.encode_text(input_ids, attention_mask), images)

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlp import __version__
 from vlp.config import Data
+from vlp.data.preprocess import Preprocess
 from vlp.data.reading.annotated import AnnotatedReader
+from vlp.errors import UserError
 from vlp.files import write_atomically
+from vlp.models.base import Model
 from vlp.tasks.metrics import Interval
 from vlp.types import Encoded
 
@@ -34,26 +37,26 @@ class EvalModel:
         device: Device of the model.
         seed: Seed of bootstraps and of every other random choice of a task.
         checkpoint: SHA-256 of the weights, or a note where they are not in a file.
-        rank: Rank of this process. Every process evaluates the same task and gets the same result.
         name: Name of the run or of the weights.
     """
 
-    model: Any
+    model: Model
     tokenizer: Any
     data: Data
     device: torch.device
     seed: int = 0
     checkpoint: str = ""
-    rank: int = 0
     name: str = ""
 
     @property
-    def preprocess(self) -> Any:
+    def preprocess(self) -> Preprocess | None:
         """Return the preprocessing of the image tower, or None for a model without one."""
         return self.model.preprocess
 
     def normalise(self, images: Sequence[Tensor]) -> Tensor:
         """Stack resized (3, H, W) uint8 images, and move and normalise them to (B, 3, H, W) float32."""
+        if self.preprocess is None:
+            raise UserError("this model has no image tower; evaluate it with a task of texts, such as sts")
         return self.preprocess.normalise(torch.stack(list(images)).to(self.device))
 
     def encode_images(self, images: Sequence[Tensor]) -> Encoded:
@@ -62,6 +65,10 @@ class EvalModel:
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return (B, L) int64 token ids and the (B, L) bool mask of texts, truncated to ``data.max_length`` tokens."""
+        if self.tokenizer is None:
+            raise UserError(
+                "there is no tokenizer for texts; give tokenizer=FOLDER, or evaluate images with knn or probe"
+            )
         input_ids, attention_mask, _ = self.tokenizer(texts, self.data.max_length)
         return input_ids.to(self.device), attention_mask.to(self.device)
 
@@ -78,9 +85,9 @@ class Result:
 
     | entry | drawn as |
     |---|---|
-    | `confused` | table of the most frequent confusions, see `vlp.tasks.mistakes.confused` |
-    | `wrong` and `pictures` | wrong predictions with their images, see `vlp.tasks.mistakes.mistakes` |
-    | `text_to_image` | random captions with the images they retrieve, see `vlp.tasks.examples` |
+    | `confused` | table of the most frequent confusions, see `vlp.tasks.details.confusions` |
+    | `wrong` and `images` | wrong predictions with their images, see `vlp.tasks.details.wrong_predictions` |
+    | `text_to_image` | random captions with the images they retrieve, see `vlp.tasks.details.RetrievalRanking` |
     | `hardest_text_to_image`, `hardest_image_to_text` | queries whose own answer was ranked last |
 
     Args:
@@ -91,6 +98,7 @@ class Result:
         details: Examples and other findings, as JSON.
         bad: Samples that were skipped, with the reason.
         name: Name of the protocol with its data and weights, e.g. ``flickr30k-zero-shot@coco-ft``.
+        choices: Number of answers that a random guess chooses from, for the report. None where that has no meaning.
         task: `Task.name`. Filled in by `Task.__call__`, as are the next three.
         headline: `Task.headline`.
         lower_is_better: `Task.lower_is_better`.
@@ -105,6 +113,7 @@ class Result:
     details: dict[str, Any] = field(default_factory=dict)
     bad: list[dict] = field(default_factory=list)
     name: str = ""
+    choices: int | None = None
     task: str = ""
     headline: str = ""
     lower_is_better: tuple[str, ...] = ()
@@ -190,7 +199,7 @@ class Task:
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch to evaluation mode without gradients. On exit, restore the mode of each module: frozen ones never train."""
     training = [module for module in model.modules() if module.training]
     model.eval()

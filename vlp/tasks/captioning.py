@@ -1,4 +1,4 @@
-"""Captions written by beam search, and how much they have in common with those of people (CIDEr, Vedantam et al. 2015)."""
+"""Captioning: captions written by beam search, scored by CIDEr-D (Vedantam et al. 2015)."""
 
 from __future__ import annotations
 
@@ -7,39 +7,40 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from vlp.config import Data
 from vlp.data.reading.shards import RawSample
-from vlp.data.stream import EvalDataset, evaluation_batches
-from vlp.distributed import gather_objects, world_size
+from vlp.data.stream import EvalDataset
 from vlp.encoders.generate import beam_search
 from vlp.errors import UserError
 from vlp.specs.fields import setting
-from vlp.tasks.base import EvalModel, Result, Task, evaluating
+from vlp.tasks.base import EvalModel, Result, Task
 from vlp.tasks.metrics import Interval, bootstrap
+from vlp.tasks.sharded import ShardedBatches
 from vlp.tasks.submission import check_submission, write_submission
 
-EXAMPLES = 100
+MAX_EXAMPLES = 100  # that a result keeps
 
 
 @dataclass(frozen=True)
 class CaptionQuality(Task):
-    """A caption for every picture of shards, compared with its own ones by CIDEr-D.
+    """Write a caption for every image of shards, and compare it with the image's own captions by CIDEr-D.
 
-    The words are those of a regular expression, lower case without punctuation: the published numbers are of the Penn Treebank
-    tokenizer, which needs Java, and differ a little.
+    Words are found by a regular expression, in lower case without punctuation. Published numbers use the Penn Treebank
+    tokenizer, which needs Java, and differ slightly. The metric is ``cider``, which is not a fraction: values of 1.3 and more
+    are published on COCO as 130.
 
     Args:
-        data: shards; None = ``data.val`` of the experiment.
-        beams: of the search; BLIP's is 3.
-        max_length: tokens.
-        min_length: tokens.
-        length_penalty: see `vlp.encoders.generate.beam_search`.
-        submission: where to write ``[{"image_id": ..., "caption": ...}]``, as COCO's server takes it; the id is the json's
-            ``image_id``, or Karpathy's ``cocoid``, or else the sample's key. The server takes none but all pictures.
-        batch_size: pictures at a time.
-        resamples: of the bootstrap, over pictures.
+        data: Shards. None uses ``data.val`` of the experiment.
+        beams: Beams of the search. BLIP uses 3.
+        max_length: Tokens of a caption at most.
+        min_length: Tokens of a caption at least.
+        length_penalty: See `vlp.encoders.generate.beam_search`.
+        submission: File for ``[{"image_id": ..., "caption": ...}]``, as COCO's server takes it. The id is the json's
+            ``image_id``, or Karpathy's ``cocoid``, or else the sample's key. The server accepts only complete submissions.
+        batch_size: Images at a time.
+        resamples: Bootstrap resamples, over images.
     """
 
     name = "captioning"
@@ -55,66 +56,60 @@ class CaptionQuality(Task):
     resamples: int = setting(1000, least=0, changes_result=False)
 
     def validate(self, data: Data) -> None:
-        """Raises UserError where there is no data, or the package that scores is not there."""
         self._source(data)
         if not 0 <= self.min_length <= self.max_length:
-            raise UserError("captioning: min_length is 0 or more, and at most max_length")
+            raise UserError(f"captioning: min_length is {self.min_length}; give 0 or more, and at most max_length")
         if self.submission:
             check_submission(self.submission)
         _scorer()
 
     def evaluated_images(self, data: Data) -> str:
-        """The shards, see `vlp.tasks.contamination`."""
         return self._source(data)
 
     def _source(self, data: Data) -> str:
         if not (source := self.data or data.val):
-            raise UserError("captioning has no data: give data=SHARDS, or set data.val")
+            raise UserError("captioning has no data; give data=SHARDS, or set data.val")
         return source
 
-    def evaluate(self, subject: EvalModel) -> Result:
-        """Metric: ``cider``, which is no fraction: 1.3 and more are published on COCO as 130."""
-        decoder, source = getattr(subject.model, "decoder", None), self._source(subject.data)
-        if decoder is None or decoder.source != "image":
-            raise UserError("captioning needs layers that write about pictures: model.decoder=Decoder(source='image')")
-        dataset = EvalDataset(source, subject.data.resize, subject.preprocess, subject.data.max_pixels)
-        own, bad = [], []
-        with evaluating(subject.model):
-            for samples, unusable in evaluation_batches(
-                dataset, self.batch_size, subject.data.workers, subject.rank, world_size()
-            ):
-                bad += unusable
-                if samples:
-                    own += zip((raw for _, raw in samples), self._captions(subject, [image for image, _ in samples]))
-        # what the pictures hold does not travel
-        own = [(raw.source_row, raw.image_id, picture_id(raw), raw.captions, said) for raw, said in own]
-        found = sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0])
-        if not found:
-            raise UserError(f"{source} holds no usable picture; run `vlp data check` on it")
-        bad = [b for part in gather_objects(bad) for b in part]
+    def evaluate(self, model: EvalModel) -> Result:
+        if not model.model.can_caption:
+            raise UserError("captioning needs a decoder that reads images: model.decoder=Decoder(source='image')")
+        source = self._source(model.data)
+        dataset = EvalDataset(source, model.data.resize, model.preprocess, model.data.max_pixels)
+        batches = ShardedBatches(model, dataset, self.batch_size)
+        rows = []
+        for samples in batches:
+            captions = self.write_captions(model, [image for image, _ in samples])
+            # the pixels stay in this process
+            rows += [
+                (raw.source_row, raw.image_id, image_name(raw), raw.captions, caption)
+                for (_, raw), caption in zip(samples, captions)
+            ]
+        rows, bad = batches.gather(rows)
+        if not rows:
+            raise UserError(f"{source} has no usable image; run `vlp data check` on it")
         if self.submission:
-            answers = [{"image_id": image, "caption": said} for _, _, image, _, said in found]
-            write_submission(self.submission, json.dumps(answers), bad, subject.rank)
-        told = [(index, captions, said) for _, index, _, captions, said in found if captions]
-        scores = cider([said for _, _, said in told], [captions for _, captions, _ in told])
-        mean = bootstrap(scores, np.array([index for index, _, _ in told]), subject.seed, self.resamples)
+            answers = [{"image_id": name, "caption": caption} for _, _, name, _, caption in rows]
+            write_submission(self.submission, json.dumps(answers), bad)
+        scored = [(image_id, references, caption) for _, image_id, _, references, caption in rows if references]
+        image_ids, references, captions = map(list, zip(*scored)) if scored else ([], [], [])
+        mean = bootstrap(cider(captions, references), np.array(image_ids), model.seed, self.resamples)
         return Result(
             protocol=f"beams {self.beams}, {self.min_length} to {self.max_length} tokens, by log-probability / tokens ^ "
             f"{self.length_penalty:g}; CIDEr-D of pycocoevalcap on lower-case words, not of the Penn Treebank tokenizer",
             data=source,
-            n={"images": len(told)},
+            n={"images": len(scored)},
             metrics={"cider": Interval(mean.value, mean.low, mean.high, percent=False)},
-            details={"examples": [{"caption": said, "true": captions} for _, captions, said in told[:EXAMPLES]]},
+            details={"examples": [{"caption": c, "true": r} for _, r, c in scored[:MAX_EXAMPLES]]},
             bad=bad,
         )
 
-    def _captions(self, subject: EvalModel, images: list[torch.Tensor]) -> list[str]:
-        model, tokenizer = subject.model, subject.tokenizer
-        pixels = torch.stack(images).to(subject.device)
-        described = model.describe(model.encode_image(subject.preprocess.normalise(pixels)))
+    def write_captions(self, model: EvalModel, images: list[Tensor]) -> list[str]:
+        """Write a caption for each resized (3, H, W) uint8 image."""
+        network, tokenizer = model.model, model.tokenizer
         found = beam_search(
-            model.decoder,
-            described,
+            network.decoder,
+            network.describe(model.encode_images(images)),
             tokenizer.cls_id,
             tokenizer.sep_id,
             self.max_length,
@@ -125,19 +120,19 @@ class CaptionQuality(Task):
         return [tokenizer.text(ids) for ids in found]
 
 
-def picture_id(raw: RawSample) -> int | str:
-    """COCO's number of a picture, by its own annotations or by Karpathy's; the key of one that has none."""
+def image_name(raw: RawSample) -> int | str:
+    """Return COCO's number of an image, by its own annotations or by Karpathy's, or else the sample's key."""
     return raw.meta.get("image_id", raw.meta.get("cocoid", raw.key))
 
 
-def cider(said: list[str], true: list[tuple[str, ...]]) -> np.ndarray:
-    """(n,) CIDEr-D of each text against its own references; rare words, by all references, weigh more.
+def cider(captions: list[str], references: list[tuple[str, ...]]) -> np.ndarray:
+    """Return (n,) CIDEr-D of each caption against its references. Words that are rare in all references weigh more.
 
     Raises:
         UserError: if the package that computes it is not installed.
     """
-    references = {n: [words(text) for text in texts] for n, texts in enumerate(true)}
-    return np.asarray(_scorer()().compute_score(references, {n: [words(text)] for n, text in enumerate(said)})[1])
+    true = {n: [words(text) for text in texts] for n, texts in enumerate(references)}
+    return np.asarray(_scorer()().compute_score(true, {n: [words(text)] for n, text in enumerate(captions)})[1])
 
 
 def words(text: str) -> str:

@@ -1,39 +1,36 @@
-"""Embeddings of a source of image-text pairs, the same for any number of processes."""
+"""Embeddings of image-caption pairs and of texts, the same for any number of processes.
+
+n images, m captions, E embedding.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vlp.data.reading.shards import RawSample
-from vlp.data.stream import EvalDataset, evaluation_batches
-from vlp.distributed import gather_objects, world_size
+from vlp.data.stream import EvalDataset
+from vlp.distributed import gather_objects
 from vlp.errors import UserError
-from vlp.tasks.base import EvalModel, evaluating
-
-
-def merge(rows: Tensor) -> Tensor:
-    """Adds up what the processes filled in; each row was filled by one of them, so the sum is exact."""
-    if world_size() > 1:
-        dist.all_reduce(rows)
-    return rows
+from vlp.tasks.base import EvalModel
+from vlp.tasks.sharded import ShardedBatches, sum_disjoint
 
 
 @dataclass
 class EncodedPairs:
-    """Embeddings of a source, on the CPU, in the source's order.
+    """Embeddings of a source on the CPU, in the order of the source.
 
     Args:
         images: (n, E).
         texts: (m, E).
-        image_ids: (n,) equal id = same picture.
-        text_ids: (m,) id of the picture that the caption belongs to.
-        rows: (n,) number of the sample within the source.
+        image_ids: (n,) int64, equal for equal images.
+        text_ids: (m,) int64 id of the image that a caption belongs to.
+        rows: (n,) int64 position of the sample within the source.
         captions: m texts.
-        bad: samples left out.
+        bad: Records of skipped samples.
     """
 
     images: Tensor
@@ -45,67 +42,64 @@ class EncodedPairs:
     bad: list[dict]
 
 
-def encode_pairs(subject: EvalModel, source: str, batch_size: int) -> EncodedPairs:
-    """Encodes every picture and every caption of ``source`` once.
+def encode_pairs(model: EvalModel, source: str, batch_size: int) -> EncodedPairs:
+    """Encode every image and every caption of the shards at ``source`` once.
 
-    The batches are the same for any number of processes, which share them out; so are the results, to the bit.
+    Raises:
+        UserError: if an embedding is not finite. It would be ranked first, since no score is greater than NaN.
     """
-    data, model = subject.data, subject.model
-    dataset = EvalDataset(source, data.resize, subject.preprocess, data.max_pixels)
+    dataset = EvalDataset(source, model.data.resize, model.preprocess, model.data.max_pixels)
+    batches = ShardedBatches(model, dataset, batch_size)
     own: dict[int, tuple[Tensor, Tensor, RawSample]] = {}
-    bad: list[dict] = []
-    with evaluating(model):
-        for samples, unusable in evaluation_batches(dataset, batch_size, data.workers, subject.rank, world_size()):
-            bad += unusable + [
-                dataset.reader.quarantine_entry(raw.shard, raw.row, "no caption")
-                for _, raw in samples
-                if not raw.captions
-            ]
-            samples = [(image, raw) for image, raw in samples if raw.captions]
-            if not samples:
-                continue
-            pixels = torch.stack([image for image, _ in samples]).to(subject.device)
-            embeds = model.encode_image(subject.preprocess.normalise(pixels)).embed.float().cpu()
-            texts = encode_texts(subject, [c for _, raw in samples for c in raw.captions])
-            texts = texts.split([len(raw.captions) for _, raw in samples])
-            own |= {raw.source_row: (e, t, raw) for e, t, (_, raw) in zip(embeds, texts, samples)}
-    return _assemble(own, len(dataset), bad)
+    for samples in captioned(batches):
+        images = model.encode_images([image for image, _ in samples]).embed.float().cpu()  # (B, E)
+        texts = encode_texts(model, [caption for _, raw in samples for caption in raw.captions])
+        of_image = texts.split([len(raw.captions) for _, raw in samples])  # B x (captions, E)
+        own |= {raw.source_row: (image, texts, raw) for image, texts, (_, raw) in zip(images, of_image, samples)}
+    return _assemble(own, len(dataset), batches.gather_skipped())
+
+
+def captioned(batches: ShardedBatches) -> Iterator[list[tuple[Tensor, RawSample]]]:
+    """Yield the samples of each batch that have a caption, and record the others as skipped."""
+    reader = batches.dataset.reader
+    for samples in batches:
+        for _, raw in samples:
+            if not raw.captions:
+                batches.skip(reader.quarantine_entry(raw.shard, raw.row, "no caption"))
+        if kept := [(image, raw) for image, raw in samples if raw.captions]:
+            yield kept
 
 
 def _assemble(own: dict[int, tuple[Tensor, Tensor, RawSample]], size: int, bad: list[dict]) -> EncodedPairs:
-    """Puts what each process encoded in the source's order."""
-    width = max(gather_objects(max((e.shape[-1] for e, _, _ in own.values()), default=0)))
-    counts, ids, images = (
-        torch.zeros(size, dtype=torch.int64),
-        torch.zeros(size, dtype=torch.int64),
-        torch.zeros(size, width),
-    )
-    for n, (embed, texts, raw) in own.items():
-        counts[n], ids[n], images[n] = len(texts), raw.image_id, embed
-    counts, ids, images = merge(counts), merge(ids), merge(images)
+    """Put the embeddings of all processes in the order of the source."""
+    width = max(gather_objects(max((image.shape[-1] for image, _, _ in own.values()), default=0)))
+    counts, ids = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
+    images = torch.zeros(size, width)
+    for n, (image, texts, raw) in own.items():
+        counts[n], ids[n], images[n] = len(texts), raw.image_id, image
+    counts, ids, images = sum_disjoint(counts), sum_disjoint(ids), sum_disjoint(images)
+    # the captions of sample n are rows starts[n] to starts[n] + counts[n]
     texts, starts = torch.zeros(int(counts.sum()), width), counts.cumsum(0) - counts
-    for n, (_, embeds, _) in own.items():
-        texts[starts[n] : starts[n] + counts[n]] = embeds
-    captions = {
-        n: c for part in gather_objects({n: raw.captions for n, (_, _, raw) in own.items()}) for n, c in part.items()
-    }
-    rows = counts.nonzero()[:, 0]
-    texts = merge(texts)
-    if not (images.isfinite().all() and texts.isfinite().all()):  # they would rank first, as no score is above theirs
+    for n, (_, of_image, _) in own.items():
+        texts[starts[n] : starts[n] + counts[n]] = of_image
+    texts = sum_disjoint(texts)
+    captions: dict[int, tuple[str, ...]] = {}
+    for part in gather_objects({n: raw.captions for n, (_, _, raw) in own.items()}):
+        captions |= part
+    if not (images.isfinite().all() and texts.isfinite().all()):
         raise UserError("the model's embeddings are not finite; evaluate an earlier checkpoint")
+    rows = counts.nonzero()[:, 0]
     return EncodedPairs(
         images=images[rows],
         texts=texts,
         image_ids=ids[rows],
         text_ids=ids.repeat_interleave(counts),
         rows=rows,
-        captions=[c for n in rows.tolist() for c in captions[n]],
-        bad=[b for part in gather_objects(bad) for b in part],
+        captions=[caption for n in rows.tolist() for caption in captions[n]],
+        bad=bad,
     )
 
 
-def encode_texts(subject: EvalModel, texts: list[str]) -> Tensor:
-    """(n, E) float32 unit-norm embeddings on the CPU."""
-    input_ids, attention_mask, _ = subject.tokenizer(texts, subject.data.max_length)
-    encoded = subject.model.encode_text(input_ids.to(subject.device), attention_mask.to(subject.device))
-    return encoded.embed.float().cpu()
+def encode_texts(model: EvalModel, texts: list[str]) -> Tensor:
+    """Return (n, E) float32 unit-norm embeddings on the CPU."""
+    return model.encode_texts(texts).embed.float().cpu()

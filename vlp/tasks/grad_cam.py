@@ -1,6 +1,6 @@
-"""Where a text looks, as a heat map: Grad-CAM of the matching logit over cross-attention (ALBEF, Li et al. 2021, sec. 6.4).
+"""Grad-CAM of the matching logit over cross-attention: heat maps of words over an image (ALBEF, Li et al. 2021, sec. 6.4).
 
-B images, n pairs, P image tokens of which the first is pooled and the others a grid of h x w, L text tokens.
+B images, n pairs, P image tokens, of which the first is pooled and the others form a grid of h x w, L text tokens.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from vlp.data.image import decode
 from vlp.data.order import keyed_rng
 from vlp.data.reading.shards import ShardReader
 from vlp.errors import BadSample, UserError
+from vlp.models.base import Model
 from vlp.tasks.base import EvalModel, evaluating
 from vlp.types import Encoded
 
-# words that nothing in a picture stands for
+# words that no region of an image shows
 FUNCTION_WORDS = set(
     [
         "a",
@@ -56,15 +57,15 @@ FUNCTION_WORDS = set(
 )
 
 
-def choose_layer(model, layer: int | None) -> int:
-    """The layer of fusion that is looked at; None = a third of the way up: ALBEF's published one is 2 of 0 to 5.
+def choose_layer(model: Model, layer: int | None) -> int:
+    """Return the fusion layer to draw. None chooses the one at a third of the depth: layer 2 of 6 in ALBEF.
 
     Raises:
-        UserError: if the model does not fuse by cross-attention with a head for matching, or has no such layer.
+        UserError: if the model does not fuse by cross-attention with a matching head, or has no such layer.
     """
-    if getattr(model, "itm", None) is None or not hasattr(getattr(model, "fusion", None), "with_attention"):
+    if not model.can_attend:
         raise UserError("Grad-CAM needs cross-attention and a head for image-text matching: an ALBEF with itm")
-    layers = len(model.fusion.layers)
+    layers = model.num_attention_layers
     if layer is None:
         return layers // 3
     if not 0 <= layer < layers:
@@ -72,52 +73,62 @@ def choose_layer(model, layer: int | None) -> int:
     return layer
 
 
-def grad_cam(model, image: Encoded, text: Encoded, layer: int, images: Tensor | None = None) -> Tensor:
-    """``mean over heads of a * max(0, dy/da)``: a the attention of a text's tokens to the grid, y the pair's matching logit.
+def grad_cam(model: Model, image: Encoded, text: Encoded, layer: int, images: Tensor | None = None) -> Tensor:
+    """Compute ``mean over heads of a * max(0, dy/da)``, with attention a of text tokens to the grid and matching logit y.
 
     Args:
-        image: of B.
-        text: of n.
-        layer: of fusion, from 0.
-        images: (n,) int64 image of each text; None = in their order, n = B.
+        image: B encoded images.
+        text: n encoded texts.
+        layer: Fusion layer, from 0.
+        images: (n,) int64 image of each text. None pairs them in order, n = B.
 
     Returns:
-        (n, L, h, w), zeros where there is no token.
+        (n, L, h, w), zero at padding.
     """
     height, width = model.image.grid
     if image.tokens.shape[1] != 1 + height * width:
-        raise ValueError(f"{image.tokens.shape[1]} image tokens are no pooled one and a grid of {height} x {width}")
-    if images is None:
-        images = torch.arange(len(text.tokens), device=text.tokens.device)
+        raise ValueError(f"{image.tokens.shape[1]} image tokens are not a pooled one and a {height} x {width} grid")
     with torch.enable_grad():
-        tokens = text.tokens.detach().requires_grad_()  # that of a model whose parameters take no gradient has one too
-        projected = model.project(Encoded(image.tokens.detach(), image.mask, image.embed))
-        states, attention = model.fusion.with_attention(layer, tokens, text.mask, projected, images=images)
-        (gradient,) = torch.autograd.grad(model.itm(states[:, 0])[:, 1].sum(), attention)
-    cam = (attention.detach() * gradient.clamp(min=0))[..., 1:].mean(1) * text.mask[..., None]
+        # requires_grad here, since the parameters of the model may all be frozen
+        tokens = text.tokens.detach().requires_grad_()
+        logits, attention = model.match_with_attention(
+            layer,
+            Encoded(image.tokens.detach(), image.mask, image.embed),
+            Encoded(tokens, text.mask, text.embed),
+            images,
+        )
+        (gradient,) = torch.autograd.grad(logits[:, 1].sum(), attention)  # (n, heads, L, P)
+    cam = (attention.detach() * gradient.clamp(min=0))[..., 1:].mean(1) * text.mask[..., None]  # (n, L, h * w)
     return cam.unflatten(2, (height, width)).float()
 
 
-def mean_over(cam: Tensor, tokens: Tensor) -> Tensor:
-    """(n, L, h, w) and (n, L) bool, at least one a row, to the (n, h, w) mean over these tokens.
+def mean_over_tokens(cam: Tensor, tokens: Tensor) -> Tensor:
+    """Average the maps of some tokens of each text.
 
-    The published mean is over the padding too, so that the scale depends on the longest text of the batch.
+    The published code also averages over the padding, so its scale depends on the longest text of the batch.
+
+    Args:
+        cam: (n, L, h, w).
+        tokens: (n, L) bool, True at one token of each text or more.
+
+    Returns:
+        (n, h, w).
     """
     return (cam * tokens[..., None, None]).sum(1) / tokens.sum(1)[:, None, None]
 
 
-def enlarged(cam: Tensor, height: int, width: int) -> Tensor:
-    """(h, w) to (height, width) pixels, bicubically, as published."""
+def enlarge(cam: Tensor, height: int, width: int) -> Tensor:
+    """Resize an (h, w) map to (height, width) pixels, bicubically as published."""
     return F.interpolate(cam[None, None], size=(height, width), mode="bicubic", align_corners=False)[0, 0]
 
 
 @dataclass
 class WordMaps:
-    """A picture, its caption, and where each word looks.
+    """Heat maps of the words of a caption.
 
     Args:
-        pixels: (H, W, 3) uint8.
-        maps: of each word, (H, W) float32.
+        pixels: (H, W, 3) uint8 image.
+        maps: Word and (H, W) float32 map of each.
     """
 
     pixels: np.ndarray
@@ -125,60 +136,61 @@ class WordMaps:
     maps: list[tuple[str, np.ndarray]]
 
 
-def word_maps(subject: EvalModel, pixels: np.ndarray, caption: str, layer: int, most: int) -> WordMaps:
-    """Of the first ``most`` words of the caption that something in a picture can stand for."""
-    model, data, device = subject.model, subject.data, subject.device
-    size, interpolation = subject.preprocess.size, subject.preprocess.interpolation
-    whole = Resize(mode="squash")(pixels, size, interpolation)
-    with evaluating(model):
-        image = model.encode_image(subject.preprocess.normalise(whole[None].to(device)))
-        ids, mask, _ = subject.tokenizer([caption], data.max_length)
-        text = model.encode_text(ids.to(device), mask.to(device))
-        cam = grad_cam(model, image, text, layer)
-    kept = ids.shape[1] - 1 if subject.tokenizer.sep else ids.shape[1]  # a cut caption keeps its [SEP]
+def word_maps(model: EvalModel, pixels: np.ndarray, caption: str, layer: int, most: int) -> WordMaps:
+    """Compute the maps of the first ``most`` words of a caption that are not function words."""
+    network, device = model.model, model.device
+    size, interpolation = model.preprocess.size, model.preprocess.interpolation
+    whole = Resize(mode="squash")(pixels, size, interpolation)  # (3, h, w), not cropped
+    with evaluating(network):
+        image = model.encode_images([whole])
+        ids, mask = model.tokenize([caption])
+        text = network.encode_text(ids, mask)
+        cam = grad_cam(network, image, text, layer)  # (1, L, h, w)
+    kept = ids.shape[1] - 1 if model.tokenizer.sep else ids.shape[1]  # a truncated caption keeps its [SEP]
     maps = []
-    for word, places in subject.tokenizer.words(caption):
-        places = [place for place in places if place < kept]
-        if places and word.lower() not in FUNCTION_WORDS and any(map(str.isalnum, word)) and len(maps) < most:
-            chosen = torch.zeros_like(text.mask).index_fill(1, torch.tensor(places, device=device), True)
-            maps.append((word, enlarged(mean_over(cam, chosen)[0], *pixels.shape[:2]).cpu().numpy()))
+    for word, positions in model.tokenizer.words(caption):
+        positions = [position for position in positions if position < kept]
+        if positions and word.lower() not in FUNCTION_WORDS and any(map(str.isalnum, word)) and len(maps) < most:
+            chosen = torch.zeros_like(text.mask).index_fill(1, torch.tensor(positions, device=device), True)  # (1, L)
+            maps.append((word, enlarge(mean_over_tokens(cam, chosen)[0], *pixels.shape[:2]).cpu().numpy()))
     return WordMaps(pixels, caption, maps)
 
 
 def draw_words(
-    subject: EvalModel,
+    model: EvalModel,
     source: str,
     path: Path,
     words: tuple[str, ...] = (),
-    pictures: int = 6,
+    images: int = 6,
     layer: int | None = None,
     most: int = 6,
 ) -> list[str]:
-    """A PNG with a row a picture: the picture with its caption, then a heat map for each of its words.
+    """Write a PNG with a row for each image: the image with its caption, then a heat map of each word.
 
     Args:
-        source: shards, of which pictures are drawn at random, by the subject's seed.
-        words: of which a caption is to have one at least; its pictures show these words alone. None = any.
-        layer: see `choose_layer`.
-        most: words of a caption.
+        source: Shards. Images are drawn at random by the model's seed.
+        words: Draw only captions with one of these words, and only the maps of these words. Empty means any word.
+        images: Rows at most.
+        layer: See `choose_layer`.
+        most: Words of a caption at most.
 
     Returns:
         The captions.
 
     Raises:
-        UserError: if no picture has such a caption, or the PNG cannot be written.
+        UserError: if no image has such a caption, or the PNG cannot be written.
     """
-    layer, reader, rows = choose_layer(subject.model, layer), ShardReader(source), []
+    layer, reader, rows = choose_layer(model.model, layer), ShardReader(source), []
     wanted = {word.lower() for word in words}
-    for number in keyed_rng(subject.seed).permutation(len(reader)).tolist():
-        if len(rows) == pictures:
+    for number in keyed_rng(model.seed).permutation(len(reader)).tolist():
+        if len(rows) == images:
             break
         try:
             sample = reader.read(*reader.locate(number))
-            captions = [c for c in sample.captions if not wanted or wanted & _words(subject, c)]
+            captions = [c for c in sample.captions if not wanted or wanted & _words(model, c)]
             if not captions:
                 continue
-            found = word_maps(subject, decode(sample.image, subject.data.max_pixels), captions[0], layer, most)
+            found = word_maps(model, decode(sample.image, model.data.max_pixels), captions[0], layer, most)
         except BadSample:
             continue
         found.maps = [(word, cam) for word, cam in found.maps if not wanted or word.lower() in wanted]
@@ -190,12 +202,12 @@ def draw_words(
     return [row.caption for row in rows]
 
 
-def _words(subject: EvalModel, caption: str) -> set[str]:
-    return {word.lower() for word, _ in subject.tokenizer.words(caption)}
+def _words(model: EvalModel, caption: str) -> set[str]:
+    return {word.lower() for word, _ in model.tokenizer.words(caption)}
 
 
 def _draw(rows: list[WordMaps], path: Path) -> None:
-    """Each map is scaled to its own maximum: it says where a word looks, not how much that mattered."""
+    """Draw each map relative to its own maximum: maps show where a word attends, not how strongly."""
     from matplotlib.figure import Figure
 
     columns = 1 + max(len(row.maps) for row in rows)
@@ -213,7 +225,7 @@ def _draw(rows: list[WordMaps], path: Path) -> None:
             axis.set_title(word, fontsize=9, parse_math=False)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box stands for it
+            warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box is drawn instead
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=100, format="png")
     except OSError as e:

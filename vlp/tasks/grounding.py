@@ -1,7 +1,7 @@
-"""Grounding: where in the picture is what a phrase names? By Grad-CAM, without ever having been told (ALBEF, sec. 6.4).
+"""Grounding: where in the image a phrase is, by Grad-CAM, without training on boxes (ALBEF, Li et al. 2021, sec. 6.4).
 
-n phrases, h x w the grid of an image tower, H x W the pixels of a picture. A box is left, top, width, height in pixels, as
-COCO and RefCOCO+ write it.
+n phrases, h x w grid of the image tower, H x W pixels of an image. A box is left, top, width, height in pixels, as in COCO and
+RefCOCO+.
 """
 
 from __future__ import annotations
@@ -19,37 +19,39 @@ from vlp.data.augment import Resize
 from vlp.data.by_image import AnnotatedImage, AnnotatedImageDataset
 from vlp.data.reading.annotated import Annotated, AnnotatedReader
 from vlp.data.reading.shards import RawSample
-from vlp.data.stream import evaluation_batches
-from vlp.distributed import gather_objects, world_size
 from vlp.errors import BadSample, UserError
 from vlp.specs.fields import setting
-from vlp.tasks.base import EvalModel, Result, Task, evaluating
-from vlp.tasks.grad_cam import choose_layer, enlarged, grad_cam, mean_over
+from vlp.tasks.base import EvalModel, Result, Task
+from vlp.tasks.grad_cam import choose_layer, enlarge, grad_cam, mean_over_tokens
 from vlp.tasks.metrics import bootstrap
+from vlp.tasks.sharded import ShardedBatches
 
 Box = tuple[float, float, float, float]
+METRICS = ("pointing", "pointing_chance", "pointing_centre", "accuracy", "accuracy_chance", "accuracy_best")
 
 
 @dataclass(frozen=True)
 class Grounding(Task):
-    """Does the heat map of a phrase find its box?
+    """Compare the heat map of a phrase with its box.
 
-    The map is the mean over the phrase's tokens, scaled up to the picture, which the model sees whole, whatever its shape.
-    The pointing game asks whether the map's maximum is inside the box; a map without a maximum misses. Where lines have
-    proposals, the one with the largest ``sum of the map within / area^0.5`` is chosen (published for RefCOCO+); it is right
-    if intersection over union with the box is at least ``overlap``.
+    The map is the mean over the tokens of the phrase, resized to the image, which the model sees uncropped. ``pointing`` is the
+    pointing game: the maximum of the map is inside the box. A flat map misses. ``pointing_chance`` is the score of a random
+    point, ``pointing_centre`` that of the image's centre. Where lines have proposals, the one with the largest
+    ``sum of the map within / area^0.5`` is chosen (published for RefCOCO+), and ``accuracy`` is the share of phrases for which
+    its intersection over union with the box is at least ``overlap``. ``accuracy_chance`` and ``accuracy_best`` are the scores of
+    a random proposal and of the best one.
 
     Args:
-        data: a .jsonl with text, box and, optionally, proposals and split; `vlp data world` writes one, and `vlp data annotations
-            refcoco` makes one of the official files.
-        images: folder that pictures' paths start from, or shards; None = the folder of ``data``.
-        image: the field that names the picture; in a world "key".
-        split: lines of this split; None = all.
-        layer: see `vlp.tasks.grad_cam.choose_layer`.
-        power: of the area.
-        overlap: least intersection over union.
-        batch_size: pictures at a time.
-        resamples: of the bootstrap, over pictures.
+        data: A .jsonl with text, box and, optionally, proposals and split. `vlp data world` writes one, and
+            `vlp data annotations refcoco` makes one of the official files.
+        images: Folder that image paths start from, or shards. None uses the folder of ``data``.
+        image: Field that names the image, "key" in a world.
+        split: Lines of this split. None uses all lines.
+        layer: See `vlp.tasks.grad_cam.choose_layer`.
+        power: Exponent of the area.
+        overlap: Intersection over union at least.
+        batch_size: Images at a time.
+        resamples: Bootstrap resamples, over images.
     """
 
     name = "grounding"
@@ -66,109 +68,107 @@ class Grounding(Task):
     resamples: int = setting(1000, least=0, changes_result=False)
 
     def validate(self, data: Data) -> None:
-        """Raises UserError where there is no line, or the file cannot be read."""
         if not len(self._source().open()):
-            raise UserError(f"{self.data} holds no line; give other data")
+            raise UserError(f"{self.data} has no line; give other data")
 
     def evaluated_images(self, data: Data) -> AnnotatedReader:
-        """The annotations, see `vlp.tasks.contamination`."""
         return self._source().open()
 
     def _source(self) -> Annotated:
         if not self.data:
             raise UserError(
-                "grounding has no data: give data=BOXES.jsonl, such as the grounding.jsonl of vlp data world"
+                "grounding has no data; give data=BOXES.jsonl, such as the grounding.jsonl of vlp data world"
             )
         return Annotated(self.data, self.images, (self.image,), split=self.split)
 
-    def evaluate(self, subject: EvalModel) -> Result:
-        """Metrics: ``pointing``, beside what a random point (``pointing_chance``) and the centre (``pointing_centre``) would
-        have; and of lines with proposals ``accuracy``, beside a random one and the best one there is (``_chance``, ``_best``).
-        """
-        data = subject.data
-        layer = choose_layer(subject.model, self.layer)
-        dataset = AnnotatedImageDataset(self._source().open(), _whole, subject.preprocess, data.max_pixels)
-        own, bad = [], []
-        with evaluating(subject.model):
-            for pictures, unusable in evaluation_batches(
-                dataset, self.batch_size, data.workers, subject.rank, world_size()
-            ):
-                bad += unusable
-                for line, size, cam in self._maps(subject, pictures, layer):
-                    try:
-                        own.append((line.source_row, line.image_id, self._judge(line, size, cam)))
-                    except BadSample as e:
-                        bad.append(dataset.reader.quarantine_entry(0, line.row, str(e)))
-        found = sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0])
-        bad = [b for part in gather_objects(bad) for b in part]
-        if not found:
+    def evaluate(self, model: EvalModel) -> Result:
+        layer = choose_layer(model.model, self.layer)
+        dataset = AnnotatedImageDataset(self._source().open(), _uncropped, model.preprocess, model.data.max_pixels)
+        batches = ShardedBatches(model, dataset, self.batch_size)
+        rows = []
+        for images in batches:
+            for line, size, cam in heat_maps(model, images, layer):
+                try:
+                    rows.append((line.source_row, line.image_id, self._score(line, size, cam)))
+                except BadSample as e:
+                    batches.skip(dataset.reader.quarantine_entry(0, line.row, str(e)))
+        rows, bad = batches.gather(rows)
+        if not rows:
             raise UserError(
-                f"no line of {self.data} has a picture and a box, {len(bad)} were left out, e.g. {bad[0]['reason']}"
+                f"no line of {self.data} has an image and a box, {len(bad)} were skipped, e.g. {bad[0]['reason']}"
             )
-        groups, metrics = np.array([index for _, index, _ in found]), {}
-        for name in ("pointing", "pointing_chance", "pointing_centre", "accuracy", "accuracy_chance", "accuracy_best"):
-            some = np.array([name in judged for _, _, judged in found])
-            if some.any():
-                values = np.array([judged[name] for _, _, judged in found if name in judged])
-                metrics[name] = bootstrap(values, groups[some], subject.seed, self.resamples)
+        groups, metrics = np.array([index for _, index, _ in rows]), {}
+        for name in METRICS:
+            scored = np.array([name in scores for *_, scores in rows])
+            if scored.any():
+                values = np.array([scores[name] for *_, scores in rows if name in scores])
+                metrics[name] = bootstrap(values, groups[scored], model.seed, self.resamples)
         return Result(
             protocol=f"Grad-CAM of the matching logit over cross-attention of fusion layer {layer}, mean over the tokens; "
             f"pointing: the maximum is inside the box; accuracy: of the proposal with the largest sum / area^{self.power:g}, "
             f"intersection over union >= {self.overlap:g}",
             data=self._source().described,
             n={
-                "phrases": len(found),
-                "pictures": len(set(groups.tolist())),
-                "with proposals": sum("accuracy" in judged for _, _, judged in found),
+                "phrases": len(rows),
+                "images": len(set(groups.tolist())),
+                "with proposals": sum("accuracy" in scores for *_, scores in rows),
             },
             metrics=metrics,
             bad=bad,
         )
 
-    def _maps(self, subject: EvalModel, pictures: list[AnnotatedImage], layer: int):
-        """Each line with the (height, width) of its picture and its (h, w) map."""
-        if not pictures:
-            return
-        model, device = subject.model, subject.device
-        pixels = torch.stack([picture.images[0][0] for picture in pictures]).to(device)
-        image = model.encode_image(subject.preprocess.normalise(pixels))
-        lines = [(line, picture.images[0][1]) for picture in pictures for line in picture.lines]
-        of = torch.tensor([n for n, picture in enumerate(pictures) for _ in picture.lines], device=device)
-        ids, mask, _ = subject.tokenizer([line.captions[0] for line, _ in lines], subject.data.max_length)
-        text = model.encode_text(ids.to(device), mask.to(device))
-        maps = mean_over(grad_cam(model, image, text, layer, of), text.mask).cpu()
-        if not maps.isfinite().all():
-            raise UserError("the model's heat maps are not finite; choose another checkpoint")
-        yield from ((line, size, cam) for (line, size), cam in zip(lines, maps))
+    def _score(self, line: RawSample, size: tuple[int, int], cam: Tensor) -> dict[str, float]:
+        """Score the (h, w) map of a line.
 
-    def _judge(self, line: RawSample, size: tuple[int, int], cam: Tensor) -> dict[str, float]:
-        """Raises BadSample where there is no box, or one is none."""
+        Raises:
+            BadSample: if the line has no valid box, or an invalid proposal.
+        """
         box = read_box(line.meta.get("box"))
         given = line.meta.get("proposals") or ()
         if not isinstance(given, (list, tuple)):
             raise BadSample(f"proposals are {str(given)[:80]}, not a list of boxes")
         proposals = [read_box(proposal) for proposal in given]
-        heat = enlarged(cam, *size)
-        judged = {
+        heat = enlarge(cam, *size)  # (H, W)
+        scores = {
             "pointing": float(points_into(heat, box)),
             "pointing_chance": overlap_area(box, (0, 0, size[1], size[0])) / (size[0] * size[1]),
             "pointing_centre": float(contains(box, size[1] / 2, size[0] / 2)),
         }
         if proposals:
-            overlaps = [intersection_over_union(proposal, box) for proposal in proposals]
-            right = [found >= self.overlap for found in overlaps]
-            judged["accuracy"] = float(right[choose_box(heat, proposals, self.power)])
-            judged |= {"accuracy_chance": sum(right) / len(right), "accuracy_best": float(any(right))}
-        return judged
+            hits = [intersection_over_union(proposal, box) >= self.overlap for proposal in proposals]
+            scores["accuracy"] = float(hits[choose_box(heat, proposals, self.power)])
+            scores |= {"accuracy_chance": sum(hits) / len(hits), "accuracy_best": float(any(hits))}
+        return scores
 
 
-def _whole(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> tuple[Tensor, tuple[int, int]]:
-    """The whole picture as the model takes it, and the (height, width) that boxes refer to."""
+def heat_maps(
+    model: EvalModel, images: list[AnnotatedImage], layer: int
+) -> list[tuple[RawSample, tuple[int, int], Tensor]]:
+    """Compute the map of each phrase about a batch of images.
+
+    Returns:
+        Line, (H, W) of its image and (h, w) map of each.
+
+    Raises:
+        UserError: if a map is not finite.
+    """
+    lines = [(line, image.images[0][1]) for image in images for line in image.lines]
+    image_of = torch.tensor([n for n, image in enumerate(images) for _ in image.lines], device=model.device)  # (n,)
+    encoded = model.encode_images([image.images[0][0] for image in images])
+    text = model.encode_texts([line.captions[0] for line, _ in lines])
+    maps = mean_over_tokens(grad_cam(model.model, encoded, text, layer, image_of), text.mask).cpu()  # (n, h, w)
+    if not maps.isfinite().all():
+        raise UserError("the model's heat maps are not finite; choose another checkpoint")
+    return [(line, size, cam) for (line, size), cam in zip(lines, maps)]
+
+
+def _uncropped(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> tuple[Tensor, tuple[int, int]]:
+    """Return the whole image at the model's size, and the (H, W) that boxes refer to."""
     return Resize(mode="squash")(pixels, size, interpolation), pixels.shape[:2]
 
 
 def read_box(given: object) -> Box:
-    """Raises BadSample unless it is left, top, and a width and a height above 0."""
+    """Return a box. Raises BadSample unless it is left, top, and a width and a height above 0."""
     if (
         not isinstance(given, (list, tuple))
         or len(given) != 4
@@ -180,7 +180,7 @@ def read_box(given: object) -> Box:
 
 
 def points_into(heat: Tensor, box: Box) -> bool:
-    """Whether the middle of the hottest pixel of (H, W) is in the box; a flat map has none."""
+    """Return whether the centre of the hottest pixel of an (H, W) map is in the box, False for a flat map."""
     if heat.max() == heat.min():
         return False
     y, x = divmod(int(heat.argmax()), heat.shape[1])
@@ -192,10 +192,10 @@ def contains(box: Box, x: float, y: float) -> bool:
 
 
 def choose_box(heat: Tensor, proposals: Sequence[Box], power: float) -> int:
-    """The number of the proposal with the largest ``sum of (H, W) heat within / area^power``; published with power 0.5.
+    """Return the number of the proposal with the largest ``sum of (H, W) heat within / area^power``.
 
-    Pixels are those from int(left) and int(top) on. The best score starts at -inf, the published one at 0, so that a map
-    without heat in any proposal left the box of the phrase before.
+    Published with power 0.5. Pixels start at int(left) and int(top). The published code initialises the best score with 0
+    instead of -inf, so that a map without heat in any proposal kept the box of the phrase before.
     """
     scores = []
     for left, top, width, height in proposals:
@@ -205,7 +205,7 @@ def choose_box(heat: Tensor, proposals: Sequence[Box], power: float) -> int:
 
 
 def overlap_area(a: Box, b: Box) -> float:
-    """Square pixels that two boxes share."""
+    """Return the area in square pixels that two boxes share."""
     width, height = (min(a[n] + a[n + 2], b[n] + b[n + 2]) - max(a[n], b[n]) for n in (0, 1))
     return max(width, 0) * max(height, 0)
 

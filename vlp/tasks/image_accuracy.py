@@ -1,14 +1,10 @@
-"""Pictures with classes: how often is the class that the model's own classifier scores highest the true one?
-
-n pictures, C classes.
-"""
+"""Accuracy of the model's own classifier on labelled images."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,24 +14,24 @@ from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.specs.fields import setting
 from vlp.tasks.base import EvalModel, Result, Task
-from vlp.tasks.metrics import bootstrap
-from vlp.tasks.mistakes import confused
-from vlp.tasks.probe import encode_pictures
+from vlp.tasks.details import confusions
+from vlp.tasks.features import encode_labelled
+from vlp.tasks.metrics import topk_accuracy
 from vlp.types import Batch
 
 
 @dataclass(frozen=True)
 class ImageAccuracy(Task):
-    """Top-1 and top-5 accuracy of a classifier that was trained with the image tower, such as `Classification` does.
+    """Accuracy of the classifier that the image tower was trained with, e.g. by `Classification`.
 
-    The classes are numbered as the folder's: by label of its labels.jsonl, or by name of its folders, from 0. So they must
-    have been in training.
+    Classes are numbered as in the folder: by label of its labels.jsonl, or by name of its folders, from 0. The training must
+    have used the same classes. Metrics are ``top1``, and ``top5`` where there are more than five classes.
 
     Args:
-        data: a folder of pictures, see `vlp.data.reading.labelled`.
-        split: of it; None = all.
-        batch_size: pictures at a time.
-        resamples: of the bootstrap, over pictures.
+        data: Folder of labelled images, see `vlp.data.reading.labelled`.
+        split: Split of the folder. None uses all images.
+        batch_size: Images at a time.
+        resamples: Bootstrap resamples, over images.
     """
 
     name = "image-accuracy"
@@ -47,49 +43,38 @@ class ImageAccuracy(Task):
     resamples: int = setting(1000, least=0, changes_result=False)
 
     def validate(self, data: Data) -> None:
-        """Raises UserError where there are no pictures."""
         self._read()
 
     def evaluated_images(self, data: Data) -> list[Path]:
-        """Those of the pictures that are files of their own, see `vlp.tasks.contamination`."""
-        return [picture for picture, _ in self._read()[0] if isinstance(picture, Path)]
+        return [image for image, _ in self._read()[0] if isinstance(image, Path)]
 
     def _read(self) -> tuple[LabelledImages, list[str]]:
         if not self.data:
-            raise UserError(f"there are no pictures to classify: give data=FOLDER with {FORMS}")
+            raise UserError(f"image-accuracy has no images to classify; give data=FOLDER with {FORMS}")
         return read_labelled(Path(self.data), self.split)
 
-    def evaluate(self, subject: EvalModel) -> Result:
-        """Metrics: ``top1``, and ``top5`` where there are more than five classes."""
-        pictures, names = self._read()
-        model = subject.model
-        if getattr(model, "classifier", None) is None or getattr(model, "preprocess", None) is None:
+    def evaluate(self, model: EvalModel) -> Result:
+        images, names = self._read()
+        network = model.model
+        if network.num_classes is None or model.preprocess is None:
+            raise UserError("image-accuracy needs an image tower with a classifier; train one with model.classes=C")
+        if network.num_classes != len(names):
             raise UserError(
-                "accuracy of pictures needs an image tower with a classifier; train one with model.classes=C"
+                f"{self.data} has {len(names)} classes, the model {network.num_classes}; give the data it was trained on"
             )
 
         def logits(image: Tensor) -> Tensor:
-            batch = Batch(torch.arange(len(image), device=image.device), image)
-            return model.classify(Forward(model, batch)).float().cpu()
+            return network.classify(Forward(network, Batch(torch.arange(len(image), device=image.device), image)))
 
-        encoded = encode_pictures(subject, pictures, logits, self.batch_size)
-        scores, labels = encoded.features, encoded.labels
-        if scores.shape[1] != len(names):
-            raise UserError(
-                f"{self.data} has {len(names)} classes, the model {scores.shape[1]}; give the data it learned"
-            )
-        # as in retrieval, a class that ties with the true one counts as ahead of it
-        rank = (scores >= scores.gather(1, labels[:, None])).sum(1) - 1
+        encoded = encode_labelled(model, images, logits, self.batch_size)
+        scores, labels = encoded.features, encoded.labels  # (n, C), (n,)
+        split = f"; split {self.split}" if self.split else ""
         return Result(
-            protocol=f"the classifier's highest score, of {len(names)} classes"
-            + (f"; split {self.split}" if self.split else ""),
+            protocol=f"the classifier's highest score, of {len(names)} classes{split}",
             data=self.data,
             n={"images": len(labels), "classes": len(names)},
-            metrics={
-                f"top{k}": bootstrap((rank < k).double().numpy(), np.arange(len(rank)), subject.seed, self.resamples)
-                for k in (1, 5)
-                if k < len(names)
-            },
-            details={"classes": names, "confused": confused(labels, scores.argmax(1), names)},
+            metrics=topk_accuracy(scores, labels, model.seed, self.resamples),
+            details={"classes": names, "confused": confusions(labels, scores.argmax(1), names)},
             bad=encoded.bad,
+            choices=len(names),
         )

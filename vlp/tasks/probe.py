@@ -1,14 +1,12 @@
-"""What a frozen image tower's features know of classes: nearest neighbours, and a linear classifier.
+"""Classification by the features of a frozen image tower: nearest neighbours, and a linear classifier.
 
-n train pictures, m test pictures, D width of the features, C classes.
+n train images, m test images, D width of the features, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,32 +14,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlp.config import Data
-from vlp.data.reading.labelled import FORMS, LabelledImageDataset, LabelledImages, read_train_and_test
-from vlp.data.stream import evaluation_batches
-from vlp.distributed import gather_objects, world_size
+from vlp.data.reading.labelled import FORMS, LabelledImages, read_train_and_test
 from vlp.errors import UserError
 from vlp.specs.fields import setting
-from vlp.tasks.base import EvalModel, Result, Task, evaluating
-from vlp.tasks.embeddings import merge
-from vlp.tasks.metrics import bootstrap
-from vlp.tasks.mistakes import confused
-from vlp.tasks.requirements import need_alone
-from vlp.types import Encoded
-
-Features = Literal["pooled", "embed"]
+from vlp.tasks.base import EvalModel, Result, Task
+from vlp.tasks.details import confusions
+from vlp.tasks.features import Features, LabelledFeatures, encode_labelled, select_features
+from vlp.tasks.metrics import topk_accuracy
+from vlp.tasks.requirements import need_features
 
 
 @dataclass(frozen=True)
-class _Classes(Task):
-    """Accuracy on one split of a folder of pictures, of a classifier that is made from the features of the other.
+class _FeatureClassifier(Task):
+    """Accuracy on one split of a folder of images, by a classifier made from the features of another split.
+
+    Metrics are ``top1``, and ``top5`` where there are more than five classes.
 
     Args:
-        data: a folder with a labels.jsonl (image, label, name, split), or with TRAIN_SPLIT/CLASS/ and SPLIT/CLASS/ folders.
-        train_split: whose features and labels are known.
-        split: what is classified.
-        features: "pooled", the tower's own output, or "embed", what the head makes of it for the loss.
-        batch_size: pictures encoded at a time.
-        resamples: of the bootstrap, over test pictures.
+        data: Folder with a labels.jsonl (image, label, name, split), or with TRAIN_SPLIT/CLASS/ and SPLIT/CLASS/ folders.
+        train_split: Split whose labels the classifier learns from.
+        split: Split that is classified.
+        features: "pooled", the output of the tower, or "embed", the output of the head that the loss reads.
+        batch_size: Images encoded at a time.
+        resamples: Bootstrap resamples, over test images.
     """
 
     headline = "top1"
@@ -54,47 +49,46 @@ class _Classes(Task):
     resamples: int = setting(1000, least=0, changes_result=False)
 
     def validate(self, data: Data) -> None:
-        """Raises UserError where there are no two splits of the same classes."""
         self._read()
 
     def evaluated_images(self, data: Data) -> list[Path]:
-        """Those of the test pictures that are files of their own, see `vlp.tasks.contamination`."""
-        return [picture for picture, _ in self._read()[1] if isinstance(picture, Path)]
+        return [image for image, _ in self._read()[1] if isinstance(image, Path)]
 
     def _read(self) -> tuple[LabelledImages, LabelledImages, list[str]]:
         if not self.data:
-            raise UserError(f"there are no pictures to classify: give data=FOLDER with {FORMS}")
+            raise UserError(f"{self.name} has no images to classify; give data=FOLDER with {FORMS}")
         return read_train_and_test(Path(self.data), self.train_split, self.split)
 
-    def evaluate(self, subject: EvalModel) -> Result:
-        """Metrics: ``top1``, and ``top5`` where there are more than five classes."""
-        train, test, classes = self._read()
-        need_alone(subject, self.name, "image")
-        known = encode_pictures(subject, train, self.features, self.batch_size)
-        asked = encode_pictures(subject, test, self.features, self.batch_size)
-        scores, protocol, details = self._classify(known, asked.features, len(classes), subject.seed)
-        # as in retrieval, a class that ties with the true one counts as ahead of it
-        rank = (scores >= scores.gather(1, asked.labels[:, None])).sum(1) - 1
-        metrics = {
-            f"top{k}": bootstrap((rank < k).double().numpy(), np.arange(len(rank)), subject.seed, self.resamples)
-            for k in (1, 5)
-            if k < len(classes)
-        }
+    def evaluate(self, model: EvalModel) -> Result:
+        train_images, test_images, classes = self._read()
+        need_features(model, self.name, "image")
+
+        def encode(image: Tensor) -> Tensor:
+            return select_features(model.model.encode_image(image), self.features)
+
+        train = encode_labelled(model, train_images, encode, self.batch_size)
+        test = encode_labelled(model, test_images, encode, self.batch_size)
+        scores, protocol, details = self._classify(train, test.features, len(classes), model.seed)  # (m, C)
         return Result(
             protocol=f"{protocol}; {self.features} features, {self.train_split} -> {self.split}",
             data=self.data,
-            n={"images": len(rank), "train images": len(known.labels), "classes": len(classes)},
-            metrics=metrics,
-            details={"classes": classes, "confused": confused(asked.labels, scores.argmax(1), classes)} | details,
-            bad=known.bad + asked.bad,
+            n={"images": len(test.labels), "train images": len(train.labels), "classes": len(classes)},
+            metrics=topk_accuracy(scores, test.labels, model.seed, self.resamples),
+            details={"classes": classes, "confused": confusions(test.labels, scores.argmax(1), classes)} | details,
+            bad=train.bad + test.bad,
+            choices=len(classes),
         )
+
+    def _classify(self, train: LabelledFeatures, test: Tensor, classes: int, seed: int) -> tuple[Tensor, str, dict]:
+        """Return (m, C) scores, the protocol and entries of the result's details."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Knn(_Classes):
-    """The classes of the nearest train pictures vote (Wu et al. 2018, sec. 3.4; MoCo's practice).
+class Knn(_FeatureClassifier):
+    """Classify an image by the votes of its nearest train images (Wu et al. 2018, sec. 3.4, and MoCo's practice).
 
-    ``score of c = sum over the k nearest of class c of exp(cosine / temperature)``
+    ``score of class c = sum over the k nearest of class c of exp(cosine / temperature)``
 
     Args:
         k: Number of neighbours, all train images where there are fewer.
@@ -107,28 +101,27 @@ class Knn(_Classes):
     temperature: float = 0.1
 
     def validate(self, data: Data) -> None:
-        """Raises UserError as the base class, and where no neighbour could vote."""
         if self.temperature <= 0:
             raise UserError(f"kNN with temperature={self.temperature}; it must be above 0")
         super().validate(data)
 
-    def _classify(self, known: EncodedPictures, asked: Tensor, classes: int, seed: int) -> tuple[Tensor, str, dict]:
-        k = min(self.k, len(known.labels))
-        scores = knn_scores(known.features, known.labels, asked, classes, k, self.temperature)
+    def _classify(self, train: LabelledFeatures, test: Tensor, classes: int, seed: int) -> tuple[Tensor, str, dict]:
+        k = min(self.k, len(train.labels))
+        scores = knn_scores(train.features, train.labels, test, classes, k, self.temperature)
         return scores, f"kNN, k={k} by cosine similarity, weights exp(cosine / {self.temperature:g})", {}
 
 
 @dataclass(frozen=True)
-class LinearProbe(_Classes):
-    """Multinomial logistic regression on standardised features, for sets whose features fit in memory in float64.
+class LinearProbe(_FeatureClassifier):
+    """Classify images by multinomial logistic regression on standardised features, which must fit in memory in float64.
 
-    It minimises ``mean cross-entropy + l2 / 2 ||W||^2`` (the bias is free) to convergence, so that no learning rate or
-    schedule has a part in the number. Nothing but the train split decides on ``l2``.
+    The classifier minimises ``mean cross-entropy + l2 / 2 ||W||^2``, with a free bias, to convergence. The result therefore
+    does not depend on a learning rate or schedule. Only the train split decides on ``l2``.
 
     Args:
-        l2: strengths to choose from, by accuracy in cross-validation; of equal ones the strongest.
-        folds: of the cross-validation.
-        steps: of L-BFGS at most.
+        l2: Strengths to choose from by accuracy in cross-validation. The strongest wins a tie.
+        folds: Folds of the cross-validation.
+        steps: Steps of L-BFGS at most.
     """
 
     name = "probe"
@@ -138,7 +131,6 @@ class LinearProbe(_Classes):
     steps: int = 200
 
     def validate(self, data: Data) -> None:
-        """Raises UserError as the base class, and where there is nothing to choose from."""
         if not self.l2 or min(self.l2) <= 0 or self.folds < 2 or self.steps < 1:
             raise UserError(
                 f"a probe with l2={self.l2}, folds={self.folds}, steps={self.steps}; give strengths above 0, two or more "
@@ -146,9 +138,9 @@ class LinearProbe(_Classes):
             )
         super().validate(data)
 
-    def _classify(self, known: EncodedPictures, asked: Tensor, classes: int, seed: int) -> tuple[Tensor, str, dict]:
+    def _classify(self, train: LabelledFeatures, test: Tensor, classes: int, seed: int) -> tuple[Tensor, str, dict]:
         strengths = sorted(self.l2, reverse=True)
-        x, labels = known.features.double(), known.labels
+        x, labels = train.features.double(), train.labels
         accuracy = cross_validate(x, labels, classes, strengths, self.folds, self.steps, seed)
         best = strengths[int(np.argmax(accuracy))]
         weight, bias = fit_logistic(x, labels, classes, [best], self.steps)[0]
@@ -156,92 +148,22 @@ class LinearProbe(_Classes):
             f"logistic regression to convergence on standardised features, l2 by {self.folds}-fold cross-validation"
         )
         details = {"l2": best, "cross_validation": {f"{l2:g}": a for l2, a in zip(strengths, accuracy)}}
-        return asked.double() @ weight + bias, protocol, details
+        return test.double() @ weight + bias, protocol, details
 
 
-@dataclass
-class EncodedPictures:
-    """What could be encoded, in the order of the pictures, on the CPU.
+def knn_scores(train: Tensor, labels: Tensor, test: Tensor, classes: int, k: int, temperature: float) -> Tensor:
+    """Return (m, C) votes, in units of the nearest neighbour's vote.
 
     Args:
-        features: (n, D) float32.
+        train: (n, D).
         labels: (n,) int64.
-        bad: pictures left out.
+        test: (m, D).
+        k: Neighbours, at most n.
     """
-
-    features: Tensor
-    labels: Tensor
-    bad: list[dict]
-
-
-def encode_pictures(
-    subject: EvalModel, pictures: LabelledImages, features: Features | Callable[[Tensor], Tensor], batch_size: int
-) -> EncodedPictures:
-    """The same for any number of processes, which share the batches out.
-
-    Args:
-        features: of the image tower, or (B, 3, H, W) normalised to (B, D) float32 on the CPU.
-
-    Raises:
-        UserError: if there is no image tower, no picture can be decoded, or the model's answer to one is not finite.
-    """
-    preprocess = getattr(subject, "preprocess", None)
-    if preprocess is None:
-        raise UserError("pictures cannot be classified: this run has no image tower; evaluate it with sts")
-    dataset = LabelledImageDataset(pictures, subject.data.resize, subject.data.max_pixels, preprocess)
-    own, bad = [], []
-
-    def of_tower(image: Tensor) -> Tensor:
-        return chosen(subject.model.encode_image(image), features)
-
-    encode = features if callable(features) else of_tower
-    with evaluating(subject.model):
-        for numbers, pixels, unusable in evaluation_batches(
-            dataset, batch_size, subject.data.workers, subject.rank, world_size()
-        ):
-            bad += unusable
-            if numbers:
-                image = preprocess.normalise(torch.stack(pixels).to(subject.device))
-                own.append((numbers, encode(image)))
-    bad = [b for part in gather_objects(bad) for b in part]
-    rows = gather_rows(len(pictures), own)
-    left = sorted(set(range(len(pictures))) - {b["number"] for b in bad})
-    if not left:
-        raise UserError(f"none of the {len(pictures)} pictures can be decoded; the first is {pictures[0][0]}")
-    rows, labels = rows[left], torch.tensor([pictures[n][1] for n in left])
-    if not (finite := rows.isfinite().all(1)).all():
-        path = pictures[left[int(finite.int().argmin())]][0]
-        raise UserError(f"the features of {path} are not finite; evaluate an earlier checkpoint")
-    return EncodedPictures(rows, labels, bad)
-
-
-def chosen(encoded: Encoded, features: Features) -> Tensor:
-    """(B, D) float32 on the CPU."""
-    return (encoded.tokens[:, 0] if features == "pooled" else encoded.embed).float().cpu()
-
-
-def gather_rows(count: int, own: list[tuple[list[int], Tensor]]) -> Tensor:
-    """(count, D) rows on every process, from the (numbers, rows) that each has; 0 where none has one."""
-    width = max(gather_objects(max((rows.shape[1] for _, rows in own), default=0)))
-    gathered = torch.zeros(count, width)
-    for numbers, rows in own:
-        gathered[numbers] = rows
-    return merge(gathered)
-
-
-def knn_scores(known: Tensor, labels: Tensor, asked: Tensor, classes: int, k: int, temperature: float) -> Tensor:
-    """(m, C) votes, in units of the nearest neighbour's.
-
-    Args:
-        known: (n, D).
-        labels: (n,) int64.
-        asked: (m, D).
-        k: at most n.
-    """
-    known, scores = F.normalize(known, dim=1), []
-    for chunk in F.normalize(asked, dim=1).split(256):
-        cosine, nearest = (chunk @ known.T).topk(k)
-        votes = ((cosine - cosine[:, :1]) / temperature).exp()  # relative, or small temperatures overflow
+    train, scores = F.normalize(train, dim=1), []
+    for chunk in F.normalize(test, dim=1).split(256):
+        cosine, nearest = (chunk @ train.T).topk(k)  # (chunk, k)
+        votes = ((cosine - cosine[:, :1]) / temperature).exp()  # relative, since small temperatures overflow
         scores.append(torch.zeros(len(chunk), classes).scatter_add_(1, labels[nearest], votes))
     return torch.cat(scores)
 
@@ -249,18 +171,21 @@ def knn_scores(known: Tensor, labels: Tensor, asked: Tensor, classes: int, k: in
 def fit_logistic(
     x: Tensor, labels: Tensor, classes: int, strengths: list[float], steps: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """((D, C) weight, (C,) bias) of the classifier of ``x`` for each strength of the penalty.
+    """Fit a logistic regression for each strength of the L2 penalty.
 
-    Features are standardised inside, which the result takes back: it applies to features as they are. One strength starts
-    from the answer of the one before, so strong ones come first.
+    Features are standardised for the fit. The returned classifiers apply to the features as given.
 
     Args:
         x: (n, D) float64.
         labels: (n,) int64.
-        steps: of L-BFGS at most.
+        strengths: Strengths, the strongest first: each fit starts from the solution of the one before.
+        steps: Steps of L-BFGS at most.
+
+    Returns:
+        (D, C) weight and (C,) bias for each strength.
     """
     mean, std = x.mean(0), x.std(0, correction=0)
-    # a feature that is always the same, as far as the tower's float32 tells, has nothing to say
+    # a feature that is constant within the float32 precision of the tower carries no information
     constant = std <= 4 * torch.finfo(torch.float32).eps * x.abs().amax(0)
     std = std.masked_fill(constant, 1.0)
     x = ((x - mean) / std).masked_fill(constant, 0.0)
@@ -271,8 +196,8 @@ def fit_logistic(
             [weight, bias], max_iter=steps, tolerance_grad=1e-5, tolerance_change=1e-12, line_search_fn="strong_wolfe"
         )
 
-        def loss() -> Tensor:
-            optimizer.zero_grad()  # noqa: B023 - called within the turn
+        def loss() -> Tensor:  # LBFGS enables gradients
+            optimizer.zero_grad()  # noqa: B023 - called within the iteration
             value = F.cross_entropy(x @ weight + bias, labels) + l2 / 2 * weight.square().sum()  # noqa: B023
             value.backward()
             return value
@@ -286,14 +211,15 @@ def fit_logistic(
 def cross_validate(
     x: Tensor, labels: Tensor, classes: int, strengths: list[float], folds: int, steps: int, seed: int
 ) -> list[float]:
-    """Accuracy of each strength on folds that were held out; every fold has its share of each class."""
+    """Return the accuracy of each strength on held-out folds, which are stratified by class."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     order = order[labels[order].argsort(stable=True)]
     fold = torch.empty_like(order)
     fold[order] = torch.arange(len(x)) % folds
-    right = np.zeros(len(strengths))
+    correct = np.zeros(len(strengths))
     for number in fold.unique():
-        out = fold == number
-        for i, (weight, bias) in enumerate(fit_logistic(x[~out], labels[~out], classes, strengths, steps)):
-            right[i] += int(((x[out] @ weight + bias).argmax(1) == labels[out]).sum())
-    return (right / len(x)).tolist()
+        held_out = fold == number
+        fitted = fit_logistic(x[~held_out], labels[~held_out], classes, strengths, steps)
+        for i, (weight, bias) in enumerate(fitted):
+            correct[i] += int(((x[held_out] @ weight + bias).argmax(1) == labels[held_out]).sum())
+    return (correct / len(x)).tolist()

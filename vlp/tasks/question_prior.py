@@ -1,4 +1,4 @@
-"""What can be answered without a look at the picture: the baseline that a number on VQA is to be read beside."""
+"""Question-only baseline for VQA: the most frequent answer to training questions with the same first words."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Sequence
 from vlp.data.reading.annotated import Annotated, read_answers
 from vlp.errors import BadSample
 
-WORDS = 12  # of a question's beginning
+MAX_WORDS = 12  # of a question's beginning
 
 
 class QuestionPrior:
-    """The answer that is most frequent among the training questions which begin as the question does, as far as one does.
+    """Answer a question with the most frequent answer to the training questions that share the longest beginning with it.
 
     Args:
-        trained: annotations with answers; of equal counts the answer that was met first wins.
+        sources: Annotations with answers. Of equally frequent answers the one that comes first in them is taken.
 
     Attributes:
-        answers: all of them, the most frequent first.
+        answers: All answers, the most frequent first.
     """
 
-    def __init__(self, trained: Sequence[Annotated]):
-        counts: dict[str, dict[str, float]] = {}
-        for source in trained:
+    def __init__(self, sources: Sequence[Annotated]):
+        counts: dict[str, dict[str, float]] = {}  # beginning -> answer -> weight
+        for source in sources:
             reader = source.open()
             for row in range(len(reader)):
                 try:
@@ -31,18 +31,18 @@ class QuestionPrior:
                 except BadSample:
                     continue
                 for beginning in beginnings(str(record.get(source.text, ""))):
-                    of = counts.setdefault(beginning, {})
+                    weights = counts.setdefault(beginning, {})
                     for answer, weight in answers:
-                        of[answer] = of.get(answer, 0.0) + weight
+                        weights[answer] = weights.get(answer, 0.0) + weight
         self.answers = sorted(counts.get("", {}), key=lambda answer: -counts[""][answer])
-        self.best = {beginning: max(of, key=of.get) for beginning, of in counts.items() if of}
+        self.best = {beginning: max(weights, key=weights.get) for beginning, weights in counts.items() if weights}
 
     def __call__(self, question: str) -> str:
-        """The answer; empty where there was nothing to learn from."""
+        """Return the answer, empty if no training question has one."""
         return next((self.best[b] for b in reversed(beginnings(question)) if b in self.best), "")
 
 
 def beginnings(question: str) -> list[str]:
-    """None, one, two, ... of its words."""
-    words = question.lower().split()[:WORDS]
+    """Return the first 0, 1, 2, ... words of a question, in lower case."""
+    words = question.lower().split()[:MAX_WORDS]
     return [" ".join(words[:count]) for count in range(len(words) + 1)]

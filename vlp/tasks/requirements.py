@@ -2,41 +2,60 @@
 
 from __future__ import annotations
 
+from vlp.config import Data
 from vlp.errors import UserError
+from vlp.models.base import Modality
 from vlp.tasks.base import EvalModel
 
 
-def need_both(subject: EvalModel, task: str) -> None:
-    """Raises UserError unless the model sees pictures and reads texts, and puts both into one space."""
-    if subject.tokenizer is None:
-        raise UserError(
-            f"{task} needs a text tower and its tokenizer, and there is none here: give tokenizer=FOLDER for weights "
-            "that bring none, or evaluate pictures alone with knn or probe"
-        )
-    if subject.preprocess is None:
-        raise UserError(f"{task} needs pictures too, and there is no image tower here; evaluate it with sts")
-    if not getattr(subject.model, "itc", True):
-        raise UserError(f"{task} compares embeddings, and this model has no head for contrast; choose one that has")
+def need_tokenizer(data: Data, task: str) -> None:
+    """Require a tokenizer among the data settings, before the model is loaded."""
+    if not data.tokenizer:
+        raise UserError(_no_text(task))
 
 
-def need_reader(subject: EvalModel, task: str, pictures: int) -> None:
-    """Raises UserError unless the model reads a text together with so many pictures."""
-    if subject.tokenizer is None or subject.preprocess is None:
+def need_embeddings(model: EvalModel, task: str) -> None:
+    """Require images, texts, and embeddings of both in one space."""
+    if model.tokenizer is None:
+        raise UserError(_no_text(task))
+    if model.preprocess is None:
+        raise UserError(_no_image(task))
+    if not model.model.can_contrast:
+        raise UserError(f"{task} compares embeddings, and this model has no contrastive head; choose one that has")
+
+
+def need_images_with_texts(model: EvalModel, task: str, num_images: int) -> None:
+    """Require a model that reads each text together with ``num_images`` images."""
+    if model.tokenizer is None or model.preprocess is None:
         raise UserError(
-            f"{task} needs a model of pictures and texts; give tokenizer=FOLDER for weights that bring none"
+            f"{task} needs a model of images and texts; give tokenizer=FOLDER for weights that come without one"
         )
-    if (own := getattr(subject.model, "num_images", 1)) != pictures:
+    if (expected := model.model.num_images) != num_images:
         raise UserError(
-            f"{task} gives {pictures} picture{'s' * (pictures > 1)} with each text, and this model looks at {own}; evaluate it "
-            f"on data with {own}"
+            f"{task} gives {num_images} image{'s' * (num_images > 1)} with each text, and this model reads {expected}; "
+            f"evaluate it on data with {expected}"
         )
 
 
-def need_alone(subject: EvalModel, task: str, modality: str) -> None:
-    """Raises UserError where the model reads pictures, or texts, only together: it has no features of either by itself."""
-    encoder = getattr(subject.model, "encoder", None)
-    if modality not in getattr(encoder, "alone", (modality,)):
+def need_features(model: EvalModel, task: str, modality: Modality) -> None:
+    """Require features of one modality that do not depend on the other."""
+    if modality == "image" and model.preprocess is None:
+        raise UserError(_no_image(task))
+    if modality == "text" and model.tokenizer is None:
+        raise UserError(_no_text(task))
+    if not model.model.can_encode(modality):
         raise UserError(
-            f"{task} needs features of {modality}s by themselves, and this model reads pictures and texts together only; "
-            "evaluate it with classification or vqa, or the run that it started from"
+            f"{task} needs features of {modality}s, and this model reads images and texts only together; evaluate it with "
+            "classification or vqa, or evaluate the run that it started from"
         )
+
+
+def _no_text(task: str) -> str:
+    return (
+        f"{task} needs a text tower and its tokenizer; give tokenizer=FOLDER for weights that come without one, or "
+        "evaluate images with knn or probe"
+    )
+
+
+def _no_image(task: str) -> str:
+    return f"{task} needs an image tower, and this model has none; evaluate it with sts"

@@ -1,10 +1,10 @@
-"""Retrieval by ITC, and the best of it put in order by ITM (ALBEF, Li et al. 2021, sec. 4.1).
+"""Retrieval by contrast, with the best candidates re-ranked by image-text matching (ALBEF, Li et al. 2021, sec. 4.1).
 
-Pairs are grouped by picture: its keys and values are projected once for all captions that ask for it or that it asks for,
-either way, and a pair that both ways ask for is scored once. Tokens of pictures are not kept, those of texts are: of 5,000
-pictures at 384 px the former are 9 GB, the tokens of 25,000 captions 1 GB. So pictures are encoded twice.
+Pairs are scored image by image. The keys and values of an image are computed once for all its pairs, and a pair that both
+directions need is scored once. Tokens of texts are kept in memory, tokens of images are not: 5,000 images at 384 px would take
+9 GB, 25,000 captions take 1 GB. Images are therefore encoded twice.
 
-n pictures, m captions, A distinct texts, L tokens of the longest, T tokens of all, D width, E embedding, k candidates.
+n images, m captions, A distinct texts, L tokens of the longest, T tokens of all, D width, E embedding, k candidates.
 """
 
 from __future__ import annotations
@@ -16,30 +16,33 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlp.data.stream import EvalDataset, evaluation_batches
-from vlp.distributed import gather_objects, world_size
+from vlp.data.stream import EvalDataset
+from vlp.distributed import gather_objects
 from vlp.errors import UserError
+from vlp.models.base import Model
 from vlp.specs.fields import setting
-from vlp.tasks.base import EvalModel, Result, evaluating
-from vlp.tasks.embeddings import merge
-from vlp.tasks.examples import Found
-from vlp.tasks.metrics import ranks
+from vlp.tasks.base import EvalModel, Result
+from vlp.tasks.details import RetrievalRanking
+from vlp.tasks.embeddings import captioned
+from vlp.tasks.metrics import Interval, rank_of_positive, ranks, topk
 from vlp.tasks.naming import protocol_name
-from vlp.tasks.requirements import need_both
+from vlp.tasks.requirements import need_embeddings
 from vlp.tasks.retrieval import Retrieval, recalls
+from vlp.tasks.sharded import ShardedBatches, length_batches, sum_disjoint
 from vlp.types import Encoded
 
 
 @dataclass(frozen=True)
 class Rerank(Retrieval):
-    """As `Retrieval`, with the first k answers of each query in the order of their matching scores.
+    """Retrieve by cosine similarity, then order the k best candidates of each query by their matching scores.
 
-    A query that finds nothing of its own among the first k keeps its rank.
+    A query that has no own answer among its candidates keeps its rank. Metrics are those of `Retrieval`, and the same without
+    re-ranking with the prefix ``itc_``.
 
     Args:
-        k: candidates of each query (published: 256 on COCO, 128 on Flickr30k).
-        score: the logit of a match alone, as published, or the cosine added to it, as in LAVIS.
-        text_batch: texts encoded, or matched with a picture, at a time.
+        k: Candidates of each query (published: 256 on COCO, 128 on Flickr30k).
+        score: The matching logit only, as published, or the sum of the logit and the cosine, as in LAVIS.
+        text_batch: Texts encoded, or matched with an image, at a time.
     """
 
     name = "rerank"
@@ -48,148 +51,140 @@ class Rerank(Retrieval):
     score: Literal["itm", "itm+itc"] = "itm"
     text_batch: int = setting(256, least=1, changes_result=False)
 
-    def evaluate(self, subject: EvalModel) -> Result:
-        """Metrics: as `Retrieval`'s; behind ``itc_`` the same without re-ranking."""
-        if getattr(subject.model, "itm", None) is None:
+    def evaluate(self, model: EvalModel) -> Result:
+        if not model.model.can_match:
             raise UserError("rerank needs a model with a head for image-text matching (model.itm); use retrieval")
-        if not getattr(subject.model, "itc", True):
-            raise UserError(
-                "rerank needs embeddings to choose candidates by, and this model has none (model.itc=false)"
-            )
-        need_both(subject, "rerank")
-        data, source = subject.data, self._source(subject.data)
-        dataset = EvalDataset(source, data.resize, subject.preprocess, data.max_pixels)
-        with evaluating(subject.model):
-            pictures = encode_pictures(subject, dataset, self.batch_size)
-            if not pictures.rows:
-                raise UserError(f"{source} holds no usable image-text pair; run `vlp data check` on it")
-            captions = [c for own in pictures.captions for c in own]
-            number = {text: n for n, text in enumerate(dict.fromkeys(captions))}
-            texts = encode_distinct(subject, list(number), self.text_batch)
-            text_of = torch.tensor([number[c] for c in captions])
-            shortlist = Shortlist(pictures.embeds, texts.embeds[text_of], self.k)
-            pairs = self._match(subject, dataset, pictures.rows, shortlist, texts, text_of)
-        metrics, found = self._metrics(pictures, shortlist, texts.embeds[text_of], subject.seed)
+        need_embeddings(model, self.name)
+        source = self.source(model.data)
+        dataset = EvalDataset(source, model.data.resize, model.preprocess, model.data.max_pixels)
+        images = encode_images(model, dataset, self.batch_size)
+        if not images.rows:
+            raise UserError(f"{source} has no usable image-text pair; run `vlp data check` on it")
+        captions = [caption for own in images.captions for caption in own]
+        number = {text: n for n, text in enumerate(dict.fromkeys(captions))}  # equal captions are encoded once
+        texts = encode_distinct(model, list(number), self.text_batch)
+        text_of = torch.tensor([number[caption] for caption in captions])  # (m,)
+        shortlist = Shortlist(images.embeds, texts.embeds[text_of], self.k)
+        pairs = self._match(model, dataset, images.rows, shortlist, texts, text_of)
+        metrics, ranking = self._metrics(images, captions, shortlist, texts.embeds[text_of], model.seed)
+        score = "the matching logit" if self.score == "itm" else "the matching logit + cosine"
         return Result(
             protocol=f"{self.score}-of-itc-top-{self.k}: each query's {self.k} best by cosine similarity in the order of "
-            f"{'the matching logit' if self.score == 'itm' else 'the matching logit + cosine'}, the others behind them; "
-            "any caption of a picture counts, ties count against",
-            name=protocol_name(subject, source, self.setting),
+            f"{score}, the others behind them; any caption of an image counts, ties count against",
+            name=protocol_name(model, source, self.setting),
             data=source,
-            n={"images": len(pictures.rows), "captions": len(captions), "pairs": pairs},
+            n={"images": len(images.rows), "captions": len(captions), "pairs": pairs},
             metrics=metrics,
-            details=found.examples(self.examples, subject.seed),
-            bad=pictures.bad,
+            details=ranking.examples(self.examples, model.seed),
+            bad=images.bad,
         )
 
     def _match(
         self,
-        subject: EvalModel,
+        model: EvalModel,
         dataset: EvalDataset,
         rows: list[int],
         shortlist: Shortlist,
         texts: Texts,
         text_of: Tensor,
     ) -> int:
-        """Fills in the scores; returns how many pairs were scored."""
-        model, place = subject.model, {row: n for n, row in enumerate(rows)}
+        """Fill in the matching scores of the shortlist, and return how many pairs were scored."""
+        position = {row: n for n, row in enumerate(rows)}
         pairs = 0
-        for samples, _ in evaluation_batches(
-            dataset, self.batch_size, subject.data.workers, subject.rank, world_size()
-        ):
-            samples = [(image, place[raw.source_row]) for image, raw in samples if raw.source_row in place]
+        for samples in ShardedBatches(model, dataset, self.batch_size):
+            # a sample without a caption has no position
+            samples = [(image, position[raw.source_row]) for image, raw in samples if raw.source_row in position]
             if not samples:
                 continue
-            pixels = torch.stack([image for image, _ in samples]).to(subject.device)
-            encoded = model.encode_image(subject.preprocess.normalise(pixels))
-            for n, (_, picture) in enumerate(samples):
-                asked, back = text_of[shortlist.captions_of(picture)].unique(return_inverse=True)
-                shortlist.fill(picture, match(model, encoded[n : n + 1], texts, asked, self.text_batch)[back])
+            encoded = model.encode_images([image for image, _ in samples])
+            for n, (_, image) in enumerate(samples):
+                asked, inverse = text_of[shortlist.captions_of(image)].unique(return_inverse=True)
+                scores = match(model.model, encoded[n : n + 1], texts, asked, self.text_batch)  # (distinct texts,)
+                shortlist.fill(image, scores[inverse])
                 pairs += len(asked)
         for scores in (shortlist.i2t_itm, shortlist.t2i_itm):
-            if not merge(scores).isfinite().all():
+            if not sum_disjoint(scores).isfinite().all():
                 raise UserError("the model's matching scores are not finite; choose another checkpoint")
         return sum(gather_objects(pairs))
 
-    def _metrics(self, pictures: Pictures, shortlist: Shortlist, texts: Tensor, seed: int) -> tuple[dict, Found]:
-        image_ids = torch.tensor(pictures.ids)
-        picture_of = torch.arange(len(pictures.rows)).repeat_interleave(
-            torch.tensor([len(own) for own in pictures.captions])
-        )
-        text_ids = image_ids[picture_of]
-        plus = 1.0 if self.score == "itm+itc" else 0.0
-        itc, found, best_five = {}, {}, {}
-        for way, queries, keys, query_ids, key_ids, itm, cosine, candidates in (
-            ("i2t", pictures.embeds, texts, image_ids, text_ids, shortlist.i2t_itm, *shortlist.i2t),
-            ("t2i", texts, pictures.embeds, text_ids, image_ids, shortlist.t2i_itm, *shortlist.t2i),
+    def _metrics(
+        self, images: EncodedImages, captions: list[str], shortlist: Shortlist, texts: Tensor, seed: int
+    ) -> tuple[dict[str, Interval], RetrievalRanking]:
+        image_ids = torch.tensor(images.ids)
+        counts = torch.tensor([len(own) for own in images.captions])
+        image_of = torch.arange(len(images.rows)).repeat_interleave(counts)  # (m,)
+        text_ids = image_ids[image_of]
+        cosine_weight = 1.0 if self.score == "itm+itc" else 0.0
+        before, after, best = {}, {}, {}
+        for direction, queries, keys, query_ids, key_ids, itm, cosines, candidates in (
+            ("i2t", images.embeds, texts, image_ids, text_ids, shortlist.i2t_itm, *shortlist.i2t),
+            ("t2i", texts, images.embeds, text_ids, image_ids, shortlist.t2i_itm, *shortlist.t2i),
         ):
-            before, scores = ranks(queries, keys, query_ids, key_ids), itm + plus * cosine
-            positive = query_ids[:, None] == key_ids[candidates]
-            itc[way], found[way] = (before, query_ids), (rerank(scores, positive, before), query_ids)
-            best_five[way] = partial(_best_five, scores, candidates)
-        without = recalls(itc, self.ks, seed, self.resamples)
-        metrics = recalls(found, self.ks, seed, self.resamples) | {f"itc_{name}": i for name, i in without.items()}
-        captions = [c for own in pictures.captions for c in own]
-        of_ways = (found["i2t"][0], found["t2i"][0], best_five["i2t"], best_five["t2i"])
-        return metrics, Found(pictures.rows, captions, picture_of, *of_ways)
+            by_cosine, scores = ranks(queries, keys, query_ids, key_ids), itm + cosine_weight * cosines
+            positive = query_ids[:, None] == key_ids[candidates]  # (queries, k)
+            before[direction] = (by_cosine, query_ids)
+            after[direction] = (rerank(scores, positive, by_cosine), query_ids)
+            best[direction] = partial(_best_candidates, scores, candidates)
+        metrics = recalls(after, self.ks, seed, self.resamples)
+        metrics |= {f"itc_{name}": each for name, each in recalls(before, self.ks, seed, self.resamples).items()}
+        ranking = RetrievalRanking(
+            images.rows, captions, image_of, after["i2t"][0], after["t2i"][0], best["i2t"], best["t2i"]
+        )
+        return metrics, ranking
 
 
-def _best_five(scores: Tensor, candidates: Tensor, queries: Tensor) -> Tensor:
-    """(q, 5) candidates of (q,) queries, the best first."""
+def _best_candidates(scores: Tensor, candidates: Tensor, queries: Tensor) -> Tensor:
+    """Return the (q, 5) best candidates of (q,) queries."""
     return candidates[queries].gather(1, scores[queries].topk(min(5, scores.shape[1]), dim=1).indices)
 
 
 def rerank(scores: Tensor, positive: Tensor, before: Tensor) -> Tensor:
-    """Rank of the best-placed positive of each query, 0 = first; a negative that ties with it counts as ahead of it.
+    """Return the rank of each query's best positive after re-ranking, 0 for the first. Ties count against.
 
     Args:
-        scores: (n, k) of each query's candidates.
+        scores: (n, k) matching scores of each query's candidates.
         positive: (n, k) bool.
-        before: (n,) rank among all keys; it stays where it is k or more. A positive that ties with the last candidates is
-            then none of them, whatever the sort made of it.
+        before: (n,) rank among all keys. It is kept where it is k or more. A positive that ties with the last candidates then
+            does not count as a candidate, whether or not the sort kept it.
     """
-    best = scores.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
-    return torch.where(before < scores.shape[1], ((scores >= best) & ~positive).sum(1), before)
+    return torch.where(before < scores.shape[1], rank_of_positive(scores, positive), before)
 
 
 class Shortlist:
-    """The k best keys of each query by cosine, both ways, and room for their matching scores, by picture.
+    """The k best keys of each query by cosine in both directions, and their matching scores, which are filled in by image.
 
     Args:
         images: (n, E).
         texts: (m, E).
 
     Attributes:
-        i2t: (n, k) cosines and (n, k) captions; t2i: (m, k) and pictures.
-        i2t_itm, t2i_itm: (n, k) and (m, k) matching scores; zero where another process fills them in.
+        i2t: (n, k) cosines and (n, k) captions.
+        t2i: (m, k) cosines and (m, k) images.
+        i2t_itm: (n, k) matching scores, zero where another process fills them in.
+        t2i_itm: (m, k).
     """
 
     def __init__(self, images: Tensor, texts: Tensor, k: int):
-        self.i2t, self.t2i = best(images, texts, k), best(texts, images, k)
+        self.i2t, self.t2i = topk(images, texts, k), topk(texts, images, k)
         self.i2t_itm, self.t2i_itm = torch.zeros_like(self.i2t[0]), torch.zeros_like(self.t2i[0])
-        asked = self.t2i[1].flatten()
-        self._by_picture = asked.argsort(stable=True).split(asked.bincount(minlength=len(images)).tolist())
+        asked = self.t2i[1].flatten()  # (m * k,) images
+        # positions in (m * k) at which an image is a candidate, by image
+        self._by_image = asked.argsort(stable=True).split(asked.bincount(minlength=len(images)).tolist())
 
-    def captions_of(self, picture: int) -> Tensor:
-        """The captions to match with a picture: those that it asks for, then those that ask for it."""
-        return torch.cat([self.i2t[1][picture], self._by_picture[picture] // self.t2i[1].shape[1]])
+    def captions_of(self, image: int) -> Tensor:
+        """Return the captions to match with an image: its candidates, then those whose candidate it is."""
+        return torch.cat([self.i2t[1][image], self._by_image[image] // self.t2i[1].shape[1]])
 
-    def fill(self, picture: int, scores: Tensor) -> None:
-        """Scores of `captions_of`."""
+    def fill(self, image: int, scores: Tensor) -> None:
+        """Store the scores of `captions_of`."""
         own = self.i2t[1].shape[1]
-        self.i2t_itm[picture] = scores[:own]
-        self.t2i_itm.view(-1)[self._by_picture[picture]] = scores[own:]
-
-
-def best(queries: Tensor, keys: Tensor, k: int, chunk: int = 256) -> tuple[Tensor, Tensor]:
-    """(n, k) cosines and (n, k) numbers of the k most similar keys, the best first; chunk * m scores are held."""
-    found = [(part @ keys.T).topk(min(k, len(keys)), dim=1) for part in queries.split(chunk)]
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+        self.i2t_itm[image] = scores[:own]
+        self.t2i_itm.view(-1)[self._by_image[image]] = scores[own:]
 
 
 @dataclass
-class Pictures:
-    """Pictures with captions, in the source's order: (n, E) on the CPU, and n numbers of samples, ids, captions."""
+class EncodedImages:
+    """Images with captions in the order of the source: (n, E) on the CPU, and n rows, ids and captions."""
 
     embeds: Tensor
     rows: list[int]
@@ -198,27 +193,18 @@ class Pictures:
     bad: list[dict]
 
 
-def encode_pictures(subject: EvalModel, dataset: EvalDataset, batch_size: int) -> Pictures:
-    """The batches are the same for any number of processes, which share them out."""
-    own, bad = [], []
-    for samples, unusable in evaluation_batches(dataset, batch_size, subject.data.workers, subject.rank, world_size()):
-        bad += unusable + [
-            dataset.reader.quarantine_entry(raw.shard, raw.row, "no caption") for _, raw in samples if not raw.captions
-        ]
-        samples = [(image, raw) for image, raw in samples if raw.captions]
-        if samples:
-            pixels = torch.stack([image for image, _ in samples]).to(subject.device)
-            embeds = subject.model.encode_image(subject.preprocess.normalise(pixels)).embed.float().cpu()
-            own += [(raw.source_row, raw.image_id, raw.captions, e) for e, (_, raw) in zip(embeds.numpy(), samples)]
-    found = sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0])
-    rows, ids, captions, embeds = map(list, zip(*found)) if found else ([], [], [], [])
-    return Pictures(
-        torch.stack([torch.from_numpy(e) for e in embeds]) if found else torch.zeros(0, 0),
-        rows,
-        ids,
-        captions,
-        [b for part in gather_objects(bad) for b in part],
-    )
+def encode_images(model: EvalModel, dataset: EvalDataset, batch_size: int) -> EncodedImages:
+    """Encode every image that has a caption."""
+    batches = ShardedBatches(model, dataset, batch_size)
+    own = []
+    for samples in captioned(batches):
+        embeds = model.encode_images([image for image, _ in samples]).embed.float().cpu()
+        own += [(raw.source_row, raw.image_id, raw.captions, e) for e, (_, raw) in zip(embeds.numpy(), samples)]
+    found, bad = batches.gather(own)
+    if not found:
+        return EncodedImages(torch.zeros(0, 0), [], [], [], bad)
+    rows, ids, captions, embeds = map(list, zip(*found))
+    return EncodedImages(torch.stack([torch.from_numpy(e) for e in embeds]), rows, ids, captions, bad)
 
 
 @dataclass
@@ -227,7 +213,7 @@ class Texts:
 
     Args:
         tokens: (T, D) of all texts, `Encoded.fusible`.
-        lengths: (A,) tokens of each.
+        lengths: (A,) tokens of each text.
         embeds: (A, E).
     """
 
@@ -239,41 +225,41 @@ class Texts:
         self.starts = self.lengths.cumsum(0) - self.lengths
 
     def positions(self, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """(c, L) rows of ``tokens`` for (c,) texts, and (c, L) whether there is a token."""
-        lengths = self.lengths[texts, None]
-        offsets = torch.arange(int(lengths.max()))
+        """Return the (c, L) rows of ``tokens`` of (c,) texts, and the (c, L) mask of real tokens."""
+        lengths = self.lengths[texts, None]  # (c, 1)
+        offsets = torch.arange(int(lengths.max()))  # (L,)
         return self.starts[texts, None] + offsets.minimum(lengths - 1), offsets < lengths
 
-    def take(self, texts: Tensor, device: torch.device) -> Encoded:
-        """(c,) texts, padded."""
+    def padded(self, texts: Tensor, device: torch.device) -> Encoded:
+        """Return (c,) texts, padded to the longest."""
         rows, mask = self.positions(texts)
-        tokens = self.tokens[rows].to(device)
+        tokens = self.tokens[rows].to(device)  # (c, L, D)
         return Encoded(tokens, mask.to(device), self.embeds[texts].to(device), inputs=tokens)
 
 
-def encode_distinct(subject: EvalModel, texts: list[str], batch_size: int) -> Texts:
-    """Each text once, by one of the processes, in batches of similar length that do not depend on their number."""
-    input_ids, mask, _ = subject.tokenizer(texts, subject.data.max_length)
+def encode_distinct(model: EvalModel, texts: list[str], batch_size: int) -> Texts:
+    """Encode each text once, in one of the processes."""
+    input_ids, mask, _ = model.tokenizer(texts, model.data.max_length)
     lengths, own, widths = mask.sum(1), [], (0, 0)
-    for batch in lengths.argsort(stable=True).split(batch_size)[subject.rank :: world_size()]:
-        width = int(lengths[batch].max())
-        given = input_ids[batch, :width].to(subject.device), mask[batch, :width].to(subject.device)
-        encoded = subject.model.encode_text(*given)
-        tokens, embeds = encoded.fusible[given[1]].float().cpu(), encoded.embed.float().cpu()
+    for batch in length_batches(lengths, batch_size):
+        longest = int(lengths[batch].max())
+        ids, real = input_ids[batch, :longest].to(model.device), mask[batch, :longest].to(model.device)
+        encoded = model.model.encode_text(ids, real)
+        tokens, embeds = encoded.fusible[real].float().cpu(), encoded.embed.float().cpu()  # (tokens of the batch, D)
         own.append((batch, tokens, embeds))
         widths = (tokens.shape[1], embeds.shape[1])
-    widths = max(gather_objects(widths))
+    widths = max(gather_objects(widths))  # a process may have no batch
     found = Texts(torch.zeros(int(lengths.sum()), widths[0]), lengths, torch.zeros(len(lengths), widths[1]))
     for batch, tokens, embeds in own:
         rows, real = found.positions(batch)
         found.tokens[rows[real]], found.embeds[batch] = tokens, embeds
     for filled in (found.tokens, found.embeds):
-        merge(filled)
+        sum_disjoint(filled)
     return found
 
 
-def match(model, image: Encoded, texts: Texts, asked: Tensor, batch_size: int) -> Tensor:
-    """(c,) logits of a match, on the CPU, of one picture with the (c,) texts that are asked for."""
+def match(model: Model, image: Encoded, texts: Texts, asked: Tensor, batch_size: int) -> Tensor:
+    """Return the (c,) matching logits of one image with the (c,) texts ``asked``, on the CPU."""
     projected = model.project(image)
-    given = (texts.take(part, image.tokens.device) for part in asked.split(batch_size))
-    return torch.cat([model.match(projected, text)[:, 1].float().cpu() for text in given])
+    padded = (texts.padded(part, image.tokens.device) for part in asked.split(batch_size))
+    return torch.cat([model.match(projected, text)[:, 1].float().cpu() for text in padded])

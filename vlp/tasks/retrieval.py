@@ -1,4 +1,7 @@
-"""Image-text retrieval with two towers: recall at k, both ways, of every picture and every caption of a source."""
+"""Image-text retrieval by the embeddings of two towers: recall at k in both directions.
+
+n images, m captions.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +17,27 @@ from vlp.data.reading.shards import ShardReader
 from vlp.errors import UserError
 from vlp.specs import fields as specs
 from vlp.tasks.base import EvalModel, Result, Task
+from vlp.tasks.details import RetrievalRanking
 from vlp.tasks.embeddings import encode_pairs
-from vlp.tasks.examples import Found
-from vlp.tasks.metrics import Interval, bootstrap, ranks, top
+from vlp.tasks.metrics import Interval, bootstrap, ranks, topk
 from vlp.tasks.naming import protocol_name
-from vlp.tasks.requirements import need_both
+from vlp.tasks.requirements import need_embeddings
 
 
 @dataclass(frozen=True)
 class Retrieval(Task):
-    """Cosine similarity of the embeddings; any caption of a picture counts (any-positive recall).
+    """Retrieve captions by image and images by caption, by cosine similarity of the embeddings.
+
+    Any caption of an image counts as correct (any-positive recall). Metrics are ``i2t_r@k``, ``t2i_r@k`` and their mean
+    ``mean_r@k`` for each k, and ``mean_recall`` over all k.
 
     Args:
-        data: shards; None = ``data.val`` of the experiment.
-        setting: of the protocol's name, where the run does not tell: see `vlp.tasks.base.protocol_name`.
-        batch_size: pictures encoded at a time.
-        ks: recalls are reported at these ranks.
-        resamples: of the bootstrap, over pictures.
-        examples: queries whose five best answers are kept for the report, of those drawn at random and of the hardest.
+        data: Shards. None uses ``data.val`` of the experiment.
+        setting: Part of the protocol's name where the run does not tell it, see `vlp.tasks.naming.protocol_name`.
+        batch_size: Images encoded at a time.
+        ks: Ranks at which recalls are reported.
+        resamples: Bootstrap resamples, over images.
+        examples: Queries whose five best answers are kept for the report, of random ones and of the hardest ones.
     """
 
     name = "retrieval"
@@ -49,80 +55,76 @@ class Retrieval(Task):
         return tuple(f"mean_r@{k}" for k in self.ks)
 
     def validate(self, data: Data) -> None:
-        """Raises UserError where there is nothing to evaluate on."""
-        source = self._source(data)
+        source = self.source(data)
         if len(ShardReader(source)) == 0:
-            raise UserError(f"the shards at {source} hold no sample with a picture")
-
-    def _source(self, data: Data) -> str:
-        source = self.data or data.val
-        if source is None:
-            raise UserError("retrieval has no data: give data=SHARDS, or set data.val in the config")
-        return source
+            raise UserError(f"the shards at {source} have no sample with an image; give other data")
 
     def evaluated_images(self, data: Data) -> str:
-        """The shards, see `vlp.tasks.contamination`."""
-        return self._source(data)
+        return self.source(data)
 
-    def evaluate(self, subject: EvalModel) -> Result:
-        """Metrics: ``i2t_r@k``, ``t2i_r@k`` and their mean ``mean_r@k`` for each k, and ``mean_recall`` over all of them."""
-        need_both(subject, "retrieval")
-        source = self._source(subject.data)
-        pairs = encode_pairs(subject, source, self.batch_size)
+    def source(self, data: Data) -> str:
+        """Return the location of the evaluated shards."""
+        source = self.data or data.val
+        if source is None:
+            raise UserError(f"{self.name} has no data; give data=SHARDS, or set data.val in the config")
+        return source
+
+    def evaluate(self, model: EvalModel) -> Result:
+        need_embeddings(model, self.name)
+        source = self.source(model.data)
+        pairs = encode_pairs(model, source, self.batch_size)
         if len(pairs.texts) == 0:
-            raise UserError(f"{source} holds no usable image-text pair; run `vlp data check` on it")
-        found = {
-            "i2t": (ranks(pairs.images, pairs.texts, pairs.image_ids, pairs.text_ids), pairs.image_ids),
-            "t2i": (ranks(pairs.texts, pairs.images, pairs.text_ids, pairs.image_ids), pairs.text_ids),
-        }
-        place = {int(i): n for n, i in enumerate(pairs.image_ids)}
-        details = Found(
+            raise UserError(f"{source} has no usable image-text pair; run `vlp data check` on it")
+        i2t_rank = ranks(pairs.images, pairs.texts, pairs.image_ids, pairs.text_ids)
+        t2i_rank = ranks(pairs.texts, pairs.images, pairs.text_ids, pairs.image_ids)
+        position = {image_id: n for n, image_id in enumerate(pairs.image_ids.tolist())}
+        ranking = RetrievalRanking(
             pairs.rows.tolist(),
             pairs.captions,
-            torch.tensor([place[i] for i in pairs.text_ids.tolist()]),
-            found["i2t"][0],
-            found["t2i"][0],
-            i2t_best=lambda queries: top(pairs.images[queries], pairs.texts, 5),
-            t2i_best=lambda queries: top(pairs.texts[queries], pairs.images, 5),
+            torch.tensor([position[image_id] for image_id in pairs.text_ids.tolist()]),
+            i2t_rank,
+            t2i_rank,
+            i2t_best=lambda queries: topk(pairs.images[queries], pairs.texts, 5)[1],
+            t2i_best=lambda queries: topk(pairs.texts[queries], pairs.images, 5)[1],
         )
+        by_direction = {"i2t": (i2t_rank, pairs.image_ids), "t2i": (t2i_rank, pairs.text_ids)}
         return Result(
             protocol="itc-any-positive: cosine similarity of embeddings over the whole source, ties count against",
-            name=protocol_name(subject, source, self.setting),
+            name=protocol_name(model, source, self.setting),
             data=source,
             n={"images": len(pairs.images), "captions": len(pairs.texts)},
-            metrics=recalls(found, self.ks, subject.seed, self.resamples),
-            details=details.examples(self.examples, subject.seed),
+            metrics=recalls(by_direction, self.ks, model.seed, self.resamples),
+            details=ranking.examples(self.examples, model.seed),
             bad=pairs.bad,
+            choices=len(pairs.images),
         )
 
 
 def recalls(
-    found: dict[str, tuple[Tensor, Tensor]], ks: tuple[int, ...], seed: int, resamples: int
+    by_direction: dict[str, tuple[Tensor, Tensor]], ks: tuple[int, ...], seed: int, resamples: int
 ) -> dict[str, Interval]:
-    """``WAY_r@k`` and ``mean_r@k`` for each k, and ``mean_recall`` over all of them.
+    """Compute ``DIRECTION_r@k`` and ``mean_r@k`` for each k, and ``mean_recall`` over all k.
 
     Args:
-        found: way -> (n,) rank of each query, 0 = first; (n,) id of the picture that it belongs to.
-        resamples: of the bootstrap, over pictures.
+        by_direction: Direction -> (n,) rank of each query, 0 for the first, and (n,) id of the image that it belongs to.
+        resamples: Bootstrap resamples, over images.
     """
     metrics = {
-        f"{way}_r@{k}": bootstrap((rank < k).numpy().astype(np.float64), ids.numpy(), seed, resamples)
-        for way, (rank, ids) in found.items()
+        f"{direction}_r@{k}": bootstrap((rank < k).numpy().astype(np.float64), image_ids.numpy(), seed, resamples)
+        for direction, (rank, image_ids) in by_direction.items()
         for k in ks
     }
-    metrics |= {f"mean_r@{k}": _mean(found, (k,), seed, resamples) for k in ks}
-    return metrics | {"mean_recall": _mean(found, ks, seed, resamples)}
+    metrics |= {f"mean_r@{k}": _mean(by_direction, (k,), seed, resamples) for k in ks}
+    return metrics | {"mean_recall": _mean(by_direction, ks, seed, resamples)}
 
 
-def _mean(found: dict[str, tuple[Tensor, Tensor]], ks: tuple[int, ...], seed: int, resamples: int) -> Interval:
-    """Mean over both ways and ``ks``; pictures are resampled together with their captions.
-
-    Each way weighs the same, whatever the number of captions.
-    """
+def _mean(by_direction: dict[str, tuple[Tensor, Tensor]], ks: tuple[int, ...], seed: int, resamples: int) -> Interval:
+    """Average over both directions and ``ks``. An image and its captions are resampled together."""
     values, groups = [], []
-    total = sum(len(rank) for rank, _ in found.values())
-    for rank, ids in found.values():
+    total = sum(len(rank) for rank, _ in by_direction.values())
+    for rank, image_ids in by_direction.values():
         hits = np.mean([(rank < k).numpy() for k in ks], axis=0)
-        values.append(hits * total / (len(found) * len(rank)))
-        groups.append(ids.numpy())
+        # both directions have the same weight, although there are more captions than images
+        values.append(hits * total / (len(by_direction) * len(rank)))
+        groups.append(image_ids.numpy())
     return bootstrap(np.concatenate(values), np.concatenate(groups), seed, resamples)

@@ -1,4 +1,4 @@
-"""Answers as a file for a server that judges them."""
+"""Predictions as a file for an evaluation server."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from vlp.distributed import rank
 from vlp.errors import UserError
 from vlp.files import local_path, write_atomically
 
 
 def need_ids(ids: Sequence[Any], field: str) -> None:
-    """Raises UserError unless every line has one of its own."""
+    """Raise UserError unless every line has an id that no other line has."""
     if None in ids or len(set(ids)) < len(ids):
         raise UserError(f"a submission needs {field} in every line, each once; make them with vlp data annotations")
 
 
 def check_submission(path: str) -> None:
-    """Raises UserError where nothing can be written there: before the work, not after it."""
+    """Raise UserError if the file cannot be written. Called before the evaluation, which may take hours."""
     try:
         local_path(path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -26,18 +27,20 @@ def check_submission(path: str) -> None:
         raise UserError(f"cannot write into {local_path(path).parent}; choose another submission=FILE")
 
 
-def write_submission(path: str, text: str, bad: Sequence[dict], rank: int) -> None:
-    """The main process writes; every process calls it.
+def write_submission(path: str, text: str, bad: Sequence[dict]) -> None:
+    """Write the file in the main process. Every process must call it.
 
     Args:
-        bad: what could not be answered, on any process.
+        bad: Records of the samples without a prediction, in any process.
 
     Raises:
-        UserError: if there is something of that kind, on every process; or if it cannot be written.
+        UserError: in every process, if there is such a sample; or if the file cannot be written.
     """
     if bad:
-        raise UserError(f"{len(bad)} could not be answered, e.g. {bad[0]['reason']}; a server takes none but all")
-    if rank != 0:
+        raise UserError(
+            f"{len(bad)} samples have no prediction, e.g. {bad[0]['reason']}; a server accepts only complete submissions"
+        )
+    if rank() > 0:
         return
     try:
         local_path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Questions about pictures: how often is the answer right? By ranking a list, by writing, or by a classifier.
+"""Visual question answering: accuracy of ranked, written or classified answers.
 
-Q questions, A answers of the list, C classes.
+P images of a batch, Q questions.
 """
 
 from __future__ import annotations
@@ -15,44 +15,50 @@ import numpy as np
 import torch
 
 from vlp.config import Data
-from vlp.data.by_image import AnnotatedImageDataset
+from vlp.data.by_image import AnnotatedImage, AnnotatedImageDataset
 from vlp.data.reading.annotated import Annotated, AnnotatedReader, read_list, to_evaluate, word
 from vlp.data.reading.shards import RawSample
-from vlp.data.stream import evaluation_batches
 from vlp.data.vqa_answers import accuracy
-from vlp.distributed import gather_objects, world_size
 from vlp.errors import UserError
 from vlp.specs.fields import setting
-from vlp.tasks.answering import Say, classifying, ranking, writing
-from vlp.tasks.base import EvalModel, Result, Task, evaluating
+from vlp.tasks.answering import Answerer, classifying, ranking, writing
+from vlp.tasks.base import EvalModel, Result, Task
+from vlp.tasks.details import MAX_WRONG, answer_confusions, wrong_predictions
 from vlp.tasks.metrics import Interval, bootstrap
-from vlp.tasks.mistakes import SHOWN, mistakes, mixed_up
 from vlp.tasks.question_prior import QuestionPrior
-from vlp.tasks.requirements import need_reader
+from vlp.tasks.requirements import need_images_with_texts
+from vlp.tasks.sharded import ShardedBatches
 from vlp.tasks.submission import check_submission, need_ids, write_submission
+
+Mode = Literal["rank", "write", "classify"]
 
 
 @dataclass(frozen=True)
 class Vqa(Task):
-    """Answers to the questions of annotations, each once, with every picture encoded once for all of its questions.
+    """Accuracy of the answers to annotated questions. An image is encoded once for all its questions.
+
+    Metrics are ``accuracy``, and ``accuracy_TYPE`` of each answer type; ``prior``, the accuracy of a baseline that reads only
+    the question; and ``answerable``, the accuracy of always choosing the best answer of the list. There are no metrics if no
+    answers are known, as for a test set.
 
     Args:
-        data: annotations; None = those of the training, of which ``split`` is to be evaluated. Fields are named as there.
-        images: folder of pictures, or shards, if not as in training.
-        split: lines of ``data``; None = all.
-        how: "rank" a list (published: ALBEF), "write" freely by beam search, or "classify" (VLMo); None = as the model can, in
-            this order.
-        answers: file with the list, one a line or a json list; None = the classes of the training, or all its answers.
-        k: candidates of ranking, see `vlp.encoders.generate.rank`.
-        double_first: of ranking; as published.
-        beams: of writing.
-        max_answer: tokens of a written answer.
-        metric: "vqa" = the official accuracy, of questions with several annotators; "exact" = the share of equal answers; None =
-            by what the data have.
-        submission: where to write results.json for the server: an answer to exactly the questions of the split.
-        batch_size: pictures at a time.
-        questions: at a time.
-        resamples: of the bootstrap, over pictures.
+        data: Annotations. None uses those of the training, with ``split``. Fields are named as there.
+        images: Folder of images, or shards, if not the same as in training.
+        split: Lines of this split. None uses all lines.
+        mode: "rank" ranks a list (published for ALBEF), "write" writes freely by beam search, "classify" uses a classifier
+            (VLMo). None takes the first of these that the model can do.
+        answers: File with the list of answers, one a line or a JSON list. None uses the classes of the training, or all its
+            answers.
+        k: Candidates of ranking, see `vlp.encoders.generate.rank`.
+        double_first: Whether ranking counts the first token twice, as the published code does.
+        beams: Beams of writing.
+        max_answer: Tokens of a written answer at most.
+        metric: "vqa", the official accuracy for questions with several annotators, or "exact", the share of equal answers. None
+            chooses by the data.
+        submission: File for the server's results.json, with an answer to each question of the split.
+        batch_size: Images at a time.
+        questions: Questions at a time.
+        resamples: Bootstrap resamples, over images.
     """
 
     name = "vqa"
@@ -61,7 +67,7 @@ class Vqa(Task):
     data: str | None = None
     images: str | None = setting(None, changes_result=False)
     split: str | None = None
-    how: Literal["rank", "write", "classify"] | None = None
+    mode: Mode | None = None
     answers: str | None = None
     k: int = setting(128, least=1)
     double_first: bool = False
@@ -74,54 +80,46 @@ class Vqa(Task):
     resamples: int = setting(1000, least=0, changes_result=False)
 
     def validate(self, data: Data) -> None:
-        """Raises UserError where there are no questions."""
         reader = self._source(data).open()
         if not len(reader):
-            raise UserError(f"{self._source(data).path} holds no question; give other data")
+            raise UserError(f"{self._source(data).path} has no question; give other data")
         if self.submission:
             check_submission(self.submission)
             need_ids(reader.column("question_id"), "question_id")
 
     def evaluated_images(self, data: Data) -> AnnotatedReader:
-        """The annotations, see `vlp.tasks.contamination`."""
         return self._source(data).open()
 
     def _source(self, data: Data) -> Annotated:
-        source = _questions(to_evaluate(data.train, self.data, self.images, self.split))
+        source = _answers_of(to_evaluate(data.train, self.data, self.images, self.split))
         if source.text is None:
-            raise UserError("vqa needs the field of the question: set text of the annotations that were trained on")
+            raise UserError("vqa needs the field of the question; set text of the annotations that were trained on")
         return source
 
-    def evaluate(self, subject: EvalModel) -> Result:
-        """Metrics: ``accuracy`` (also ``accuracy_TYPE`` of each answer type), of the ``prior`` that has not seen the pictures, and
-        ``answerable``: what a model that always chose the best of its list would reach. None where no answers are known."""
-        need_reader(subject, "vqa", pictures=1)
-        source, how = self._source(subject.data), self._how(subject)
-        prior = QuestionPrior(trained) if (trained := _trained(subject.data)) else None
-        known = [] if how == "write" else self._list(source, prior, how, subject)
-        say = self._say(how, subject, known)
-        dataset = AnnotatedImageDataset(source.open(), subject.data.resize, subject.preprocess, subject.data.max_pixels)
-        own, bad = [], []
-        with evaluating(subject.model):
-            for pictured, unusable in evaluation_batches(
-                dataset, self.batch_size, subject.data.workers, subject.rank, world_size()
-            ):
-                bad += unusable
-                if pictured:
-                    own += self._answer(subject, pictured, say)
-        found = sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0].source_row)
-        bad = [b for part in gather_objects(bad) for b in part]
-        if not found:
-            raise UserError(f"{source.path} holds no question with a picture, e.g. {bad[0]['reason']}")
-        lines, said = [line for line, _ in found], [answer for _, answer in found]
+    def evaluate(self, model: EvalModel) -> Result:
+        need_images_with_texts(model, self.name, num_images=1)
+        source, mode = self._source(model.data), self._mode(model)
+        trained = training_sources(model.data)
+        prior = QuestionPrior(trained) if trained else None
+        candidates = [] if mode == "write" else self._candidates(source, prior, mode, model)
+        answerer = self._answerer(mode, model, candidates)
+        dataset = AnnotatedImageDataset(source.open(), model.data.resize, model.preprocess, model.data.max_pixels)
+        batches = ShardedBatches(model, dataset, self.batch_size)
+        rows = []
+        for images in batches:
+            rows += [(line.source_row, line, answer) for line, answer in self._answer(model, images, answerer)]
+        rows, bad = batches.gather(rows)
+        if not rows:
+            raise UserError(f"{source.path} has no question with an image, e.g. {bad[0]['reason']}; give other data")
+        lines, predictions = [line for _, line, _ in rows], [answer for *_, answer in rows]
         if self.submission:
             ids = [line.meta.get("question_id") for line in lines]
             need_ids(ids, "question_id")
-            answers = [{"question_id": number, "answer": answer} for number, answer in zip(ids, said)]
-            write_submission(self.submission, json.dumps(answers), bad, subject.rank)
-        metrics, details = self._metrics(lines, said, known, source, prior, subject)
+            answers = [{"question_id": number, "answer": answer} for number, answer in zip(ids, predictions)]
+            write_submission(self.submission, json.dumps(answers), bad)
+        metrics, details = self._metrics(lines, predictions, candidates, source, prior, model)
         return Result(
-            protocol=self._protocol(how, known, lines, source),
+            protocol=self._protocol(mode, candidates, lines, source),
             data=source.described,
             n={"questions": len(lines), "images": len({line.image_id for line in lines})},
             metrics=metrics,
@@ -129,133 +127,135 @@ class Vqa(Task):
             bad=bad,
         )
 
-    def _how(self, subject: EvalModel) -> str:
-        decoder = getattr(subject.model, "decoder", None)
-        can = ["rank", "write"] if decoder is not None and decoder.source == "fusion" else []
-        can += ["classify"] if getattr(subject.model, "classifier", None) is not None else []
-        if not can or self.how not in (None, *can):
-            raise UserError(
-                f"vqa: the model cannot {self.how or 'answer'}: it needs "
-                f"{'a classifier' if self.how == 'classify' else 'a decoder (model.decoder) or a classifier'}"
-            )
-        return self.how or can[0]
+    def _mode(self, model: EvalModel) -> Mode:
+        can: list[Mode] = ["rank", "write"] if model.model.can_answer else []
+        can += ["classify"] if model.model.num_classes is not None else []
+        if not can or self.mode not in (None, *can):
+            needed = "a classifier" if self.mode == "classify" else "a decoder (model.decoder) or a classifier"
+            raise UserError(f"vqa: the model cannot {self.mode or 'answer'}; it needs {needed}")
+        return self.mode or can[0]
 
-    def _list(self, source: Annotated, prior: QuestionPrior | None, how: str, subject: EvalModel) -> list[str]:
-        """The answers that are ranked or classified. Raises UserError where there is no list of them, or not of the model."""
+    def _candidates(self, source: Annotated, prior: QuestionPrior | None, mode: Mode, model: EvalModel) -> list[str]:
+        """Return the answers that are ranked or classified.
+
+        Raises:
+            UserError: if there is no list of them, or it does not fit the classifier.
+        """
         if self.answers:
-            known = read_list(self.answers)
+            candidates = read_list(self.answers)
         elif source.classes:
-            known = source.class_list()
-        elif how == "rank" and prior and prior.answers:
-            known = prior.answers
+            candidates = source.class_list()
+        elif mode == "rank" and prior and prior.answers:
+            candidates = prior.answers
         else:
             raise UserError("vqa: the list of answers is not known; give answers=FILE, made by vlp data answers")
-        if how == "classify" and len(known) != subject.model.classifier[-1].out_features:
+        if mode == "classify" and len(candidates) != model.model.num_classes:
             raise UserError(
-                f"vqa: {len(known)} answers for a classifier of {subject.model.classifier[-1].out_features}; "
-                "give answers=FILE with those that it was trained on, in their order"
+                f"vqa: {len(candidates)} answers for a classifier of {model.model.num_classes}; give answers=FILE with those "
+                "that it was trained on, in their order"
             )
-        return list(known)
+        return list(candidates)
 
-    def _say(self, how: str, subject: EvalModel, known: list[str]) -> Say:
-        if how == "rank":
-            return ranking(subject, known, self.k, self.double_first)
-        return writing(subject, self.beams, self.max_answer) if how == "write" else classifying(subject, known)
+    def _answerer(self, mode: Mode, model: EvalModel, candidates: list[str]) -> Answerer:
+        if mode == "rank":
+            return ranking(model, candidates, self.k, self.double_first)
+        return writing(model, self.beams, self.max_answer) if mode == "write" else classifying(model, candidates)
 
-    def _answer(self, subject: EvalModel, pictured: list, say: Say) -> list[tuple[RawSample, str]]:
-        """The answers to all questions of a batch of pictures."""
-        pixels = torch.stack([picture.images[0] for picture in pictured]).to(subject.device)
-        image = subject.model.encode_image(subject.preprocess.normalise(pixels))
-        asked = [(n, line) for n, picture in enumerate(pictured) for line in picture.lines]
-        found = []
+    def _answer(
+        self, model: EvalModel, images: list[AnnotatedImage], answerer: Answerer
+    ) -> list[tuple[RawSample, str]]:
+        """Answer all questions about a batch of images, ``questions`` at a time."""
+        encoded = model.encode_images([image.images[0] for image in images])
+        asked = [(n, line) for n, image in enumerate(images) for line in image.lines]
+        answered = []
         for start in range(0, len(asked), self.questions):
-            rows, lines = zip(*asked[start : start + self.questions])
-            ids, mask, _ = subject.tokenizer([line.captions[0] for line in lines], subject.data.max_length)
-            asked_of = torch.tensor(rows, device=subject.device) - rows[0]
-            given = ids.to(subject.device), mask.to(subject.device), asked_of
-            found += zip(lines, say(image[rows[0] : rows[-1] + 1], *given))
-        return found
+            image_of, lines = zip(*asked[start : start + self.questions])
+            ids, mask = model.tokenize([line.captions[0] for line in lines])  # (Q, L)
+            # only the images of these questions
+            own = torch.tensor(image_of, device=model.device) - image_of[0]
+            answered += zip(lines, answerer(encoded[image_of[0] : image_of[-1] + 1], ids, mask, own))
+        return answered
 
-    def _protocol(self, how: str, known: list[str], lines: list[RawSample], source: Annotated) -> str:
-        ways = {
-            "rank": f"the likeliest whole answer of the {min(self.k, len(known))} whose first token is likeliest, of a list of {len(known):,}"
-            + (", the first token counted twice" if self.double_first else ""),
+    def _protocol(self, mode: Mode, candidates: list[str], lines: list[RawSample], source: Annotated) -> str:
+        modes = {
+            "rank": f"the likeliest whole answer of the {min(self.k, len(candidates))} whose first token is likeliest, of a list of "
+            f"{len(candidates):,}" + (", the first token counted twice" if self.double_first else ""),
             "write": f"written with {self.beams} beams, {self.max_answer} tokens at most",
-            "classify": f"the highest of {len(known):,} classes",
+            "classify": f"the highest of {len(candidates):,} classes",
         }
         official = "VQA's official accuracy, min(1, matches / 3) over all but one annotator"
         measure = official if self._metric(lines, source) == "vqa" else "share of answers equal to the only right one"
-        return f"{ways[how]}; {measure}"
+        return f"{modes[mode]}; {measure}"
 
     def _metric(self, lines: list[RawSample], source: Annotated) -> str:
-        return self.metric or ("vqa" if any(len(_said(line, source)) > 1 for line in lines) else "exact")
+        several = any(len(annotators(line, source)) > 1 for line in lines)
+        return self.metric or ("vqa" if several else "exact")
 
     def _metrics(
         self,
         lines: list[RawSample],
-        said: list[str],
-        known: list[str],
+        predictions: list[str],
+        candidates: list[str],
         source: Annotated,
         prior: QuestionPrior | None,
-        subject: EvalModel,
+        model: EvalModel,
     ) -> tuple[dict[str, Interval], dict[str, Any]]:
-        score = self._score(lines, source, subject)
-        told = [n for n, line in enumerate(lines) if line.answers]
-        groups = np.array([lines[n].image_id for n in told])
-        if not told:
-            return {}, {"answers": len(said)}
+        score = self._score(lines, source, model)
+        known = [n for n, line in enumerate(lines) if line.answers]  # questions whose answer is known
+        groups = np.array([lines[n].image_id for n in known])
+        if not known:
+            return {}, {"answers": len(predictions)}
 
-        def mean(values: Iterable[float], of: np.ndarray | slice = slice(None)) -> Interval:
-            return bootstrap(np.array(list(values))[of], groups[of], subject.seed, self.resamples)
+        def mean(values: Iterable[float], subset: np.ndarray | slice = slice(None)) -> Interval:
+            return bootstrap(np.array(list(values))[subset], groups[subset], model.seed, self.resamples)
 
-        scores = [score(lines[n], said[n]) for n in told]
+        scores = [score(lines[n], predictions[n]) for n in known]
         metrics = {"accuracy": mean(scores)}
-        kinds = np.array([str(lines[n].meta.get("answer_type", "")) for n in told])
+        kinds = np.array([str(lines[n].meta.get("answer_type", "")) for n in known])
         metrics |= {f"accuracy_{kind}": mean(scores, kinds == kind) for kind in sorted(set(kinds) - {""})}
         if prior:
-            metrics["prior"] = mean(score(lines[n], prior(lines[n].captions[0])) for n in told)
-        among = set(known)
-        unknown = [n for n in told if known and among.isdisjoint(dict(lines[n].answers))]
-        if known:
-            best = (max((score(lines[n], a) for a, _ in lines[n].answers if a in among), default=0.0) for n in told)
+            metrics["prior"] = mean(score(lines[n], prior(lines[n].captions[0])) for n in known)
+        listed = set(candidates)
+        unlisted = [n for n in known if candidates and listed.isdisjoint(dict(lines[n].answers))]
+        if candidates:
+            best = (max((score(lines[n], a) for a, _ in lines[n].answers if a in listed), default=0.0) for n in known)
             metrics["answerable"] = mean(best)
-        true = [line.answers[0][0] if line.answers else "" for line in lines]
-        wrong = [n for n, hit in zip(told, scores) if not hit]
-        taken = [true[n] if hit else said[n] for n, hit in zip(told, scores)]  # right in other words is right
-        details = mistakes(source, [(lines[n], said[n], true[n]) for n in wrong]) | {
-            "confused": mixed_up(taken, [true[n] for n in told]),
-            "not_in_list": {"questions": len(unknown), "answers": [true[n] for n in unknown[:SHOWN]]},
+        truths = [line.answers[0][0] if line.answers else "" for line in lines]
+        wrong = [n for n, hit in zip(known, scores) if not hit]
+        # an answer that is correct in other words is not a confusion
+        taken_for = [truths[n] if hit else predictions[n] for n, hit in zip(known, scores)]
+        details = wrong_predictions(source, [(lines[n], predictions[n], truths[n]) for n in wrong]) | {
+            "confused": answer_confusions(taken_for, [truths[n] for n in known]),
+            "not_in_list": {"questions": len(unlisted), "answers": [truths[n] for n in unlisted[:MAX_WRONG]]},
         }
         return metrics, details
 
-    def _score(
-        self, lines: list[RawSample], source: Annotated, subject: EvalModel
-    ) -> Callable[[RawSample, str], float]:
-        """From 0 to 1, how right an answer to the question of a line is."""
+    def _score(self, lines: list[RawSample], source: Annotated, model: EvalModel) -> Callable[[RawSample, str], float]:
+        """Return a function that scores an answer to the question of a line, from 0 to 1."""
         if self._metric(lines, source) == "vqa":
-            return lambda line, answer: accuracy(answer, _said(line, source))
-        tokenizer = subject.tokenizer
+            return lambda line, answer: accuracy(answer, annotators(line, source))
+        tokenizer = model.tokenizer
 
-        def written(answer: str) -> str:  # as a decoder would write it: in its case, and with its spaces
+        def as_written(answer: str) -> str:  # in the case and with the spaces of the decoder
             return tokenizer.text(tokenizer.target_rows([answer])[0])
 
         return lambda line, answer: float(
-            answer in dict(line.answers) or written(answer) in [written(each) for each, _ in line.answers]
+            answer in dict(line.answers) or as_written(answer) in [as_written(each) for each, _ in line.answers]
         )
 
 
-def _said(line: RawSample, source: Annotated) -> list[str]:
-    """What each annotator said."""
+def annotators(line: RawSample, source: Annotated) -> list[str]:
+    """Return the answer of each annotator."""
     given = line.meta.get(source.answers)
     return [word(each) for each in given] if isinstance(given, list) else [answer for answer, _ in line.answers]
 
 
-def _questions(source: Annotated) -> Annotated:
-    """One class a question is one answer too, and an answer that is no class is a wrong one, not a bad sample."""
+def _answers_of(source: Annotated) -> Annotated:
+    """Read classes as answers. An answer outside the list of classes is then wrong, and not an unusable sample."""
     return replace(source, answers=source.answers or source.label or "answers", label=None)
 
 
-def _trained(data: Data) -> list[Annotated]:
-    """What the run was trained on, as far as it is there."""
-    sources = [_questions(source) for source in data.train if isinstance(source, Annotated)]
+def training_sources(data: Data) -> list[Annotated]:
+    """Return the annotations that the run was trained on, as far as their files exist."""
+    sources = [_answers_of(source) for source in data.train if isinstance(source, Annotated)]
     return [source for source in sources if Path(source.path).expanduser().is_file()]

@@ -1,4 +1,4 @@
-"""Zero-shot classification: a picture belongs to the class whose prompts' mean embedding is nearest (Radford et al. 2021)."""
+"""Zero-shot classification: an image gets the class whose mean prompt embedding is nearest (Radford et al. 2021)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vlp.config import Data
 from vlp.data.reading.benchmarks import CifarImage
@@ -17,35 +17,34 @@ from vlp.data.reading.labelled import FORMS, LabelledImages, read_labelled
 from vlp.errors import UserError
 from vlp.files import local_path
 from vlp.specs.fields import setting
-from vlp.tasks.base import EvalModel, Result, Task, evaluating
+from vlp.tasks.base import EvalModel, Result, Task
+from vlp.tasks.details import confusions
 from vlp.tasks.embeddings import encode_texts
-from vlp.tasks.metrics import bootstrap
-from vlp.tasks.mistakes import confused
-from vlp.tasks.probe import encode_pictures
-from vlp.tasks.requirements import need_both
+from vlp.tasks.features import encode_labelled
+from vlp.tasks.metrics import topk_accuracy
+from vlp.tasks.requirements import need_embeddings, need_tokenizer
 
 WNID = re.compile(r"n\d{8}")
-NO_TEXT = (
-    "zero-shot needs a text tower to read the classes' names, and its tokenizer: give tokenizer=FOLDER for weights that "
-    "bring none, or use knn or probe"
-)
+MOST_CLASSES = 50  # of which a result keeps the whole confusion matrix
 
 
 @dataclass(frozen=True)
 class ZeroShot(Task):
-    """Top-1 and top-5 accuracy on a folder of pictures.
+    """Accuracy on labelled images, classified by prompts without training on them.
+
+    Metrics are ``top1``, and ``top5`` where there are more than five classes.
 
     Args:
-        data: a folder with one folder of pictures a class, or with a labels.jsonl (image, label, name, optional split);
-            CIFAR's binary version; ObjectNet with its mappings, of which the 113 classes that ImageNet has too count.
-        split: of labels.jsonl, or the folder data/SPLIT; None = all. CIFAR's is test.
-        prompts: a set of `PROMPTS`, or templates with ``{}`` for the name, separated by |; None = "cifar" for CIFAR, else
-            "openai".
-        names: JSON file of {folder or label name: class name}, or None: ImageNet's folders get open_clip's names, whether
-            called n01440764 or, as ImageNet-V2's, 0 to 999; others are called as they are, with _ for a space. The model
-            chooses among the classes that the folder has: of ImageNet-R and -A 200.
-        batch_size: pictures encoded at a time.
-        resamples: of the bootstrap, over pictures.
+        data: Folder with one folder of images per class, or with a labels.jsonl (image, label, name, optional split); CIFAR's
+            binary version; or ObjectNet with its mappings, of which the 113 classes shared with ImageNet are evaluated.
+        split: Split of labels.jsonl, or the folder data/SPLIT. None uses all images. CIFAR's test split is "test".
+        prompts: A set of `PROMPTS`, or templates with ``{}`` for the name, separated by |. None uses "cifar" for CIFAR, and
+            "openai" elsewhere.
+        names: JSON file of {folder or label name: class name}. By default ImageNet's folders get open_clip's names, whether
+            they are called n01440764 or, as in ImageNet-V2, 0 to 999, and others are called by their folder, with _ for a
+            space. The model chooses among the classes of the folder, e.g. the 200 of ImageNet-R.
+        batch_size: Images encoded at a time.
+        resamples: Bootstrap resamples, over images.
     """
 
     name = "zero-shot"
@@ -59,61 +58,56 @@ class ZeroShot(Task):
     resamples: int = setting(1000, least=0, changes_result=False)
 
     def validate(self, data: Data) -> None:
-        """Raises UserError where there are no pictures, no class names, no prompts, or no tokenizer for them."""
         self._read()
-        if not data.tokenizer:
-            raise UserError(NO_TEXT)
+        need_tokenizer(data, self.name)
 
     def evaluated_images(self, data: Data) -> list[Path]:
-        """Those of the pictures that are files of their own, see `vlp.tasks.contamination`."""
-        return [picture for picture, _ in self._read()[0] if isinstance(picture, Path)]
+        return [image for image, _ in self._read()[0] if isinstance(image, Path)]
 
     def _read(self) -> tuple[LabelledImages, list[str], str]:
-        """Pictures with their class numbers, class names, what the prompts are called."""
+        """Return images with their class numbers, the class names, and the name of the prompts."""
         if not self.data:
-            raise UserError(f"zero-shot has no data: give data=FOLDER with {FORMS}")
-        pictures, classes = read_labelled(Path(self.data), self.split)
-        prompts = self.prompts or ("cifar" if isinstance(pictures[0][0], CifarImage) else "openai")
-        templates_of(prompts)
-        return pictures, class_names(classes, self.names), prompts
+            raise UserError(f"zero-shot has no data; give data=FOLDER with {FORMS}")
+        images, classes = read_labelled(Path(self.data), self.split)
+        prompts = self.prompts or ("cifar" if isinstance(images[0][0], CifarImage) else "openai")
+        templates_of(prompts)  # raises for wrong ones
+        return images, class_names(classes, self.names), prompts
 
-    def evaluate(self, subject: EvalModel) -> Result:
-        """Metrics: ``top1``, and ``top5`` where there are more than five classes."""
-        pictures, names, prompts = self._read()
+    def evaluate(self, model: EvalModel) -> Result:
+        images, names, prompts = self._read()
         templates = templates_of(prompts)
-        need_both(subject, "zero-shot")
-        with evaluating(subject.model):
-            classifier = torch.stack([class_embedding(subject, name, templates) for name in names])
-        encoded = encode_pictures(subject, pictures, "embed", self.batch_size)
-        scores, labels = encoded.features @ classifier.T, encoded.labels
-        # As in retrieval, a class that ties with the true one counts as ahead of it. Of classes with one name (ImageNet has
-        # two cranes), which always tie, the first counts as the prediction, as argmax in published evaluations has it.
+        need_embeddings(model, self.name)
+        classifier = torch.stack([class_embedding(model, name, templates) for name in names])  # (C, E)
+
+        def embed(image: Tensor) -> Tensor:
+            return model.model.encode_image(image).embed
+
+        encoded = encode_labelled(model, images, embed, self.batch_size)
+        scores, labels = encoded.features @ classifier.T, encoded.labels  # (n, C), (n,)
+        # Classes with one name (ImageNet has two cranes) always tie. The first counts as the prediction, as argmax in
+        # published evaluations has it, so a later one is not ahead of it.
         later_twin = torch.tensor([[a == b for b in names] for a in names]).triu(diagonal=1)  # (C, C)
-        rank = ((scores >= scores.gather(1, labels[:, None])) & ~later_twin[labels]).sum(1) - 1
-        groups = np.arange(len(labels))
-        metrics = {
-            f"top{k}": bootstrap((rank < k).numpy().astype(np.float64), groups, subject.seed, self.resamples)
-            for k in (1, 5)
-            if k < len(names)
-        }
+        ranked = scores.masked_fill(later_twin[labels], -torch.inf)
         guesses = scores.argmax(1)
-        confusion = torch.bincount(labels * len(names) + guesses, minlength=len(names) ** 2)
+        details = {"classes": names, "confused": confusions(labels, guesses, names), "confusion": None}
+        if len(names) <= MOST_CLASSES:
+            matrix = torch.bincount(labels * len(names) + guesses, minlength=len(names) ** 2)
+            details["confusion"] = matrix.view(len(names), -1).tolist()  # (C, C), rows are true classes
+        split = f"; split {self.split}" if self.split else ""
         return Result(
             protocol=f"mean of {len(templates)} normalised prompt embeddings a class, cosine similarity; prompts: {prompts}"
-            + (f"; split {self.split}" if self.split else ""),
+            + split,
             data=self.data,
             n={"images": len(labels), "classes": len(names), "prompts": len(templates)},
-            metrics=metrics,
-            details={
-                "classes": names,
-                "confused": confused(labels, guesses, names),
-                "confusion": confusion.view(len(names), -1).tolist() if len(names) <= 50 else None,
-            },
+            metrics=topk_accuracy(ranked, labels, model.seed, self.resamples),
+            details=details,
             bad=encoded.bad,
+            choices=len(names),
         )
 
 
 def class_names(classes: list[str], names: str | None) -> list[str]:
+    """Return the names that prompts use for the classes of a folder, see ``names`` of `ZeroShot`."""
     if names is not None:
         try:
             given = json.loads(local_path(names).read_text())
@@ -137,7 +131,11 @@ def class_names(classes: list[str], names: str | None) -> list[str]:
 
 
 def templates_of(prompts: str) -> list[str]:
-    """With ``{}`` for the name of a class. Raises UserError for what is neither a set of `PROMPTS` nor templates."""
+    """Return the templates, with ``{}`` for the name of a class, of a set of `PROMPTS` or of templates separated by |.
+
+    Raises:
+        UserError: for a template without ``{}``.
+    """
     if prompts in PROMPTS:
         return PROMPTS[prompts]()
     templates = prompts.split("|")
@@ -173,11 +171,11 @@ def _cifar() -> list[str]:
     ]
 
 
-# CLIP's 80 for ImageNet and the best 7 of them; its 18 for CIFAR-10 and -100; the plain one
+# CLIP's 80 templates for ImageNet, the best 7 of them, its 18 for CIFAR-10 and CIFAR-100, and a single plain one
 PROMPTS = {"openai": _openai, "simple": _simple, "cifar": _cifar, "photo": lambda: ["a photo of a {}."]}
 
 
-def class_embedding(subject: EvalModel, name: str, templates: list[str]) -> Tensor:
-    """(E,) unit-norm mean of the prompts' embeddings."""
-    embeds = encode_texts(subject, [t.replace("{}", name) for t in templates])
-    return torch.nn.functional.normalize(embeds.mean(0), dim=0)
+def class_embedding(model: EvalModel, name: str, templates: list[str]) -> Tensor:
+    """Return the (E,) unit-norm mean of the embeddings of a class's prompts."""
+    embeds = encode_texts(model, [template.replace("{}", name) for template in templates])  # (templates, E)
+    return F.normalize(embeds.mean(0), dim=0)

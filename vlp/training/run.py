@@ -140,7 +140,6 @@ class Run:
             self.accelerator.device,
             self.experiment.seed,
             file_hash(saved / ("average.safetensors" if averaged else "model.safetensors")),
-            self.accelerator.process_index,
             self.experiment.name,
         )
         # running means differ between processes; the checkpoint has those of the main process

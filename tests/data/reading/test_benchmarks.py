@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tasks.fakes import NAMES, Seer, subject
+from tests.tasks.fakes import NAMES, ColourModel, eval_model
 from vlp.data.reading.labelled import read_labelled, read_pixels, read_train_and_test
 from vlp.errors import UserError
 from vlp.tasks.zero_shot import ZeroShot
@@ -78,7 +78,7 @@ def test_zero_shot_on_cifar_takes_its_prompts(tmp_path):
     (tmp_path / "batches.meta.txt").write_text("\n".join(NAMES))
     pixels = np.concatenate([np.repeat(np.array(COLOURS[name], np.uint8), 32 * 32)[None] for name in NAMES])
     np.concatenate([np.arange(5, dtype=np.uint8)[:, None], pixels], axis=1).tofile(tmp_path / "test_batch.bin")
-    result = ZeroShot(data=str(tmp_path), split="test")(subject(Seer()))
+    result = ZeroShot(data=str(tmp_path), split="test")(eval_model(ColourModel()))
     assert result.metrics["top1"].value == 1.0 and result.n == {"images": 5, "classes": 5, "prompts": 18}
     assert "prompts: cifar" in result.protocol
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import SHARED
-from tests.tasks.fakes import NAMES, Seer
+from tests.tasks.fakes import NAMES, ColourModel
 from tests.tasks.test_zero_shot import picture
 from vlp.data.augment import Resize
 from vlp.data.reading.labelled import LabelledImageDataset, read_labelled, read_train_and_test
@@ -106,9 +106,10 @@ def test_pictures_are_resized_and_the_broken_ones_named(tmp_path):
         picture(tmp_path / f"{n}.png", name)
     (tmp_path / "1.png").write_bytes(b"no picture")
     labelled = [(tmp_path / f"{n}.png", n) for n in range(4)]  # the last is not there
-    dataset = LabelledImageDataset(labelled, Resize(mode="squash"), 64_000_000, Seer.preprocess)
-    good, pixels, bad = dataset.__getitems__([3, 2, 1, 0])
-    assert good == [2, 0] and torch.stack(pixels).shape == (2, 3, 8, 8) and pixels[0].dtype == torch.uint8
+    dataset = LabelledImageDataset(labelled, Resize(mode="squash"), 64_000_000, ColourModel.preprocess)
+    found, bad = dataset.__getitems__([3, 2, 1, 0])
+    good, pixels = zip(*found)
+    assert good == (2, 0) and torch.stack(pixels).shape == (2, 3, 8, 8) and pixels[0].dtype == torch.uint8
     assert [b["number"] for b in bad] == [3, 1] and all(b["reason"] and b["image"] for b in bad)
 
 

@@ -207,7 +207,7 @@ def read_pixels(image: ImageFile, max_pixels: int) -> np.ndarray:
 
 
 class LabelledImageDataset(Dataset):
-    """Indices of images to the decodable indices, their (3, h, w) uint8 pixels, and quarantine entries of the others."""
+    """Indices of images to the decodable ones with their (3, h, w) uint8 pixels, and quarantine entries of the others."""
 
     def __init__(self, images: LabelledImages, resize: Resize, max_pixels: int, preprocess: Preprocess):
         self.images, self.resize, self.max_pixels, self.preprocess = images, resize, max_pixels, preprocess
@@ -215,14 +215,13 @@ class LabelledImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, indices: list[int]) -> tuple[list[int], list[Tensor], list[dict]]:
-        good, pixels, bad = [], [], []
+    def __getitems__(self, indices: list[int]) -> tuple[list[tuple[int, Tensor]], list[dict]]:
+        found, bad = [], []
         for n in indices:
             file = self.images[n][0]
             try:
                 image = read_pixels(file, self.max_pixels)
-                pixels.append(self.resize(image, self.preprocess.size, self.preprocess.interpolation))
-                good.append(n)
+                found.append((n, self.resize(image, self.preprocess.size, self.preprocess.interpolation)))
             except (BadSample, OSError) as e:
                 bad.append({"number": n, "image": str(file), "reason": str(e)})
-        return good, pixels, bad
+        return found, bad

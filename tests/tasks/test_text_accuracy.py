@@ -1,3 +1,4 @@
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,21 +11,20 @@ from vlp.data.text import train_tokenizer
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
 from vlp.models.single import Single
-from vlp.tasks import classification
 from vlp.tasks.base import EvalModel
-from vlp.tasks.classification import TextAccuracy
+from vlp.tasks.text_accuracy import TextAccuracy
 
 SIZES = {"model_type": "bert", "vocab_size": 80, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 WORDS = ["red", "blue", "square", "thing", "left", "right"]
 
 
 @pytest.fixture
-def subject() -> EvalModel:
+def eval_model() -> EvalModel:
     torch.manual_seed(0)
     model = Single(text=BertText(config=SIZES | {"intermediate_size": 16}, dropout=0.1), classes=3).build()
     model.text.get_input_embeddings().weight.data.mul_(50)
     tokenizer = train_tokenizer(WORDS, vocab_size=80)
-    return EvalModel(model, tokenizer, Data(train=(Source("x"),), max_length=16), torch.device("cpu"))
+    return EvalModel(model, tokenizer, Data(train=(Source("x"),), max_length=16, workers=0), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -40,16 +40,16 @@ def source(tmp_path) -> Sentences:
     return Sentences(str(tmp_path / "x.tsv"), ("text",), label="label", classes=("x", "y", "z"))
 
 
-def test_accuracy_is_that_of_one_text_after_the_other_without_the_bad_ones(subject, source):
+def test_accuracy_equals_that_of_one_text_at_a_time_without_bad_lines(eval_model, source):
     task = TextAccuracy(source, batch_size=7, resamples=50)
-    task.validate(subject.data)
-    result, model, right = task(subject), subject.model, []
+    task.validate(eval_model.data)
+    result, model, right = task(eval_model), eval_model.model, []
     assert model.training
     model.eval()
     for line in Path(source.path).read_text().splitlines()[1:]:
         label, text = line.split("\t")
         if label in "xyz" and text:
-            ids, mask, _ = subject.tokenizer([text], 16)
+            ids, mask, _ = eval_model.tokenizer([text], 16)
             right.append(int(model.classifier(model.text(ids, mask)[:, 0]).argmax()) == "xyz".index(label))
     assert len(right) == 58 and 0 < sum(right) < 58
     interval = result.metrics["accuracy"]
@@ -57,22 +57,19 @@ def test_accuracy_is_that_of_one_text_after_the_other_without_the_bad_ones(subje
     assert result.n == {"texts": 58} and [b["key"] for b in result.bad] == ["7", "29"]
 
 
-def test_the_processes_share_the_texts_out(subject, source, monkeypatch):
-    parts = []
-    monkeypatch.setattr(classification, "merge", lambda rows: parts.append(rows.clone()) or rows)
-    task = TextAccuracy(source, batch_size=7, resamples=0)
-    task(subject)
-    monkeypatch.setattr(classification, "world_size", lambda: 2)
-    for subject.rank in (0, 1):
-        task(subject)
-    whole, one, two = parts
-    assert torch.equal(one + two, whole) and not (one.bool() & two.bool()).any() and one.any() and two.any()
+def evaluate(rank: int, eval_model: EvalModel, source: Sentences) -> dict:
+    return asdict(replace(TextAccuracy(source, batch_size=7, resamples=20)(eval_model), seconds=0.0))
 
 
-def test_what_has_no_classes_is_said_in_one_line(subject, source, tmp_path):
+def test_two_processes_give_the_result_of_one(eval_model, source, two_processes):
+    one = evaluate(0, eval_model, source)
+    assert two_processes(evaluate, eval_model, source) == [one, one]
+
+
+def test_mistakes_are_user_errors(eval_model, source, tmp_path):
     (tmp_path / "plain.txt").write_text("red\n")
     with pytest.raises(UserError, match="no labels"):
-        TextAccuracy(Sentences(str(tmp_path / "plain.txt"))).validate(subject.data)
-    subject.model.classifier = None
+        TextAccuracy(Sentences(str(tmp_path / "plain.txt"))).validate(eval_model.data)
+    eval_model.model.classifier = None
     with pytest.raises(UserError, match="a classifier"):
-        TextAccuracy(source)(subject)
+        TextAccuracy(source)(eval_model)

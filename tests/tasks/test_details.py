@@ -1,13 +1,13 @@
-"""Which queries are kept for the report, and what is said of them."""
+"""Retrieval examples and confusions for the report."""
 
 import torch
 
-from vlp.tasks.examples import Found
+from vlp.tasks.details import RetrievalRanking
 
 
-def found(i2t_rank, t2i_rank) -> Found:
-    """Three pictures, samples 10, 20 and 30, with two captions each; everything finds 0, 1, 2."""
-    return Found(
+def ranking(i2t_rank, t2i_rank) -> RetrievalRanking:
+    """Three images, samples 10, 20 and 30, with two captions each. Every query retrieves 0, 1, 2."""
+    return RetrievalRanking(
         [10, 20, 30],
         ["a0", "a1", "b0", "b1", "c0", "c1"],
         torch.tensor([0, 0, 1, 1, 2, 2]),
@@ -18,8 +18,8 @@ def found(i2t_rank, t2i_rank) -> Found:
     )
 
 
-def test_hardest_are_those_whose_answer_came_last_one_of_a_picture():
-    examples = found([0, 7, 2], [5, 0, 9, 8, 1, 3]).examples(2, seed=0)
+def test_hardest_queries_have_the_lowest_ranks_and_one_caption_per_image():
+    examples = ranking([0, 7, 2], [5, 0, 9, 8, 1, 3]).examples(2, seed=0)
     assert examples["hardest_text_to_image"] == [
         {"query": "b0", "answer": 20, "found": [10, 20, 30], "rank": 10},
         {"query": "a0", "answer": 10, "found": [10, 20, 30], "rank": 6},
@@ -30,6 +30,6 @@ def test_hardest_are_those_whose_answer_came_last_one_of_a_picture():
     ]
 
 
-def test_others_are_drawn_by_the_seed_alone():
-    drawn = [[e["query"] for e in found([0] * 3, [0] * 6).examples(4, seed)["text_to_image"]] for seed in (0, 0, 1)]
+def test_random_examples_depend_only_on_the_seed():
+    drawn = [[e["query"] for e in ranking([0] * 3, [0] * 6).examples(4, seed)["text_to_image"]] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) == 4
