@@ -418,6 +418,32 @@ def test_open_clip_file_scores_as_open_clip_does(tmp_path, monkeypatch, photo):
     torch.testing.assert_close(ours @ found.T, image @ text.T, rtol=0, atol=5e-3)
 
 
+@pytest.mark.parametrize("model", ["ViT-B-16-SigLIP", "PE-Core-B-16", "ViT-H-14-CLIPA"])
+def test_file_of_an_open_clip_model_keeps_the_preprocessing_of_its_published_weights(tmp_path, monkeypatch, model):
+    """Mean, std, interpolation and resize mode of a tag, though the file has no tag; and CLIPA's texts without [SEP]."""
+    config = json.loads((Path(open_clip.__file__).parent / "model_configs" / f"{model}.json").read_text())
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if "timm_model_name" in vision:
+        vision |= {"timm_model_name": "test_vit", "image_size": 160, "timm_pool": "", "timm_proj": "linear"}
+    else:
+        vision |= {"layers": 1, "width": 160, "image_size": 28}
+    text |= {"layers": 1, "width": 64, "heads": 1, "vocab_size": min(text["vocab_size"], 49408)}
+    config["embed_dim"] = 64
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, model, config)
+    torch.save(open_clip.create_model(model, force_custom_text=True).state_dict(), tmp_path / "w.pt")
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    needs = "hf_tokenizer_name" in text  # on a hub
+    options = LoadOptions(tokenizer=str(tmp_path / "vocab.txt") if needs else None)
+    eval_model = load_model(f"open_clip:{model}/{tmp_path}/w.pt", options=options).eval_model
+    tag = open_clip.get_pretrained_cfg(model, open_clip.list_pretrained_tags_by_model(model)[0])
+    for name in ("mean", "std", "interpolation"):
+        assert getattr(eval_model.preprocess, name) == tag[name]
+    assert eval_model.data.resize.mode == tag["resize_mode"] == "squash"
+    if needs:
+        ids = eval_model.tokenizer(["a red"], 9)[0][0].tolist()
+        assert (3 in ids) == (model != "ViT-H-14-CLIPA")
+
+
 def test_unknown_model_is_a_user_error_that_lists_the_known_ones(tmp_path, capsys):
     save_file({"head.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
     (tmp_path / "bert").mkdir()

@@ -276,6 +276,14 @@ def test_trained_model_exports_to_official_names_and_loads_again():
     same(load_albef(exported).student, dict(model.state_dict()))
 
 
+@pytest.mark.parametrize("wrapper", ["_orig_mod.module.", "model.", "module.backbone."])
+def test_file_behind_wrappers_is_recognised(wrapper, tmp_path):
+    state = official("retrieval")
+    torch.save({wrapper + key: value for key, value in state.items()}, tmp_path / "ALBEF.pth")
+    model = load_model(str(tmp_path / "ALBEF.pth"), options=LoadOptions(head_width=16)).eval_model.model
+    assert torch.equal(model.itm.weight.cpu(), state["itm_head.weight"])
+
+
 def test_file_builds_a_model_at_another_resolution(tmp_path):
     state = official("pretrain")
     path = tmp_path / "ALBEF.pth"

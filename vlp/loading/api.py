@@ -210,7 +210,7 @@ def load(
         resize: "center" crops, "squash" ignores the aspect ratio of the image.
         image_size: Pixels at which a file of ALBEF or VLMo sees images.
         head_width: Width of the attention heads in a file of ALBEF or VLMo.
-        add_sep: End texts with ``[SEP]``. None follows the file: those of LAVIS do, ALBEF's own do not.
+        add_sep: End texts with ``[SEP]``. None follows the weights: texts of LAVIS do, those of ALBEF and CLIPA do not.
         device: Device of the model. None takes a GPU if there is one.
         config: Of a run with classes of your own: the config that they come from, ``FILE.py`` or ``FILE.py:NAME``.
         trust_code: Of a run with classes of your own: import them from the copy in the run folder. Runs that code.

@@ -32,7 +32,7 @@ class LoadOptions:
         resize: "center" crops, "squash" ignores the aspect ratio of the image, see `vlp.data.augment.Resize`.
         image_size: Pixels at which a file of ALBEF or VLMo sees images. Its position embeddings are resized.
         head_width: Width of the attention heads in a file of ALBEF or VLMo, which no tensor shape tells.
-        add_sep: End texts with ``[SEP]``. None follows the weights: files of LAVIS do, ALBEF's own do not.
+        add_sep: End texts with ``[SEP]``. None follows the weights: texts of LAVIS do, those of ALBEF and CLIPA do not.
         workers: Data loading processes. None takes 1, or the setting of the run.
         allow_contamination: Evaluate a run also on images that it was trained on, see `vlp.tasks.contamination`.
     """

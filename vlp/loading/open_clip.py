@@ -22,7 +22,7 @@ def load_open_clip(name: str, options: LoadOptions = NO_OPTIONS) -> LoadedModel:
     Raises:
         UserError: if open_clip has no such model, or the weights do not fit.
     """
-    options.refuse("open_clip's models have their own", "image_size", "head_width", "add_sep")
+    options.refuse("open_clip's models have their own", "image_size", "head_width")
     model_name, _, weights = name.partition("/")
     towers = OpenClip(model_name, weights=weights or None).resolved()
     model = Dual(towers=towers, projection="none", temperature=None if weights else 1.0).build()
@@ -32,7 +32,11 @@ def load_open_clip(name: str, options: LoadOptions = NO_OPTIONS) -> LoadedModel:
             f"open_clip's {model_name} resizes images by their {mode} side and pads them, which is not supported"
         )
     resize = Resize(RESIZE_MODES[mode], resampler="pil")
-    own = Data((), None, f"open_clip:{model_name}", max_length=towers.context_length, resize=resize)
+    # CLIPA strips [SEP] of BERT's tokenizer, which has to be given as a folder
+    settings = open_clip.get_model_config(model_name)["text_cfg"].get("tokenizer_kwargs", {})
+    add_sep = False if settings.get("strip_sep_token") else None
+    tokenizer, max_length = f"open_clip:{model_name}", towers.context_length
+    own = Data((), None, tokenizer, add_sep=add_sep, max_length=max_length, resize=resize)
     data = options.applied_to(own)
     files = [resolve(weights)] if weights and not open_clip.get_pretrained_cfg(model_name, weights) else []
-    return published(f"open_clip:{name}", model, load_tokenizer(data.tokenizer), data, files)
+    return published(f"open_clip:{name}", model, load_tokenizer(data.tokenizer, data.add_sep), data, files)
