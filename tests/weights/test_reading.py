@@ -292,6 +292,17 @@ def test_settings_and_numbers_next_to_the_tensors_are_read_safely(tmp_path, extr
     assert torch.equal(read_weights(tmp_path / "w.pth")["a"], torch.ones(2))
 
 
+def test_numbers_of_numpy_1_are_read(tmp_path):
+    """Files of numpy 1 call numpy._core numpy.core."""
+    content = {"state_dict": {"a": torch.ones(2)}, "epoch": np.int64(3), "losses": np.arange(3.0)}
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    saved = (tmp_path / "w.pth").read_bytes()
+    assert b"numpy._core" in saved or b"numpy.core" in saved
+    for core in (b"numpy.core", b"numpy._core"):
+        (tmp_path / "w.pth").write_bytes(saved.replace(b"numpy._core", core).replace(b"numpy.core", core))
+        assert torch.equal(read_weights(tmp_path / "w.pth")["a"], torch.ones(2))
+
+
 def test_settings_do_not_open_the_door_to_code(tmp_path):
     canary = tmp_path / "canary"
     torch.save({"model": {"a": torch.ones(1)}, "args": argparse.Namespace(x=Canary(canary))}, tmp_path / "w.pth")
