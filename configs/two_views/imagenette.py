@@ -7,6 +7,7 @@ Data: imagenette, 200 images of 160 pixels for each of ten classes, labels unuse
 Differs: 64 pixels and RegNetX-200MF instead of 224 and ResNet-50; batch 128 for 200 steps; AdamW; half the colour
     distortion, no blur and no solarisation; heads of one hidden layer with 128 outputs, where VICReg and Barlow Twins have
     8,192. The settings are those of configs/simclr/pretrain.py:imagenette, not tuned for each method.
+Cost: 2 CPU cores, 3 minutes.
 Command: vlp data pack --split train ../shared/data/imagenette/labels.jsonl data/imagenette/train
     vlp train configs/two_views/imagenette.py:vicreg
     vlp eval runs/vicreg-imagenette knn data=../shared/data/imagenette
@@ -33,7 +34,6 @@ def config() -> Experiment:
     """DCL: InfoNCE without the positive in the softmax.
 
     Measured: kNN 30.1 % after 200 steps; untrained 22.7 % (configs/simclr/pretrain.py).
-    Cost: 2 CPU cores, 3 minutes.
     """
     view = RandomResizedCrop(scale=(0.2, 1.0), then=(ColourDistortion(0.5),))
     return Experiment(
@@ -65,6 +65,6 @@ def byol() -> Experiment:
     return replace(
         config(),
         name="byol-imagenette",
-        objectives={"byol": Byol(Predictor(hidden_size=512))},
+        objectives={"byol": Byol(predictor=Predictor(hidden_size=512))},
         momentum=MomentumConfig(decay=0.99),
     )
