@@ -230,4 +230,4 @@ def test_vlmo_stages_train_on_images_then_texts_then_pairs(world, output, tmp_pa
     # pair objectives on a source of texts
     alone = replace(runs[2], name="alone", data=runs[1].data)
     path.write_text(dump(alone))
-    assert "needs pictures, and data.train names files of texts alone" in refused(capfd, "train", path)
+    assert "needs images, and data.train names files of texts only" in refused(capfd, "train", path)

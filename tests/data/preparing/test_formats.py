@@ -282,6 +282,7 @@ def test_a_file_named_after_the_split_still_says_its_splits(tmp_path):
         ("commas.txt", FILES["filepath.csv"]),
         ("lines.json", FILES["x.jsonl"]),
         ("list.jsonl", json.dumps(ALBEF, indent=1)),
+        ("list_of_lines.jsonl", "[\n" + ",\n".join(map(json.dumps, ALBEF)) + "\n]"),
         ("UPPER.CSV", FILES["filepath.csv"]),
         ("carriage.csv", FILES["filepath.csv"].replace("\n", "\r")),
         ("spaces.csv", " filepath , title\na.jpg , A dog\nb.png, A cat\na.jpg,A brown dog\n"),

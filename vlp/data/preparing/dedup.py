@@ -26,8 +26,10 @@ from PIL import Image
 from vlp.data.image import decode
 from vlp.data.reading.annotated import AnnotatedReader
 from vlp.data.reading.labelled import IMAGE_SUFFIXES
+from vlp.data.reading.locations import is_remote
 from vlp.data.reading.shards import IMAGES, ShardReader
 from vlp.errors import BadSample, UserError
+from vlp.files import local_path, read_regular
 
 HASH, COLOURS = 16, 8  # cells per side
 MOST_BITS, MOST_COLOUR = 10, 12
@@ -52,7 +54,11 @@ class ShardCollection:
                 yield crc, size
 
     def read(self, number: int) -> bytes:
-        return self.reader.read(*self.reader.locate(number)).image
+        """Return the encoded image, empty if it cannot be read."""
+        try:
+            return self.reader.read(*self.reader.locate(number)).image
+        except BadSample:  # damaged since it was indexed
+            return b""
 
     def name(self, number: int) -> str:
         shard, row = self.reader.locate(number)
@@ -80,7 +86,7 @@ class FileCollection(_WithoutIndex):
 
     def read(self, number: int) -> bytes:
         try:
-            return self.paths[number].read_bytes()
+            return read_regular(self.paths[number])
         except OSError:
             return b""
 
@@ -122,7 +128,7 @@ def open_collection(location: str) -> Collection:
     Raises:
         UserError: if the location has neither.
     """
-    folder = Path(location)
+    folder = Path(location) if is_remote(location) else local_path(location)
     if folder.is_dir() and not any(folder.glob("*.tar")):
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if not paths:

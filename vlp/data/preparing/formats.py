@@ -130,9 +130,11 @@ def sniff(file: Path) -> str:
         return "csv" if extension == ".csv" else "tsv"
     if extension not in (".json", ".jsonl", ".ndjson"):
         raise UserError(f"{file}: the extension does not tell the format; say --format and one of {', '.join(READERS)}")
+    if _is_json_lines(file):
+        return "jsonl"
     if first_line(file).lstrip().startswith("["):
         return "albef"
-    if extension != ".json" or _is_json_lines(file):
+    if extension != ".json":
         return "jsonl"
     content = read_json(file)
     keys = content if isinstance(content, dict) else ()
@@ -142,12 +144,13 @@ def sniff(file: Path) -> str:
 
 
 def _is_json_lines(file: Path) -> bool:
-    """Return whether the first two lines are objects of their own."""
+    """Return whether the first two lines are JSON by themselves, and one of them is an object."""
     lines = Lines(file)
     try:
-        return len(lines) > 1 and all(lines.record(index) for index in range(2))
-    except BadSample:
+        values = [json.loads(lines[index]) for index in range(2)] if len(lines) > 1 else []
+    except (ValueError, RecursionError):
         return False
+    return any(isinstance(value, dict) for value in values)
 
 
 def select(rows: list[Row], file: Path, split: str | None) -> list[Row]:

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -29,12 +30,12 @@ from vlp.files import local_path, read_regular, relative_to
 # Other protocols of fsspec chain, decompress, or run programs, which a name in somebody's experiment.json must not do.
 SCHEMES = ("file", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "hdfs", "memory")
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-BRACE_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
+BRACE_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
 MAX_SHARDS = 1_000_000  # that one location may name
 MANIFEST_BYTES = 1 << 28
 LEAST_SAMPLE_BYTES = 512  # of a tar: the header of a link
 ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".rar", ".parquet", ".arrow")
-SHARD_NAME = re.compile(r"[^/\0]+\.tar")
+SHARD_NAME = re.compile(r"[^/\0\ud800-\udfff]+\.tar")
 
 
 def cache_folder() -> Path:
@@ -214,9 +215,10 @@ def _patterns(location: str) -> list[str]:
         if not all(parts):
             raise UserError(f"no shards at {location}: a location next to :: is empty")
         return [pattern for part in parts for pattern in _patterns(part)]
-    for begin, end, _ in BRACE_RANGE.findall(location):
-        if len(begin + end) > 20 or abs(int(end) - int(begin)) >= MAX_SHARDS:
-            raise UserError(f"no shards at {location}: it names more than {MAX_SHARDS:,}")
+    # checked beforehand, as the expansion of a range is in memory at once
+    counts = [abs(int(end[:20]) - int(begin[:20])) + 1 for begin, end in BRACE_RANGE.findall(location)]
+    if math.prod(counts) > MAX_SHARDS:
+        raise UserError(f"no shards at {location}: it names more than {MAX_SHARDS:,}")
     expanded = list(islice(braceexpand(location), MAX_SHARDS + 1))
     if len(expanded) > MAX_SHARDS:
         raise UserError(f"no shards at {location}: it names more than {MAX_SHARDS:,}")

@@ -32,7 +32,7 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with that of
 VISIBLE = np.ones(256, dtype=bool)  # bytes that make a line more than blank
 VISIBLE[list(b" \t\n\r\x0b\x0c")] = False
 QUOTED = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
-MAX_RESTARTS = 100  # after quotation marks that are never closed
+MAX_RESTARTS = 20  # after quotation marks that are never closed
 
 csv.field_size_limit(10_000_000)  # characters; the library's 131,072 are too few for some alt-texts
 
