@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from lightly.loss import BarlowTwinsLoss, DCLLoss, NegativeCosineSimilarity, VICRegLoss
 from torch.nn.functional import normalize
 
+from tests.conftest import ROOT, toy_overrides
 from tests.objectives.toys import Net, assert_two_are_one, views
+from tests.processes import losses, resume, run, tensors
+from vlp.errors import UserError
 from vlp.forward import Bundle, Forward
+from vlp.loading.run import load_run
 from vlp.objectives.barlow_twins import BarlowTwins, barlow_twins_loss
 from vlp.objectives.byol import Byol, Predictor, byol_loss
 from vlp.objectives.dcl import Dcl, dcl_loss
@@ -76,3 +82,35 @@ def test_byol_trains_its_predictor_and_reads_the_momentum_encoder():
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: type(objective).__name__)
 def test_two_processes_equal_one(pair, objective):
     assert_two_are_one(pair, objective, objective)
+
+
+def test_head_of_an_objective_is_trained_stored_resumed_and_opened(world, tmp_path):
+    overrides = [o for o in toy_overrides(world, tmp_path) if "tokenizer" not in o and "data.val" not in o]
+    done = run("train", ROOT / "tests" / "fixtures" / "toy_byol.py", *overrides)
+    assert not any(done.codes), done.errors
+    folder, name = tmp_path / "toy-byol", "heads.byol_predictor.0.weight"
+    first, last = (tensors(folder, "model", step)[name] for step in (3, 6))
+    assert first.shape == (12, 16) and not torch.equal(first, last)
+    assert f"exp_avg/{name}" in tensors(folder, "optimizer") or f"momentum_buffer/{name}" in tensors(
+        folder, "optimizer"
+    )
+    loaded = load_run(folder)
+    assert loaded.step == 6 and torch.equal(loaded.eval_model.model.heads["byol_predictor"][0].weight.cpu(), last)
+    whole = losses(folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    resume(folder)
+    assert losses(folder) == whole and torch.equal(tensors(folder, "model", 6)[name], last)
+
+
+def test_two_objectives_cannot_have_heads_of_one_name():
+    model = Net()
+    model.add_heads(Byol().heads())
+    with pytest.raises(UserError, match="two objectives ask for a head named 'byol_predictor'"):
+        model.add_heads(Byol(Predictor(hidden_size=3)).heads())
+
+
+def test_weight_of_an_objective_is_given_by_keyword():
+    predictor = Predictor(hidden_size=3)
+    assert Byol(predictor) == Byol(predictor=predictor, weight=1.0)
+    with pytest.raises(TypeError):
+        VicReg(1.0, 2.0, 3.0, 4.0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlp.errors import UserError
 from vlp.types import Answers, Batch, Encoded
 
 if TYPE_CHECKING:  # imported by vlp.forward, which must stay light
@@ -171,8 +172,14 @@ class Model(nn.Module):
         self.vl = self.classifier = self.mim = None
 
     def add_heads(self, specs: Mapping[str, HeadSpec]) -> None:
-        """Build the heads that objectives read as ``model.heads[name]``."""
+        """Build the heads that objectives read as ``model.heads[name]``.
+
+        Raises:
+            UserError: if two objectives ask for a head of the same name.
+        """
         for name, spec in specs.items():
+            if name in self.heads:
+                raise UserError(f"two objectives ask for a head named {name!r}; keep one of them")
             self.heads[name] = spec.build(self.embed_size)
 
     # capabilities

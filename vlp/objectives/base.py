@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -21,7 +21,7 @@ class Objective:
 
     | member | default | meaning |
     |---|---|---|
-    | ``weight`` | 1.0 | factor of the loss in the total |
+    | ``weight`` | 1.0 | factor of the loss in the total, given by keyword |
     | ``__call__(f)`` | required | compute the loss of a bundle, a scalar |
     | ``validate(experiment)`` | accepts all | raise UserError, before anything is built, for what the objective lacks |
     | ``heads()`` | none | heads that the model gets for this objective, read as ``f.model.heads[name]`` |
@@ -43,7 +43,7 @@ class Objective:
     supports_grad_cache: ClassVar[bool] = True
     supports_split_backward: ClassVar[bool] = False
 
-    weight: float = 1.0
+    weight: float = field(default=1.0, kw_only=True)
 
     def __call__(self, f: Forward) -> Tensor:
         """Compute the loss of the bundle ``f``."""

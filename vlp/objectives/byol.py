@@ -27,12 +27,14 @@ class Predictor:
 
     Args:
         hidden_size: Width between the layers; the paper's is 4,096.
+        norm: Use BatchNorm. It normalises the rows of one process.
     """
 
     hidden_size: int = 4096
+    norm: bool = True
 
     def build(self, width: int) -> nn.Module:
-        norm = nn.BatchNorm1d(self.hidden_size)
+        norm = nn.BatchNorm1d(self.hidden_size) if self.norm else nn.Identity()
         return nn.Sequential(nn.Linear(width, self.hidden_size), norm, nn.ReLU(), nn.Linear(self.hidden_size, width))
 
 
@@ -60,7 +62,7 @@ class Byol(Objective):
 
     def __call__(self, f: Forward) -> Tensor:
         x, y = sides_of(f, "images")
-        predicted = f.model.heads["byol_predictor"](torch.cat([x.unnormalised, y.unnormalised]))  # (2B, E)
+        predicted = f.model.heads["byol_predictor"](torch.cat([x.projection, y.projection]))  # (2B, E)
         target_x, target_y = sides_of(f.momentum, "images")
         return byol_loss(predicted, torch.cat([target_y.embed, target_x.embed]))
 

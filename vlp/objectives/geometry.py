@@ -38,8 +38,8 @@ def all_embeddings(f: Forward, sides: Sides) -> tuple[Tensor, Tensor]:
 
 def all_projections(f: Forward, sides: Sides) -> tuple[Tensor, Tensor]:
     """Return the (M, E) outputs of the projection heads before normalisation, like `all_embeddings`."""
-    x = f.all.gather(lambda bundle: sides_of(bundle, sides)[0].unnormalised)
-    y = f.all.gather(lambda bundle: sides_of(bundle, sides)[1].unnormalised)
+    x = f.all.gather(lambda bundle: sides_of(bundle, sides)[0].projection)
+    y = f.all.gather(lambda bundle: sides_of(bundle, sides)[1].projection)
     return x, y
 
 
