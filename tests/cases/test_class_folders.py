@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cases.inputs import image_bytes
-from tests.tasks.fakes import Seer, subject
+from tests.tasks.fakes import ColourModel, eval_model
 from tests.tasks.test_zero_shot import PROMPT, picture
 from vlp.data.augment import Resize
 from vlp.data.reading.labelled import LabelledImageDataset, read_labelled, read_train_and_test
@@ -49,8 +49,8 @@ def test_zs_empty_class(tmp_path, files):
     write(tmp_path, bird=files, cat=3, dog=3)
     images, classes = read_labelled(tmp_path, None)
     assert classes == ["bird", "cat", "dog"] and {n for path, n in images if path.suffix == ".jpg"} == {1, 2}
-    dataset = LabelledImageDataset(images, Resize(), 10_000, Seer.preprocess)
-    good, _, bad = dataset.__getitems__(range(len(images)))
+    dataset = LabelledImageDataset(images, Resize(), 10_000, ColourModel.preprocess)
+    good, bad = dataset.__getitems__(range(len(images)))
     assert len(good) == 6 and len(bad) == sum(not name.endswith("txt") for name in files)
 
 
@@ -132,13 +132,13 @@ def test_of_two_classes_with_one_name_the_first_is_the_prediction(tmp_path):
         picture(tmp_path / f"{n}.png", colour)
         rows.append({"image": f"{n}.png", "label": label, "name": colour})
     (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    result = ZeroShot(data=str(tmp_path), prompts=PROMPT, resamples=0).evaluate(subject(Seer()))
+    result = ZeroShot(data=str(tmp_path), prompts=PROMPT, resamples=0).evaluate(eval_model(ColourModel()))
     assert result.metrics["top1"].value == 3 / 4  # all but the second red
     rows[2]["label"] = 0
     (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert (
         replace(ZeroShot(data=str(tmp_path), prompts=PROMPT), resamples=0)
-        .evaluate(subject(Seer()))
+        .evaluate(eval_model(ColourModel()))
         .metrics["top1"]
         .value
         == 1

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.cases.inputs import image_bytes, refused, run, write_lines, write_shard, write_tar
-from tests.tasks.fakes import Seer, subject
+from tests.tasks.fakes import ColourModel, eval_model
 from vlp.data.preparing.formats import Pair, read_pairs
 from vlp.data.preparing.inspect import check, stats
 from vlp.data.preparing.pack import pack
@@ -56,7 +56,7 @@ def test_merged_packs_have_the_recalls_of_separate_ones(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
     found = [
-        Retrieval(data=str(x), ks=(1, 5), resamples=0).evaluate(subject(Seer()))
+        Retrieval(data=str(x), ks=(1, 5), resamples=0).evaluate(eval_model(ColourModel()))
         for x in (merged, f"{separate}/*/*.tar")
     ]
     values = [{name: metric.value for name, metric in result.metrics.items()} for result in found]
