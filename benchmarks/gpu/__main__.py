@@ -79,7 +79,7 @@ def newest_kept() -> dict | None:
 
 def prepared(work: Path) -> dict[str, str]:
     """The environment of the parts, with what was carried unpacked in ``work``."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TMPDIR": str(work)}
     path = [str(ROOT), environment.get("PYTHONPATH", "")]
     if (CARRIED / "wheels").is_dir():
         install(sorted((CARRIED / "wheels").glob("*.whl")), work / "site")
