@@ -136,14 +136,18 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, zero: boo
     if zero:
         _load_zero(model, optimizer, by_parameter)
         return
+    fused = optimizer.defaults.get("fused", False)
     for name, p in _trained(model):
         values = {k: v for k, v in by_parameter.get(name, {}).items() if k != "master"}
         if values:
-            # fused optimizers assume that averages have the memory layout of the parameter; the step count has its own
+            # Fused optimizers assume that averages have the memory layout of the parameter, and that the step count is on
+            # its device. Other optimizers count steps on the CPU.
             optimizer.state[p] = {
-                k: v.clone() if v.shape != p.shape or k == "step" else torch.empty_like(p).copy_(v)
+                k: torch.empty_like(p).copy_(v) if v.shape == p.shape and k != "step" else v.clone()
                 for k, v in values.items()
             }
+            if fused and "step" in values:
+                optimizer.state[p]["step"] = values["step"].to(p.device, copy=True)
 
 
 def _link_state(optimizer) -> None:
