@@ -59,7 +59,7 @@ def test_labels_of_shards_are_those_of_the_named_field(folder):
     reader = Source(str(folder / "shards"), label="label").open()
     assert [reader.read(*reader.locate(n)).label for n in range(20)] == [n % 5 for n in range(20)]
     assert Source(str(folder / "shards")).open().read(0, 0).label is None
-    with pytest.raises(BadSample, match="source is 'labels.jsonl:1', which is no number"):
+    with pytest.raises(BadSample, match="source is 'labels.jsonl:1', which is not a class number"):
         Source(str(folder / "shards"), label="source").open().read(0, 0)
 
 

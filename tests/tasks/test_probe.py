@@ -164,8 +164,10 @@ def test_strength_is_chosen_on_the_train_split_only(labelled):
         chosen["cross_validation"] == {"0.01": 1.0, "0.001": 1.0} and chosen["l2"] == 0.01
     )  # the strongest wins a tie
     rows = [json.loads(line) for line in (labelled / "labels.jsonl").read_text().splitlines()]
+    names = {row["label"]: row["name"] for row in rows}
     for row in rows[30:]:
         row["label"] = (row["label"] + 1) % 5
+        row["name"] = names[row["label"]]
     (labelled / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
     result = task(eval_model(ColourModel()))
     assert result.details["l2"] == chosen["l2"] and result.details["cross_validation"] == chosen["cross_validation"]
