@@ -208,14 +208,13 @@ class Bundle:
 class Forward(Bundle):
     """What an objective is called with: the trained model on a micro-batch, and everything that belongs to it.
 
-    ============  ===================================================================================================
-    ``image``     encoded images
-    ``text``      encoded texts
-    ``views``     the same model on further views of the samples; ``image_views`` and ``text_views`` in one pass
-    ``momentum``  the momentum encoder on the same batch, without gradient
-    ``fused``     texts fused with their images; ``projected`` is what fusion reads of the images
-    ``all``       the rows of all processes and micro-batches, see `Gathered`: what contrastive losses compare with
-    ============  ===================================================================================================
+    | member | meaning |
+    |---|---|
+    | ``image``, ``text`` | the encoded images and texts |
+    | ``views`` | the same model on further views of the samples; ``image_views`` and ``text_views`` encode all in one pass |
+    | ``momentum`` | the momentum encoder on the same batch, without gradient |
+    | ``fused`` | the texts fused with their images; ``projected`` is what fusion reads of the images |
+    | ``all`` | the rows of all processes and micro-batches, see `Gathered`: what contrastive losses compare with |
 
     A loss is defined for the B rows of a bundle such that its mean over processes and micro-batches is the loss of one
     process with the whole batch. No property changes another one's value, whatever the order of access.
@@ -322,7 +321,7 @@ class MicroBatches(Sequence[Forward]):
     def __len__(self) -> int:
         return len(self._bundles)
 
-    def __getitem__(self, number):
+    def __getitem__(self, number: Any) -> Any:
         return self._bundles[number]
 
     def __iter__(self) -> Iterator[Forward]:

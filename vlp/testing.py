@@ -198,7 +198,7 @@ def divide(rows: int, micro_batches: int, processes: int, rank: int) -> list[sli
 
 def part_of(batch: Batch, rows: slice) -> Batch:
     """Return some rows of a batch, with their views and answers."""
-    tensors = {name: value[rows] for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    tensors: dict[str, Any] = {name: x[rows] for name, x in vars(batch).items() if isinstance(x, Tensor)}
     answers = batch.answers
     if answers is not None:
         chosen = (answers.row >= rows.start) & (answers.row < rows.stop)

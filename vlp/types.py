@@ -1,4 +1,4 @@
-"""The tensors that travel together.
+"""Tensors that travel together.
 
 B batch, N tokens, P image tokens, L text tokens, D width, E embedding, H and W pixels.
 """
@@ -6,7 +6,7 @@ B batch, N tokens, P image tokens, L text tokens, D width, E embedding, H and W 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,13 @@ from torch import Tensor
 
 @dataclass
 class Answers:
-    """What is to be said of the samples of a batch: any number of answers for each, in the order of the samples.
+    """Answers to the questions of a batch: any number for each question, in the order of the questions.
 
     Args:
         input_ids: (n, L) int64, from ``[CLS]`` to ``[SEP]``, padded to the longest.
         attention_mask: (n, L) bool.
-        weight: (n,) float32 of the answer within its question.
-        row: (n,) int64 of its question in the batch.
+        weight: (n,) float32 weight of the answer within its question.
+        row: (n,) int64 row of its question in the batch.
     """
 
     input_ids: Tensor
@@ -30,35 +30,38 @@ class Answers:
     row: Tensor
 
     def to(self, device: torch.device) -> Answers:
-        return Answers(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        return Answers(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
 
 
 @dataclass
 class Batch:
-    """What one step of one process sees; what a run has not is None.
+    """The samples of one micro-batch of one process. Inputs that a run does not have are None.
 
     Args:
-        image_id: (B,) int64; rows with an equal image_id show the same image and are positives of each other.
-        image: (B, 3, H, W) uint8 as it leaves the loader; float32 and normalised once `Preprocess.normalise` has run.
+        image_id: (B,) int64. Rows with equal ids show the same image and are positives of each other.
+        image: (B, 3, H, W) uint8 from the loader; float32 and normalised after `Preprocess.normalise`.
         input_ids: (B, L) int64, padded to the longest row of the batch.
-        attention_mask: (B, L) bool, True where there is a token.
+        attention_mask: (B, L) bool, True for tokens, False for padding.
         labels: (B,) int64 class.
-        targets: (B, C) float32 share of each class, where more than one may be true; see `vlp.losses.classification`.
-        answers: to the questions that the texts are.
-        dataset_row: (B,) int64 number of the sample among all samples of the run's sources, from 0: its slot in a bank.
-        views: further views of the same samples (a second crop, a paraphrase, a hard negative, NLVR2's second
-            picture), in the order of the data.
-        keys: B names ``source/number/key`` (the sample's number within its source) for logs and error messages; they never reach a device.
+        targets: (B, C) float32 share of each class, if more than one may be true; see `vlp.losses.classification`.
+        answers: Answers to the texts, which are questions.
+        dataset_row: (B,) int64 number of the sample among all samples of the run's sources, from 0: its row in a memory
+            bank.
+        views: Further views of the same samples (a second crop, a paraphrase, a hard negative, NLVR2's second image), in
+            the order of the data.
+        keys: B names ``source/number/key``, the number within the source, for logs and error messages. They stay on the
+            host.
     """
 
     image_id: Tensor
-    image: Tensor | None = None
-    input_ids: Tensor | None = None
-    attention_mask: Tensor | None = None
-    labels: Tensor | None = None
+    # Typed as present: whoever reads an input has checked in `validate` that the run has it.
+    image: Tensor = None  # type: ignore[assignment]
+    input_ids: Tensor = None  # type: ignore[assignment]
+    attention_mask: Tensor = None  # type: ignore[assignment]
+    labels: Tensor = None  # type: ignore[assignment]
     targets: Tensor | None = None
-    answers: Answers | None = None
-    dataset_row: Tensor | None = None
+    answers: Answers = None  # type: ignore[assignment]
+    dataset_row: Tensor = None  # type: ignore[assignment]
     views: tuple[Batch, ...] = ()
     keys: Sequence[str] = ()
 
@@ -68,9 +71,8 @@ class Batch:
                 return value.to(device, non_blocking=True)
             return value.to(device) if isinstance(value, Answers) else value
 
-        views = tuple(view.to(device) for view in self.views)
-        moved = {f.name: move(getattr(self, f.name)) for f in fields(self)}
-        return Batch(**moved | {"views": views})
+        moved = {name: move(value) for name, value in vars(self).items()}
+        return Batch(**moved | {"views": tuple(view.to(device) for view in self.views)})
 
     def __len__(self) -> int:
         return len(self.image_id)
@@ -78,13 +80,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What masking has to know of a tokenizer.
+    """What masking needs to know about a tokenizer.
 
     Args:
         size: V.
-        mask_id: of ``[MASK]``; None where the tokenizer has none.
-        special: (V,) bool, True for ``[PAD]``, ``[CLS]`` and their like: never masked, never drawn.
-        continues: (V,) bool, True for a piece that goes on with the word of the piece before it (``##ing``).
+        mask_id: Id of ``[MASK]``, or None if the tokenizer has no such token.
+        special: (V,) bool, True for ``[PAD]``, ``[CLS]`` and other special tokens, which are never masked or drawn.
+        continues: (V,) bool, True for a piece that continues the word of the piece before it (``##ing``).
     """
 
     size: int
@@ -101,12 +103,12 @@ class Encoded:
     """One modality after its tower.
 
     Args:
-        tokens: (B, N, D) last hidden states, the pooled token first; that one alone where there are ``inputs``.
-        mask: (B, N) bool, True where there is a token, of ``inputs`` where there are any.
-        embed: (B, E) unit-norm projection.
-        inputs: (B, N, D) tokens before the first layer, which early-fusion models fuse; None elsewhere.
-        vl: the same by a second head; None where there is none.
-        unnormalised: (B, E) the output of the projection head before normalisation; None if the model does not give it.
+        tokens: (B, N, D) last hidden states, the pooled token first. Only the pooled token if there are ``inputs``.
+        mask: (B, N) bool, True for tokens, False for padding; of ``inputs`` if there are any.
+        embed: (B, E) projection of unit norm.
+        inputs: (B, N, D) tokens before the first layer, which early-fusion models fuse. None for other models.
+        vl: The same through a second contrastive head, or None.
+        unnormalised: (B, E) output of the projection head before normalisation, or None if the model does not give it.
     """
 
     tokens: Tensor
@@ -125,12 +127,11 @@ class Encoded:
 
     @property
     def fusible(self) -> Tensor:
-        """(B, N, D) what is fused with the other modality."""
+        """(B, N, D) tokens that are fused with the other modality."""
         return self.tokens if self.inputs is None else self.inputs
 
     def __getitem__(self, rows: Tensor | slice) -> Encoded:
-        parts = {name: part[rows] for name, part in vars(self).items() if part is not None}
-        return Encoded(**parts)
+        return Encoded(**{name: part if part is None else part[rows] for name, part in vars(self).items()})
 
 
 @dataclass
@@ -138,9 +139,9 @@ class MaskedIds:
     """Texts in which some tokens are to be predicted.
 
     Args:
-        input_ids: (B, L) int64 as the model sees them.
+        input_ids: (B, L) int64 that the model reads.
         positions: (M,) int64 of the predicted tokens in the flattened (B * L), ascending.
-        labels: (M,) int64 their true ids, or -100 where a position only fills up to a fixed M; it is 0 then.
+        labels: (M,) int64 true ids. -100 where a position only fills up to a fixed M; that position is 0.
     """
 
     input_ids: Tensor

@@ -152,6 +152,7 @@ class TrainedModel:
 
     def _encode_images(self, images: Sequence[ImageLike]) -> Encoded:
         model = self.eval_model
+        assert model.preprocess is not None  # `_need` has checked that the model encodes images
         size, interpolation = model.preprocess.size, model.preprocess.interpolation
         pixels = (_pixels(image, model.data.max_pixels) for image in images)
         return model.encode_images([model.data.resize(each, size, interpolation) for each in pixels])

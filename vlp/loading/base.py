@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -78,7 +78,9 @@ class LoadedModel:
     reports: dict[str, LoadReport | None] = field(default_factory=dict)
 
 
-def on_device(model: Model, tokenizer, data: Data, *, seed: int = 0, checkpoint: str = "", name: str = "") -> EvalModel:
+def on_device(
+    model: Model, tokenizer: Any, data: Data, *, seed: int = 0, checkpoint: str = "", name: str = ""
+) -> EvalModel:
     """Move a model to this process's device and return it with its tokenizer and data settings.
 
     Raises:
@@ -97,7 +99,7 @@ def on_device(model: Model, tokenizer, data: Data, *, seed: int = 0, checkpoint:
     return EvalModel(model, tokenizer, data, process.device, seed, checkpoint, name)
 
 
-def published(name: str, model: Model, tokenizer, data: Data, files: Sequence[Path]) -> LoadedModel:
+def published(name: str, model: Model, tokenizer: Any, data: Data, files: Sequence[Path]) -> LoadedModel:
     """Return a model with published weights.
 
     Args:

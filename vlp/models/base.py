@@ -55,23 +55,24 @@ class ModelSpec:
     A spec has the fields that its model needs. The attributes below are capabilities that objectives check before
     anything is built. A subclass overrides one with a field, a property or a class attribute.
 
-    ==============  ===================================================================  =======
-    attribute       meaning                                                              default
-    ==============  ===================================================================  =======
-    ``image``       spec of the image tower, or None                                     required
-    ``text``        spec of the text tower, or None                                      required
-    ``towers``      spec of both towers, in place of ``image`` and ``text``              None
-    ``itc``         embeddings of both modalities in one space, with a learned scale     False
-    ``itc_vl``      a second contrastive head, ``head="vl"``                             False
-    ``bias``        initial value of a learned bias of the logits (SigLIP)               None
-    ``itm``         a head for image-text matching                                       False
-    ``mlm``         a head that predicts masked tokens                                   False
-    ``mim``         spec of the targets of masked patches                                None
-    ``classes``     outputs of a classifier                                              None
-    ``assignment``  a head that tells which of several images a text belongs to          False
-    ``decoder``     spec of a text decoder                                               None
-    ``num_images``  images of a sample that the classifier or fusion reads               1
-    ==============  ===================================================================  =======
+    | member | default | meaning |
+    |---|---|---|
+    | ``image`` | required | spec of the image tower, or None |
+    | ``text`` | required | spec of the text tower, or None |
+    | ``towers`` | None | spec of both towers, in place of ``image`` and ``text`` |
+    | ``itc`` | False | embeddings of both modalities in one space, with a learned scale |
+    | ``itc_vl`` | False | a second contrastive head, ``head="vl"`` |
+    | ``bias`` | None | initial value of a learned bias of the logits (SigLIP) |
+    | ``itm`` | False | a head for image-text matching |
+    | ``mlm`` | False | a head that predicts masked tokens |
+    | ``mim`` | None | spec of the targets of masked patches |
+    | ``classes`` | None | number of outputs of a classifier |
+    | ``assignment`` | False | a head that tells which of several images a text belongs to |
+    | ``decoder`` | None | spec of a text decoder |
+    | ``num_images`` | 1 | images of a sample that the classifier or fusion reads |
+    | ``has_image``, ``has_text`` | from the towers | whether there is an image or a text tower |
+    | ``build(load_weights)`` | required | build the `Model` |
+    | ``resolved()`` | required | fill in sizes and normalisation |
     """
 
     image: Any  # a default here would become that of the dataclass's field
@@ -117,46 +118,36 @@ class ModelSpec:
 class Model(nn.Module):
     """Base class of models. A model owns every parameter: towers, projections, heads and learned scalars.
 
-    ===========================  ==========================================================================  ===========
-    member                       meaning                                                                     default
-    ===========================  ==========================================================================  ===========
-    ``image``, ``text``          the towers, each a module or None                                           required
-    ``embed_size``               E                                                                           required
-    ``preprocess``               input format of images, None without an image tower                         required
-    ``reports``                  part of the model -> what loading its weights did, None if it was not       {}
-                                 loaded
-    ``encode_image``             images -> `Encoded`                                                         not offered
-    ``encode_text``              texts -> `Encoded`                                                          not offered
-    ``can_encode(modality)``     whether features of one modality exist independently of the other           has a tower
-    ``can_contrast``             embeddings of both modalities share a space, and ``scale`` exists           False
-    ``scale``, ``bias``          multiplier of cosine similarities; what is added to them, or None           not offered
-    ``vl``                       second contrastive head with a ``scale`` of its own, or None                None
-    ``project``                  images -> what fusion reads of them, computed once for all passes           not offered
-    ``can_match``, ``match``     logits of image-text matching                                               False
-    ``can_attend``,              ``match`` with the cross-attention of one layer in the graph; ``fusion``     False
-    ``match_with_attention``     has ``num_attention_layers`` of them
-    ``fuse_all``                 every state of each text after it has been fused with its image             not offered
-    ``can_predict_tokens``,      logits of masked tokens                                                     False
-    ``masked_text``
-    ``can_predict_patches``,     predictions for masked patches; ``mim`` holds their targets                 False
-    ``masked_image``
-    ``num_classes``,             C, and logits of the classes                                                None
-    ``classify``
-    ``num_images``               images of a sample that ``classify`` and ``assign`` read                    1
-    ``assign``                   logits of which image a text belongs to                                     not offered
-    ``can_answer``, ``answer``,  logits of answers' tokens; the decoder's source for questions               False
-    ``ask``
-    ``can_caption``,             logits of captions' tokens; the decoder's source for images                 False
-    ``caption``, ``describe``
-    ``fuses_inputs``             early fusion: fusing passes read embedded patches and words, and the        False
-                                 encode methods take ``detach``, see `vlp.training.detached`
-    ``heads``                    heads that objectives added, by name                                        empty
-    ``scalars``                  learned scalars for the log                                                 {}
-    ``clamp_scalars``            puts them back within their bounds after an optimizer step                  no-op
-    ``layer_ids``                parameter name -> depth, for layer-wise learning rates                      required
-    ``no_weight_decay``          names of parameters without weight decay, besides those of dimension 1      required
-    ``set_activation_checkpointing``        recomputes activations in the backward pass                                 required
-    ===========================  ==========================================================================  ===========
+    | member | default | meaning |
+    |---|---|---|
+    | ``image``, ``text`` | required | the towers, each a module or None |
+    | ``embed_size`` | required | E |
+    | ``preprocess`` | required | input format of images, None without an image tower |
+    | ``encode_image``, ``encode_text`` | not offered | inputs -> `Encoded` |
+    | ``can_encode(modality)`` | has a tower | whether features of a modality exist independently of the other one |
+    | ``can_contrast`` | False | embeddings of both modalities share a space, and ``scale`` exists |
+    | ``scale``, ``bias`` | not offered, None | multiplier of cosine similarities, and what is added to them |
+    | ``vl`` | None | second contrastive head, with a ``scale`` of its own |
+    | ``embed_text`` | not offered | pooled states of texts -> embeddings |
+    | ``project`` | not offered | encoded images -> what fusion reads of them, computed once for all passes |
+    | ``can_match``, ``match`` | False | logits of image-text matching |
+    | ``can_attend``, ``match_with_attention``, ``num_attention_layers`` | False | ``match`` with cross-attention in the graph |
+    | ``fuse_all`` | not offered | every state of each text after it has been fused with its image |
+    | ``can_predict_tokens``, ``masked_text`` | False | logits of masked tokens |
+    | ``can_predict_patches``, ``masked_image``, ``mim`` | False | predictions of masked patches, and the head with their targets |
+    | ``num_classes``, ``classify``, ``classifier`` | None | C, logits of the classes, and the module that computes them |
+    | ``num_images`` | 1 | images of a sample that ``classify`` and ``assign`` read |
+    | ``assign`` | not offered | logits of which image a text belongs to |
+    | ``can_answer``, ``answer``, ``ask`` | False | logits of the tokens of answers; what the decoder reads of questions |
+    | ``can_caption``, ``caption``, ``describe`` | False | logits of the tokens of captions; what the decoder reads of images |
+    | ``fuses_inputs`` | False | early fusion: fusing passes read embedded patches and words. The encode methods then take ``detach``, see `vlp.training.detached` |
+    | ``heads``, ``add_heads`` | empty | heads that objectives added, by name |
+    | ``reports`` | empty | part of the model -> account of its loaded weights, None if it started at random |
+    | ``scalars()`` | empty | learned scalars for the log |
+    | ``clamp_scalars()`` | does nothing | put learned scalars back within their bounds after an optimizer step |
+    | ``layer_ids()`` | required | depth of each parameter by name, for layer-wise learning rates |
+    | ``no_weight_decay()`` | required | names of parameters without weight decay, besides those of dimension 1 |
+    | ``set_activation_checkpointing(mode)`` | required | recompute activations in the backward pass |
     """
 
     image: Any

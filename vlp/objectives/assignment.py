@@ -6,6 +6,7 @@ B rows of a bundle, M rows among which other images are sampled.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class TextAssignment(Objective):
         images = [torch.where(labels == 0, own, first), torch.stack([first, own, second]).gather(0, labels[None])[0]]
         return torch.stack(images), labels
 
-    def _projected(self, f: Forward, candidates: Gathered, rows: Tensor):
+    def _projected(self, f: Forward, candidates: Gathered, rows: Tensor) -> Any:
         if candidates.is_own_rows:
             return f.projected[rows]
         return f.model.project(gather_encodings(candidates, lambda bundle: bundle.image, rows))

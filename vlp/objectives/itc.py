@@ -76,6 +76,7 @@ class SigmoidContrast(Objective):
             raise UserError("SigmoidContrast needs a model with a learned bias; set model.bias=-10 of a Dual")
 
     def __call__(self, f: Forward) -> Tensor:
+        assert f.model.bias is not None  # validate has checked it
         inputs = (f.image.embed, f.all.text, f.scale, f.model.bias, f.batch.image_id, f.all.image_id)
         if self.tile_rows is None:
             return sigmoid_loss(*inputs)

@@ -1,9 +1,9 @@
 """Random choices of a step: which tokens and which patches are masked.
 
-Every draw comes from torch's generator on the device of its inputs, which the trainer seeds for each step, and nothing
-waits for the device unless it says so.
+Every draw uses torch's generator on the device of its inputs, which the trainer seeds for each step. Nothing causes a
+host-device sync unless its docstring says so.
 
-B texts or pictures, L tokens, V vocabulary, P = h x w patches, M predicted positions.
+B texts or images, L tokens, V vocabulary, P = h x w patches, M predicted positions.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from vlp.types import MaskedIds, Vocabulary
 
 @dataclass(frozen=True)
 class TextMasking:
-    """BERT's corruption (Devlin et al. 2019, sec. 3.1): some tokens are chosen, and of these most become ``[MASK]``.
+    """BERT's corruption: some tokens are chosen, and most of these become ``[MASK]`` (Devlin et al. 2019, sec. 3.1).
 
     Args:
-        probability: share of the tokens that are chosen, specials not counted.
-        unit: "token" = each by itself; "word" = all pieces of a word or none, each word by itself; "span" = runs of whole
-            words (SpanBERT, Joshi et al. 2020, sec. 3.1), replaced alike, until the share of a text, rounded up, is
-            reached, which cuts the last one.
-        mask_share: of the chosen ones, become ``[MASK]``.
-        random_share: of the chosen ones, become another token; the rest stay as they are, and are predicted too.
-        exclude: never chosen: "special" = ``[PAD]``, ``[CLS]``, ``[SEP]`` and their like; "first" = padding and the first
-            token alone, as ALBEF's code has it.
-        random_from: what another token is drawn from, evenly: "words" = all that are not special; "all" = the whole
-            vocabulary, as published by BERT, ALBEF and others.
-        capacity: share of the (B, L) positions, padding counted, that can be predicted. There are exactly so many
-            positions then, most of them of use, and nothing waits for the device; what is chosen beyond is left as it
-            is. None = exactly the chosen ones, for whose number a GPU's host waits once; a CPU loses nothing.
+        probability: Share of the tokens that are chosen, special tokens not counted.
+        unit: "token" chooses tokens independently; "word" all pieces of a word or none, words independently; "span" runs
+            of whole words (SpanBERT, Joshi et al. 2020, sec. 3.1), replaced alike, until the share of a text, rounded up,
+            is reached, which truncates the last span.
+        mask_share: Share of the chosen tokens that become ``[MASK]``.
+        random_share: Share of the chosen tokens that become another token. The rest stay unchanged and are predicted too.
+        exclude: Tokens that are never chosen: "special" excludes ``[PAD]``, ``[CLS]``, ``[SEP]`` and other special tokens,
+            "first" only padding and the first token, as in ALBEF's code.
+        random_from: Tokens that another token is drawn from, evenly: "words" are all that are not special, "all" is the
+            whole vocabulary, as published by BERT, ALBEF and others.
+        capacity: Share of the (B, L) positions, padding included, that can be predicted. The number of positions is then
+            fixed and nothing waits for the device. Chosen tokens beyond it are left unchanged. None predicts exactly the
+            chosen tokens, at the cost of one host-device sync.
     """
 
     probability: float = 0.15
@@ -49,7 +49,7 @@ class TextMasking:
     capacity: float | None = None
 
     def validate(self, name: str) -> None:
-        """Raises UserError, naming the field of ``name``, for shares that cannot be."""
+        """Raise UserError, naming the field of ``name``, for shares out of range."""
         shares = {"probability": self.probability, "mask_share": self.mask_share, "random_share": self.random_share}
         shares |= {"mask_share + random_share": self.mask_share + self.random_share, "capacity": self.capacity or 0}
         for field, share in shares.items():
@@ -63,7 +63,7 @@ class TextMasking:
         vocabulary: Vocabulary,
         generator: torch.Generator | None = None,
     ) -> MaskedIds:
-        """Masks (B, L) int64 ids with their (B, L) bool mask.
+        """Mask (B, L) int64 ids with their (B, L) bool attention mask.
 
         Raises:
             UserError: if the tokenizer has no ``[MASK]``.
@@ -75,25 +75,27 @@ class TextMasking:
         else:
             maskable = attention_mask.clone()
             maskable[:, 0] = False
-        chosen, fate = self._choose(input_ids, maskable, vocabulary, generator)
+        chosen, fate = self._choose(input_ids, maskable, vocabulary, generator)  # (B, L) each
+        size = math.ceil((self.capacity or 1) * input_ids.numel())  # largest M
         if self.capacity is not None:
-            size = math.ceil(self.capacity * input_ids.numel())
             chosen &= (chosen.flatten().cumsum(0) <= size).view_as(chosen)
-        others = self._others(input_ids, vocabulary, generator)
+        others = self._draw_tokens(input_ids, vocabulary, generator)
         masked = input_ids.masked_fill(chosen & (fate < self.mask_share), vocabulary.mask_id)
         is_random = chosen & (fate >= self.mask_share) & (fate < self.mask_share + self.random_share)
         masked = torch.where(is_random, others, masked)
         if self.capacity is None:
-            positions = chosen.flatten().nonzero()[:, 0]
+            positions = chosen.flatten().nonzero()[:, 0]  # (M,)
             return MaskedIds(masked, positions, input_ids.flatten()[positions])
         positions = chosen.flatten().byte().argsort(descending=True, stable=True)[:size]
-        filler = ~chosen.flatten()[positions]
+        filler = ~chosen.flatten()[positions]  # (M,) positions that only fill up
         labels = input_ids.flatten()[positions].masked_fill(filler, IGNORED)
         return MaskedIds(masked, positions.masked_fill(filler, 0), labels)
 
-    def _choose(self, input_ids, maskable, vocabulary, generator) -> tuple[Tensor, Tensor]:
-        """(B, L) bool, which are chosen; (B, L) in [0, 1), what decides on their replacement."""
-        word = (~vocabulary.continues[input_ids]).cumsum(1)  # its number in the text
+    def _choose(
+        self, input_ids: Tensor, maskable: Tensor, vocabulary: Vocabulary, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the (B, L) bool mask of chosen tokens, and (B, L) numbers in [0, 1) that decide on their replacement."""
+        word = (~vocabulary.continues[input_ids]).cumsum(1)  # (B, L) number of the word in the text
         if self.unit == "span":
             return choose_spans(maskable, word, self.probability, generator)
         rows, length = maskable.shape
@@ -103,8 +105,8 @@ class TextMasking:
         chosen = (draws[:, :length] < self.probability) & maskable
         return chosen, torch.rand(rows, length, generator=generator, device=maskable.device)
 
-    def _others(self, input_ids, vocabulary, generator) -> Tensor:
-        """(B, L) ids to put in the place of chosen ones."""
+    def _draw_tokens(self, input_ids: Tensor, vocabulary: Vocabulary, generator: torch.Generator | None) -> Tensor:
+        """Draw (B, L) ids that replace chosen tokens."""
         device = input_ids.device
         if self.random_from == "all":
             return torch.randint(vocabulary.size, input_ids.shape, generator=generator, device=device)
@@ -120,37 +122,40 @@ def choose_spans(
     geometric: float = 0.2,
     longest: int = 10,
 ) -> tuple[Tensor, Tensor]:
-    """Spans of words until ``ceil(probability * n)`` of a text's n maskable tokens are chosen (Joshi et al. 2020).
+    """Choose spans of words until ``ceil(probability * n)`` of a text's n maskable tokens are chosen (Joshi et al. 2020).
 
     A span begins with the word of an evenly drawn token and has l words, ``p(l) ~ (1 - geometric)^(l - 1)`` up to
-    ``longest``: 3.8 on average. A token in an earlier span begins none. The last span is cut where the number is reached,
-    as published. The draws are several times as many as a text needs on average; of very short texts a few get less.
+    ``longest``, 3.8 on average. Tokens of earlier spans begin no span. The last span is truncated at the required number,
+    as published. The number of draws is several times what a text needs on average; a few very short texts get fewer
+    tokens.
 
     Args:
         maskable: (B, L) bool.
         word: (B, L) int64 number of the word that a token belongs to.
 
     Returns:
-        (B, L) bool, which are chosen; (B, L) in [0, 1), equal within a span, for the choice of its replacement.
+        (B, L) bool mask of chosen tokens, and (B, L) numbers in [0, 1), equal within a span, that decide on replacements.
     """
     rows, length = maskable.shape
     device = maskable.device
     rounds = math.ceil(probability * length) + 4
     shares = (1 - geometric) ** torch.arange(longest, device=device)
-    words = torch.multinomial(shares, rows * rounds, True, generator=generator).view(rows, rounds) + 1
-    count = maskable.sum(1, keepdim=True)
-    places = (torch.rand(rows, rounds, generator=generator, device=device) * count).long()  # among the maskable
-    begins = torch.searchsorted(maskable.cumsum(1), places + 1).clamp(max=length - 1)
-    found = torch.full_like(word, rounds)  # the round in which a token was first in a span
+    words = (
+        torch.multinomial(shares, rows * rounds, True, generator=generator).view(rows, rounds) + 1
+    )  # words of a span
+    count = maskable.sum(1, keepdim=True)  # (B, 1)
+    number = (torch.rand(rows, rounds, generator=generator, device=device) * count).long()  # among the maskable tokens
+    begins = torch.searchsorted(maskable.cumsum(1), number + 1).clamp(max=length - 1)  # (B, rounds) positions
+    found = torch.full_like(word, rounds)  # (B, L) round in which a token was first part of a span
     for r in range(rounds):
         begin = begins[:, r : r + 1]
         first, is_free = word.gather(1, begin), found.gather(1, begin) == rounds
         inside = (word >= first) & (word < first + words[:, r : r + 1]) & is_free & maskable
         found = torch.where(inside & (found == rounds), r, found)
-    rank = found * length + torch.arange(length, device=device)
-    budget = (probability * count - 1e-6).ceil().long()  # not one more for 0.15 * 20 = 3.0000001
-    last = rank.sort(1).values.gather(1, (budget - 1).clamp(min=0))
-    chosen = (rank <= last) & (found < rounds) & (budget > 0)
+    order = found * length + torch.arange(length, device=device)  # by round, then from left to right
+    budget = (probability * count - 1e-6).ceil().long()  # 0.15 * 20 = 3.0000001 is 3
+    last = order.sort(1).values.gather(1, (budget - 1).clamp(min=0))
+    chosen = (order <= last) & (found < rounds) & (budget > 0)
     fates = torch.rand(rows, rounds + 1, generator=generator, device=device)
     return chosen, fates.gather(1, found)
 
@@ -165,19 +170,19 @@ def block_masks(
     generator: torch.Generator | None = None,
     rounds: int = 16,
 ) -> Tensor:
-    """Patches to be masked, in blocks (BEiT, Bao et al. 2022, algorithm 1).
+    """Choose patches to mask, in blocks (BEiT, Bao et al. 2022, algorithm 1).
 
-    Blocks of ``min_patches`` to as many patches as are still missing, of an aspect ratio between ``min_aspect`` and its
-    inverse (evenly in the logarithm, as published), are put anywhere until ``share`` of the patches is covered. The
-    algorithm's last block makes the number of masked patches differ between pictures; here it is cut, from below, so
-    that all pictures have exactly ``round(share * P)``, a number that is known without waiting for the device.
+    Blocks have from ``min_patches`` to as many patches as are still missing, and an aspect ratio between ``min_aspect`` and
+    its inverse, evenly in the logarithm, as published. They are placed anywhere until ``share`` of the patches is covered.
+    In the published algorithm, the last block makes the number of masked patches differ between images. Here it is
+    truncated from below, so that every image has exactly ``round(share * P)``, a number that needs no host-device sync.
 
     Args:
         count: B.
         grid: (h, w) patches.
 
     Returns:
-        (B, T) int64, numbers of the patches row by row, ascending.
+        (B, T) int64 numbers of the patches, row by row, ascending.
     """
     height, width = grid
     target = max(1, round(share * height * width))
@@ -187,16 +192,18 @@ def block_masks(
 
     patch = torch.arange(height * width, device=device)
     y, x = patch // width, patch % width
-    found = torch.full((count, height * width), rounds, device=device)  # the round in which a block covered the patch
+    found = torch.full(
+        (count, height * width), rounds, device=device
+    )  # (B, P) round in which a block covered the patch
     for r in range(rounds):
-        missing = target - (found < rounds).sum(1, keepdim=True)
+        missing = target - (found < rounds).sum(1, keepdim=True)  # (B, 1)
         area = min_patches + draw() * (missing - min_patches).clamp(min=0)
         aspect = (math.log(min_aspect) * (2 * draw() - 1)).exp()
         h = (area * aspect).sqrt().round().clamp(1, height)
         w = (area / aspect).sqrt().round().clamp(1, width)
         top, left = (draw() * (height - h + 1)).floor(), (draw() * (width - w + 1)).floor()
-        inside = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)
+        inside = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)  # (B, P)
         found = torch.where(inside & (found == rounds), r, found)
-    # by round, then row by row; should all rounds together cover too little, the rest is taken from the top
+    # By round, then row by row. If all rounds together cover too few patches, the rest is taken from the top.
     order = found * (height * width) + patch
     return order.topk(target, dim=1, largest=False).indices.sort(1).values

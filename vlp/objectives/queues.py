@@ -5,7 +5,8 @@ K rows of a queue, n samples of the data, E embedding.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +16,10 @@ from torch.nn import functional as F
 class QueueLike(Protocol):
     """State that `Objective.init_queue` returns: a `Queue`, a `MemoryBank`, or one of your own."""
 
-    push: Any
-    """Called after the step, in no_grad, with what `Objective.enqueue` returned as keyword arguments."""
+    @property
+    def push(self) -> Callable[..., None]:
+        """Called after the step, without gradients, with what `Objective.enqueue` returned as keyword arguments."""
+        ...
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything that a checkpoint must keep."""

@@ -49,11 +49,12 @@ class SimCse(Objective):
             raise UserError("SimCse has hard_negative but no hard negatives; give a third column, or leave it at 0")
 
     def __call__(self, f: Forward) -> Tensor:
-        queries, num_keys, total = f.text_views[0].embed, len(f.text_views) - 1, len(f.all.image_id)
-        keys = [f.all.gather(lambda bundle, n=n: bundle.text_views[n].embed) for n in range(1, 1 + num_keys)]
-        logits = cosines(queries, torch.cat(keys)) / self.temperature  # (B, num_keys * M)
+        queries, total = f.text_views[0].embed, len(f.all.image_id)
+        # (M, keys, E): the second view, and the hard negatives
+        keys = f.all.gather(lambda bundle: torch.stack([view.embed for view in bundle.text_views[1:]], dim=1))
+        logits = cosines(queries, keys.transpose(0, 1).flatten(0, 1)) / self.temperature  # (B, keys * M)
         rows = torch.arange(len(queries), device=logits.device)
-        for negatives in range(1, num_keys):
+        for negatives in range(1, keys.shape[1]):
             own = (rows, negatives * total + f.all.rows)
             logits = logits.index_put(own, logits.new_tensor(self.hard_negative), accumulate=True)
         ids = F.pad(f.all.image_id, (0, logits.shape[1] - total), value=-1)  # no sentence has the id -1
