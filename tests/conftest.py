@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -59,6 +60,16 @@ def forget_configs():
     sys.path[:] = path
     for name, module in list(sys.modules.items()):
         if isinstance(vars(module).get("__loader__"), ConfigLoader):
+            del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def forget_modules_of_temporary_folders():
+    """Let two tests write modules of one name. Python keeps the first for the whole session."""
+    yield
+    temporary = tempfile.gettempdir()
+    for name, module in list(sys.modules.items()):
+        if str(vars(module).get("__file__")).startswith(temporary):
             del sys.modules[name]
 
 
