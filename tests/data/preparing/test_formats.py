@@ -205,6 +205,14 @@ BAD_ROWS = {  # name -> (content with one bad row and a good one, place of the b
         "annotations[1]",
         r"no image has the id 9",
     ),
+    "coco_id.json": (
+        {
+            "images": [{"id": [2], "file_name": "a.jpg"}, {"id": 1, "file_name": "z.jpg"}],
+            "annotations": [{"image_id": 1, "caption": "good"}],
+        },
+        "images[0]",
+        r"expected COCO's id; its structure differs",
+    ),
     "coco_lacks.json": (
         {
             "images": [{"id": 2}, {"id": 1, "file_name": "z.jpg"}],

@@ -274,23 +274,25 @@ def read_coco(file: Path) -> Iterator[Row]:
     content = read_json(file)
     images, annotations = (_list_of(content, name, file, expected) for name in ("images", "annotations"))
     captions: dict[Any, list[Any]] = {}
+    named: list[tuple[int, dict]] = []  # images with an id
     problems: list[Row] = []
     for number, image in enumerate(images):
         try:
             captions[image["id"]] = []
+            named.append((number, image))
         except (KeyError, TypeError) as e:
             problems.append(Row("", [], f"images[{number}]", problem=f"expected COCO's id; {_lacks(e)}"))
     for number, annotation in enumerate(annotations):
         try:
             captions[annotation["image_id"]].append(annotation["caption"])
         except (KeyError, TypeError) as e:
-            named = isinstance(annotation, dict) and "image_id" in annotation and "caption" in annotation
-            problem = f"no image has the id {annotation['image_id']}" if named else f"expected COCO's; {_lacks(e)}"
+            complete = isinstance(annotation, dict) and "image_id" in annotation and "caption" in annotation
+            expected = "expected COCO's image_id and caption"
+            problem = f"no image has the id {annotation['image_id']}" if complete else f"{expected}; {_lacks(e)}"
             problems.append(Row("", [], f"annotations[{number}]", problem=problem))
-    for number, image in enumerate(images):
-        if isinstance(image, dict) and "id" in image:
-            name = {"image": image["file_name"]} if "file_name" in image else {}
-            yield row_of({**name, "captions": captions[image["id"]], "image_id": image["id"]}, f"images[{number}]")
+    for number, image in named:
+        name = {"image": image["file_name"]} if "file_name" in image else {}
+        yield row_of({**name, "captions": captions[image["id"]], "image_id": image["id"]}, f"images[{number}]")
     yield from problems
 
 
