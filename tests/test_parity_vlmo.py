@@ -17,7 +17,7 @@ from vlp.encoders.mome import Mome
 from vlp.encoders.relative_position import image_index, text_index
 from vlp.models.base import l2_normalize
 from vlp.models.vlmo import Vlmo
-from vlp.models.vlmo_start import start
+from vlp.models.vlmo_start import initialize
 from vlp.objectives import itm
 from vlp.objectives.itc import ImageTextContrast
 from vlp.objectives.itm import ImageTextMatching
@@ -69,7 +69,9 @@ class Published:
             text_dropout=0.0,
         )
         self.model = Vlmo(encoder, temperature_min=None).build()
-        report = start(self.model, self.checkpoint.student, "the weights", {"text": "weights", "vl": "weights"}, None)
+        report = initialize(
+            self.model, self.checkpoint.student, "the weights", {"text": "weights", "vl": "weights"}, None
+        )
         assert not (report.new or report.unexpected or report.resized)
         self.model.to(device, dtype)
         expected = self.expected

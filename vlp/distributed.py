@@ -1,4 +1,4 @@
-"""Processes: start-up with a check that the launcher did what it was asked, and the few collectives that training needs.
+"""The few collectives that training needs.
 
 Every collective is the identity in a single process.
 """
@@ -22,7 +22,7 @@ def rank() -> int:
 
 
 def gather(x: Tensor) -> Tensor:
-    """(B, ...) of each process -> (W * B, ...) of all, in the order of the processes; no gradient."""
+    """Gather (B, ...) rows of each of W processes to (W * B, ...), in the order of the processes, without gradient."""
     if world_size() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -31,7 +31,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """As `gather`; the gradient of a row is summed over all processes and given to the one that it came from."""
+    """Gather rows like `gather`. The gradient of a row is summed over processes and returned to the one that computed it."""
     return x if world_size() == 1 else _Gather.apply(x)
 
 
@@ -49,7 +49,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_objects(x: object) -> list:
-    """The object of every process. It is pickled on the way: for this run's own small records only."""
+    """Return the object of every process. Objects are pickled, so use it only for small records of this run."""
     if world_size() == 1:
         return [x]
     parts: list = [None] * world_size()
@@ -58,7 +58,7 @@ def gather_objects(x: object) -> list:
 
 
 def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
-    """Agrees on a few numbers with one all-reduce."""
+    """Sum a few numbers over all processes with one all-reduce."""
     if world_size() == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -67,7 +67,7 @@ def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
 
 
 def broadcast_from_main(tensors: Iterable[Tensor]) -> None:
-    """Overwrites the tensors of every process with those of the main one."""
+    """Overwrite the tensors of every process with those of the main process."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)

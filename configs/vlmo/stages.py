@@ -20,7 +20,7 @@ from vlp.encoders.patch_targets import Pixels
 from vlp.encoders.text import BertText
 from vlp.models.albef import Albef
 from vlp.models.vlmo import Vlmo
-from vlp.models.vlmo_start import RECOMMENDED
+from vlp.models.vlmo_start import FROZEN_IN_TEXT_STAGE
 from vlp.objectives.classification import Classification
 from vlp.objectives.itc import ImageTextContrast, MomentumContrast
 from vlp.objectives.itm import ImageTextMatching
@@ -98,8 +98,8 @@ def text() -> Experiment:
     """Stage 2: masked language modelling; attention and image experts stay frozen.
 
     Data: 100,000 English captions (Multi30k task 2, without the images of Flickr8k's val and test).
-    Differs: all of the image branch is frozen (`vlp.models.vlmo_start.RECOMMENDED`). The published code also trains the
-        last norm, so that the image branch drifts (`PAPER`). Short texts. The MLM head is tied to the word embeddings.
+    Differs: all of the image branch is frozen (`vlp.models.vlmo_start.FROZEN_IN_TEXT_STAGE`). The published code also trains the
+        last norm, so that the image branch drifts (`FROZEN_IN_TEXT_STAGE_PUBLISHED`). Short texts. The MLM head is tied to the word embeddings.
     Measured: 23.8 % of masked tokens (22.9 to 24.7) for seed 0 of `staged_or_not`; the most frequent token is 12.8 %
         (vlp eval runs/vlmo-small/2-text masked data=../shared/data/flickr8k/captions.jsonl split=val).
     Command: vlp train configs/vlmo/stages.py:text
@@ -127,7 +127,7 @@ def text() -> Experiment:
         ),
         optim=AdamW(lr=1e-3, weight_decay=0.01),
         schedule=Schedule(warmup_steps=30, kind="linear"),
-        train=Training(steps=350, precision="bf16", frozen=RECOMMENDED),
+        train=Training(steps=350, precision="bf16", frozen=FROZEN_IN_TEXT_STAGE),
         save=Saving(every=175, keep=1),
         log=Logging(geometry_every=0),
     )

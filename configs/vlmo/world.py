@@ -24,7 +24,7 @@ from vlp.data.reading.shards import Source
 from vlp.encoders.mome import TINY
 from vlp.encoders.patch_targets import Pixels
 from vlp.models.vlmo import Vlmo
-from vlp.models.vlmo_start import RECOMMENDED
+from vlp.models.vlmo_start import FROZEN_IN_TEXT_STAGE
 from vlp.objectives.classification import Classification
 from vlp.objectives.itc import ImageTextContrast
 from vlp.objectives.itm import ImageTextMatching
@@ -87,7 +87,7 @@ def config() -> Ablation:
         pairs,
         model=replace(bare, encoder=replace(MOME, experts=("image", "text")), mlm=True, text_start="image"),
         objectives={"mlm": MaskedText(masking=MASKING)},
-        train=replace(pairs.train, frozen=RECOMMENDED),
+        train=replace(pairs.train, frozen=FROZEN_IN_TEXT_STAGE),
     )
     questions = Annotated(
         f"{WORLD}/questions.jsonl",

@@ -115,7 +115,7 @@ def test_default_bound_is_clips_hundred_and_none_is_unbounded():
         (replace(ALIGN, embed_size=99), "embed_size 99"),
         (Dual(image=ALIGN.image), "not image"),
         (Dual(), "not none"),
-        (replace(ALIGN, towers=OpenClip("ViT-B-32")), "towers alone"),
+        (replace(ALIGN, towers=OpenClip("ViT-B-32")), "only towers"),
         (Dual(towers=OpenClip("ViT-B-32")), "projection='none'"),
         (replace(ALIGN, temperature=0.0), "above 0"),
         (replace(ALIGN, temperature=None), "set a number"),

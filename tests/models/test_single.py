@@ -135,8 +135,8 @@ def test_the_head_s_output_has_unit_norm_and_the_tokens_are_the_tower_s(head, mo
 
 def test_what_cannot_be_built_is_said():
     for spec, complaint in (
-        (Single(), "exactly one|takes image or text"),
-        (Single(image=VIT, text=BERT), "takes image or text"),
+        (Single(), "exactly one|takes either image or text"),
+        (Single(image=VIT, text=BERT), "takes either image or text"),
         (Single(image=VIT, mlm=True), "mlm is the head of a text tower"),
         (Single(text=BERT, mim=Pixels()), "mlm is the head of a text tower"),
         (Single(image=TimmImage("test_resnet", image_size=64), mim=Pixels()), "needs a ViT"),

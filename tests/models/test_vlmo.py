@@ -117,7 +117,7 @@ def test_images_of_the_pairs_in_order_and_others_are_the_ones_that_are_named():
     found = model.match(projected, text, texts, images)
     torch.testing.assert_close(found[:ROWS], model.match(projected, text))
     torch.testing.assert_close(found[ROWS:], model.match(projected[images], text[torch.tensor([5, 2])]))
-    with pytest.raises(ValueError, match="whole rounds"):
+    with pytest.raises(ValueError, match="give a multiple"):
         model.match(projected, text, torch.arange(3))
 
 
@@ -188,7 +188,7 @@ def test_classifier_sees_each_picture_with_the_text():
     ]
     torch.testing.assert_close(logits, model.classifier(torch.cat(pooled, 1)))
     assert not torch.allclose(model.encoder.image(batch.image, 0), model.encoder.image(batch.image, 1))
-    with pytest.raises(UserError, match="takes 2 images of each sample; the data has 1"):
+    with pytest.raises(UserError, match="reads 2 images of each sample; the data has 1"):
         model.classify(Forward(model, batch))
 
 

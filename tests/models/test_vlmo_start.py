@@ -11,7 +11,7 @@ from vlp.encoders.ragged import RaggedBatch
 from vlp.errors import UserError
 from vlp.forward import StepContext
 from vlp.models.vlmo import Vlmo, VlmoModel
-from vlp.models.vlmo_start import PAPER, RECOMMENDED, start
+from vlp.models.vlmo_start import FROZEN_IN_TEXT_STAGE, FROZEN_IN_TEXT_STAGE_PUBLISHED, initialize
 from vlp.objectives.mlm import MaskedText
 from vlp.optim.groups import parameter_groups, starts_with
 from vlp.optim.optimizers import AdamW, Lamb, Sgd
@@ -44,7 +44,7 @@ def started(spec: Vlmo, before: VlmoModel, **starts: str) -> VlmoModel:
 
 
 def take(model: VlmoModel, before: VlmoModel, **starts: str) -> LoadReport:
-    return start(model, before.state_dict(), "the weights", {"text": "weights", "vl": "weights"} | starts, None)
+    return initialize(model, before.state_dict(), "the weights", {"text": "weights", "vl": "weights"} | starts, None)
 
 
 def expert(model: VlmoModel, name: str, layer: int) -> dict:
@@ -166,7 +166,7 @@ def text_stage(first: VlmoModel, plan: tuple[str, ...], optim=DECAYING) -> VlmoM
 @pytest.mark.parametrize("optim", [DECAYING, Lamb(lr=1e-2), Sgd(lr=1e-2)], ids=["AdamW", "Lamb", "Sgd"])  # fmt: skip
 def test_the_recommended_plan_leaves_the_image_branch_equal_to_the_bit(optim):
     first = randomised(IMAGES)
-    second = text_stage(first, RECOMMENDED, optim)
+    second = text_stage(first, FROZEN_IN_TEXT_STAGE, optim)
     own, before = second.state_dict(), first.state_dict()
     kept = [name for name in before if not name.startswith("mim.")]
     assert "encoder.positions.image" in kept and "encoder.norm.weight" in kept
@@ -179,7 +179,7 @@ def test_the_recommended_plan_leaves_the_image_branch_equal_to_the_bit(optim):
 
 def test_the_published_plan_lets_the_image_branch_drift():
     first = randomised(IMAGES)
-    second = text_stage(first, PAPER)
+    second = text_stage(first, FROZEN_IN_TEXT_STAGE_PUBLISHED)
     own, before = second.state_dict(), first.state_dict()
     drifted = {name for name in before if not name.startswith("mim.") and not torch.equal(own[name], before[name])}
     assert drifted == {"encoder.norm.weight", "encoder.norm.bias"}
@@ -191,7 +191,7 @@ def test_plans_name_parameters_that_there_are_with_either_kind_of_positions():
         names = [
             n for n, _ in replace(TEXTS, encoder=replace(encoder, experts=("image", "text"))).build().named_parameters()
         ]
-        trained = {n for n in names if not any(starts_with(n, prefix) for prefix in RECOMMENDED)}
+        trained = {n for n in names if not any(starts_with(n, prefix) for prefix in FROZEN_IN_TEXT_STAGE)}
         assert all(
             ".experts.text." in n or n.startswith(("encoder.text.", "encoder.positions.text", "mlm.", "words."))
             for n in trained

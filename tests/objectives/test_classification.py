@@ -127,7 +127,7 @@ def test_two_pictures_of_a_text_are_read_in_turn_by_twins():
     torch.testing.assert_close(model.classify(f), expected)
     Classification()(f).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
-    with pytest.raises(ValueError, match="looks at 2 images, and the batch has 1"):
+    with pytest.raises(ValueError, match="attends to 2 images, and the batch has 1"):
         model.classify(Forward(model, batch))
-    with pytest.raises(UserError, match="itm and mlm look at one image"):
+    with pytest.raises(UserError, match="itm and mlm read one image"):
         replace(spec, itm=True).build()

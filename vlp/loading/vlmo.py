@@ -16,7 +16,7 @@ from vlp.encoders.mome import BASE_PLUS, Mome
 from vlp.errors import UserError
 from vlp.loading.base import NO_OPTIONS, LoadedModel, LoadOptions, published
 from vlp.models.vlmo import Vlmo, VlmoModel
-from vlp.models.vlmo_start import start
+from vlp.models.vlmo_start import initialize
 from vlp.weights.vlmo import TEXT_POSITIONS, VlmoCheckpoint, load_vlmo
 
 HEAD_WIDTH = 64  # of base and large
@@ -74,7 +74,7 @@ def build_vlmo(
         temperature_min=None,
     )
     model = spec.build(load_weights=False)
-    model.report = start(model, student, name, {"text": "weights", "vl": "weights"}, None)
+    model.report = initialize(model, student, name, {"text": "weights", "vl": "weights"}, None)
     return model
 
 

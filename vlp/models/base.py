@@ -134,13 +134,13 @@ class Model(nn.Module):
     | ``can_attend``, ``match_with_attention``, ``num_attention_layers`` | False | ``match`` with cross-attention in the graph |
     | ``fuse_all`` | not offered | every state of each text after it has been fused with its image |
     | ``can_predict_tokens``, ``masked_text`` | False | logits of masked tokens |
-    | ``can_predict_patches``, ``masked_image``, ``mim`` | False | predictions of masked patches, and the head with their targets |
+    | ``can_predict_patches``, ``masked_image``, ``mim`` | False | predictions of masked patches; their head |
     | ``num_classes``, ``classify``, ``classifier`` | None | C, logits of the classes, and the module that computes them |
     | ``num_images`` | 1 | images of a sample that ``classify`` and ``assign`` read |
     | ``assign`` | not offered | logits of which image a text belongs to |
     | ``can_answer``, ``answer``, ``ask`` | False | logits of the tokens of answers; what the decoder reads of questions |
     | ``can_caption``, ``caption``, ``describe`` | False | logits of the tokens of captions; what the decoder reads of images |
-    | ``fuses_inputs`` | False | early fusion: fusing passes read embedded patches and words. The encode methods then take ``detach``, see `vlp.training.detached` |
+    | ``fuses_inputs`` | False | early fusion: fusing passes read embedded inputs, and the encode methods take ``detach`` |
     | ``heads``, ``add_heads`` | empty | heads that objectives added, by name |
     | ``reports`` | empty | part of the model -> account of its loaded weights, None if it started at random |
     | ``scalars()`` | empty | learned scalars for the log |
@@ -364,7 +364,7 @@ class Model(nn.Module):
     def no_weight_decay(self) -> set[str]:
         raise NotImplementedError
 
-    def set_activation_checkpointing(self, how: Checkpointing) -> None:
+    def set_activation_checkpointing(self, mode: Checkpointing) -> None:
         raise NotImplementedError
 
 

@@ -28,20 +28,25 @@ from vlp.weights.run import read_run
 
 @dataclass(frozen=True)
 class Dual(ModelSpec):
-    """A dual encoder from an image and a text tower, or from both towers of an open_clip model.
+    """Spec of a dual encoder from an image and a text tower, or from both towers of an open_clip model.
 
     Args:
-        towers: instead of ``image`` and ``text``; brings its own projections, so that ``projection`` is "none".
-        projection: "text-to-image" (ALIGN): a linear layer with bias takes the pooled text to the image tower's width,
-            the image stays; "both" (CLIP): bias-free linear layers take both to ``embed_size``; "none": widths agree.
-        embed_size: E, with projection "both"; None = the image tower's width.
-        temperature: initial value; similarities are divided by it. None = temperature, and bias, of open_clip weights.
-        temperature_form: learned "temperature" as it is (ALIGN), or "logit_scale", log of its inverse (CLIP, SigLIP).
-        temperature_min: smallest value that takes effect; 0.01 is CLIP's largest scale, 100. None = unbounded.
-        temperature_max: largest value that takes effect; None = unbounded.
-        bias: initial value of a learned number that is added to all logits (SigLIP: -10); None = there is none.
-        weights: the folder of a run of a dual encoder of the same sizes, from which all of it starts, projections and
-            scalars too; positions are resized to ``image.image_size``.
+        image: Image tower.
+        text: Text tower.
+        towers: Both towers of an open_clip model, in place of ``image`` and ``text``. They have their own projections, so
+            ``projection`` must be "none".
+        projection: "text-to-image" (ALIGN) projects the pooled text to the width of the image tower with a linear layer
+            with bias. "both" (CLIP) projects both modalities to ``embed_size`` with bias-free linear layers. "none"
+            requires equal widths.
+        embed_size: E, for projection "both". None takes the width of the image tower.
+        temperature: Initial temperature; similarities are divided by it. None takes temperature and bias from open_clip
+            weights.
+        temperature_form: Learn the "temperature" itself (ALIGN), or "logit_scale", the log of its inverse (CLIP, SigLIP).
+        temperature_min: Smallest temperature that takes effect; 0.01 is CLIP's largest scale, 100. None leaves it unbounded.
+        temperature_max: Largest temperature that takes effect. None leaves it unbounded.
+        bias: Initial value of a learned number that is added to all logits (SigLIP: -10). None adds nothing.
+        weights: The folder of a run of a dual encoder of the same sizes. The whole model starts from it, projections and
+            scalars included. Positions are resized to ``image.image_size``.
     """
 
     image: ImageTowerSpec | None = None
@@ -58,29 +63,30 @@ class Dual(ModelSpec):
     itc = True  # without an annotation: a capability, not a field
 
     def resolved(self) -> Dual:
-        """The same model with all sizes and normalisation filled in: `build(load_weights=False)` needs no weights then.
+        """Fill in all sizes and normalisation, so that `build(load_weights=False)` reads no weights.
 
-        A temperature of None stays: it comes from weights, as the trained one will.
+        A temperature of None stays: it is read from weights, later from a checkpoint.
         """
         parts = {"image": self.image, "text": self.text, "towers": self.towers}
         return replace(self, **{name: part and part.resolved() for name, part in parts.items()})
 
     def build(self, load_weights: bool = True) -> DualEncoder:
-        """The model.
+        """Build the model.
 
         Args:
-            load_weights: False = leave the towers random: a checkpoint follows.
+            load_weights: False leaves the towers random, because a checkpoint is loaded afterwards.
 
         Raises:
-            UserError: if the towers, or the sizes, do not go together.
+            UserError: if towers or sizes do not fit together.
         """
-        given = [name for name in ("image", "text", "towers") if getattr(self, name)]
+        towers = {"image": self.image, "text": self.text, "towers": self.towers}
+        given = [name for name, spec in towers.items() if spec]
         if given not in (["image", "text"], ["towers"]):
-            raise UserError(
-                f"a dual encoder takes image and text, or towers alone, not {' and '.join(given) or 'none'}"
-            )
+            raise UserError(f"a dual encoder takes image and text, or only towers, not {' and '.join(given) or 'none'}")
         if self.towers and self.projection != "none":
-            raise UserError(f"open_clip's towers are projected already; set projection='none', not {self.projection!r}")
+            raise UserError(
+                f"open_clip's towers have projections already; set projection='none', not {self.projection!r}"
+            )
         check_temperatures(self.temperature, self.temperature_min, self.temperature_max)
         temperature, bias = self.temperature, self.bias
         part_by_part = load_weights and not self.weights
@@ -92,7 +98,7 @@ class Dual(ModelSpec):
         else:
             image, text = self.image.build(part_by_part), self.text.build(part_by_part)
         if temperature is None and part_by_part:
-            raise UserError("temperature None takes it from open_clip weights, and there are none; set a number")
+            raise UserError("temperature=None reads it from open_clip weights, and there are none; set a number")
         model = DualEncoder(replace(self, temperature=temperature or 1.0, bias=bias), image, text)
         if load_weights and self.weights:
             model.load(read_run(self.weights))
@@ -100,15 +106,15 @@ class Dual(ModelSpec):
 
 
 class DualEncoder(LearnedScale, Model):
-    """Images and texts on one sphere; owns every parameter, the temperature included; losses read `scale` and `bias`.
+    """Two towers whose embeddings share a space. Losses read `scale` and `bias`.
 
     Args:
-        spec: its projection, temperature and bias; the towers are given.
-        image: tower, see `vlp.encoders.base.ImageTower`.
-        text: tower, see `vlp.encoders.base.TextTower`.
+        spec: Projection, temperature and bias.
+        image: Image tower.
+        text: Text tower.
 
     Raises:
-        UserError: if the widths of the towers and ``spec.projection`` do not go together.
+        UserError: if the widths of the towers do not fit ``spec.projection``.
     """
 
     def __init__(self, spec: Dual, image: ImageTower, text: TextTower):
@@ -131,18 +137,16 @@ class DualEncoder(LearnedScale, Model):
         self.report: LoadReport | None = None
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Takes everything from another dual encoder's ``state``; UserError if it is of other sizes."""
+        """Load the state dict of another dual encoder; UserError if the sizes differ."""
         grids = {f"image.{name}": grid for name, grid in self.image.position_grids().items()}
-        self.report = reading.load(self, state, grids=grids)
+        self.report = reading.load(self, state, ignored=("heads",), grids=grids)
 
     @property
     def preprocess(self) -> Preprocess:
-        """What images must look like, which is the image tower's."""
         return self.image.preprocess
 
     @property
     def reports(self) -> dict[str, LoadReport | None]:
-        """What loading their weights did to the parts; None where none were loaded."""
         if self.report is not None:
             return {"model": self.report}
         return {"image": self.image.report, "text": self.text.report}
@@ -153,46 +157,40 @@ class DualEncoder(LearnedScale, Model):
 
     @property
     def bias(self) -> Tensor | None:
-        """(1,) what is added to the logits (SigLIP), or None."""
         return self.logit_bias
 
     def encode_image(self, image: Tensor) -> Encoded:
-        """(B, 3, H, W) float32, normalised as `preprocess` says."""
-        tokens = self.image(image)
+        tokens = self.image(image)  # (B, N, D)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return encoded_by_head(tokens, mask, self.image_projection(tokens[:, 0]))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        """(B, L) int64 and bool, padded on the right."""
-        tokens = self.text(input_ids, attention_mask)
+        tokens = self.text(input_ids, attention_mask)  # (B, N, D)
         return encoded_by_head(tokens, self.text.token_mask(attention_mask), self.text_projection(tokens[:, 0]))
 
     def embed_text(self, pooled: Tensor) -> Tensor:
         return l2_normalize(self.text_projection(pooled))
 
     def layer_ids(self) -> dict[str, int]:
-        """Parameter name to depth, for layer-wise learning rates; projections and scalars are the top.
-
-        The towers end at the same depth, right below the top, and the shallower one starts later.
-        """
+        """Return the depth of each parameter by name: the towers, then projections and scalars at the top."""
         towers = tower_layer_ids(self.image, self.text)
         top = max(towers.values()) + 1
         return {name: towers.get(name, top) for name, _ in self.named_parameters()}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are no weights: what the towers name, and the scalars."""
+        """Return the names of parameters without weight decay: those of the towers, and the scalars."""
         towers = {f"image.{name}" for name in self.image.no_weight_decay()}
         towers |= {f"text.{name}" for name in self.text.no_weight_decay()}
         return towers | {name for name in ("temperature", "logit_scale", "logit_bias") if name in self._parameters}
 
-    def set_activation_checkpointing(self, how: Checkpointing) -> None:
-        """Recompute the towers' activations in the backward instead of keeping them; UserError where one cannot."""
-        self.image.set_activation_checkpointing(how)
-        self.text.set_activation_checkpointing(how)
+    def set_activation_checkpointing(self, mode: Checkpointing) -> None:
+        """Recompute activations in the backward pass; UserError if a tower cannot."""
+        self.image.set_activation_checkpointing(mode)
+        self.text.set_activation_checkpointing(mode)
 
 
 def tower_layer_ids(image: Tower, text: Tower) -> dict[str, int]:
-    """Depth of the parameters of ``image`` and ``text``; both end at the same, and the shallower tower starts later."""
+    """Return the depth of the parameters of two towers. Both end at the same depth; the shallower one starts later."""
     towers = {"image": image.layer_ids(), "text": text.layer_ids()}
     deepest = max(max(ids.values()) for ids in towers.values())
     return {

@@ -1,4 +1,4 @@
-"""One tower with a head: what the single-modality methods train.
+"""One tower with a head, for methods that train a single modality.
 
 B batch, N tokens, L text tokens, D width of the tower, E embedding.
 """
@@ -24,18 +24,20 @@ from vlp.weights.reading import LoadReport
 
 @dataclass(frozen=True)
 class Single(ModelSpec):
-    """An image or a text tower, and what is put on its pooled token for training.
+    """Spec of an image or a text tower with heads.
 
     Args:
-        head: "none"; "linear" (instance discrimination, MoCo v1); "mlp" = linear, ReLU, linear (MoCo v2, SimCLR);
-            "tanh" = linear, tanh, as wide as the tower (SimCSE).
-        head_norm: a BatchNorm behind each linear layer of an "mlp" (SimCLR's published code).
-        hidden_size: of an "mlp"; None = the tower's width.
-        embed_size: E; None = the tower's width.
-        classes: number of outputs of a linear classifier on the pooled token; None = there is none.
-        mlm: a head that predicts masked tokens of the text, tied to the word embeddings; from the folder of the text
-            tower's weights where that has one.
-        mim: what a head predicts of masked patches: a spec of `vlp.encoders.patch_targets`; None = there is none.
+        image: Image tower, or None.
+        text: Text tower, or None.
+        head: Projection head on the pooled token: "none", "linear" (instance discrimination, MoCo v1), "mlp" for linear,
+            ReLU, linear (MoCo v2, SimCLR), "tanh" for linear, tanh, as wide as the tower (SimCSE).
+        head_norm: Add a BatchNorm after each linear layer of an "mlp" (SimCLR's published code).
+        hidden_size: Hidden width of an "mlp". None takes the width of the tower.
+        embed_size: E. None takes the width of the tower.
+        classes: C, outputs of a linear classifier on the pooled token. None builds none.
+        mlm: A head that predicts masked tokens of the text, tied to the word embeddings. It is loaded from the folder of the
+            text tower's weights if that has one.
+        mim: Targets of masked patches: a spec of `vlp.encoders.patch_targets`. None builds no such head.
     """
 
     image: ImageTowerSpec | None = None
@@ -49,20 +51,20 @@ class Single(ModelSpec):
     mim: Any = None
 
     def resolved(self) -> Single:
-        """The same model with all sizes and normalisation filled in: `build(load_weights=False)` needs no weights then."""
+        """Fill in all sizes and normalisation, so that `build(load_weights=False)` reads no weights."""
         return replace(self, image=self.image and self.image.resolved(), text=self.text and self.text.resolved())
 
     def build(self, load_weights: bool = True) -> SingleTower:
-        """The model.
+        """Build the model.
 
         Args:
-            load_weights: False = leave the tower random: a checkpoint follows.
+            load_weights: False leaves the tower random, because a checkpoint is loaded afterwards.
 
         Raises:
-            UserError: unless there is exactly one tower, or where the head cannot have the asked sizes.
+            UserError: unless there is exactly one tower, or if the head cannot have the given sizes.
         """
         if (self.image is None) == (self.text is None):
-            raise UserError("a single tower takes image or text, one of them; vlp.models.dual has both")
+            raise UserError("a single tower takes either image or text; vlp.models.dual takes both")
         if self.head in ("none", "tanh") and self.embed_size is not None:
             raise UserError(f"embed_size needs head='linear' or 'mlp': head={self.head!r} keeps the tower's width")
         if self.head != "mlp" and (self.head_norm or self.hidden_size is not None):
@@ -84,7 +86,7 @@ def _head(spec: Single, width: int) -> nn.Module:
     if spec.head == "tanh":
         return nn.Sequential(nn.Linear(width, width), nn.Tanh())
     if spec.head == "mlp" and spec.head_norm:
-        # a bias in front of a norm does nothing, and the last norm has no shift, as published
+        # a bias before a norm has no effect; the last norm has no shift, as published
         last = nn.BatchNorm1d(embed)
         last.register_parameter("bias", None)
         first = [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
@@ -95,14 +97,14 @@ def _head(spec: Single, width: int) -> nn.Module:
 
 
 class SingleTower(Model):
-    """A tower and its heads; ``image`` or ``text`` is None.
+    """A tower and its heads. Either ``image`` or ``text`` is None.
 
-    `Encoded.tokens` begins with the tower's pooled state, which evaluations use; `Encoded.embed` comes from the head.
+    `Encoded.tokens` begins with the pooled state of the tower, which evaluations read. `Encoded.embed` comes from the head.
 
     Args:
-        spec: of the heads; the tower is given.
-        tower: see `vlp.encoders.base`.
-        load_weights: see `Single.build`.
+        spec: Spec of the heads.
+        tower: Image or text tower.
+        load_weights: Load the weights of heads, see `Single.build`.
     """
 
     def __init__(self, spec: Single, tower: Tower, load_weights: bool = True):
@@ -121,12 +123,10 @@ class SingleTower(Model):
 
     @property
     def preprocess(self) -> Preprocess | None:
-        """What images must look like; None for a text tower."""
         return self.image and self.image.preprocess
 
     @property
     def reports(self) -> dict[str, LoadReport | None]:
-        """What loading its weights did to each part; None where none were loaded."""
         heads = {} if self.mlm is None else {"mlm": self.mlm.report}
         return {"image" if self.text is None else "text": self.tower.report, **heads}
 
@@ -143,67 +143,47 @@ class SingleTower(Model):
         return None if self.classifier is None else self.classifier.out_features
 
     def encode_image(self, image: Tensor) -> Encoded:
-        """(B, 3, H, W) float32, normalised as `preprocess` says."""
-        tokens = self.image(image)
+        tokens = self.image(image)  # (B, N, D)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return encoded_by_head(tokens, mask, self.head(tokens[:, 0]))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        """(B, L) int64 and bool, padded on the right."""
-        tokens = self.text(input_ids, attention_mask)
+        tokens = self.text(input_ids, attention_mask)  # (B, N, D)
         return encoded_by_head(tokens, self.text.token_mask(attention_mask), self.head(tokens[:, 0]))
 
     def classify(self, f: Encodings) -> Tensor:
-        """(B, C) logits of the classes, from the tower's pooled state."""
         return self.classifier((f.image if self.text is None else f.text).tokens[:, 0])
 
     def masked_text(self, f: Encodings, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits of what stood at masked places of the texts of ``f``.
-
-        Args:
-            f: of which the attention mask is taken.
-            input_ids: (B, L) int64, masked.
-            positions: (M,) int64 in the flattened (B * L), of real tokens.
-
-        Returns:
-            (M, V).
-        """
         tokens = self.text(input_ids, f.batch.attention_mask)
-        # behind a pooled token put in front; and a tower may have cut padding that all rows share
-        tokens = tokens[:, self.text.token_mask(f.batch.attention_mask).shape[1] - input_ids.shape[1] :]
+        # Some towers prepend a pooled token. A tower may also drop padding that all rows share.
+        tokens = tokens[:, self.text.token_mask(f.batch.attention_mask).shape[1] - input_ids.shape[1] :]  # (B, <= L, D)
         row, column = positions // input_ids.shape[1], positions % input_ids.shape[1]
         return self.mlm(tokens[row, column], self.text.get_input_embeddings())
 
     def masked_image(self, f: Encodings, positions: Tensor) -> Tensor:
-        """What ``mim.targets`` are predicted to be where patches of the pictures of ``f`` are masked.
-
-        Args:
-            positions: (M,) int64 masked patches, in the flattened (B * P).
-
-        Returns:
-            (M, outputs).
-        """
         height, width = self.mim.grid
         masked = torch.zeros(len(f.batch) * height * width, dtype=torch.bool, device=positions.device)
         masked[positions] = True
-        states = self.image.forward_masked(f.batch.image, masked.view(len(f.batch), -1), self.mim.mask_token)
+        masked = masked.view(len(f.batch), -1)  # (B, P)
+        states = self.image.forward_masked(f.batch.image, masked, self.mim.mask_token)  # (B, P, D)
         return self.mim(states.flatten(0, 1)[positions])
 
     def embed_text(self, pooled: Tensor) -> Tensor:
         return l2_normalize(self.head(pooled))
 
     def layer_ids(self) -> dict[str, int]:
-        """Parameter name to depth, for layer-wise learning rates; the heads are the top."""
+        """Return the depth of each parameter by name: the tower, then the heads at the top."""
         name = "image" if self.text is None else "text"
         ids = {f"{name}.{parameter}": depth for parameter, depth in self.tower.layer_ids().items()}
         top = max(ids.values()) + 1
         return {parameter: ids.get(parameter, top) for parameter, _ in self.named_parameters()}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are no weights: what the tower names."""
+        """Return the names of parameters without weight decay: those of the tower."""
         name = "image" if self.text is None else "text"
         return {f"{name}.{parameter}" for parameter in self.tower.no_weight_decay()}
 
-    def set_activation_checkpointing(self, how: Checkpointing) -> None:
-        """Recompute the tower's activations in the backward instead of keeping them; UserError where it cannot."""
-        self.tower.set_activation_checkpointing(how)
+    def set_activation_checkpointing(self, mode: Checkpointing) -> None:
+        """Recompute activations in the backward pass; UserError if the tower cannot."""
+        self.tower.set_activation_checkpointing(mode)

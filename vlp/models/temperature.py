@@ -1,4 +1,4 @@
-"""The learned scale of similarities, as a part of every model that contrasts images with texts."""
+"""The learned scale of similarities, a part of every model that contrasts images with texts."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ Form = Literal["temperature", "logit_scale"]
 
 
 def check_temperatures(*values: float | None) -> None:
-    """Raises UserError unless all of them, None aside, can divide similarities."""
+    """Raise UserError if a temperature is not above 0. None is accepted."""
     for value in values:
         if value is not None and value <= 0:
             raise UserError(f"a temperature of {value} cannot divide similarities; set one above 0")
 
 
 class LearnedScale(nn.Module):
-    """A model with the learned scalar ``temperature`` (divides) or ``logit_scale`` (log of what multiplies).
+    """A module with a learned ``temperature``, or with its inverse, learned as ``logit_scale`` (a log).
 
-    It has shape (1,): engines refuse 0-dim ones. Losses read `scale`.
+    The parameter has shape (1,), because engines refuse 0-dim parameters. Losses read `scale`.
     """
 
     def add_scale(self, temperature: float, low: float | None, high: float | None, form: Form = "temperature") -> None:
-        """Makes the parameter.
+        """Create the parameter.
 
         Args:
-            temperature: initial value.
-            low: smallest temperature that takes effect; None = unbounded.
-            high: largest.
-            form: of the parameter.
+            temperature: Initial temperature.
+            low: Smallest temperature that takes effect. None leaves it unbounded.
+            high: Largest temperature that takes effect. None leaves it unbounded.
+            form: What is learned.
         """
         self.temperature_form = form
         if form == "temperature":
@@ -45,10 +45,10 @@ class LearnedScale(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """(1,) what multiplies cosine similarities, kept within the bounds.
+        """(1,) multiplier of cosine similarities, clamped to the bounds.
 
-        Beyond a bound the value stops there but the gradient passes, so that an overshooting parameter can come back,
-        and the mean of gradients over processes stays the gradient of the mean.
+        Beyond a bound the value is clamped, but the gradient passes. So a parameter that overshoots can come back, and the
+        mean of gradients over processes is still the gradient of the mean.
         """
         learned = self._learned
         if self.bounds != (None, None):
@@ -56,14 +56,14 @@ class LearnedScale(nn.Module):
         return 1 / learned if self.temperature_form == "temperature" else learned.exp()
 
     def scalars(self) -> dict[str, float]:
-        """For the log."""
+        """Return the temperature for the log."""
         return {"temperature": 1 / float(self.scale.detach())}
 
     @torch.no_grad()
     def clamp_scalars(self) -> None:
-        """Put the learned scalar back within the bounds, after an optimizer step.
+        """Clamp the parameter to the bounds after an optimizer step.
 
-        Without this it would have to come back all the way that it drifted beyond a bound before `scale` changes again.
+        Otherwise it would have to come back all the way that it drifted beyond a bound before `scale` changes again.
         """
         if self.bounds != (None, None):
             self._learned.clamp_(*self.bounds)

@@ -20,41 +20,44 @@ from vlp.encoders.ragged import RaggedBatch
 from vlp.errors import UserError
 from vlp.models.base import Encodings, Modality, Model, ModelSpec, encoded_by_head
 from vlp.models.temperature import LearnedScale, check_temperatures
-from vlp.models.vlmo_start import grid_of_run, start
+from vlp.models.vlmo_start import initialize
 from vlp.specs.fields import setting
 from vlp.types import Encoded
 from vlp.weights.reading import LoadReport
-from vlp.weights.run import is_run
+from vlp.weights.run import is_run, run_spec
 from vlp.weights.vlmo import load_vlmo
 
 
 @dataclass(frozen=True)
 class Vlmo(ModelSpec):
-    """A VLMo for the objectives that it is to be trained with; it has no parameter that none of them uses.
+    """Spec of a VLMo. The model has only the parameters that its objectives use.
 
-    What a single modality goes through depends on them too: with ``itc`` or ``mim``, or without the vision-language
-    expert, all layers with its own expert; otherwise there is nothing that would read it, and it is embedded only.
+    The layers that a single modality passes depend on the objectives too. With ``itc`` or ``mim``, or without the
+    vision-language expert, it passes all layers with its own expert. Otherwise no objective reads its states, and it is only
+    embedded.
 
     Args:
-        encoder: the transformer.
-        itc: projections of the first tokens to ``embed_size``, and the scale of similarities.
-        itc_vl: a second such head, where the top layers are the vision-language experts: objectives with ``head="vl"``.
-        itm: pooler and linear layer on the first token of both: does the text belong to the image?
-        mlm: a head that predicts masked words, of texts with their images, or of texts alone where there are none.
-        mim: what a head predicts of masked patches: a spec of `vlp.encoders.patch_targets`; None = there is none.
-        classes: C of a classifier of pairs; None = there is none.
-        images: of each sample that is classified; NLVR2 has 2, and ``encoder.image_kinds`` too.
-        embed_size: E; None = D, as published.
-        tie_words: the head for words has the matrix of the word embeddings; the published one has its own.
-        temperature: initial value, of both heads; similarities are divided by it, its inverse is learned as a log.
-        temperature_min: smallest value that takes effect; None = unbounded, as in the published code, which lost it.
-        temperature_max: largest.
-        weights: a published checkpoint of VLMo or BEiT, see `vlp.weights.vlmo`, or the folder of a run, from which all
-            that it has starts; positions are resized to ``encoder.image_size``.
-        text_start: of the text experts: the "weights", or copies of the "image" experts there (the paper's stage 2), and then
-            the embeddings of texts may be new.
-        vl_start: of the vision-language experts: the "weights", at "random" (the published stage 3), or copies of the experts
-            of "text" or "image" in the same layers.
+        encoder: The transformer.
+        itc: Projections of the first tokens to ``embed_size``, and the scale of similarities.
+        itc_vl: A second contrastive head, behind the vision-language experts of the top layers, for objectives with
+            ``head="vl"``.
+        itm: Pooler and linear layer on the first token of the pair: does the text belong to the image?
+        mlm: A head that predicts masked tokens of texts with their images, or of texts only if there are no images.
+        mim: Targets of masked patches: a spec of `vlp.encoders.patch_targets`. None builds no such head.
+        classes: C, outputs of a classifier of pairs. None builds none.
+        images: Images of each sample that is classified. NLVR2 has 2, and then ``encoder.image_kinds`` is 2 as well.
+        embed_size: E. None is D, as published.
+        tie_words: Use the matrix of the word embeddings in the head for masked tokens. The published head has its own.
+        temperature: Initial temperature of both heads. Similarities are divided by it; the log of its inverse is learned.
+        temperature_min: Smallest temperature that takes effect. None leaves it unbounded, as in the published code, where
+            the bound has no effect.
+        temperature_max: Largest temperature that takes effect. None leaves it unbounded.
+        weights: A published checkpoint of VLMo or BEiT, see `vlp.weights.vlmo`, or the folder of a run. All parameters
+            that it has start from it. Positions are resized to ``encoder.image_size``.
+        text_start: Start of the text experts: from the "weights", or as copies of the "image" experts there (the paper's
+            stage 2). In the latter case the embeddings of texts may be new.
+        vl_start: Start of the vision-language experts: from the "weights", at "random" (the published stage 3), or as
+            copies of the "text" or "image" experts in the same layers.
     """
 
     encoder: Mome = Mome()
@@ -76,12 +79,12 @@ class Vlmo(ModelSpec):
 
     @property
     def image(self) -> Mome | None:
-        """The encoder, if it takes images: what objectives ask of a spec."""
+        """The spec of the encoder, or None if it does not take images."""
         return self.encoder if "image" in self.encoder.experts else None
 
     @property
     def text(self) -> Mome | None:
-        """The encoder, if it takes texts."""
+        """The spec of the encoder, or None if it does not take texts."""
         return self.encoder if "text" in self.encoder.experts else None
 
     @property
@@ -89,30 +92,30 @@ class Vlmo(ModelSpec):
         return self.images
 
     def resolved(self) -> Vlmo:
-        """The same model with all sizes filled in."""
+        """Fill in all sizes."""
         encoder = self.encoder.resolved()
         return replace(self, encoder=encoder, embed_size=self.embed_size or encoder.width)
 
     def build(self, load_weights: bool = True) -> VlmoModel:
-        """The model.
+        """Build the model.
 
         Args:
-            load_weights: False = leave everything random: a checkpoint follows.
+            load_weights: False leaves everything random, because a checkpoint is loaded afterwards.
 
         Raises:
-            UserError: if heads and experts, or the sizes, do not go together.
+            UserError: if heads and experts, or sizes, do not fit together.
         """
         check_temperatures(self.temperature, self.temperature_min, self.temperature_max)
         both, joint = self.image and self.text, "vl" in self.encoder.experts
-        for name, possible in {
-            "itc": both,
-            "itc_vl": joint and self.itc,
-            "itm": joint,
-            "mlm": self.text,
-            "mim": self.image,
-            "classes": joint,
+        for name, (asked, possible) in {
+            "itc": (self.itc, both),
+            "itc_vl": (self.itc_vl, joint and self.itc),
+            "itm": (self.itm, joint),
+            "mlm": (self.mlm, self.text),
+            "mim": (self.mim, self.image),
+            "classes": (self.classes, joint),
         }.items():
-            if getattr(self, name) and not possible:
+            if asked and not possible:
                 wanted = "model.itc" if joint and name == "itc_vl" else "other experts"
                 raise UserError(
                     f"model.{name} with the experts {', '.join(self.encoder.experts)} needs {wanted}; set model.{name} to "
@@ -122,22 +125,30 @@ class Vlmo(ModelSpec):
             raise UserError(
                 f"images is {self.images}; set encoder.image_kinds to as many, not {self.encoder.image_kinds}"
             )
-        for name in ("text_start", "vl_start"):
-            if not self.weights and getattr(self, name) in ("text", "image"):
+        for name, source in (("text_start", self.text_start), ("vl_start", self.vl_start)):
+            if not self.weights and source in ("text", "image"):
                 raise UserError(
-                    f"model.{name}={getattr(self, name)} copies experts of model.weights, and there are none; name weights or a "
-                    f"run, or set model.{name}=weights to start at random"
+                    f"model.{name}={source} copies experts of model.weights, and there are none; name weights or a run, or "
+                    f"set model.{name}=weights to start at random"
                 )
         model = VlmoModel(self.resolved(), load_weights)
         if load_weights and self.weights:
-            source = grid_of_run(self.weights) if is_run(self.weights) else None
+            grid = _grid_of_run(self.weights) if is_run(self.weights) else None
             starts = {"text": self.text_start, "vl": self.vl_start}
-            model.report = start(model, load_vlmo(self.weights).student, self.weights, starts, source)
+            model.report = initialize(model, load_vlmo(self.weights).student, self.weights, starts, grid)
         return model
 
 
+def _grid_of_run(folder: str) -> tuple[int, int]:
+    """Return the (h, w) patches of the images of a run; UserError if it is not a run of a VLMo."""
+    spec = run_spec(folder)
+    if not isinstance(spec, Vlmo):
+        raise UserError(f"the run {folder} is of another model than VLMo; name one of a VLMo as model.weights")
+    return spec.encoder.grid
+
+
 class ContrastHead(LearnedScale):
-    """Bias-free projections of both modalities, and the scale of their similarities."""
+    """A contrastive head: bias-free projections of both modalities, and the scale of their similarities."""
 
     def __init__(self, spec: Vlmo):
         super().__init__()
@@ -154,7 +165,7 @@ class ContrastHead(LearnedScale):
 
 
 class Classifier(nn.Sequential):
-    """Of the (n, images * D) pooled states of a sample: linear, norm, GELU, linear."""
+    """Classifier of the (n, images * D) pooled states of a sample: linear, norm, GELU, linear."""
 
     def __init__(self, width: int, images: int, classes: int):
         layers = nn.Linear(images * width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, classes)
@@ -165,14 +176,14 @@ class Classifier(nn.Sequential):
 
 
 class VlmoModel(Model):
-    """Images and texts by themselves, and texts beside images; owns every parameter.
+    """One transformer that encodes images, texts, and texts together with images.
 
-    What the objectives call: `encode_image` and `encode_text` for each modality; `project` and `match` for the scores of
-    pairs; `masked_text` and `masked_image` for what is under masks; `classify` for classes of pairs.
+    Objectives call `encode_image` and `encode_text` for each modality, `project` and `match` for pairs, and the heads:
+    `masked_text`, `masked_image` and `classify`.
 
     Args:
-        spec: resolved.
-        load_weights: see `Vlmo.build`.
+        spec: Resolved spec.
+        load_weights: Load the weights of a frozen tokenizer of image patches, if ``mim`` has one.
     """
 
     def __init__(self, spec: Vlmo, load_weights: bool = True):
@@ -204,12 +215,12 @@ class VlmoModel(Model):
 
     @property
     def image(self) -> MomeEncoder | None:
-        """The encoder, if it takes images."""
+        """The encoder, or None if it does not take images."""
         return self.encoder if self.encoder.image is not None else None
 
     @property
     def text(self) -> MomeEncoder | None:
-        """The encoder, if it takes texts."""
+        """The encoder, or None if it does not take texts."""
         return self.encoder if self.encoder.text is not None else None
 
     def can_encode(self, modality: Modality) -> bool:
@@ -245,36 +256,32 @@ class VlmoModel(Model):
 
     @property
     def preprocess(self) -> Preprocess | None:
-        """What images must look like; None where it takes none."""
         return self.image and self.encoder.preprocess
 
     @property
     def reports(self) -> dict[str, LoadReport | None]:
-        """What loading the weights did; None where none were loaded."""
         return {"model": self.report}
 
     @property
     def scale(self) -> Tensor:
-        """(1,) what multiplies the cosine similarities of the first head."""
+        """(1,) multiplier of the cosine similarities of the first head."""
         return self.itc.scale
 
     def scalars(self) -> dict[str, float]:
-        """For the log."""
         heads = {"": self.itc, "_vl": self.vl}
-        return {name + of: value for of, head in heads.items() if head for name, value in head.scalars().items()}
+        return {name + suffix: x for suffix, head in heads.items() if head for name, x in head.scalars().items()}
 
     def clamp_scalars(self) -> None:
-        """Put the temperatures back within the bounds, after an optimizer step."""
         for head in filter(None, (self.itc, self.vl)):
             head.clamp_scalars()
 
     def encode_image(self, image: Tensor, detach: Callable[[Tensor], Tensor] = lambda inputs: inputs) -> Encoded:
-        """(B, 3, H, W) float32, normalised as `preprocess` says.
+        """Encode (B, 3, H, W) float32 images, normalised as `preprocess` says.
 
         Args:
             detach: Applied to the embedded patches before anything reads them, see `vlp.training.detached`.
         """
-        inputs = detach(self.encoder.image(image))
+        inputs = detach(self.encoder.image(image))  # (B, P, D)
         mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         rows = RaggedBatch.of_images(len(inputs), inputs.shape[1], inputs.device)
         return self._encoded(inputs, mask, rows, "image")
@@ -282,14 +289,13 @@ class VlmoModel(Model):
     def encode_text(
         self, input_ids: Tensor, attention_mask: Tensor, detach: Callable[[Tensor], Tensor] = lambda inputs: inputs
     ) -> Encoded:
-        """(A, L) int64 and bool, padded on the right; see `encode_image`."""
-        inputs = detach(self.encoder.text(input_ids))
+        inputs = detach(self.encoder.text(input_ids))  # (A, L, D)
         return self._encoded(inputs, attention_mask, RaggedBatch.of_texts(attention_mask), "text")
 
     def _encoded(self, inputs: Tensor, mask: Tensor, rows: RaggedBatch, modality: Modality) -> Encoded:
-        """Of the last layer the first token alone: nothing reads the others."""
+        """Run the layers on one modality. The last layer computes only the first token, because nothing reads the others."""
         encoder = self.encoder
-        if modality not in encoder.alone:
+        if modality not in encoder.alone:  # only embedded, for fusion
             return encoded_by_head(inputs[:, :1], mask, inputs[:, 0], inputs)
         given = {modality: inputs}
         states, first, depth = encoder.pack(rows, **given), rows.first_tokens(), len(encoder.layers)
@@ -297,13 +303,13 @@ class VlmoModel(Model):
         states = encoder.run_layers(states, rows, 0, fork, joint=False)
 
         def top(joint: bool, head: ContrastHead | None) -> Encoded:
-            pooled = encoder.norm(encoder.run_layers(states, rows, fork, depth, joint, first))
+            pooled = encoder.norm(encoder.run_layers(states, rows, fork, depth, joint, first))  # (B, D)
             return encoded_by_head(pooled[:, None], mask, head.project(pooled, modality) if head else pooled)
 
         return replace(top(False, self.itc), inputs=inputs, vl=top(True, self.vl) if self.vl else None)
 
     def project(self, image: Encoded) -> Tensor:
-        """(B, P, D) what is fused of B images: their patches as they went in."""
+        """Return the (B, P, D) embedded patches of B images, which fusion reads."""
         return image.inputs
 
     def fuse(
@@ -314,48 +320,42 @@ class VlmoModel(Model):
         images: Tensor | None = None,
         at: Tensor | None = None,
     ) -> Tensor:
-        """(n, D) first tokens of pairs, or (M, D) others, after all layers.
+        """Run all layers on pairs of images and texts.
 
         Args:
-            image: (B, P, D), see `project`.
-            texts: (n,) int64 text of each pair; None = each once, n = A.
-            images: (m,) int64 image of the last m pairs; the others go through the B images in order, again and again.
-            at: (M,) int64 in the flattened (n * L), of real tokens; None = the first of each pair.
+            image: (B, P, D) images after `project`.
+            text: A encoded texts.
+            texts: (n,) int64 text of each pair. None takes each text once, n = A.
+            images: (m,) int64 image of the last m pairs. The others go through the B images in order, repeatedly.
+            at: (M,) int64 positions in the flattened (n * L), of real tokens. None takes the first token of each pair.
+
+        Returns:
+            (n, D) first tokens, or (M, D) tokens at the positions.
         """
         inputs, mask = (text.inputs, text.mask) if texts is None else (text.inputs[texts], text.mask[texts])
         drawn = 0 if images is None else len(images)
         if (len(mask) - drawn) % len(image):
             raise ValueError(
-                f"{len(mask) - drawn} texts in the order of {len(image)} images: give whole rounds of them"
+                f"{len(mask) - drawn} texts in the order of {len(image)} images: give a multiple of that many texts"
             )
-        rounds = image.repeat((len(mask) - drawn) // len(image), 1, 1)
-        image = rounds if images is None else torch.cat([rounds, image[images]])
+        rounds = image.repeat((len(mask) - drawn) // len(image), 1, 1)  # (n - m, P, D)
+        image = rounds if images is None else torch.cat([rounds, image[images]])  # (n, P, D)
         rows = RaggedBatch.of_texts(mask, image.shape[1])
         outputs = rows.first_tokens() if at is None else rows.tokens_at(at // mask.shape[1], at % mask.shape[1])
         return self.encoder(rows, inputs, image, joint=True, outputs=outputs)
 
     def match(self, image: Tensor, text: Encoded, texts: Tensor | None = None, images: Tensor | None = None) -> Tensor:
-        """(n, 2) logits of image-text matching, [:, 1] for a pair; arguments as those of `fuse`."""
         return self.itm(self.pooler(self.fuse(image, text, texts, images)))
 
     def masked_text(self, f: Encodings, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits of what stood at masked places of the texts of ``f``, with a look at its images if it has any.
-
-        Args:
-            f: of which the attention mask and the images are taken.
-            input_ids: (B, L) int64, masked.
-            positions: (M,) int64 in the flattened (B * L), of real tokens.
-
-        Returns:
-            (M, V).
-        """
         inputs, mask = self.encoder.text(input_ids), f.batch.attention_mask
         if f.batch.image is not None and self.encoder.joint:
-            states = self.fuse(f.projected, Encoded(inputs, mask, None, inputs), at=positions)
+            text = Encoded(inputs, mask, inputs[:, 0], inputs)  # fusion reads only inputs and mask
+            states = self.fuse(f.projected, text, at=positions)  # (M, D)
         else:
             if "text" not in self.encoder.alone:
                 raise UserError(
-                    "texts without images need text experts in all layers; set model.itc=true, or leave out vl"
+                    "texts without images need text experts in all layers; set model.itc=true, or remove the vl expert"
                 )
             rows, length = RaggedBatch.of_texts(mask), mask.shape[1]
             outputs = rows.tokens_at(positions // length, positions % length)
@@ -363,14 +363,6 @@ class VlmoModel(Model):
         return self.mlm(states, self.encoder.text.words if self.words is None else self.words)
 
     def masked_image(self, f: Encodings, positions: Tensor) -> Tensor:
-        """What ``mim.targets`` are predicted to be where patches of the images of ``f`` are masked.
-
-        Args:
-            positions: (M,) int64 masked patches, in the flattened (B * h * w).
-
-        Returns:
-            (M, outputs).
-        """
         count = self.mim.grid[0] * self.mim.grid[1]
         masked = torch.zeros(len(f.batch) * count, dtype=torch.bool, device=positions.device)
         masked[positions] = True
@@ -380,28 +372,25 @@ class VlmoModel(Model):
         return self.mim(self.encoder(rows, image=inputs, outputs=outputs))
 
     def classify(self, f: Encodings) -> Tensor:
-        """(B, C) logits of the classes of the samples of ``f``: text with each of its images, whose pooled states go side by
-        side into the classifier."""
-        text = f.text
-        pictures = [f.projected]
-        for number, other in enumerate(f.batch.views[: self.images - 1], start=1):
-            pictures.append(self.encoder.image(other.image, number))
-        if len(pictures) < self.images:
-            raise UserError(f"the classifier takes {self.images} images of each sample; the data has {len(pictures)}")
-        pooled = [self.pooler(self.fuse(picture, text)) for picture in pictures]
-        return self.classifier(torch.cat(pooled, -1))
+        """Fuse the text with each image of its sample, and classify the concatenated pooled states: (B, C) logits."""
+        images = [f.projected]
+        for number, view in enumerate(f.batch.views[: self.images - 1], start=1):
+            images.append(self.encoder.image(view.image, number))
+        if len(images) < self.images:
+            raise UserError(f"the classifier reads {self.images} images of each sample; the data has {len(images)}")
+        pooled = [self.pooler(self.fuse(image, f.text)) for image in images]
+        return self.classifier(torch.cat(pooled, -1))  # of (B, images * D)
 
     def layer_ids(self) -> dict[str, int]:
-        """Parameter name to depth, for layer-wise learning rates: encoder, then heads and scalars as the top."""
+        """Return the depth of each parameter by name: the encoder, then heads and scalars at the top."""
         depths = {f"encoder.{name}": depth for name, depth in self.encoder.layer_ids().items()}
         top = max(depths.values()) + 1
         return {name: depths.get(name, top) for name, _ in self.named_parameters()}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are no weights, see the encoder's; the scales too."""
+        """Return the names of parameters without weight decay: those of the encoder, and vectors such as the scales."""
         named = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
         return named | {name for name, p in self.named_parameters() if p.ndim == 1}
 
-    def set_activation_checkpointing(self, how: Checkpointing) -> None:
-        """See `vlp.encoders.activation_checkpointing`."""
-        self.encoder.set_activation_checkpointing(how)
+    def set_activation_checkpointing(self, mode: Checkpointing) -> None:
+        self.encoder.set_activation_checkpointing(mode)

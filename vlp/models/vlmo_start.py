@@ -1,7 +1,7 @@
-"""Where the parts of a VLMo start: in weights, in another expert, or at random - and which of these was meant.
+"""Initial weights of a VLMo: each expert starts from the weights, as a copy of another expert, or at random.
 
-The stages of the paper hand weights on that lack what the next one adds: experts of texts after images, the vision-language
-expert after texts. What is missing without having been declared is an error.
+The weights of one stage lack the experts that the next stage adds: text experts after images, vision-language experts after
+texts. An expert that is missing without being declared is an error.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from vlp.encoders.relative_position import TableGrid
 from vlp.errors import UserError
 from vlp.weights import reading
 from vlp.weights.reading import Grid, LoadReport
-from vlp.weights.run import run_spec
 
-# what weights may lack, since it is new for each purpose
-HEADS = ("itc", "vl", "itm", "pooler", "classifier", "mlm", "words", "mim")
+# parts that weights may lack, because they depend on the objectives
+HEADS = ("itc", "vl", "itm", "pooler", "classifier", "mlm", "words", "mim", "heads")
 PARTS = (*HEADS, "encoder.image", "encoder.text", "encoder.positions")
 EXPERT = re.compile(r"(encoder\.layers\.\d+\.experts)\.(\w+)\.")
 
-# ``train.frozen`` of the stage of texts (Bao et al. 2022, sec. 3.3). The published code trains the texts' own parts and the last
-# norm, which images go through too, so that their branch drifts. It also trains the images' token type and rows of the position
-# table, where no gradient comes: weight decay alone moves them there, and here nothing does.
-PAPER = (
+# ``train.frozen`` of the text stage (Bao et al. 2022, sec. 3.3). The published code trains the parts of the texts and the last
+# norm, which images pass too, so that the image branch drifts. It also trains the token type of images and their rows of the
+# position table. They get no gradient: there only weight decay changes them, here nothing does.
+FROZEN_IN_TEXT_STAGE_PUBLISHED = (
     "encoder.image",
     "encoder.positions.image",
     "encoder.layers.*.norm",
@@ -34,24 +33,27 @@ PAPER = (
     "encoder.layers.*.gamma",
     "encoder.layers.*.experts.image",
 )
-# All that images go through stays as the stage of images left it, to the bit.
-RECOMMENDED = (*PAPER, "encoder.norm")
+# Everything that images pass keeps the weights of the image stage, bit by bit.
+FROZEN_IN_TEXT_STAGE = (*FROZEN_IN_TEXT_STAGE_PUBLISHED, "encoder.norm")
 
 
-def start(
-    model: nn.Module, state: Mapping[str, Tensor], name: str, starts: Mapping[str, str], source: tuple[int, int] | None
+def initialize(
+    model: nn.Module, state: Mapping[str, Tensor], name: str, starts: Mapping[str, str], grid: tuple[int, int] | None
 ) -> LoadReport:
-    """Loads ``state`` into ``model``.
+    """Load ``state`` into a VLMo.
 
     Args:
-        name: of the weights, for messages.
-        starts: expert -> where it starts: in the "weights", at "random", or as a copy of another expert of the same layer.
-        source: (h, w) patches that the weights are of; None = square.
+        model: The `VlmoModel`.
+        state: State dict of the weights.
+        name: Name of the weights, for messages.
+        starts: Expert -> its start: "weights", "random", or the expert of the same layer that it copies.
+        grid: (h, w) patches of the images that the weights were trained with. None takes it as square.
 
     Raises:
-        UserError: if the weights lack an expert, or anything else that is not declared new, or are of other sizes.
+        UserError: if the weights lack an expert, or anything else that is not declared new, or if sizes differ.
     """
-    own, state, new, copied, replaced = model.state_dict(), dict(state), list(HEADS), [], []
+    own, state = model.state_dict(), dict(state)
+    new, copied, replaced = list(HEADS), [], []
     for expert, start in starts.items():
         if start == "weights":
             continue
@@ -75,30 +77,16 @@ def start(
                 f"{name} lacks the {found[2]} expert of {found[1].removesuffix('.experts')}; {CURES[found[2]]}"
             )
     kinds = "encoder.image.kind.weight"
-    if (
-        kinds in state and kinds in own and len(state[kinds]) < len(own[kinds])
-    ):  # as published: further ones like the last
+    if kinds in state and kinds in own and len(state[kinds]) < len(own[kinds]):  # as published: copies of the last one
         last = state[kinds][-1:].expand(len(own[kinds]) - len(state[kinds]), -1)
         state[kinds] = nn.functional.pad(state[kinds], (0, 0, 0, len(last)))
         state[kinds][-len(last) :] = last
     grids = {}
     if model.image is not None:
-        grid = model.encoder.grid
-        grids = {"encoder.image.positions": Grid(grid, 1, source), "encoder.positions.image": TableGrid(grid, source)}
+        size = model.encoder.grid
+        grids = {"encoder.image.positions": Grid(size, 1, grid), "encoder.positions.image": TableGrid(size, grid)}
     report = reading.load(model, state, new=new, ignored=_absent(own, state), grids=grids)
     return replace(report, copied=tuple(copied), replaced=tuple(replaced))
-
-
-def grid_of_run(folder: str) -> tuple[int, int]:
-    """(h, w) patches of the images of a run.
-
-    Raises:
-        UserError: if it is not a run of a VLMo.
-    """
-    encoder = getattr(run_spec(folder), "encoder", None)
-    if encoder is None:
-        raise UserError(f"the run {folder} is of another model than VLMo; name one of a VLMo as model.weights")
-    return encoder.grid
 
 
 CURES = {
@@ -109,7 +97,7 @@ CURES = {
 
 
 def _absent(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> set[str]:
-    """Whole parts and experts that the model is built without."""
+    """Return the parts and experts that the model is built without."""
     experts = {found[0].removesuffix(".") for key in state if (found := EXPERT.match(key))}
     tables = {f"encoder.positions.{part}" for part in ("image", "text", "cross")}
     return {part for part in {*PARTS, *tables, *experts} if not any(f"{key}.".startswith(f"{part}.") for key in own)}

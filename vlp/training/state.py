@@ -1,4 +1,4 @@
-"""What a run carries from step to step besides weights and optimizer: outside the wrapped module, changed after the step.
+"""State of a run besides weights and optimizer. It is outside the wrapped module and changes after the optimizer step.
 
 K rows of a queue, n samples of the data, E embedding.
 """
@@ -15,16 +15,16 @@ from vlp.optim.ema import EMA
 
 @dataclass
 class TrainState:
-    """Counters, averages and memories of a run.
+    """Counters, averages and queues of a run.
 
     Args:
-        step: optimizer steps done.
-        position: samples of the global stream consumed; the whole state of the data.
-        skipped: steps left out because of a non-finite loss.
-        truncated_captions: captions cut at ``data.max_length`` so far, all processes.
-        average: the weights that are evaluated; None where no average is kept.
-        momentum: the momentum encoder; None where no objective has use for one.
-        queues: objective's name -> its queue or bank.
+        step: Optimizer steps done.
+        position: Samples of the global stream consumed, which is the whole state of the data.
+        skipped: Steps skipped because of a non-finite loss or gradient.
+        truncated_captions: Captions truncated at ``data.max_length`` so far, over all processes.
+        average: Averaged weights that are evaluated, or None if the run keeps no average.
+        momentum: The momentum encoder, or None.
+        queues: Name of an objective -> its queue or memory bank.
     """
 
     step: int = 0
@@ -39,15 +39,16 @@ class TrainState:
         return {name: value for name, value in vars(self).items() if isinstance(value, int)}
 
     def files(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint keeps of it, by file."""
+        """Return the tensors that a checkpoint stores, by file."""
         averages = {"average": self.average, "momentum": self.momentum}
         files = {name: average.tensors() for name, average in averages.items() if average}
         if self.queues:
+            # the file keeps its earlier name, so that earlier checkpoints can be read
             files["memory"] = {f"{o}/{name}": t for o, m in self.queues.items() for name, t in m.tensors().items()}
         return files
 
     def load(self, counters: dict, read) -> None:
-        """From a checkpoint's counters and ``read(FILE) -> tensors``."""
+        """Restore the state from the counters of a checkpoint and ``read(FILE) -> tensors``."""
         for name, value in counters.items():
             setattr(self, name, value)
         for name, average in {"average": self.average, "momentum": self.momentum}.items():
