@@ -34,7 +34,7 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def smooth(height: int, width: int) -> np.ndarray:
-    """A picture with a different gradient in every channel, so that every displacement shows."""
+    """A image with a different gradient in every channel, so that every displacement shows."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / 9) + np.cos(y / 7), np.cos((x + y) / 11) * 2, np.sin(x / 5) * np.cos(y / 13) * 2]
     return np.stack([(w * 60 + 128).clip(0, 255) for w in waves], -1).astype(np.uint8)
@@ -96,7 +96,7 @@ def test_crops_of_photos_are_within_2_of_pil():
         assert (mine != expected).mean() < 0.02
 
 
-def test_unknown_interpolation_is_a_users_error():
+def test_unknown_interpolation_raises_user_error():
     with pytest.raises(UserError, match="'lanczos' is unknown; use 'bicubic' or 'bilinear'"):
         Resize()(noise(8, 8), (4, 4), "lanczos")
 
@@ -113,7 +113,7 @@ TRANSFORMS = [
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
-def test_pixels_depend_on_the_generator_alone(transform):
+def test_pixels_depend_only_on_the_generator(transform):
     image = noise(60, 90)
     kept = image.copy()
     outputs = []

@@ -27,7 +27,7 @@ def test_lossless_pixels_are_returned(format, options):
     np.testing.assert_array_equal(decode(encoded(Image.fromarray(pixels), format, **options)), pixels)
 
 
-def test_jpeg_equals_pil_and_can_be_written_to():
+def test_decoded_jpeg_equals_pil_and_is_writable():
     data = encoded(Image.fromarray(noise(40, 50)), "JPEG")
     pixels = decode(data)
     np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
@@ -75,7 +75,7 @@ def test_exif_orientation_is_applied(format, orientation):
     assert (orientation in UPRIGHT) == (orientation > 1)
 
 
-def test_damaged_exif_does_not_matter():
+def test_damaged_exif_leaves_pixels_usable():
     data = encoded(Image.fromarray(noise(8, 8)), "JPEG", exif=b"Exif\0\0no tiff header")
     assert decode(data).shape == (8, 8, 3)
 
@@ -98,7 +98,7 @@ def test_truncated_files_are_bad(format):
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_damage_raises_nothing_but_bad_sample(format):
+def test_damaged_image_raises_only_bad_sample(format):
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(Image.fromarray(noise(32, 32)), format, exif=exif)

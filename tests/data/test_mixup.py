@@ -1,4 +1,4 @@
-"""Mixed pictures are what the definition says, and depend on nothing but the key."""
+"""Mixed images are what the definition says, and depend on nothing but the key."""
 
 from types import SimpleNamespace
 
@@ -33,7 +33,7 @@ def test_cutmix_takes_a_box_of_as_large_a_share_as_the_class():
     assert mixed.targets[0, 1].item() == pytest.approx(foreign[0].float().mean().item(), abs=1e-6)
 
 
-def test_draws_depend_on_the_key_alone_and_leave_numpys_alone():
+def test_draws_depend_only_on_the_key_and_restore_numpys_state():
     np.random.seed(3)
     before = np.random.get_state()[1].copy()
     a, b, c = (Mixup()(batch(), 4, key) for key in ((0, 7), (0, 7), (0, 8)))
@@ -41,7 +41,7 @@ def test_draws_depend_on_the_key_alone_and_leave_numpys_alone():
     assert (np.random.get_state()[1] == before).all()
 
 
-def test_what_cannot_be_mixed_is_refused():
+def test_mixup_refuses_odd_batches_and_missing_labels():
     def experiment(mix=None, classes=4, size=8, accumulation=1):
         return SimpleNamespace(
             model=SimpleNamespace(classes=classes),

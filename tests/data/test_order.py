@@ -29,13 +29,13 @@ def test_epochs_and_seeds_differ_and_repeat():
     assert epoch(a, 1) == epoch(SourceOrder([50, 50], seed=0), 1)
 
 
-def test_a_group_reads_neighbouring_shards_only():
+def test_group_reads_only_neighbouring_shards():
     order = SourceOrder([10] * 20, seed=0, group_samples=50)
     shards = [shard for shard, _ in epoch(order, 0)]
     assert all(len(set(shards[i : i + 50])) == 5 for i in range(0, 200, 50))
 
 
-def test_position_is_found_without_walking_there():
+def test_any_position_is_located_directly():
     order = MixtureOrder([SourceOrder([1000] * 3, 0), SourceOrder([500], 0)], [None, None], 0)
     forwards = [order.locate(p) for p in range(9000)]
     fresh = MixtureOrder([SourceOrder([1000] * 3, 0), SourceOrder([500], 0)], [None, None], 0)
@@ -71,7 +71,7 @@ def test_processes_split_the_same_global_batches(world):
     ]
 
 
-def test_stand_in_comes_from_the_same_source_and_depends_on_the_try():
+def test_replacement_is_from_the_same_source_and_depends_on_the_attempt():
     order = MixtureOrder([SourceOrder([50], 0), SourceOrder([60], 0)], [None, None], 0)
     for position in range(20):
         stand_ins = [order.replacement(position, attempt) for attempt in range(8)]

@@ -30,7 +30,7 @@ PREPROCESS = Preprocess((16, 16), (0.5,) * 3, (0.5,) * 3, "bicubic")
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a worker; of tiny pictures the threads would cost more than they do
+    torch.set_num_threads(1)  # as in a worker; of tiny images the threads would cost more than they do
     yield
     torch.set_num_threads(threads)
 
@@ -93,19 +93,19 @@ def test_every_sample_exactly_once_an_epoch(open_stream):
 
 
 @pytest.mark.parametrize("position", [8, 48, 56, 88])
-def test_start_in_the_middle_is_the_tail_of_the_whole(open_stream, position):
+def test_start_in_the_middle_continues_the_same_stream(open_stream, position):
     whole = load(open_stream(), 0, 96, 8)
     assert_same(whole[position // 8 :], load(open_stream(), position, 96, 8, 2, 1))
 
 
-def test_processes_may_change_on_the_way(open_stream):
+def test_number_of_processes_may_change_during_a_run(open_stream):
     dataset = open_stream()
     parts = [(0, 24, 2), (24, 40, 1), (40, 64, 2), (64, 96, 4)]
     joined = sum((load(dataset, start, stop, 8, n) for start, stop, n in parts), [])
     assert_same(load(dataset, 0, 96, 8), joined)
 
 
-def test_pickled_dataset_goes_on_alike(open_stream):
+def test_pickled_dataset_continues_identically(open_stream):
     dataset = open_stream()
     assert_same(load(dataset, 40, 64, 8), load(pickle.loads(pickle.dumps(dataset)), 40, 64, 8))
 
@@ -118,7 +118,7 @@ def test_seed_changes_order_pixels_and_captions(open_stream):
     assert a[2] != [b[2][i] for i in order]
 
 
-def test_caption_and_pixels_are_drawn_anew_every_epoch(open_stream, world):
+def test_caption_and_pixels_are_drawn_again_every_epoch(open_stream, world):
     batches = load(open_stream(transform=RandomResizedCrop()), 0, 400, 50)  # 8 epochs of 50 samples
     tokenizer = load_tokenizer(str(world / "tokenizer"))
     reader = ShardReader(str(world / "shards"))
@@ -134,7 +134,7 @@ def test_caption_and_pixels_are_drawn_anew_every_epoch(open_stream, world):
 
 
 def test_no_mirror_where_the_caption_says_a_side(tmp_path, open_stream):
-    """Each picture has a caption with a side and one without; only with the second drawn may it be mirrored."""
+    """Each image has a caption with a side and one without; only with the second drawn may it be mirrored."""
     pixels = np.zeros((16, 16, 3), dtype=np.uint8)
     pixels[:, :8] = 255  # bright on the left
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -177,7 +177,7 @@ def test_sources_are_mixed_by_weight_and_run_through_their_own_epochs(tmp_path, 
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
-def test_weight_that_cannot_be_is_one_line(world, open_stream, weight):
+def test_impossible_weight_is_one_line(world, open_stream, weight):
     with pytest.raises(UserError, match="the weight of .* give a positive number"):
         open_stream(Source(str(world / "shards")), Source(str(world / "shards"), weight))
 
@@ -197,7 +197,7 @@ def png(size: tuple[int, int] = (40, 48)) -> bytes:
     return buffer.getvalue()
 
 
-BAD = {  # key -> (picture, json, part of the reason)
+BAD = {  # key -> (image, json, part of the reason)
     "undecodable": (b"GIF89a", {"captions": ["a"]}, "not a JPEG, PNG or WEBP"),
     "truncated": (png()[:900], {"captions": ["a"]}, "undecodable image"),
     "large": (png((200, 100)), {"captions": ["a"]}, "over the limit of 10000"),
@@ -222,7 +222,7 @@ def spoilt(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("processes, workers", [(1, 0), (2, 1), (1, 2)])
-def test_bad_samples_have_stand_ins_and_their_reasons_are_told(spoilt, open_stream, processes, workers):
+def test_bad_samples_are_replaced_and_quarantined_with_a_reason(spoilt, open_stream, processes, workers):
     dataset = open_stream(Source(str(spoilt)))
     assert len(dataset) == 35
     batches = load(dataset, 0, 70, 14, processes, workers)
@@ -240,7 +240,7 @@ def test_bad_samples_have_stand_ins_and_their_reasons_are_told(spoilt, open_stre
         assert BAD[key][2] in bad["reason"]
 
 
-def test_stand_in_after_a_restart_is_the_same(spoilt, open_stream):
+def test_replacement_after_a_restart_is_the_same(spoilt, open_stream):
     whole = load(open_stream(Source(str(spoilt))), 0, 70, 7)
     for start in range(7, 70, 7):
         assert_same(whole[start // 7 :][:1], load(open_stream(Source(str(spoilt))), start, start + 7, 7))
@@ -256,7 +256,7 @@ def test_source_with_nothing_good_stops_in_one_line(tmp_path, open_stream, worke
         load(open_stream(Source(str(tmp_path))), 0, 2, 2, workers=workers)
 
 
-def test_source_without_pictures_is_refused(tmp_path, open_stream):
+def test_source_without_images_is_refused(tmp_path, open_stream):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "0.json", b"{}")
     with pytest.raises(UserError, match="no usable sample"):
@@ -288,7 +288,7 @@ def test_evaluation_sees_every_good_sample_once_in_order(spoilt, processes, work
     samples = [sample for batch, _ in batches for sample in batch]
     reader = ShardReader(str(spoilt))
     everything = [reader.read(*reader.locate(n)) for n in range(35)]
-    undecodable = ("undecodable", "truncated", "large")  # those without a caption still have a picture to classify
+    undecodable = ("undecodable", "truncated", "large")  # those without a caption still have a image to classify
     expected = [s for s in everything if s.key not in undecodable]
     assert [raw for _, raw in samples] == [replace(s, image=None) for s in expected]  # which would stay in memory
     assert sorted(bad["key"] for _, unusable in batches for bad in unusable) == sorted(undecodable)

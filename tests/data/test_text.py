@@ -42,7 +42,7 @@ def test_wordpiece_of_a_small_vocabulary_by_hand(vocabulary):
 
 
 @pytest.mark.parametrize(("sep", "last", "length"), [(True, 3, 6), (False, 9, 6)])
-def test_cut_captions_are_counted_and_keep_their_sep(vocabulary, sep, last, length):
+def test_truncated_captions_are_counted_and_keep_sep(vocabulary, sep, last, length):
     tokenizer = load_tokenizer(str(vocabulary), sep=sep)
     ids, mask, cut = tokenizer(["a dog, running dog dog", "cat"], 6)
     assert ids.shape == (2, 6) and cut == 1 and mask[0].all()
@@ -150,7 +150,7 @@ def test_clean_caption_keeps_so_many_words():
     assert clean_caption("a b-c d e", max_words=3) == "a b c"
 
 
-def test_bad_tokenizers_are_users_errors(tmp_path):
+def test_bad_tokenizer_raises_user_error(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="has neither tokenizer.json nor vocab.txt"):
         load_tokenizer(str(tmp_path / "empty"))
@@ -185,7 +185,7 @@ def test_tokenizer_that_cleans_does_so_before_all_else_and_after_saving(tmp_path
         load_tokenizer("open_clip:ViT-B-32", clean=True)
 
 
-def test_what_is_to_be_generated_is_not_cleaned_and_always_ends(tmp_path):
+def test_texts_to_generate_are_not_cleaned_and_end_with_sep(tmp_path):
     """ALBEF's VQA: a question loses its punctuation, an answer does not; "t-shirt" and "t shirt" are two of the list."""
     answers = ["12:30", "1230", "t-shirt", "t shirt", "4.5", "45", "?"]
     plain = train_tokenizer(answers, 60, min_frequency=1)

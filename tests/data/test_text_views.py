@@ -28,7 +28,7 @@ def repeated(row: list[int], longer: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("length", [1, 2, 3, 6, 10, 20])
 @pytest.mark.parametrize("rate", [0.0, 0.32, 1.0])
-def test_as_many_tokens_as_the_paper_says_are_said_twice_in_place(length, rate):
+def test_number_of_repeated_tokens_is_the_papers(length, rate):
     row = [CLS, *(WORDS + PIECES)[:length], SEP]
     assert len(set(row)) == length + 2
     found = [repeated(row, draw(Repetition(rate), row, seed)) for seed in range(2000)]
@@ -42,7 +42,7 @@ def test_as_many_tokens_as_the_paper_says_are_said_twice_in_place(length, rate):
     assert all(abs(n - mean) < 5 * mean**0.5 for n in places.values())
 
 
-def test_a_word_is_said_twice_with_all_its_pieces():
+def test_repeated_word_keeps_all_its_pieces():
     row = [CLS, WORDS[0], PIECES[0], PIECES[1], WORDS[1], WORDS[2], PIECES[2], SEP]
     units = [row[1:4], row[4:5], row[5:7]]
     expected = {(): row}
@@ -56,7 +56,7 @@ def test_a_word_is_said_twice_with_all_its_pieces():
     assert found == {tuple(each) for each in expected.values()}
 
 
-def test_a_text_of_special_tokens_alone_stays_as_it_is():
+def test_text_of_special_tokens_is_not_repeated():
     for view in (Repetition(), Repetition(unit="word"), Same()):
         assert draw(view, [CLS, SEP], 0) == [CLS, SEP]
         assert draw(view, [CLS], 0) == [CLS]

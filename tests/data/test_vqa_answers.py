@@ -36,7 +36,7 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("answer", KNOWN)
-def test_answer_is_written_as_the_official_code_writes_it(answer):
+def test_normalised_answer_equals_the_official_code(answer):
     assert normalise_answer(answer) == KNOWN[answer]
 
 
@@ -56,7 +56,7 @@ def test_accuracy_is_the_mean_over_nine_of_ten():
     assert accuracy("yes", ["yes"] * 4 + ["no"] * 6) == 1
 
 
-def test_annotators_are_only_changed_where_they_differ_and_only_their_punctuation():
+def test_annotators_lose_punctuation_only_if_they_disagree():
     assert accuracy("two", ["two"] * 10) == 0  # 2 is no two
     assert accuracy("2", ["2."] * 10) == 0
     assert accuracy("2", ["2."] * 9 + ["no"]) == 1

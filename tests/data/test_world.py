@@ -73,7 +73,7 @@ Seen = list[tuple[str, np.ndarray]]
 
 
 def see(image: np.ndarray) -> Seen:
-    """("small red circle", its pixels) of everything in the picture, what is covered too."""
+    """("small red circle", its pixels) of everything in the image, what is covered too."""
     shades, which = np.unique(image @ np.array([65536, 256, 1]), return_inverse=True)
     which = which.reshape(image.shape[:2])
     background = np.bincount(which.ravel()).argmax()
@@ -175,7 +175,7 @@ def test_a_bag_of_words_and_a_histogram_are_the_same_for_both_of_a_minimal_pair(
         assert (own.image != other.image).any()
 
 
-def test_text_alone_is_right_half_of_the_time(pairs):
+def test_text_only_accuracy_is_one_half(pairs):
     """Whatever is said or asked with yes or no of the one is said or asked of the other, with the opposite answer."""
     opposite = {True: False, False: True, "yes": "no", "no": "yes"}
     for own, other in pairs:
@@ -186,7 +186,7 @@ def test_text_alone_is_right_half_of_the_time(pairs):
         assert dict(own.questions) != dict(other.questions)
 
 
-def test_everything_that_can_be_drawn_is(world, pairs):
+def test_all_shapes_colours_and_relations_are_drawn(world, pairs):
     scenes = [s for pair in pairs for s in pair]
     answers = {a for s in scenes for _, a in s.questions}
     assert answers == set(world.answers) and len(set(world.answers)) == len(world.answers)
@@ -221,7 +221,7 @@ def test_all_shapes_of_a_side_have_as_many_pixels(side):
 
 
 @pytest.mark.parametrize("size", [*range(64, 130), 256])
-def test_a_small_shape_has_room_within_every_large_one(size):
+def test_small_shape_fits_into_every_large_one(size):
     def drawn(shape, side):
         cut, canvas = sprite(shape, side), np.zeros((2 * size, 2 * size), bool)
         left, top, right, bottom = cut.box
@@ -248,7 +248,7 @@ def test_a_small_shape_has_room_within_every_large_one(size):
         ({"relations": ("inside",)}, "inside each other"),
     ],
 )
-def test_a_world_that_cannot_be_says_so(fields, complaint):
+def test_impossible_world_is_refused(fields, complaint):
     with pytest.raises(UserError, match=complaint):
         World(**fields)
 
@@ -281,7 +281,7 @@ def test_shards_hold_the_scenes(folder):
                 assert sample.captions == scene.captions
 
 
-def test_noise_swaps_its_share_of_captions_in_train_alone_and_says_so(folder):
+def test_noise_swaps_captions_only_in_train_and_records_it(folder):
     train = samples(folder, "train")
     swapped = {key: s.meta["captions_of"] for key, s in train.items() if s.meta["captions_of"] != key}
     assert len(swapped) == 12 and set(swapped) == set(swapped.values())
@@ -290,7 +290,7 @@ def test_noise_swaps_its_share_of_captions_in_train_alone_and_says_so(folder):
     assert all(s.meta["captions_of"] == key for key, s in samples(folder, "val").items())
 
 
-def test_less_noise_is_part_of_more_and_fewer_scenes_the_first_of_more(folder, tmp_path):
+def test_less_noise_is_a_subset_and_fewer_scenes_are_a_prefix(folder, tmp_path):
     clean = make(tmp_path / "clean", train=20, val=12, seed=5, workers=2)
     some = make(tmp_path / "some", noise=0.1, **SIZES)
 
@@ -308,7 +308,7 @@ def test_less_noise_is_part_of_more_and_fewer_scenes_the_first_of_more(folder, t
 
 
 @pytest.mark.parametrize("name", ["questions", "statements"])
-def test_what_is_asked_belongs_to_the_samples(folder, name):
+def test_questions_and_statements_belong_to_the_samples(folder, name):
     found = {"train": {}, "val": {}}
     for line in lines(folder, name):
         assert set(line) == {"key", "text", "answer", "split"}
@@ -320,7 +320,7 @@ def test_what_is_asked_belongs_to_the_samples(folder, name):
             assert tuple(texts) == getattr(World().scene(5, made[key].meta["number"]), name)
 
 
-def test_train_and_val_share_no_picture_and_captions_of_val_name_one_picture(tmp_path):
+def test_train_and_val_share_no_image_and_val_captions_are_unique(tmp_path):
     # so few different scenes that most are drawn again
     world = World(objects=(2,), colours=("red", "blue", "green"), shapes=("circle", "star"), relations=("above",))
     folder = make(tmp_path / "few", world, train=40, val=12, seed=5)
@@ -337,7 +337,7 @@ def contents(folder: Path) -> dict:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_an_interrupted_folder_is_completed_and_a_complete_one_left_alone(tmp_path, monkeypatch):
+def test_interrupted_folder_is_completed_and_complete_one_unchanged(tmp_path, monkeypatch):
     def make_it(**more):
         return make(tmp_path / "world", **{"train": 20, "val": 4, "noise": 0.5, **more})
 
@@ -415,7 +415,7 @@ SHAPES, ALL_COLOURS = "|".join(OUTLINES), "|".join(COLOURS)
 
 
 def same_in_both(text: str, left: Seen, right: Seen) -> bool:
-    """Whether what the text compares is the same in two pictures, from their pixels."""
+    """Whether what the text compares is the same in two images, from their pixels."""
     if "number of things" in text or "more things" in text:
         return len(left) == len(right)
     values = []
@@ -437,7 +437,7 @@ def larger(tmp_path_factory) -> Path:
     return make(tmp_path_factory.mktemp("made") / "larger", train=400, val=100, seed=5)
 
 
-def test_statements_about_two_pictures_are_true_of_the_pixels(larger):
+def test_statements_about_two_images_are_true_of_the_pixels(larger):
     pictures, found = larger / "pictures", lines(larger, "pairs")
     assert {line["kind"] for line in found} == {"colour", "shape", "place", "number"}
     seen = {}
@@ -449,7 +449,7 @@ def test_statements_about_two_pictures_are_true_of_the_pixels(larger):
         assert line["answer"] is (same == ("same" in line["text"] or "alike" in line["text"])), line
 
 
-def test_neither_a_text_nor_a_text_with_one_picture_decides_about_two(larger):
+def test_text_with_one_image_does_not_decide_about_two(larger):
     found = lines(larger, "pairs")
     assert len({line["answer"] for line in found}) == 2 and all(line["image0"] != line["image1"] for line in found)
     for split in ("train", "val"):
@@ -462,10 +462,10 @@ def test_neither_a_text_nor_a_text_with_one_picture_decides_about_two(larger):
                     answers.setdefault(tuple(line[name] for name in known), []).append(line["answer"])
                 assert all(sum(a) * 2 == len(a) for a in answers.values())
     same = sum("same" in line["text"] or "alike" in line["text"] for line in found) / len(found)
-    assert 0.4 < same < 0.6  # and pictures without their text do not either
+    assert 0.4 < same < 0.6  # and images without their text do not either
 
 
-def test_pictures_compared_by_colour_shape_or_place_have_histograms_that_do_not_tell(larger):
+def test_histograms_do_not_decide_about_two_images(larger):
     """All four of a group: both of two minimal pairs."""
     numbers = {s.key: s.meta["number"] for split in ("train", "val") for s in read_all(larger, split)}
     found = [line for line in lines(larger, "pairs") if line["kind"] != "number"]

@@ -142,7 +142,7 @@ def test_official_file_becomes_lines(name, tmp_path, capsys):
     assert f"{len(expected)} annotations" in capsys.readouterr().out
 
 
-def test_what_was_written_is_read_by_default(tmp_path):
+def test_written_annotations_are_read_with_default_fields(tmp_path):
     out = tmp_path / "out.jsonl"
     main(["data", "annotations", "vqa2", *written(tmp_path, "vqa2", (VQA, SAID)), str(out)])
     sample = Annotated(str(out), answers="answers", classes=("yes", "no")).open().annotation(1)
@@ -188,7 +188,7 @@ def refcoco_files(tmp_path) -> list[str]:
     return [str(tmp_path / name) for name in ("refcoco+_test.json", "refs(unc).p", "instances.json", "dets.json")]
 
 
-def test_boxes_and_proposals_of_refcoco_are_joined_to_its_phrases(tmp_path):
+def test_refcoco_phrases_get_their_boxes_and_proposals(tmp_path):
     files = refcoco_files(tmp_path)
     line = {"image": "train2014/7.jpg", "text": "red one", "ref_id": 5, "split": "testA", "box": [1.5, 2, 3, 4]}
     assert list(convert("refcoco", files[:3])) == [line]
@@ -216,9 +216,7 @@ class Harm:
         (pickle.dumps([{"ref_id": 6}]), "there is no 5"),
     ],
 )
-def test_references_that_would_run_something_or_are_others_are_one_line(
-    content, message, tmp_path, capsys, monkeypatch
-):
+def test_pickles_with_code_or_other_content_are_refused(content, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = refcoco_files(tmp_path)
     Path(files[1]).write_bytes(content)

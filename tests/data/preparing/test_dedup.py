@@ -28,7 +28,7 @@ def bytes_of(image: Image.Image, kind: str = "JPEG", **how) -> bytes:
 
 @pytest.fixture
 def shards(tmp_path):
-    """Twelve pictures; the 6th is the first again, byte by byte, the 8th the second at another size and quality."""
+    """Twelve images; the 6th is the first again, byte by byte, the 8th the second at another size and quality."""
     files = [bytes_of(photo(n), quality=95) for n in range(12)]
     files[5], files[7] = files[0], bytes_of(photo(1).resize((90, 68), Image.Resampling.BICUBIC), quality=70)
     pairs = []
@@ -41,7 +41,7 @@ def shards(tmp_path):
     return tmp_path / "shards"
 
 
-def test_twins_within_shards_are_those_with_the_same_bytes_or_looks(shards):
+def test_duplicates_within_shards_have_equal_bytes_or_looks(shards):
     twins, bad = find_twins(open_collection(str(shards)), workers=2)
     assert bad == 0
     assert [(t.by, t.first.split("/")[1], t.second.split("/")[1]) for t in twins] == [
@@ -50,7 +50,7 @@ def test_twins_within_shards_are_those_with_the_same_bytes_or_looks(shards):
     ]
 
 
-def test_twins_in_another_folder_whatever_its_names(shards, tmp_path):
+def test_duplicates_in_another_folder_are_found_under_any_name(shards, tmp_path):
     held_out = tmp_path / "held out"
     (held_out / "deep").mkdir(parents=True)
     (held_out / "x.jpg").write_bytes((tmp_path / "pictures" / "03.jpg").read_bytes())
@@ -89,7 +89,7 @@ def test_equal_checksums_are_not_enough(tmp_path):
     assert same_bytes(Colliding(sorted(tmp_path.glob("*.png")))) == [(2, 0)]
 
 
-def test_print_survives_another_size_and_encoding_and_not_a_mirror():
+def test_fingerprint_is_invariant_to_size_and_encoding_but_not_mirroring():
     def apart(a, b):
         (bits, colours), (other_bits, other_colours) = print_of(np.array(a)), print_of(np.array(b))
         return (bits != other_bits).sum(), np.abs(colours.astype(int) - other_colours).max()
@@ -102,7 +102,7 @@ def test_print_survives_another_size_and_encoding_and_not_a_mirror():
         assert apart(image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))[0] > 30
 
 
-def test_command_says_what_it_found_and_writes_every_pair(shards, tmp_path, capsys):
+def test_dedup_command_counts_and_writes_every_pair(shards, tmp_path, capsys):
     assert (
         main(["data", "dedup", str(shards), "--output", str(tmp_path / "out" / "twins.jsonl"), "--workers", "1"]) == 1
     )

@@ -50,19 +50,19 @@ def test_base_emoji_ignores_skin_tone_and_presentation():
     assert demo.base_emoji("❤️") == demo.base_emoji("❤") != demo.base_emoji("❤️‍🔥")
 
 
-def test_different_motifs_differ():
+def test_different_motifs_have_different_names():
     motifs = ["🇫🇷", "🇫🇮", "🇫", "🎨", "❤", "🏃", "🚶", "👨", "♀", "♂", "➡", "🦰", "🐻", "🐱", "1️⃣", "2️⃣"]
     assert len({demo.motif(m) for m in motifs}) == len(motifs)
 
 
-def test_no_base_and_no_picture_is_in_both_parts(folder, parts):
+def test_no_base_and_no_image_is_in_both_splits(folder, parts):
     bases = {part: {r["base"] for r in records} for part, records in parts.items()}
     assert bases["train"] and not bases["train"] & bases["val"]
     pixels = Counter((folder / r["image"]).read_bytes() for records in parts.values() for r in records)
     assert set(pixels.values()) == {1}
 
 
-def test_a_caption_of_the_one_part_that_differs_only_in_who_it_is_does_not_appear_in_the_other(parts):
+def test_captions_that_differ_only_in_the_person_are_in_one_split(parts):
     people = {"man", "woman", "person", "men", "women", "people", "boy", "girl", "in", "with", "facing", "right"}
 
     def motif(record):
@@ -116,7 +116,7 @@ def test_the_pairs_can_be_read(folder, parts):
         assert pairs[0].extra == {"emoji": records[0]["emoji"], "base": records[0]["base"]}
 
 
-def test_a_complete_folder_is_left_alone_and_another_is_not_overwritten(folder, tmp_path, monkeypatch):
+def test_complete_folder_is_unchanged_and_foreign_folder_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "render", None)
     assert demo.openmoji_pairs(folder, "motif") == folder
     with pytest.raises(UserError, match="is split by motif"):
@@ -126,7 +126,7 @@ def test_a_complete_folder_is_left_alone_and_another_is_not_overwritten(folder, 
         demo.openmoji_pairs(tmp_path)
 
 
-def test_nothing_half_made_is_left_behind(tmp_path, monkeypatch):
+def test_failed_drawing_leaves_no_folder(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 

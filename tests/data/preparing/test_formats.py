@@ -69,7 +69,7 @@ def test_paths_are_relative_to_the_file_or_the_root(tmp_path):
     assert next(read_pairs(file, image_root="/photos")).image == "/photos/sub/a.jpg"
 
 
-def test_what_else_is_said_goes_to_extra_and_the_place_to_source(tmp_path):
+def test_further_fields_become_extra_and_the_line_becomes_source(tmp_path):
     file = write(tmp_path, "x.csv", "image,caption,photographer,index\na.jpg,A dog,Ann,5\na.jpg,B,Bob,6\n")
     pair = next(read_pairs(file))
     assert pair.extra == {"photographer": "Ann"}  # not index: the shards have one of their own
@@ -272,7 +272,7 @@ def test_spellings_of_a_path_are_one_image(tmp_path):
     ]
 
 
-def test_a_file_named_after_the_split_still_says_its_splits(tmp_path):
+def test_split_column_is_followed_in_a_file_named_after_the_split(tmp_path):
     rows = [GOOD | {"split": "train"}, {"image": "v.jpg", "caption": "x", "split": "val"}]
     file = write(tmp_path, "train.jsonl", "\n".join(map(json.dumps, rows)))
     assert summary(read_pairs(file, split="train")) == [("z.jpg", ("good",), "z")]
@@ -300,14 +300,14 @@ def test_format_is_found_from_the_content(tmp_path, name, content):
     assert summary(read_pairs(write(tmp_path, name, content))) == TWO
 
 
-def test_a_missing_file_and_an_unknown_format_are_users_errors(tmp_path):
+def test_missing_file_and_unknown_format_raise_user_error(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         list(read_pairs(tmp_path / "none.csv"))
     with pytest.raises(UserError, match="there is no format 'xml'; use one of csv, tsv"):
         list(read_pairs(write(tmp_path, "x.csv", ""), format="xml"))
 
 
-def test_the_format_can_be_said(tmp_path):
+def test_format_can_be_given(tmp_path):
     assert summary(read_pairs(write(tmp_path, "captions.data", FILES["cc3m.tsv"]), format="tsv")) == TWO
 
 

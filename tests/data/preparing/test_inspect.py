@@ -37,7 +37,7 @@ def shards(tmp_path) -> Path:
     return tmp_path / "shards"
 
 
-def test_whole_shards_are_whole(shards):
+def test_intact_shards_pass_the_check(shards):
     seen = []
     found = check(str(shards), progress=lambda *a: seen.append(a))
     assert found == Check(shards=3, samples=12, captions=24)
@@ -118,7 +118,7 @@ def test_stats_are_quantiles(tmp_path):
     assert stats(str(tmp_path), grid=None, samples=2)["looked_at"] == 2
 
 
-def test_grid_shows_the_pictures(tmp_path):
+def test_grid_shows_the_images(tmp_path):
     colours = ["red", "lime", "blue", "yellow", "cyan", "magenta", "black"]
     for n, colour in enumerate(colours):
         buffer = io.BytesIO()
@@ -133,7 +133,7 @@ def test_grid_shows_the_pictures(tmp_path):
         assert 0.03 < share < 1 / 7, colour
 
 
-def test_bad_samples_are_passed_over(tmp_path):
+def test_statistics_skip_bad_samples(tmp_path):
     write(
         tmp_path / "a.tar",
         {"0.png": b"x", "0.txt": b"one", "1.png": png(), "1.json": b"{", "2.png": png(), "2.txt": b"two"},

@@ -95,7 +95,7 @@ def test_run_after_a_loss_restores_what_is_lost(pairs, tmp_path, lost):
 # -- interruption
 
 
-def test_killed_run_goes_on_and_ends_as_if_it_had_not_been_killed(tmp_path):
+def test_killed_packing_continues_to_the_same_result(tmp_path):
     """SIGKILL to the command alone: its workers must not live on, and no tar may be seen half-written at any time."""
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
@@ -221,7 +221,7 @@ def test_nothing_usable_is_one_line_and_leaves_no_shard_in_the_way(pairs, tmp_pa
 # -- what goes in
 
 
-def test_bytes_of_pictures_stay_as_they_are(pairs, tmp_path):
+def test_packed_images_keep_their_bytes(pairs, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     files = {}
     for kind in ("JPEG", "WEBP", "PNG", "MPO"):
@@ -238,7 +238,7 @@ def test_bytes_of_pictures_stay_as_they_are(pairs, tmp_path):
         assert decode(data).shape == (20, 30, 3)
 
 
-def test_large_pictures_are_scaled_down_and_small_ones_are_not(tmp_path):
+def test_large_images_are_scaled_down_and_small_ones_are_not(tmp_path):
     for name, size in (("wide", (90, 30)), ("small", (40, 20))):
         Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
     pairs = [Pair(str(tmp_path / f"{n}.png"), ("a",), n) for n in ("wide", "small")]
@@ -250,7 +250,7 @@ def test_large_pictures_are_scaled_down_and_small_ones_are_not(tmp_path):
     assert small.image == (tmp_path / "small.png").read_bytes()
 
 
-def test_captions_of_any_script_survive_and_half_a_surrogate_pair_does_no_harm(pairs, tmp_path):
+def test_captions_of_any_script_are_packed_unchanged_except_half_surrogate_pairs(pairs, tmp_path):
     captions = ("ein Käfer", "一只猫", "\U0001f600 smile", "tab\tand \x00 nul", "half \ud83d pair")
     pack([replace(pairs[0], captions=captions, extra={"index": "x", "note": "\ud83d"})], tmp_path)
     sample = ShardReader(str(tmp_path)).read(0, 0)

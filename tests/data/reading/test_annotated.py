@@ -1,4 +1,4 @@
-"""Annotations: what a line says is what a batch holds, whatever names the fields have and wherever the pictures are."""
+"""Annotations: what a line says is what a batch holds, whatever names the fields have and wherever the images are."""
 
 import json
 import pickle
@@ -59,7 +59,7 @@ def read(source: Annotated) -> list:
     return [reader.read(0, row) for row in range(len(reader))]
 
 
-def test_a_line_is_a_sample_with_its_picture_text_and_answers(asked, folder):
+def test_line_is_a_sample_with_image_text_and_answers(asked, folder):
     samples = read(asked)
     assert [s.captions for s in samples] == [(line["q"],) for line in LINES]
     assert [s.image for s in samples] == [(folder / line["img"]).read_bytes() for line in LINES]
@@ -96,7 +96,7 @@ def test_soft_targets_are_vqas_scores_of_the_number_of_annotators(asked):
 
 
 @pytest.mark.parametrize("form", ["tuple", "txt", "json"])
-def test_label_is_the_place_among_the_classes(folder, tmp_path, form):
+def test_label_is_the_index_of_its_class(folder, tmp_path, form):
     classes = ("contradiction", "neutral", "entailment")
     lines = [{"image": "b.png", "hypothesis": f"h{n}", "label": classes[n % 3]} for n in range(4)]
     file = tmp_path / f"classes.{form}"
@@ -119,7 +119,7 @@ class Model:
         return self
 
 
-def test_pictures_come_from_shards_by_key_or_by_the_path_that_was_packed(asked, folder, tmp_path):
+def test_images_are_read_from_shards_by_key_or_packed_path(asked, folder, tmp_path):
     names = ["a/1.png", "a/2.png", "b.png", "b.webp"]
     captions = write(tmp_path / "captions.jsonl", [{"image": n, "caption": n} for n in names])
     pairs = list(read_pairs(captions, folder))
@@ -144,7 +144,7 @@ BAD = {
 }
 
 
-def test_bad_line_is_left_out_with_its_reason_and_another_takes_its_place(asked, folder, world, tmp_path):
+def test_bad_line_is_quarantined_and_replaced(asked, folder, world, tmp_path):
     good = {"img": "b.png", "q": "?", "a": "red"}
     lines = [good, *BAD.values(), good, good]
     source = replace(asked, path=write(tmp_path / "x.jsonl", lines), images=str(folder), classes=("red", "x"))
@@ -160,7 +160,7 @@ def test_bad_line_is_left_out_with_its_reason_and_another_takes_its_place(asked,
     assert again.batch.keys == loaded.batch.keys[5:]
 
 
-def test_label_that_is_no_class_is_a_bad_sample(folder, tmp_path):
+def test_unknown_label_is_a_bad_sample(folder, tmp_path):
     path = write(tmp_path / "x.jsonl", [{"image": "b.png", "text": "?", "label": "-"}])
     source = Annotated(path, str(folder), label="label", classes=("yes", "no"))
     with pytest.raises(BadSample, match="label '-' is not among yes, no"):
@@ -170,7 +170,7 @@ def test_label_that_is_no_class_is_a_bad_sample(folder, tmp_path):
 
 
 @pytest.mark.parametrize("sep", [True, False])
-def test_batch_has_answers_with_their_questions_and_they_end_in_sep(asked, world, sep):
+def test_answers_of_a_batch_end_with_sep_and_know_their_question(asked, world, sep):
     tokenizer = load_tokenizer(str(world / "tokenizer"), sep)
     source = replace(asked, classes=("yes", "no", "red", "2", "3", "true"))
     batch = TrainDataset((source,), (Resize(),), PREPROCESS, tokenizer, 16, 10_000, 0).__getitems__(range(5)).batch
@@ -188,7 +188,7 @@ def test_batch_has_answers_with_their_questions_and_they_end_in_sep(asked, world
     assert moved.answers.input_ids.is_meta and moved.targets.is_meta
 
 
-def test_second_picture_is_the_next_view(folder, world, tmp_path):
+def test_second_image_is_the_next_view(folder, world, tmp_path):
     lines = [
         {"one": "a/1.png", "two": "a/2.png", "text": "t", "label": "yes"},
         {"one": "b.png", "two": "a/1.png", "text": "t", "label": "no"},
@@ -204,7 +204,7 @@ def test_second_picture_is_the_next_view(folder, world, tmp_path):
     assert batch.labels.tolist() == [(1, 0)[row] for row in order]
 
 
-def test_picture_is_not_mirrored_where_the_answer_has_a_side(folder, world, tmp_path):
+def test_image_is_not_mirrored_if_the_answer_names_a_side(folder, world, tmp_path):
     pixels = np.zeros((10, 10, 3), np.uint8)
     pixels[:, :5] = 255
     Image.fromarray(pixels).save(tmp_path / "half.png")
@@ -218,7 +218,7 @@ def test_picture_is_not_mirrored_where_the_answer_has_a_side(folder, world, tmp_
 
 
 @pytest.mark.parametrize("processes, workers", [(1, 0), (2, 0), (3, 2)])
-def test_evaluation_has_every_line_once_and_every_picture_once(asked, processes, workers):
+def test_evaluation_has_every_line_and_every_image_once(asked, processes, workers):
     dataset = AnnotatedImageDataset(asked.open(), Resize(), PREPROCESS, 10_000)
     found = [
         pictured
@@ -231,14 +231,14 @@ def test_evaluation_has_every_line_once_and_every_picture_once(asked, processes,
     assert sorted(len(p.lines) for p in found) == [1, 2, 2] and all(len(p.images) == 1 for p in found)
 
 
-def test_evaluation_keeps_what_has_no_known_answer_and_names_what_it_leaves_out(asked, folder, tmp_path):
+def test_evaluation_keeps_unknown_answers_and_names_bad_lines(asked, folder, tmp_path):
     source = replace(asked, path=write(tmp_path / "x.jsonl", BAD.values()), images=str(folder), classes=("red",))
     batches = list(evaluation_batches(AnnotatedImageDataset(source.open(), Resize(), PREPROCESS, 10_000), 2, 0))
     kept = [line.source_row for batch, _ in batches for p in batch for line in p.lines]
     assert sorted(kept) == [3, 4] and sorted(int(b["key"]) for _, bad in batches for b in bad) == [1, 2, 3, 6, 7]
 
 
-def test_what_to_evaluate_is_read_as_the_training_was(asked, tmp_path):
+def test_annotations_to_evaluate_take_the_fields_of_training(asked, tmp_path):
     with pytest.raises(UserError, match="nothing to evaluate"):
         to_evaluate((Source("x"), asked), None, None, None)
     assert to_evaluate((Source("x"), asked), None, None, "val") == replace(asked, split="val")

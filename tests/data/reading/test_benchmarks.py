@@ -1,4 +1,4 @@
-"""Public sets of labelled pictures in their own forms."""
+"""Public sets of labelled images in their own forms."""
 
 import json
 import pickle
@@ -16,7 +16,7 @@ RNG = np.random.default_rng(0)
 
 
 def records(count: int, *labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (count, 32, 32, 3), and the file that holds them behind their labels."""
+    """Images (count, 32, 32, 3), and the file that holds them behind their labels."""
     pictures = RNG.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     rows = pictures.transpose(0, 3, 1, 2).reshape(count, -1)
     return pictures, np.concatenate([*(label[:, None] for label in labels), rows], axis=1).astype(np.uint8)

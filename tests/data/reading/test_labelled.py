@@ -1,4 +1,4 @@
-"""Folders of pictures with classes, in both forms, and every way in which they can be wrong."""
+"""Folders of images with classes, in both forms, and every way in which they can be wrong."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_folders_that_are_numbers_are_classes_in_the_order_of_the_numbers(tmp_pa
     assert classes == ["0", "1", "2", "10"] and {p.parent.name: n for p, n in pictures}["10"] == 3
 
 
-def test_both_splits_number_a_class_alike_though_one_lacks_some(tmp_path):
+def test_class_numbers_are_the_same_in_both_splits(tmp_path):
     """Two labels of one name stay two classes (ImageNet has two cranes)."""
     rows = [("a", 1, "crane", "train"), ("b", 2, "crane", "train"), ("c", 3, "dog", "train"), ("d", 2, "crane", "val")]
     train, test, classes = read_train_and_test(write_labels(tmp_path, rows), "train", "val")
@@ -101,7 +101,7 @@ def test_folder_that_is_neither_form(tmp_path):
         read_labelled(tmp_path, "val")
 
 
-def test_pictures_are_resized_and_the_broken_ones_named(tmp_path):
+def test_labelled_images_are_resized_and_broken_ones_named(tmp_path):
     for n, name in enumerate(NAMES[:3]):
         picture(tmp_path / f"{n}.png", name)
     (tmp_path / "1.png").write_bytes(b"no picture")

@@ -28,7 +28,7 @@ def texts(source) -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("last", [True, False])
-def test_a_sentence_a_line(tmp_path, end, last):
+def test_txt_has_one_sentence_per_line(tmp_path, end, last):
     lines = end.join(row[0] for row in ROWS) + (end if last else "")
     source = written(tmp_path / "x.txt", lines)
     assert texts(source) == [(row[0],) for row in ROWS]
@@ -64,7 +64,7 @@ def test_equal_sentences_have_an_equal_index_and_others_do_not(tmp_path):
     assert index[0] == index[2] != index[1] and all(0 <= n < 2**63 for n in index)
 
 
-def test_a_line_that_cannot_be_used_is_bad_and_the_others_stay(tmp_path):
+def test_unusable_line_is_a_bad_sample_and_others_are_read(tmp_path):
     source = written(tmp_path / "x.tsv", "a\tb\nx\ty\nonly\n\tempty\nx\tz\n", columns=("a",), label="b", classes=("y",))
     reader = source.open()
     assert reader.read(0, 0).label == 0
@@ -78,7 +78,7 @@ def test_a_line_that_cannot_be_used_is_bad_and_the_others_stay(tmp_path):
             jsonl.read(0, row)
 
 
-def test_what_is_no_table_of_these_columns_is_said_in_one_line(tmp_path):
+def test_table_without_the_columns_is_refused_in_one_line(tmp_path):
     for name, how, message in [
         ("x.tsv", {"columns": ("c",)}, "a header with the column 'c'; found 'a', 'b', separated by tabs"),
         ("x.tsv", {}, "name the columns"),

@@ -171,7 +171,7 @@ def test_json_of_no_sample_is_a_bad_sample(tmp_path, text):
         ShardReader(str(tmp_path)).read(0, 0)
 
 
-def test_samples_have_the_same_image_id_if_and_only_if_their_image_is_the_same(tmp_path):
+def test_image_id_is_equal_if_and_only_if_the_image_is(tmp_path):
     for n in range(3):  # all count from 0; the last shows the first image again
         write_tar(tmp_path / f"{n}.tar", [("0.png", picture(n % 2)), ("0.json", b'{"caption": "a", "index": 0}')])
     reader = ShardReader(str(tmp_path))
@@ -202,7 +202,7 @@ def test_threads_that_open_a_shard_at_once_all_read_it(tmp_path, monkeypatch):
     assert keys == [raw.key for raw in (reader.read(0, row) for row in (0, 1))]
 
 
-def test_place_passes_over_empty_shards(tmp_path):
+def test_locate_skips_empty_shards(tmp_path):
     for n, samples in enumerate((0, 2, 0, 0, 1, 0)):
         small_shard(tmp_path / f"{n}.tar", samples)
     reader = ShardReader(str(tmp_path))
@@ -229,7 +229,7 @@ def test_read_only_folder_keeps_its_index_in_the_cache(tmp_path, cache, monkeypa
     assert contents(ShardReader(str(tmp_path))) == first
 
 
-def test_index_that_cannot_be_kept_anywhere_is_one_line(tmp_path, monkeypatch):
+def test_index_that_cannot_be_saved_is_one_line(tmp_path, monkeypatch):
     small_shard(tmp_path / "a.tar")
 
     def refuse(self, path):
@@ -464,7 +464,7 @@ def test_shard_that_the_manifest_names_and_is_gone_is_named(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"x" * 100, b"x" * 5000, picture(0), b"\x1f\x8b" + b"0" * 5000, b"\0" * (1 << 21)]
 )
-def test_what_is_no_tar_is_named(tmp_path, content):
+def test_file_that_is_not_a_tar_is_named(tmp_path, content):
     (tmp_path / "a.tar").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.tar"):
         ShardReader(str(tmp_path))
@@ -478,7 +478,7 @@ def test_download_into_zeros_that_broke_off_is_named(tmp_path):
         ShardReader(str(tmp_path))
 
 
-def test_fifo_folder_or_dead_link_in_the_place_of_a_shard_is_named(tmp_path):
+def test_fifo_folder_or_dead_link_in_place_of_a_shard_is_named(tmp_path):
     for n, make in enumerate((os.mkfifo, os.mkdir, lambda p: os.symlink("nowhere", p))):
         (tmp_path / str(n)).mkdir()
         make(tmp_path / str(n) / "a.tar")
@@ -572,7 +572,7 @@ def test_nothing_in_a_shard_is_unpickled_or_run(tmp_path):
         "py": f"import os; os.mkdir({str(canary)!r})".encode(),
     }
     members = [("0.png", picture(0)), ("0.txt", b"a caption")] + [(f"0.{e}", d) for e, d in extensions.items()]
-    members += [(f"1.{e}", d) for e, d in extensions.items()]  # without a picture
+    members += [(f"1.{e}", d) for e, d in extensions.items()]  # without a image
     members += [("2.png", payload), ("2.txt", b"a caption"), ("3.png", picture(3)), ("3.json", payload)]
     write_tar(tmp_path / "a.tar", members)
     reader = ShardReader(str(tmp_path))
