@@ -17,42 +17,25 @@ Command: vlp data annotations snli-ve snli_ve_train.jsonl annotations/snli_ve_tr
     vlp eval runs/albef-snli-ve classification data=annotations/snli_ve_dev.jsonl
 """
 
+from dataclasses import replace
+
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import RandAugment, RandomResizedCrop, Resize
 from vlp.data.reading.annotated import Annotated
-from vlp.encoders.fusion import Fusion
-from vlp.encoders.image import TimmImage
-from vlp.encoders.text import BertText
-from vlp.models.albef import Albef
+from vlp.models.albef import BASE
 from vlp.objectives.classification import Classification
 from vlp.optim.ema import MomentumConfig
 from vlp.optim.optimizers import AdamW
 from vlp.optim.schedule import Schedule
 from vlp.tasks.pair_classification import PairClassification
 
-SIZES = {
-    "model_type": "bert",
-    "vocab_size": 30_522,
-    "hidden_size": 768,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-}
-
 
 def config() -> Experiment:
     """SNLI-VE, as published."""
     return Experiment(
         name="albef-snli-ve",
-        model=Albef(
-            image=TimmImage(
-                "deit_base_patch16_224",
-                image_size=384,
-                mean=(0.48145466, 0.4578275, 0.40821073),
-                std=(0.26862954, 0.26130258, 0.27577711),
-            ),
-            text=BertText(config=SIZES, dropout=0.1),
-            fusion=Fusion(layers=6, heads=12, hidden_size=3072, dropout=0.1, eps=1e-12),
+        model=replace(
+            BASE,
             itc=False,
             itm=False,
             mlm=False,

