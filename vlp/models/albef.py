@@ -231,14 +231,6 @@ class AlbefModel(LearnedScale, Model):
         return 0 if self.fusion is None else len(self.fusion.layers)
 
     @property
-    def can_predict_tokens(self) -> bool:
-        return self.mlm is not None
-
-    @property
-    def num_classes(self) -> int | None:
-        return None if self.classifier is None else self.classifier[-1].out_features
-
-    @property
     def num_images(self) -> int:
         return 1 if self.fusion is None else self.fusion.images
 

@@ -133,8 +133,8 @@ class Model(nn.Module):
     | ``can_match``, ``match`` | False | logits of image-text matching |
     | ``can_attend``, ``match_with_attention``, ``num_attention_layers`` | False | ``match`` with cross-attention in the graph |
     | ``fuse_all`` | not offered | every state of each text after it has been fused with its image |
-    | ``can_predict_tokens``, ``masked_text`` | False | logits of masked tokens |
-    | ``can_predict_patches``, ``masked_image``, ``mim`` | False | predictions of masked patches; their head |
+    | ``can_predict_tokens``, ``masked_text``, ``mlm`` | False | logits of masked tokens, and their head |
+    | ``masked_image``, ``mim`` | None | predictions of masked patches, and their head |
     | ``num_classes``, ``classify``, ``classifier`` | None | C, logits of the classes, and the module that computes them |
     | ``num_images`` | 1 | images of a sample that ``classify`` and ``assign`` read |
     | ``assign`` | not offered | logits of which image a text belongs to |
@@ -155,12 +155,13 @@ class Model(nn.Module):
     embed_size: int
     vl: Any
     classifier: Any
+    mlm: Any
     mim: Any
 
     def __init__(self) -> None:
         super().__init__()
         self.heads = nn.ModuleDict()
-        self.vl = self.classifier = self.mim = None
+        self.vl = self.classifier = self.mlm = self.mim = None
 
     def add_heads(self, specs: Mapping[str, HeadSpec]) -> None:
         """Build the heads that objectives read as ``model.heads[name]``.
@@ -204,15 +205,14 @@ class Model(nn.Module):
 
     @property
     def can_predict_tokens(self) -> bool:
-        return False
-
-    @property
-    def can_predict_patches(self) -> bool:
-        return False
+        return self.mlm is not None
 
     @property
     def num_classes(self) -> int | None:
-        return None
+        if self.classifier is None:
+            return None
+        *_, last = self.classifier.modules()  # a linear layer, or the last one of several layers
+        return last.out_features
 
     @property
     def num_images(self) -> int:

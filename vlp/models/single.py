@@ -130,18 +130,6 @@ class SingleTower(Model):
         heads = {} if self.mlm is None else {"mlm": self.mlm.report}
         return {"image" if self.text is None else "text": self.tower.report, **heads}
 
-    @property
-    def can_predict_tokens(self) -> bool:
-        return self.mlm is not None
-
-    @property
-    def can_predict_patches(self) -> bool:
-        return self.mim is not None
-
-    @property
-    def num_classes(self) -> int | None:
-        return None if self.classifier is None else self.classifier.out_features
-
     def encode_image(self, image: Tensor) -> Encoded:
         tokens = self.image(image)  # (B, N, D)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)

@@ -235,18 +235,6 @@ class VlmoModel(Model):
         return self.itm is not None
 
     @property
-    def can_predict_tokens(self) -> bool:
-        return self.mlm is not None
-
-    @property
-    def can_predict_patches(self) -> bool:
-        return self.mim is not None
-
-    @property
-    def num_classes(self) -> int | None:
-        return None if self.classifier is None else self.classifier[-1].out_features
-
-    @property
     def num_images(self) -> int:
         return self.images
 
