@@ -34,6 +34,8 @@ Step = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses and gradients by na
 PAIRS = (4, 51)  # and their tokens
 FLOAT32 = {"loss_error": 1e-5, "gradient_error": 1e-4}
 BF16 = {"bf16_loss_error": 0.02, "bf16_whole_gradient_error": 0.1}
+# They divide by the spread of a feature over the few rows of this step, which enlarges the rounding of bf16.
+BATCH_STATISTICS = ("VICReg", "Barlow Twins", "BYOL")
 FLOAT64 = {"loss_error": 1e-9, "gradient_error": 1e-9}
 FUSED = {
     "itc": MomentumContrast(queue_size=7),
@@ -93,8 +95,8 @@ def judged(found: dict[str, float], bounds: dict[str, float]) -> dict:
     return kept | {"ok": all(found[name] <= bound for name, bound in bounds.items())}
 
 
-def with_bf16(exact: dict[str, float], bf16: dict[str, float]) -> dict:
-    return judged(exact | {f"bf16_{name}": error for name, error in bf16.items()}, FLOAT32 | BF16)
+def with_bf16(exact: dict[str, float], bf16: dict[str, float], bounds: dict[str, float] = BF16) -> dict:
+    return judged(exact | {f"bf16_{name}": error for name, error in bf16.items()}, FLOAT32 | bounds)
 
 
 # --- the matrix of objectives and models ---------------------------------------------------------------------------
@@ -113,7 +115,8 @@ def cell(row: str, column: str) -> dict:
                 rounded = matrix.take_step(spec, DEVICE, bf16=True)
     except UserError:
         return {"refused": True}
-    return with_bf16(errors(found, expected), errors(rounded, found))
+    bounds = BF16 | ({"bf16_whole_gradient_error": 0.3} if row in BATCH_STATISTICS else {})
+    return with_bf16(errors(found, expected), errors(rounded, found), bounds)
 
 
 def checkpointed(how: str, column: str) -> dict:
