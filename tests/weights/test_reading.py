@@ -368,6 +368,21 @@ def test_weights_in_several_files_are_read_through_their_index(bert, safe):
     (folder / f"{name}.index.json").write_text("{}")
     with pytest.raises(UserError, match="is damaged"):
         BertText(weights=str(folder)).build()
+    (folder / f"{name}.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(UserError, match="is damaged: it lists no files"):
+        BertText(weights=str(folder)).build()
+
+
+def test_file_of_several_that_has_only_encoder_layers_keeps_their_names(bert):
+    model, folder = bert
+    listed = {}
+    for file, inside in (("a.bin", True), ("b.bin", False)):
+        part = {key: value for key, value in model.state_dict().items() if key.startswith("encoder.") == inside}
+        torch.save(part, folder / file)
+        listed |= dict.fromkeys(part, file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": listed}))
+    own = BertText(weights=str(folder)).build().model.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in model.state_dict().items() if key in own)
 
 
 @pytest.mark.parametrize("name", ["bert-base-uncased", "princeton-nlp/unsup-simcse-bert-base-uncased"])

@@ -176,8 +176,7 @@ def read_encoder(weights: str, prefix: str) -> dict[str, Tensor]:
     Raises:
         UserError: if the folder has no weights.
     """
-    files = reading.weight_files(reading.resolve_weights(weights))
-    state = {key: value for file in files for key, value in reading.read_weights(file).items()}
+    state = reading.read_folder(reading.resolve_weights(weights))
     # The first BERT checkpoints call a norm's weight gamma and its bias beta.
     norms = {"gamma": "weight", "beta": "bias"}
     state = {re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda m: norms[m[1]], key): v for key, v in state.items()}

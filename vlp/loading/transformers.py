@@ -60,8 +60,7 @@ def load_transformers(folder: Path, options: LoadOptions = NO_OPTIONS) -> Loaded
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"transformers cannot build the model of {folder}: {_line(error)}") from error
     files = reading.weight_files(folder)
-    state = {key: value for file in files for key, value in reading.read_weights(file).items()}
-    report = reading.load(model, state, ignored=DERIVED)
+    report = reading.load(model, reading.read_folder(folder), ignored=DERIVED)
     preprocess, resize = _preprocessing(folder, config, squash=options.resize == "squash")
     tokenizer = TransformersTokenizer(folder)
     dual = _dual_encoder(model, preprocess, tokenizer, report)

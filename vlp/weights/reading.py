@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vlp.errors import UserError
-from vlp.files import local_path, relative_to, resolve
+from vlp.files import local_path, open_regular, relative_to, resolve
 
 # Modules that training scripts put around a model: DistributedDataParallel, torch.compile, Lightning, MoCo, MoCo v3.
 WRAPPERS = ("module", "_orig_mod", "model", "backbone", "network", "net", "encoder_q", "base_encoder", "encoder")
@@ -59,6 +59,8 @@ def weight_files(folder: Path) -> list[Path]:
         if index.is_file():
             try:
                 names = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
+                if not names:
+                    raise ValueError
                 if strange := [name for name in names if Path(name).name != name]:
                     raise UserError(f"{index} names {strange[0]!r}, which is not a file in the folder; fetch it again")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -86,6 +88,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = resolve_weights(str(path))
     if path.is_dir():
         raise UserError(f"{path} is a folder without experiment.json, so not a run; train it first, or name a file")
+    return _without_wrappers(_read_file(path))
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a transformers folder, in one file or several. See `weight_files` and `read_weights`."""
+    files = [_read_file(file) for file in weight_files(folder)]
+    # of all files together: the names of one of several may share the prefix that is the encoder's own
+    return _without_wrappers({name: tensor for state in files for name, tensor in state.items()})
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
     _check_content(path)
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     for wrapper in ("state_dict", "model_state_dict", "model"):
@@ -93,6 +106,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             state = state[wrapper]
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} is not a dictionary of tensors; save the model's state_dict()")
+    return dict(state)
+
+
+def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     state = {INNER_WRAPPERS.sub("", key): value for key, value in state.items()}
     while (prefix := next(iter(state)).partition(".")[0]) in WRAPPERS and all(
         k.startswith(f"{prefix}.") for k in state
@@ -103,8 +120,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def _check_content(path: Path) -> None:
     """Raise UserError for files that are often found in the place of weights, since no reader would name them."""
-    with path.open("rb") as file:
-        start = file.read(512)
+    try:
+        with open_regular(path) as file:
+            start = file.read(512)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
     text = start.lstrip().lower()
     if not start:
         raise UserError(f"{path} is damaged: it is empty; fetch it again")
