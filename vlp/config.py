@@ -227,8 +227,8 @@ def load_config(config: str, *kinds: type, own_types: Mapping[str, type] = NO_TY
         UserError: If there is no such file or function, the file names a field that does not exist, or the function
             returns something else.
     """
-    if config.endswith(".json") and Path(config).is_file():
-        return load_json(Path(config), own_types)
+    if config.endswith(".json") and local_path(config).is_file():
+        return load_json(local_path(config), own_types)
     return call_config(config, kinds or (Experiment,))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlp.commands.code import add_code_options, read_code
 from vlp.errors import UserError
+from vlp.files import local_path
 from vlp.specs.names import NO_TYPES
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
         name, assignments = None, [name, *assignments]
     # the earlier name of the option
     assignments = [f"allow_contamination={a[11:]}" if a.startswith("allow_leak=") else a for a in assignments]
-    own_types = read_code(options, Path(options.model)).types
+    own_types = read_code(options, local_path(options.model)).types
     tasks, assignments = choose_tasks(options.model, name, assignments, own_types)
     load_options = override(LoadOptions(), assignments)
     for key, task in tasks.items():
@@ -117,7 +118,7 @@ def own_tasks(model: str, own_types: Mapping[str, type] = NO_TYPES) -> dict[str,
         return {}
     from vlp.config import load_json
 
-    return load_json(Path(model).expanduser() / "experiment.json", own_types).evaluate
+    return load_json(local_path(model) / "experiment.json", own_types).evaluate
 
 
 def choose_tasks(

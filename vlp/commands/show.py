@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+
+from vlp.files import local_path
 
 
 def add_parser(commands) -> None:
@@ -25,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     from vlp.sweeps.stages import Stages
 
     if options.config.endswith(".json"):
-        spec = override(load_without_code(Path(options.config)), options.overrides)
+        spec = override(load_without_code(local_path(options.config)), options.overrides)
     else:
         spec = load_config(options.config, Experiment, Stages, Ablation)
         # the later of two stages can be resolved when the earlier one is trained

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vlp.commands.code import add_code_options, read_code
 from vlp.errors import UserError
+from vlp.files import local_path
 
 
 def add_parser(commands) -> None:
@@ -28,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     if config and "=" in config:
         config, overrides = None, [config, *overrides]
     if options.resume is not None:
-        return resume(options, Path(options.resume), config, overrides)
+        return resume(options, local_path(options.resume), config, overrides)
     if config is None:
         raise UserError("give a config to train, e.g. vlp train configs/align/demo.py, or --resume RUN")
     return start(options, config, overrides)
@@ -75,7 +76,7 @@ def load(options: argparse.Namespace, config: str, *kinds: type):
     from vlp.specs.user_code import code_of_config
 
     if config.endswith(".json"):
-        code = read_code(options, Path(config).parent)
+        code = read_code(options, local_path(config).parent)
         return load_config(config, own_types=code.types), code
     if options.code_config or options.trust_code:
         raise UserError(f"{config} has its classes itself; leave out --config and --trust-code")

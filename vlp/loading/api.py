@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlp.data.image import decode, opaque, upright
 from vlp.errors import BadSample, UserError
+from vlp.files import local_path, read_regular
 from vlp.loading.base import LoadOptions
 from vlp.loading.load_model import load_model
 from vlp.specs.user_code import NO_CODE, code_of_config, code_of_run
@@ -181,7 +182,7 @@ def _pixels(image: ImageLike, max_pixels: int) -> np.ndarray:
     if isinstance(image, Image.Image):
         return np.array(upright(opaque(image)))
     try:
-        return decode(Path(image).read_bytes(), max_pixels)
+        return decode(read_regular(local_path(image)), max_pixels)
     except (OSError, BadSample) as error:
         raise UserError(f"cannot read the image {image}: {error}") from None
 
@@ -226,7 +227,7 @@ def load(
     if config is not None:
         code = code_of_config(config)
     elif trust_code:
-        code = code_of_run(Path(path).expanduser() / "experiment.json")
+        code = code_of_run(local_path(path) / "experiment.json")
     options = LoadOptions(tokenizer, max_length, resize, image_size, head_width, add_sep)
     chosen = None if checkpoint is None else str(checkpoint)
     eval_model = load_model(str(path), chosen, options, code.types).eval_model

@@ -15,9 +15,9 @@ missing one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from vlp.errors import UserError
+from vlp.files import local_path
 from vlp.loading.albef import load_albef_file
 from vlp.loading.base import NO_OPTIONS, LoadedModel, LoadOptions
 from vlp.loading.open_clip import load_open_clip
@@ -49,7 +49,7 @@ def load_model(
         UserError: if ``path`` is none of these, is damaged, or would run code on loading.
     """
     if is_run(path):
-        return load_run(Path(path).expanduser(), checkpoint, options, own_types)
+        return load_run(local_path(path), checkpoint, options, own_types)
     if checkpoint is not None:
         raise UserError(f"--checkpoint is for runs, and {path} is not one; name the file of weights itself")
     if path.startswith("open_clip:"):

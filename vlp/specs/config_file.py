@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from vlp.errors import UserError
+from vlp.files import local_path
 from vlp.specs.overrides import suggest
 
 
@@ -32,7 +33,8 @@ class ConfigLoader(SourceFileLoader):
 def split_name(config: str) -> tuple[Path, str]:
     """Split ``FILE.py:NAME`` into the file and the function's name. The default name is ``config``."""
     path, colon, name = config.rpartition(":")
-    return (Path(path), name) if colon and not Path(config).exists() else (Path(config), "config")
+    whole = local_path(config)
+    return (local_path(path), name) if colon and not whole.exists() else (whole, "config")
 
 
 def load_module(path: Path) -> ModuleType:
@@ -44,7 +46,8 @@ def load_module(path: Path) -> ModuleType:
     name, folder = path.stem, str(path.resolve().parent)
     known = sys.modules.get(name)
     if known is not None and not isinstance(known.__loader__, ConfigLoader):
-        if known.__file__ and Path(known.__file__).resolve() == path.resolve():  # another config has imported it
+        file = vars(known).get("__file__")  # a built-in module has none
+        if file and Path(file).resolve() == path.resolve():  # another config has imported it
             return known
         raise UserError(f"{path}: Python has imported another module of the name {name}; rename the file")
     if folder not in sys.path:

@@ -11,6 +11,7 @@ from torch import Tensor
 from vlp.config import Data
 from vlp.data.reading.labelled import FORMS, LabelledImages, read_labelled
 from vlp.errors import UserError
+from vlp.files import local_path
 from vlp.forward import Forward
 from vlp.specs.fields import setting
 from vlp.tasks.base import EvalModel, Result, Task
@@ -51,7 +52,7 @@ class ImageAccuracy(Task):
     def _read(self) -> tuple[LabelledImages, list[str]]:
         if not self.data:
             raise UserError(f"image-accuracy has no images to classify; give data=FOLDER with {FORMS}")
-        return read_labelled(Path(self.data), self.split)
+        return read_labelled(local_path(self.data), self.split)
 
     def evaluate(self, model: EvalModel) -> Result:
         images, names = self._read()

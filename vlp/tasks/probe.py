@@ -16,11 +16,12 @@ from torch.nn import functional as F
 from vlp.config import Data
 from vlp.data.reading.labelled import FORMS, LabelledImages, read_train_and_test
 from vlp.errors import UserError
+from vlp.files import local_path
 from vlp.specs.fields import setting
 from vlp.tasks.base import EvalModel, Result, Task
 from vlp.tasks.details import confusions
 from vlp.tasks.features import Features, LabelledFeatures, encode_labelled, select_features
-from vlp.tasks.metrics import topk_accuracy
+from vlp.tasks.metrics import topk, topk_accuracy
 from vlp.tasks.requirements import need_features
 
 
@@ -57,7 +58,7 @@ class _FeatureClassifier(Task):
     def _read(self) -> tuple[LabelledImages, LabelledImages, list[str]]:
         if not self.data:
             raise UserError(f"{self.name} has no images to classify; give data=FOLDER with {FORMS}")
-        return read_train_and_test(Path(self.data), self.train_split, self.split)
+        return read_train_and_test(local_path(self.data), self.train_split, self.split)
 
     def evaluate(self, model: EvalModel) -> Result:
         train_images, test_images, classes = self._read()
@@ -160,12 +161,9 @@ def knn_scores(train: Tensor, labels: Tensor, test: Tensor, classes: int, k: int
         test: (m, D).
         k: Neighbours, at most n.
     """
-    train, scores = F.normalize(train, dim=1), []
-    for chunk in F.normalize(test, dim=1).split(256):
-        cosine, nearest = (chunk @ train.T).topk(k)  # (chunk, k)
-        votes = ((cosine - cosine[:, :1]) / temperature).exp()  # relative, since small temperatures overflow
-        scores.append(torch.zeros(len(chunk), classes).scatter_add_(1, labels[nearest], votes))
-    return torch.cat(scores)
+    cosine, nearest = topk(F.normalize(test, dim=1), F.normalize(train, dim=1), k)  # (m, k)
+    votes = ((cosine - cosine[:, :1]) / temperature).exp()  # relative, since small temperatures overflow
+    return torch.zeros(len(test), classes).scatter_add_(1, labels[nearest], votes)
 
 
 def fit_logistic(

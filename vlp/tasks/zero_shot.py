@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ from torch.nn import functional as F
 from vlp.config import Data
 from vlp.data.reading.benchmarks import CifarImage
 from vlp.data.reading.labelled import FORMS, LabelledImages, read_labelled
+from vlp.data.reading.tables import read_json
 from vlp.errors import UserError
-from vlp.files import local_path
+from vlp.files import local_path, resolve
 from vlp.specs.fields import setting
 from vlp.tasks.base import EvalModel, Result, Task
-from vlp.tasks.details import confusions
+from vlp.tasks.details import confusion_matrix, confusions
 from vlp.tasks.embeddings import encode_texts
 from vlp.tasks.features import encode_labelled
 from vlp.tasks.metrics import topk_accuracy
@@ -68,7 +68,7 @@ class ZeroShot(Task):
         """Return images with their class numbers, the class names, and the name of the prompts."""
         if not self.data:
             raise UserError(f"zero-shot has no data; give data=FOLDER with {FORMS}")
-        images, classes = read_labelled(Path(self.data), self.split)
+        images, classes = read_labelled(local_path(self.data), self.split)
         prompts = self.prompts or ("cifar" if isinstance(images[0][0], CifarImage) else "openai")
         templates_of(prompts)  # raises for wrong ones
         return images, class_names(classes, self.names), prompts
@@ -86,13 +86,13 @@ class ZeroShot(Task):
         scores, labels = encoded.features @ classifier.T, encoded.labels  # (n, C), (n,)
         # Classes with one name (ImageNet has two cranes) always tie. The first counts as the prediction, as argmax in
         # published evaluations has it, so a later one is not ahead of it.
-        later_twin = torch.tensor([[a == b for b in names] for a in names]).triu(diagonal=1)  # (C, C)
+        name_id = torch.tensor([names.index(name) for name in names])  # (C,)
+        later_twin = (name_id[:, None] == name_id).triu(diagonal=1)  # (C, C)
         ranked = scores.masked_fill(later_twin[labels], -torch.inf)
         guesses = scores.argmax(1)
         details = {"classes": names, "confused": confusions(labels, guesses, names), "confusion": None}
         if len(names) <= MOST_CLASSES:
-            matrix = torch.bincount(labels * len(names) + guesses, minlength=len(names) ** 2)
-            details["confusion"] = matrix.view(len(names), -1).tolist()  # (C, C), rows are true classes
+            details["confusion"] = confusion_matrix(labels, guesses, len(names))
         split = f"; split {self.split}" if self.split else ""
         return Result(
             protocol=f"mean of {len(templates)} normalised prompt embeddings a class, cosine similarity; prompts: {prompts}"
@@ -109,10 +109,7 @@ class ZeroShot(Task):
 def class_names(classes: list[str], names: str | None) -> list[str]:
     """Return the names that prompts use for the classes of a folder, see ``names`` of `ZeroShot`."""
     if names is not None:
-        try:
-            given = json.loads(local_path(names).read_text())
-        except (OSError, ValueError) as e:
-            raise UserError(f"cannot read class names from {names}: {e}") from None
+        given = read_json(resolve(names))
         if not isinstance(given, dict) or not all(isinstance(name, str) for name in given.values()):
             raise UserError(f"{names} is not an object of {{folder or label name: class name}}")
         if missing := [c for c in classes if c not in given]:

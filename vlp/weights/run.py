@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
 from vlp.errors import UserError
+from vlp.files import local_path
 from vlp.specs.json import Foreign, read_without_code
 from vlp.weights import checkpoints
 
@@ -16,7 +16,7 @@ Spec = TypeVar("Spec")
 
 def is_run(path: str | None) -> bool:
     """Return whether ``path`` is a run folder of vlp."""
-    return path is not None and (Path(path).expanduser() / "experiment.json").is_file()
+    return path is not None and (local_path(path) / "experiment.json").is_file()
 
 
 def run_spec(folder: str) -> Any:
@@ -25,7 +25,7 @@ def run_spec(folder: str) -> Any:
     Raises:
         UserError: if the model is of a class outside vlp.
     """
-    spec = read_without_code(Path(folder).expanduser() / "experiment.json").model
+    spec = read_without_code(local_path(folder) / "experiment.json").model
     if isinstance(spec, Foreign):
         raise UserError(f"the model of the run {folder} is of its own code ({spec.type}); name a run of a model of vlp")
     return spec
@@ -65,7 +65,7 @@ def read_run(folder: str, part: str = "") -> dict[str, Tensor]:
     Raises:
         UserError: if the run has no checkpoint, or no such part.
     """
-    newest = checkpoints.newest_whole(Path(folder).expanduser() / "checkpoints")
+    newest = checkpoints.newest_whole(local_path(folder) / "checkpoints")
     if newest is None:
         raise UserError(
             f"the run {folder} has no checkpoint to start from; train it first: vlp train --resume {folder}"
