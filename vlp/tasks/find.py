@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from vlp.tasks.base import Task
 
 
+@cache
 def shipped_tasks() -> dict[str, tuple[str, str]]:
     """Return the module and class of each task in vlp/tasks by its name, without importing them."""
     found = {}

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -68,11 +69,14 @@ class ShardCollection:
 class _WithoutIndex:
     """Base of collections whose checksums require reading the images."""
 
+    @cached_property
+    def _checksums(self) -> list[tuple[int, int]]:
+        images = map(self.read, range(len(self)))
+        return [(zlib.crc32(data), len(data)) for data in images]
+
     def checksums(self) -> Iterator[tuple[int, int]]:
-        """Yield (CRC-32, bytes) of each image."""
-        for number in range(len(self)):
-            data = self.read(number)
-            yield zlib.crc32(data), len(data)
+        """Yield (CRC-32, bytes) of each image. Images are read once, on first access."""
+        return iter(self._checksums)
 
 
 class FileCollection(_WithoutIndex):

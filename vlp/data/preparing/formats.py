@@ -186,12 +186,10 @@ def row_of(record: Any, where: str) -> Row:
 
     A row that cannot be used has a ``problem``.
     """
-    try:
-        if not isinstance(record, dict):
-            raise BadSample(f"expected an object with image and captions, found {json.dumps(record)[:40]}")
-        split = None if record.get("split") is None else str(record["split"])
-    except BadSample as e:
-        return Row("", [], where, problem=str(e))
+    if not isinstance(record, dict):
+        problem = f"expected an object with image and captions, found {json.dumps(record)[:40]}"
+        return Row("", [], where, problem=problem)
+    split = None if record.get("split") is None else str(record["split"])
     try:
         image, image_name = _image_of(record)
     except BadSample as e:

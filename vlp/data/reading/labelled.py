@@ -108,8 +108,12 @@ def _read(folder: Path, split: str | None) -> tuple[list[_Row], dict[int | str, 
     if cifar := find_cifar(folder):
         return [_Row(*row) for row in read_cifar(folder, cifar, split)], dict(enumerate(cifar_names(folder, cifar)))
     if names := read_objectnet(folder):
+        if not (folder / "images").is_dir():
+            raise UserError(f"{folder} has the mappings of ObjectNet and no folder images; unpack its images there")
         found, _ = _read_folders(folder / "images")
         rows = [_Row(FramedImage(row.image), row.key, names[row.key]) for row in found if row.key in names]
+        if not rows:
+            raise UserError(f"{folder}/images has no image of a class that ObjectNet shares with ImageNet")
         return rows, _in_order(names)
     if split is not None:
         if not (folder / split).is_dir():

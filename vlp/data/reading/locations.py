@@ -206,15 +206,16 @@ def _patterns(location: str) -> list[str]:
     """Split a location at ``::`` and expand its braces, unless a file has exactly this name."""
     if "\0" in location:
         raise UserError(f"no shards at {location!r}: a path cannot contain NUL")
-    if not is_remote(location):
-        location = str(local_path(check_scheme(location)))
-    if os.path.exists(location):
-        return [location]
-    if "::" in location:
+    # before any part becomes a path, which would make one slash of the two of a URL
+    if "::" in location and not os.path.exists(local_path(location)):
         parts = location.split("::")
         if not all(parts):
             raise UserError(f"no shards at {location}: a location next to :: is empty")
         return [pattern for part in parts for pattern in _patterns(part)]
+    if not is_remote(location):
+        location = str(local_path(check_scheme(location)))
+    if os.path.exists(location):
+        return [location]
     # checked beforehand, as the expansion of a range is in memory at once
     counts = [abs(int(end[:20]) - int(begin[:20])) + 1 for begin, end in BRACE_RANGE.findall(location)]
     if math.prod(counts) > MAX_SHARDS:
