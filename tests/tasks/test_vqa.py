@@ -229,7 +229,7 @@ def test_prior_is_the_most_frequent_answer_of_the_longest_known_beginning(tmp_pa
         {"text": "how many?", "answers": ["3", "4", "3"]},
         {"bad": 1},
     ]
-    prior = QuestionPrior([Annotated(write(tmp_path / "x.jsonl", lines), answers="answers")])
+    prior = QuestionPrior([Annotated(write(tmp_path / "x.jsonl", lines), answers="answers").open()])
     assert prior.answers[0] == "car" and set(prior.answers) == {"car", "bus", "3", "4"}
     for question, answer in {
         "What is red?": "bus",

@@ -45,13 +45,18 @@ def searcher(
     from vlp.tasks.base import evaluating
     from vlp.tasks.embeddings import encode_pairs, encode_texts
     from vlp.tasks.metrics import topk
+    from vlp.tasks.requirements import need_embeddings
 
     model = load_run(folder, own_types=own_types).eval_model
     source = data or model.data.val
     if source is None:
         raise UserError("there is nothing to search; give --data SHARDS, or set data.val in the config")
+    need_embeddings(model, "serve")
     with evaluating(model.model):
         pairs, reader = encode_pairs(model, source, batch_size=64), ShardReader(source)
+
+    if len(pairs.images) == 0:
+        raise UserError(f"{source} has no usable image with a caption; run `vlp data check` on it")
 
     def search(text: str) -> list[tuple[np.ndarray, str]]:
         with evaluating(model.model):

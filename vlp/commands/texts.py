@@ -41,9 +41,9 @@ def add_parsers(actions) -> None:
 
 def run_triples(options: argparse.Namespace) -> int:
     from vlp.data.reading.sentences import nli_triples
-    from vlp.files import write_atomically
+    from vlp.files import resolve, write_atomically
 
-    triples = list(chain.from_iterable(map(nli_triples, map(_existing, options.files))))
+    triples = list(chain.from_iterable(nli_triples(resolve(str(file))) for file in options.files))
     if not triples:
         raise UserError(f"no premise in {options.files[0]} has both an entailment and a contradiction; give NLI data")
     lines = ["\t".join(cells) for cells in [("sentence", "entailed", "contradicted"), *triples]]
@@ -57,14 +57,14 @@ def run_paraphrase(options: argparse.Namespace) -> int:
     from vlp.commands.progress import progress_bar
     from vlp.data.preparing.formats import read_pairs
     from vlp.data.preparing.paraphrase import back_translate, pair_captions
-    from vlp.data.reading.tables import Lines
+    from vlp.data.reading.tables import read_lines
+    from vlp.files import resolve
 
     if options.same_image:
         groups = [pair.captions for pair in read_pairs(options.input, split=options.split)]
         print(f"{pair_captions(groups, options.output):,} pairs in {options.output}")
         return 0
-    lines = Lines(_existing(options.input))
-    sentences = [lines[index].strip() for index in range(len(lines))]
+    sentences = read_lines(resolve(str(options.input)))
     if not sentences:
         raise UserError(f"{options.input} has no sentence; give a file with one sentence per line")
     sys.path.insert(0, os.getcwd())  # the user's translator may be a module of the working directory
@@ -72,9 +72,3 @@ def run_paraphrase(options: argparse.Namespace) -> int:
         back_translate(sentences, options.translator, options.output, options.batch_size, progress)
     print(f"{len(sentences):,} paraphrases in {options.output}")
     return 0
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(f"no such file: {path}; check the path")
-    return path

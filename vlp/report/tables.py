@@ -39,8 +39,12 @@ class Table:
         return (min if lower else max)(values, key=lambda name: values[name])
 
     def headline(self) -> tuple[str, dict[str, Interval]]:
-        """Return the task and its headline metric, and the metric's value for each run."""
-        metric = next((r["headline"] for r in self.results.values() if r["headline"]), self.metrics[0])
+        """Return the task and its headline metric, and the metric's value for each run.
+
+        There is no value where the data have no answers, as the test sets of VQA.
+        """
+        named = (r["headline"] for r in self.results.values() if r["headline"])
+        metric = next(named, next(iter(self.metrics), ""))
         values = {name: r["metrics"][metric] for name, r in self.results.items() if metric in r["metrics"]}
         return f"{self.task} {metric}", values
 

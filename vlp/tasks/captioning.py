@@ -92,14 +92,17 @@ class CaptionQuality(Task):
             answers = [{"image_id": name, "caption": caption} for _, _, name, _, caption in rows]
             write_submission(self.submission, json.dumps(answers), bad)
         scored = [(image_id, references, caption) for _, image_id, _, references, caption in rows if references]
-        image_ids, references, captions = map(list, zip(*scored)) if scored else ([], [], [])
-        mean = bootstrap(cider(captions, references), np.array(image_ids), model.seed, self.resamples)
+        metrics = {}
+        if scored:  # a test set may keep its references back
+            image_ids, references, captions = map(list, zip(*scored))
+            mean = bootstrap(cider(captions, references), np.array(image_ids), model.seed, self.resamples)
+            metrics["cider"] = Interval(mean.value, mean.low, mean.high, percent=False)
         return Result(
             protocol=f"beams {self.beams}, {self.min_length} to {self.max_length} tokens, by log-probability / tokens ^ "
             f"{self.length_penalty:g}; CIDEr-D of pycocoevalcap on lower-case words, not of the Penn Treebank tokenizer",
             data=source,
             n={"images": len(scored)},
-            metrics={"cider": Interval(mean.value, mean.low, mean.high, percent=False)},
+            metrics=metrics,
             details={"examples": [{"caption": c, "true": r} for _, r, c in scored[:MAX_EXAMPLES]]},
             bad=bad,
         )

@@ -42,6 +42,17 @@ def wrong_predictions(source: Annotated, wrong: Sequence[tuple[RawSample, str, s
     }
 
 
+def confusion_matrix(labels: Tensor, guesses: Tensor, classes: int) -> list[list[int]]:
+    """Count samples by true class (rows) and predicted class, (C, C).
+
+    Args:
+        labels: (n,) int64.
+        guesses: (n,) int64.
+        classes: C.
+    """
+    return torch.bincount(labels * classes + guesses, minlength=classes**2).view(classes, -1).tolist()
+
+
 def confusions(labels: Tensor, guesses: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
     """Count the pairs of classes that are confused most often.
 

@@ -15,15 +15,16 @@ from torch.nn import functional as F
 
 from vlp.config import Data
 from vlp.data.preparing.formats import read_pairs
-from vlp.data.reading.tables import Lines
+from vlp.data.reading.tables import read_lines
 from vlp.distributed import gather_objects
 from vlp.errors import UserError
-from vlp.files import local_path
+from vlp.files import resolve
 from vlp.forward import Forward
 from vlp.objectives.masking import TextMasking
 from vlp.specs.fields import setting
 from vlp.tasks.base import EvalModel, Result, Task
 from vlp.tasks.metrics import Interval, bootstrap
+from vlp.tasks.requirements import need_length, need_tokenizer
 from vlp.tasks.sharded import length_batches
 from vlp.types import Batch
 
@@ -59,16 +60,14 @@ class MaskedPrediction(Task):
     def validate(self, data: Data) -> None:
         self.masking.validate("masking")
         self._read()
+        need_tokenizer(data, self.name)
 
     def _read(self) -> list[str]:
         if not self.data:
             raise UserError("masked has no data; give data=FILE, a .txt or annotations with captions")
-        path = local_path(self.data)
+        path = resolve(self.data)
         if path.suffix == ".txt":
-            if not path.is_file():
-                raise UserError(f"no such file: {path}; give data=FILE")
-            lines = Lines(path)
-            texts = [lines[index].strip() for index in range(len(lines))]
+            texts = read_lines(path)
         else:
             texts = [caption for pair in read_pairs(path, split=self.split) for caption in pair.captions]
         if not any(texts):
@@ -79,7 +78,9 @@ class MaskedPrediction(Task):
         texts = self._read()
         if not model.model.can_predict_tokens:
             raise UserError("masked needs a model with a head for masked tokens; train one with model.mlm=true")
-        input_ids, mask, truncated = model.tokenizer(texts, self.max_length or model.data.max_length)  # (n, L)
+        max_length = self.max_length or model.data.max_length
+        need_length(model, max_length)
+        input_ids, mask, truncated = model.tokenizer(texts, max_length)  # (n, L)
         generator = torch.Generator().manual_seed(model.seed)
         masked = self.masking(input_ids, mask, model.tokenizer.vocabulary(), generator)
         if not len(masked.labels):

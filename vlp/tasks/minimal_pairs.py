@@ -5,8 +5,8 @@ B scenes, n texts.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -15,10 +15,10 @@ from vlp.config import Data
 from vlp.data.reading.shards import ShardReader
 from vlp.data.stream import EvalDataset
 from vlp.errors import UserError
-from vlp.files import local_path
 from vlp.specs.fields import setting
 from vlp.tasks.base import EvalModel, Result, Task
 from vlp.tasks.metrics import bootstrap
+from vlp.tasks.requirements import need_embeddings
 from vlp.tasks.sharded import ShardedBatches
 
 
@@ -54,12 +54,14 @@ class MinimalPairs(Task):
         return self._source(data)
 
     def _source(self, data: Data) -> str:
-        world = self.data or (data.val and local_path(data.val).parent)
-        if not world:
+        if not self.data and not data.val:
             raise UserError("minimal-pairs has no data; give data=FOLDER, made by vlp data world")
-        return str(Path(world) / self.split)
+        # a Path would make one slash of the two of a URL
+        return os.path.join(self.data or os.path.dirname(data.val.rstrip("/")), self.split)
 
     def evaluate(self, model: EvalModel) -> Result:
+        if not model.model.can_match:
+            need_embeddings(model, self.name)
         data, source = model.data, self._source(model.data)
         dataset = EvalDataset(source, data.resize, model.preprocess, data.max_pixels)
         batches = ShardedBatches(model, dataset, self.batch_size)

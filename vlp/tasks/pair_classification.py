@@ -20,7 +20,7 @@ from vlp.errors import BadSample, UserError
 from vlp.forward import Forward
 from vlp.specs.fields import setting
 from vlp.tasks.base import EvalModel, Result, Task
-from vlp.tasks.details import confusions, wrong_predictions
+from vlp.tasks.details import confusion_matrix, confusions, wrong_predictions
 from vlp.tasks.metrics import Interval, bootstrap
 from vlp.tasks.requirements import need_images_with_texts
 from vlp.tasks.sharded import ShardedBatches
@@ -128,7 +128,7 @@ class PairClassification(Task):
             data=source.described,
             n={"lines": len(rows), "images": len(set(predictions.groups.tolist())), "classes": len(names)},
             metrics=self._metrics(predictions, trained, model.seed),
-            details={"classes": names, "confusion": predictions.confusion_matrix()} | predictions.details(source),
+            details=predictions.details(source),
             bad=bad,
             choices=len(names),
         )
@@ -176,18 +176,13 @@ class Predictions:
     def texts(self) -> list[str]:
         return [" ".join(line.captions) for line in self.lines]
 
-    def confusion_matrix(self) -> list[list[int]]:
-        """Count lines by true class (rows) and predicted class, (C, C)."""
-        counts = np.zeros((len(self.names), len(self.names)), int)
-        np.add.at(counts, (self.labels, self.guesses), 1)
-        return counts.tolist()
-
     def details(self, source: Annotated) -> dict:
         """Return wrong predictions and confusions for the report."""
         by_line = zip(self.lines, self.guesses, self.labels)
         wrong = [(line, self.names[guess], self.names[label]) for line, guess, label in by_line if guess != label]
-        confused = confusions(torch.from_numpy(self.labels), torch.from_numpy(self.guesses), self.names)
-        return wrong_predictions(source, wrong) | {"confused": confused}
+        labels, guesses = torch.from_numpy(self.labels), torch.from_numpy(self.guesses)
+        found = {"classes": self.names, "confusion": confusion_matrix(labels, guesses, len(self.names))}
+        return found | wrong_predictions(source, wrong) | {"confused": confusions(labels, guesses, self.names)}
 
 
 def classify(model: EvalModel, images: Sequence[AnnotatedImage]) -> Tensor:
@@ -223,7 +218,10 @@ def read_training(data: Data, names: Sequence[str]) -> tuple[list[str], list[int
             continue
         if source.class_list() != tuple(names):
             continue
-        reader = source.open()
+        try:
+            reader = source.open()
+        except UserError:  # the training data have moved
+            continue
         for row in range(len(reader)):
             try:
                 line = reader.annotation(row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlp.data.reading.annotated import Annotated, read_answers
+from vlp.data.reading.annotated import AnnotatedReader, read_answers
 from vlp.errors import BadSample
 
 MAX_WORDS = 12  # of a question's beginning
@@ -14,16 +14,16 @@ class QuestionPrior:
     """Answer a question with the most frequent answer to the training questions that share the longest beginning with it.
 
     Args:
-        sources: Annotations with answers. Of equally frequent answers the one that comes first in them is taken.
+        readers: Annotations with answers. Of equally frequent answers the one that comes first in them is taken.
 
     Attributes:
         answers: All answers, the most frequent first.
     """
 
-    def __init__(self, sources: Sequence[Annotated]):
+    def __init__(self, readers: Sequence[AnnotatedReader]):
         counts: dict[str, dict[str, float]] = {}  # beginning -> answer -> weight
-        for source in sources:
-            reader = source.open()
+        for reader in readers:
+            source = reader.source
             for row in range(len(reader)):
                 try:
                     record = reader.lines.record(row)

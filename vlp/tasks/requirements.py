@@ -50,6 +50,13 @@ def need_features(model: EvalModel, task: str, modality: Modality) -> None:
         )
 
 
+def need_length(model: EvalModel, max_length: int) -> None:
+    """Require that the text tower takes texts of ``max_length`` tokens."""
+    longest = model.model.text.max_length
+    if not 1 <= max_length <= longest:
+        raise UserError(f"max_length={max_length} but the text tower takes 1 to {longest} tokens; set max_length")
+
+
 def _no_text(task: str) -> str:
     return (
         f"{task} needs a text tower and its tokenizer; give tokenizer=FOLDER for weights that come without one, or "

@@ -24,7 +24,7 @@ from vlp.specs.fields import setting
 from vlp.tasks.base import EvalModel, Result, Task
 from vlp.tasks.features import Features, select_features
 from vlp.tasks.metrics import Interval, bootstrap, percentiles, resampled_spearman, spearman
-from vlp.tasks.requirements import need_features, need_tokenizer
+from vlp.tasks.requirements import need_features, need_length, need_tokenizer
 from vlp.tasks.sharded import gather_rows, length_batches
 
 Pairs = list[tuple[float, str, str]]  # (score, sentence, sentence)
@@ -79,10 +79,7 @@ class SentenceSimilarity(Task):
         files = self._read()
         need_features(model, self.name, "text")
         max_length = model.data.max_length if self.max_length is None else self.max_length
-        if not 1 <= max_length <= model.model.text.max_length:
-            raise UserError(
-                f"max_length={max_length} but the text tower takes 1 to {model.model.text.max_length} tokens; set max_length"
-            )
+        need_length(model, max_length)
         sentences = sorted({sentence for pairs in files.values() for _, *both in pairs for sentence in both})
         rows, truncated = self._encode(model, sentences, max_length)
         number = {sentence: n for n, sentence in enumerate(sentences)}

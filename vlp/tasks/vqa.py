@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -99,7 +99,7 @@ class Vqa(Task):
     def evaluate(self, model: EvalModel) -> Result:
         need_images_with_texts(model, self.name, num_images=1)
         source, mode = self._source(model.data), self._mode(model)
-        trained = training_sources(model.data)
+        trained = training_annotations(model.data)
         prior = QuestionPrior(trained) if trained else None
         candidates = [] if mode == "write" else self._candidates(source, prior, mode, model)
         answerer = self._answerer(mode, model, candidates)
@@ -255,7 +255,11 @@ def _answers_of(source: Annotated) -> Annotated:
     return replace(source, answers=source.answers or source.label or "answers", label=None)
 
 
-def training_sources(data: Data) -> list[Annotated]:
-    """Return the annotations that the run was trained on, as far as their files exist."""
-    sources = [_answers_of(source) for source in data.train if isinstance(source, Annotated)]
-    return [source for source in sources if Path(source.path).expanduser().is_file()]
+def training_annotations(data: Data) -> list[AnnotatedReader]:
+    """Open the annotations that the run was trained on, as far as they can still be opened."""
+    readers = []
+    for source in data.train:
+        if isinstance(source, Annotated):
+            with suppress(UserError):  # the training data have moved
+                readers.append(_answers_of(source).open())
+    return readers

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vlp.data.reading.named_images import open_images
 from vlp.data.reading.shards import RawSample, content_id
-from vlp.data.reading.tables import Lines, as_text, read_json, read_text
+from vlp.data.reading.tables import Lines, as_text, read_json, read_lines
 from vlp.errors import BadSample, UserError
 from vlp.files import resolve
 
@@ -114,7 +114,7 @@ def read_list(path: str) -> tuple[str, ...]:
         UserError: if the file does not exist, is not UTF-8, or has no text.
     """
     file = resolve(path)
-    found = read_json(file) if file.suffix == ".json" else read_text(file).split("\n")
+    found = read_json(file) if file.suffix == ".json" else read_lines(file)
     texts = found if isinstance(found, list) and all(isinstance(text, str) for text in found) else []
     if not any(text.strip() for text in texts):
         raise UserError(f"{file} is not a list of texts; give one per line, or a json list")

@@ -134,6 +134,16 @@ def parse_object(text: str | bytes) -> dict:
     return record
 
 
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 text file that are not blank, without the spaces around them.
+
+    Raises:
+        UserError: if the file cannot be read, or is not UTF-8.
+    """
+    lines = Lines(path)
+    return [lines[index].strip() for index in range(len(lines))]
+
+
 class Lines:
     """Lines of a UTF-8 text file that are not blank, by index.
 
