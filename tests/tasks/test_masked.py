@@ -1,6 +1,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +46,7 @@ class KnownPredictions(Model):
     """Predict given tokens, with a given logit for them and zero for all others."""
 
     can_predict_tokens = True
+    text = SimpleNamespace(max_length=512)
 
     def __init__(self, answers, size, logit):
         super().__init__()
