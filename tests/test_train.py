@@ -157,6 +157,16 @@ def test_skipped_step_is_counted_and_does_not_change_the_weights(world, output, 
     assert samples(folder) == samples(plain)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_refusal_of_any_micro_batch_of_any_process_is_named(world, output, plain, world_size):
+    """The last micro-batch of the main process is not the only one that a loss may refuse."""
+    key = samples(plain)[0][world_size - 1]  # first micro-batch of the first or of the second process
+    refusing = (f"objectives.refuses.key={key}", "train.accumulation=4", f"name=refusal-{world_size}")
+    done = run("train", FAULTY, *toy_overrides(world, output), *refusing, world=world_size)
+    (line,) = [line for line in done.errors[0].splitlines() if line.startswith("vlp: ")]
+    assert line.startswith(f"vlp: step 1: row {key} is not finite; its 8 samples are in")
+
+
 def test_diverged_training_ends_with_one_line(world, output):
     done = run("train", TOY, *toy_overrides(world, output), "optim.lr=1e30", "train.clip_norm=none", "name=diverged")
     assert done.codes == [2]

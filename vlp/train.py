@@ -40,7 +40,7 @@ def single_graph(model: Model) -> Graph:
 
 
 class Pretrainer(nn.Module):
-    """Model and objectives as the one module that DDP or DeepSpeed wraps. A step calls it once per backward pass.
+    """Model and objectives as one module. A step calls it once per backward pass.
 
     Args:
         graph: Returns the autograd graph of a call, see `vlp.training.detached`.
@@ -59,10 +59,32 @@ class Pretrainer(nn.Module):
 
         Returns:
             The losses by name, sum(weight * loss), and the bundles that they were computed from.
+
+        Raises:
+            NonFiniteLoss: If a loss refuses its input.
         """
         graph = self.graph(self.model)
         micro_batches = MicroBatches(self.model, batches, momentum, context, graph)
         return *graph.losses(self.objectives, micro_batches), micro_batches
+
+
+class Attempt(nn.Module):
+    """A pretrainer whose refusals are returned, as the one module that DDP or DeepSpeed wraps.
+
+    DDP counts the passes that return. A process whose pass raises would communicate at other points than the others.
+    """
+
+    def __init__(self, pretrainer: Pretrainer):
+        super().__init__()
+        self.pretrainer = pretrainer
+
+    def forward(self, *inputs) -> tuple[dict[str, Tensor], Tensor, MicroBatches | None, str]:
+        """Return the result of the pretrainer and "", or NaN losses, no bundles, and the complaint of a loss."""
+        try:
+            return *self.pretrainer(*inputs), ""
+        except NonFiniteLoss as e:
+            nan = torch.tensor(math.nan, device=next(self.parameters()).device)
+            return dict.fromkeys(self.pretrainer.objectives, nan), nan, None, str(e)
 
 
 @dataclass
@@ -86,12 +108,11 @@ class Trainer:
     def __init__(self, run: Run):
         self.run, self.accelerator, self.experiment = run, run.accelerator, run.experiment
         accelerator, train = run.accelerator, run.experiment.train
-        self.zero = run.is_zero
         per_loss = train.backward == "per_loss"
         detached = partial(DetachedGraph, recompute=train.grad_cache, per_loss=per_loss)
         graph = detached if train.grad_cache or per_loss else single_graph
-        pretrainer = Pretrainer(run.model, run.experiment.objectives, graph)
-        self.pretrainer, self.optimizer = accelerator.prepare(pretrainer, run.optimizer)
+        attempt = Attempt(Pretrainer(run.model, run.experiment.objectives, graph))
+        self.attempt, self.optimizer = accelerator.prepare(attempt, run.optimizer)
         run.restore_optimizer(self.optimizer.optimizer)
         self.waited = 0.0  # seconds of the step spent waiting for data
 
@@ -133,7 +154,7 @@ class Trainer:
         self.waited = 0.0
         lr = set_lr(self.run.optimizer, experiment.schedule, experiment.optim.lr, state.step, self.run.total_steps)
         losses: dict[str, float] = {}
-        finite, keys, f, enqueued = True, [], None, []
+        finite, keys, complaints, f, enqueued = True, [], [], None, []
         for number in range(passes):
             loaded = [self._next(micro_batches) for _ in range(experiment.train.accumulation // passes)]
             batches = [self.prepare(each.batch) for each in loaded]
@@ -141,8 +162,10 @@ class Trainer:
             # Dropout and masks depend only on (seed, step, process), so no random state has to be saved.
             rng = keyed_rng(experiment.seed, 4, state.step, number, self.accelerator.process_index)
             torch.manual_seed(int(rng.integers(2**62)))
-            with self.accelerator.accumulate(self.pretrainer):
-                own, total, bundles, complaint = self._losses(batches)
+            with self.accelerator.accumulate(self.attempt):
+                momentum = state.momentum.network if state.momentum else None
+                own, total, bundles, complaint = self.attempt(batches, momentum, self.context())
+                complaints += [complaint] if complaint else []
                 bad = [sample for each in loaded for sample in each.bad]
                 agreed = self.agree({**own, "loss": total}, bad, interrupted)
                 interrupted.agreed |= agreed.stop
@@ -156,7 +179,7 @@ class Trainer:
                 losses[name] = losses.get(name, 0.0) + value / passes
         norm = self._gradient_norm() if finite else math.nan
         if not (finite and math.isfinite(norm)):
-            self._nonfinite(losses, keys, norm if finite else None, complaint)
+            self._nonfinite(losses, keys, norm if finite else None, complaints)
         else:
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -186,17 +209,6 @@ class Trainer:
         image = batch.image if batch.image is None else self.run.model.preprocess.normalise(batch.image)
         return replace(batch, image=image, views=views)
 
-    def _losses(self, batches: list[Batch]) -> tuple[dict[str, Tensor], Tensor, MicroBatches | None, str]:
-        """Compute the losses; NaN and the complaint of a loss that refused its input."""
-        state = self.run.state
-        momentum = state.momentum.network if state.momentum else None
-        try:
-            losses, total, micro_batches = self.pretrainer(batches, momentum, self.context())
-            return losses, total, micro_batches, ""
-        except NonFiniteLoss as e:
-            nan = torch.tensor(math.nan, device=self.accelerator.device)
-            return dict.fromkeys(self.experiment.objectives, nan), nan, None, str(e)
-
     def context(self) -> StepContext:
         state = self.run.state
         queues = {self.experiment.objectives[name]: queue for name, queue in state.queues.items()}
@@ -220,17 +232,24 @@ class Trainer:
     def _gradient_norm(self) -> float:
         """Return the norm over all parameters before clipping, and clip if configured. DeepSpeed has clipped already."""
         limit = self.experiment.train.clip_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.pretrainer.parameters(), limit)
+        norm = self.accelerator.clip_grad_norm_(self.attempt.parameters(), limit)
         return float(norm) if norm is not None else math.nan
 
-    def _nonfinite(self, losses: dict[str, float], keys: list[str], norm: float | None, complaint: str) -> None:
-        """Record the samples of the step, and raise unless it may be skipped. The optimizer has not stepped."""
-        all_keys = [key for part in gather_objects(list(keys)) for key in part]
-        what = complaint.removesuffix(" is not finite") or (
+    def _nonfinite(self, losses: dict[str, float], keys: list[str], norm: float | None, complaints: list[str]) -> None:
+        """Record the samples of the step, and raise unless it may be skipped. The optimizer has not stepped.
+
+        Args:
+            complaints: Messages of the losses that refused a micro-batch of this process. The first one of all processes
+                is the cause that is named.
+        """
+        parts = gather_objects((list(keys), complaints))
+        all_keys = [key for part, _ in parts for key in part]
+        first = next((complaint for _, each in parts for complaint in each), "")
+        what = first.removesuffix(" is not finite") or (
             f"gradient norm {norm}" if norm is not None else f"loss {losses.get('loss')}"
         )
         self.run.writer.log_nonfinite(what, all_keys)
-        if self.experiment.train.nonfinite == "stop" or (self.zero and norm is not None):
+        if self.experiment.train.nonfinite == "stop" or (self.run.is_zero and norm is not None):
             raise UserError(
                 f"step {self.run.state.step + 1}: {what} is not finite; its {len(all_keys)} samples are in "
                 f"{self.experiment.folder}/nonfinite.jsonl. The last checkpoint is untouched; lower optim.lr or remove the "

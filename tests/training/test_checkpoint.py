@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import time
 import warnings
 from pathlib import Path
 
@@ -101,6 +102,38 @@ def test_checkpoint_with_a_file_outside_the_manifest_is_passed_over(two):
 class Payload:
     def __reduce__(self):
         return os.mkdir, (str(Path("executed").absolute()),)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["FIFO", "device", "folder"])
+def test_file_that_is_not_regular_is_damage_at_once(two, name, kind):
+    """Reading a FIFO would wait for ever, and /dev/zero never ends."""
+    path = two / "step-00000006" / name
+    path.unlink()
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    began = time.monotonic()
+    with pytest.warns(UserWarning, match=rf"damaged checkpoint .*step-00000006: {name} is not"):
+        assert checkpoints.newest_whole(two) == two / "step-00000003"
+    assert time.monotonic() - began < 5
+
+
+def test_endless_manifest_is_damage(two):
+    with open(two / "step-00000006" / "manifest.json", "ab") as file:
+        file.truncate(1 << 40)  # a sparse file of a terabyte
+    assert checkpoints.damage(two / "step-00000006") == "manifest.json is not readable"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", '{"step": 6}', '{"step": "6", "value": 1}', '{"step": 6, "value": null}']
+)
+def test_odd_best_json_marks_no_checkpoint(two, text):
+    (two / "best.json").write_text(text)
+    assert checkpoints.best(two) is None and checkpoints.best_path(two) is None
 
 
 def test_loading_never_unpickles(two, tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ from pathlib import Path
 from vlp.config import load_json
 from vlp.data.text import load_tokenizer
 from vlp.errors import UserError
-from vlp.files import file_hash
 from vlp.loading.base import NO_OPTIONS, LoadedModel, LoadOptions, on_device
 from vlp.specs.names import NO_TYPES
 from vlp.specs.types import check_types
@@ -36,11 +35,11 @@ def select_checkpoint(folder: Path, name: str | None) -> Path:
             raise UserError(f"{folder} has no checkpoint yet; train on with vlp train --resume {folder.parent}")
         return chosen
     elif name.isdigit():
-        chosen = folder / f"step-{int(name):08d}"
+        chosen = checkpoints.step_path(folder, int(name))
     else:
         raise UserError(f"--checkpoint takes a step, 'best' or 'last', not {name!r}")
     if not chosen.is_dir():
-        steps = ", ".join(str(int(p.name[5:])) for p in checkpoints.all_steps(folder))
+        steps = ", ".join(str(checkpoints.step_of(p)) for p in checkpoints.all_steps(folder))
         raise UserError(f"{folder} has no checkpoint {chosen.name}; there are steps {steps or 'none'}")
     if problem := checkpoints.damage(chosen):
         raise UserError(f"{chosen} is damaged: {problem}; choose another with --checkpoint")
@@ -79,7 +78,7 @@ def load_run(
         load_tokenizer(str(folder / "tokenizer")) if model.text is not None else None,
         options.applied_to(experiment.data),
         seed=experiment.seed,
-        checkpoint=file_hash(weights),
+        checkpoint=checkpoints.recorded_hashes(path)[weights.name],
         name=folder.resolve().name,
     )
     return LoadedModel(eval_model, folder, int(checkpoints.read_state(path)["step"]))

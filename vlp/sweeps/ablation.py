@@ -22,7 +22,7 @@ from vlp.specs.user_code import NO_CODE, UserCode
 from vlp.sweeps.run_queue import RunQueue, check_same, is_finished
 from vlp.sweeps.stages import Stages
 from vlp.training.logging import read_log
-from vlp.training.validation import validate
+from vlp.training.validation import validate, validate_tasks
 
 # two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -117,6 +117,8 @@ def ablate(ablation: Ablation, log: Callable[[str], None] = print, code: UserCod
     for experiment in experiments:
         validate(experiment)
         check_same(experiment)
+        if not is_finished(experiment):
+            validate_tasks(experiment)
     with RunQueue(code) as queue:
         for experiment in experiments:
             if not is_finished(experiment):

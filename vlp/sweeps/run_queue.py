@@ -17,7 +17,7 @@ from vlp.files import write_atomically
 from vlp.specs.json import dump
 from vlp.specs.user_code import NO_CODE, UserCode, own_types
 from vlp.training.interrupts import StopRequest
-from vlp.training.logging import read_log
+from vlp.training.logging import is_evaluated, read_log
 from vlp.weights import checkpoints
 
 
@@ -46,9 +46,9 @@ def is_finished(experiment: Experiment) -> bool:
     starts = read_log(experiment.folder / "starts.jsonl")
     total = starts[-1].get("total_steps", experiment.train.steps) if starts else None
     saved = checkpoints.all_steps(experiment.folder / "checkpoints")
-    if total is None or not saved or saved[0].name != f"step-{total:08d}":
+    if total is None or not saved or checkpoints.step_of(saved[0]) != total:
         return False
-    return not experiment.evaluate or any(e["step"] == total for e in read_log(experiment.folder / "eval.jsonl"))
+    return not experiment.evaluate or is_evaluated(experiment.folder, total)
 
 
 class RunQueue(StopRequest):

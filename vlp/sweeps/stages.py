@@ -16,7 +16,7 @@ from vlp.files import local_path
 from vlp.specs.overrides import override
 from vlp.specs.user_code import NO_CODE, UserCode
 from vlp.sweeps.run_queue import RunQueue, check_same, has_started, is_finished
-from vlp.training.validation import validate
+from vlp.training.validation import validate, validate_tasks
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ def train_stages(stages: Stages, command: str, log: Callable[[str], None] = prin
         for source in run.data.train:  # a missing source of the last stage fails before the first is trained
             source.open()
     missing = [run for run in runs if not is_finished(run)]
+    for run in missing:
+        validate_tasks(run)
     if os.environ.get("RANK", "0") != "0":
         log = lambda text: None  # noqa: E731 - only the main process prints
     if not missing:

@@ -20,10 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from vlp.data.reading.shards import write_atomically
 from vlp.errors import UserError
-from vlp.files import file_hash
-from vlp.weights.checkpoints import Tensors, all_steps, best_path
+from vlp.files import file_hash, write_atomically
+from vlp.weights.checkpoints import Tensors, all_steps, best_path, step_of, step_path
 
 
 def _sync(path: Path) -> None:
@@ -49,8 +48,8 @@ def save(folder: Path, step: int, files: dict[str, Tensors], state: dict) -> Pat
     Raises:
         UserError: If the folder cannot be written (disk full, no permission). An earlier checkpoint is not changed.
     """
-    final = folder / f"step-{step:08d}"
-    temporary = folder / f".step-{step:08d}.{os.getpid()}.tmp"
+    final = step_path(folder, step)
+    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".step-*.tmp"):  # of a process that was killed during a save
@@ -83,7 +82,7 @@ def prune(folder: Path, keep: int, step: int) -> None:
 
     A checkpoint after ``step`` is damaged, since the run was resumed from an earlier one.
     """
-    newest = [path for path in all_steps(folder) if int(path.name[5:]) <= step][:keep]
+    newest = [path for path in all_steps(folder) if step_of(path) <= step][:keep]
     for path in all_steps(folder):
         if path not in newest and path != best_path(folder):
             # renamed first, so that a partly removed checkpoint never has a final name

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vlp.config import Experiment, Logging
 from vlp.errors import UserError
+from vlp.files import read_regular
 from vlp.specs.json import dump
 
 
@@ -29,7 +30,7 @@ def truncate_log(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(kept))
@@ -37,14 +38,34 @@ def truncate_log(path: Path, step: int) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """Return the records of a file of JSON lines, without a last line that was only partly written."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
+    """Return the records of a file of JSON lines, without lines that are damaged or were only partly written.
+
+    The result is empty for a missing file.
+
+    Raises:
+        UserError: If the path is that of something else than a file.
+    """
+    try:
+        lines = read_regular(path).splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}); remove it") from None
+    return [record for record in map(_record, lines) if record is not None]
+
+
+def _record(line: bytes) -> dict | None:
+    """Return the record of a line, or None if the line is damaged."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def is_evaluated(folder: Path, step: int) -> bool:
+    """Return whether the eval.jsonl of a run folder has the evaluation of a step."""
+    return any(line.get("step") == step for line in read_log(folder / "eval.jsonl"))
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -15,13 +15,12 @@ from vlp.data.stream import Loaded, TrainDataset, training_loader
 from vlp.data.text import Tokenizer
 from vlp.distributed import broadcast_from_main
 from vlp.errors import UserError
-from vlp.files import file_hash
 from vlp.models.base import Model
 from vlp.tasks.base import EvalModel, Result
 from vlp.tasks.contamination import contaminated_images
 from vlp.training import checkpoint
 from vlp.training.engines import engine
-from vlp.training.logging import read_log
+from vlp.training.logging import is_evaluated
 from vlp.training.run_writer import RunWriter
 from vlp.training.state import TrainState
 from vlp.types import Vocabulary
@@ -81,8 +80,7 @@ class Run:
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether eval.jsonl has the current step."""
-        return any(line["step"] == self.state.step for line in read_log(self.folder / "eval.jsonl"))
+        return is_evaluated(self.folder, self.state.step)
 
     @property
     def is_finished(self) -> bool:
@@ -115,7 +113,7 @@ class Run:
             checkpoint.save(folder, self.state.step, files, self.state.counters())
             checkpoint.prune(folder, self.experiment.save.keep, self.state.step)
         self.accelerator.wait_for_everyone()
-        return folder / f"step-{self.state.step:08d}"
+        return checkpoints.step_path(folder, self.state.step)
 
     def restore_optimizer(self, optimizer) -> None:
         """Load the optimizer state of the checkpoint, after the engine has wrapped the optimizer and copied its weights."""
@@ -139,7 +137,7 @@ class Run:
             self.experiment.data,
             self.accelerator.device,
             self.experiment.seed,
-            file_hash(saved / ("average.safetensors" if averaged else "model.safetensors")),
+            checkpoints.recorded_hashes(saved)["average.safetensors" if averaged else "model.safetensors"],
             self.experiment.name,
         )
         # running means differ between processes; the checkpoint has those of the main process

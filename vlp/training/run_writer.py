@@ -53,7 +53,9 @@ class RunWriter:
     def __init__(self, experiment: Experiment, accelerator: Accelerator, state: TrainState, epoch_samples: int):
         self.experiment, self.accelerator, self.state = experiment, accelerator, state
         self.folder, self.epoch_samples = experiment.folder, epoch_samples
-        self.known_bad = {(b["source"], b["shard"], b["key"]) for b in read_log(self.folder / "quarantine.jsonl")}
+        self.known_bad = {
+            (b.get("source"), b.get("shard"), b.get("key")) for b in read_log(self.folder / "quarantine.jsonl")
+        }
         self.run_log: RunLog | None = None  # of the main process
         self.sample_file = None
 

@@ -25,7 +25,7 @@ from vlp.training.engines import engine, start_engine
 from vlp.training.run import Run
 from vlp.training.run_writer import RunWriter
 from vlp.training.state import TrainState
-from vlp.training.validation import validate
+from vlp.training.validation import validate, validate_tasks
 from vlp.weights import checkpoints
 
 
@@ -47,6 +47,7 @@ def set_up(experiment: Experiment, resume: bool, code: UserCode = NO_CODE) -> Ru
         raise UserError(f"{folder} already holds a run; continue it with --resume {folder}, or set another name=...")
     checkpoint = checkpoints.newest_whole(folder / "checkpoints") if resume else None
     accelerator.wait_for_everyone()  # every process has looked before one of them writes
+    validate_tasks(experiment)
     if not resume:
         experiment = experiment.resolved()
     torch.manual_seed(experiment.seed)
@@ -66,8 +67,6 @@ def set_up(experiment: Experiment, resume: bool, code: UserCode = NO_CODE) -> Ru
     if resume:
         check_same_data(folder, dataset)
     check_dataset(experiment, dataset)
-    for task in experiment.evaluate.values():
-        task.validate(data)
     total_steps = count_steps(experiment, len(dataset))
     prepare_model(model, experiment.train, accelerator)
     state = initial_state(experiment, model, len(dataset), accelerator.device)

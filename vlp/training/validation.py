@@ -58,13 +58,30 @@ def validate(experiment: Experiment) -> None:
 
 
 def _check_json(experiment: Experiment) -> None:
-    """Check that the experiment can be rebuilt from its experiment.json."""
+    """Check that the experiment can be rebuilt from its experiment.json, where lists become tuples and keys texts."""
     try:
-        from_plain(json.loads(dump(experiment)), own_types(experiment))
+        rebuilt = from_plain(json.loads(dump(experiment)), own_types(experiment))
     except TypeError as e:
         raise UserError(
             f"the experiment cannot be stored as JSON ({e}); use dataclasses, numbers, texts, tuples and dicts"
         ) from None
+    try:
+        check_types(rebuilt)
+    except UserError as e:
+        raise UserError(
+            f"the experiment could not be resumed, because its JSON is read back differently: {e}; use a tuple instead of "
+            f"a list, and texts as the keys of a dict"
+        ) from None
+
+
+def validate_tasks(experiment: Experiment) -> None:
+    """Check the options and inputs of every task, which may read the headers of its data.
+
+    Raises:
+        UserError: For the first mistake.
+    """
+    for task in experiment.evaluate.values():
+        task.validate(experiment.data)
 
 
 def check_mixup(experiment: Experiment) -> None:

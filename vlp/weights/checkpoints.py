@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from pathlib import Path
@@ -11,9 +12,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vlp.errors import UserError
-from vlp.files import file_hash
+from vlp.files import file_hash, read_regular
 
 Tensors = dict[str, Tensor]
+MAX_JSON = 1 << 20  # bytes of a JSON file of a checkpoint, which has about a hundred per file
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """Return the path of the checkpoint of a step, whether or not it exists."""
+    return folder / f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step of a checkpoint from its name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def all_steps(folder: Path) -> list[Path]:
@@ -24,24 +36,27 @@ def all_steps(folder: Path) -> list[Path]:
 def best(folder: Path) -> dict | None:
     """Return {"step", "metric", "value"} of the best checkpoint, or None if none is marked."""
     try:
-        return json.loads((folder / "best.json").read_text())
-    except (OSError, ValueError):
+        found = json.loads(read_regular(folder / "best.json", MAX_JSON))
+        return found if isinstance(found["step"], int) and isinstance(found["value"], (int, float)) else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def best_path(folder: Path) -> Path | None:
     """Return the folder of the best checkpoint, or None if none is marked."""
     found = best(folder)
-    return folder / f"step-{found['step']:08d}" if found else None
+    return step_path(folder, found["step"]) if found else None
 
 
 def damage(checkpoint: Path) -> str | None:
     """Return a description of the damage to a checkpoint, or None if it is intact."""
     try:
-        hashes = json.loads((checkpoint / "manifest.json").read_text())["sha256"]
+        hashes = recorded_hashes(checkpoint)
         for name in sorted({"state.json", *(path.name for path in checkpoint.glob("*.safetensors"))} - hashes.keys()):
             return f"{name} is not in manifest.json"
         for name, expected in hashes.items():
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing" if not os.path.lexists(checkpoint / name) else f"{name} is not a file"
             if file_hash(checkpoint / name) != expected:
                 return f"{name} was altered (its SHA-256 is not the one in manifest.json)"
     except FileNotFoundError as e:
@@ -49,6 +64,11 @@ def damage(checkpoint: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json is not readable"
     return None
+
+
+def recorded_hashes(checkpoint: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a checkpoint as its manifest has it: those of the files once `damage` is None."""
+    return json.loads(read_regular(checkpoint / "manifest.json", MAX_JSON))["sha256"]
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -88,7 +108,7 @@ def read(checkpoint: Path, name: str) -> Tensors:
 
 def read_state(checkpoint: Path) -> dict:
     """Return the counters of a checkpoint."""
-    return json.loads((checkpoint / "state.json").read_text())
+    return json.loads(read_regular(checkpoint / "state.json", MAX_JSON))
 
 
 def load_model(model: nn.Module, tensors: Tensors, source: Path) -> None:
