@@ -163,8 +163,8 @@ def test_embeddings_that_are_not_finite_are_refused(colours):
 @pytest.mark.parametrize(
     ("location", "setting", "name"),
     [
-        ("data/flickr8k/val", None, "flickr8k-fine-tuned@run"),
-        ("data/coco-val", None, "coco-unstated@run"),
+        ("data/flickr8k/val", None, "flickr8k-val-fine-tuned@run"),
+        ("data/coco-val", None, "coco-val-unstated@run"),
         ("data/coco/karpathy/{000..004}.tar", "fine-tuned", "karpathy-fine-tuned@run"),
     ],
 )
@@ -173,7 +173,7 @@ def test_protocol_name_has_data_setting_and_weights(location, setting, name):
     given = replace(given, name="run", data=replace(given.data, train=(Source("data/flickr8k/train"),)))
     assert protocol_name(given, location, setting) == name
     assert protocol_name(replace(given, data=replace(given.data, train=())), "flickr30k-test", None) == (
-        "flickr30k-unstated@run"
+        "flickr30k-test-unstated@run"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from vlp.files import local_path
 from vlp.specs.names import NO_TYPES
 
 if TYPE_CHECKING:
+    from vlp.config import Experiment
     from vlp.tasks.base import Result, Task
 
 
@@ -59,7 +60,7 @@ class Help(argparse.Action):
             print(f"tasks of vlp: {', '.join(shipped_tasks())}")
             parser.exit()
         try:
-            print(describe(name, own_tasks(model).get(name)))
+            print(describe(name, described_tasks(model).get(name)))
         except UserError as e:
             parser.exit(2, f"vlp: {e}\n")
         parser.exit()
@@ -73,7 +74,8 @@ def run(options: argparse.Namespace) -> int:
     from vlp.loading.load_model import load_model
     from vlp.specs.fields import check_limits
     from vlp.specs.overrides import override
-    from vlp.tasks.contamination import contaminated_images
+    from vlp.tasks.contamination import contaminated_images, has_training_data
+    from vlp.tasks.naming import result_path
 
     name, assignments = options.task, options.overrides
     if name is not None and "=" in name:  # the task was left out
@@ -88,16 +90,22 @@ def run(options: argparse.Namespace) -> int:
     check_limits(load_options)
     loaded = load_model(options.model, options.checkpoint, load_options, own_types)
     model = loaded.eval_model
+    model.has_training_data = has_training_data(loaded.folder, model.data)
     for part, report in loaded.reports.items():
         print(f"{part} weights: {report or 'random'}")
     for task in tasks.values():
         task.validate(model.data)
-    seen = {key: contaminated_images(task, model.data, load_options.allow_contamination) for key, task in tasks.items()}
+    seen = {
+        key: contaminated_images(task, model.data, load_options.allow_contamination)
+        if model.has_training_data
+        else None
+        for key, task in tasks.items()
+    }
     for key, task in tasks.items():
         result = replace(task(model), trained_on=seen[key])
-        path = loaded.folder / "eval" / f"{key}.json"
         if rank() > 0:
             continue
+        path = result_path(loaded.folder / "eval", key, result)
         try:
             result.write(path, model, loaded.step)
         except OSError as e:
@@ -106,19 +114,49 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def own_tasks(model: str, own_types: Mapping[str, type] = NO_TYPES) -> dict[str, Any]:
-    """Return the tasks of a run's experiment by their name there. Empty for weights that are not a run's.
+def run_experiment(model: str, own_types: Mapping[str, type] = NO_TYPES) -> Experiment | None:
+    """Return the experiment of a run, whose tasks have been checked. None for weights that are not a run's.
 
     Args:
         own_types: Classes outside vlp that the run's experiment.json may name: see `vlp.specs.user_code`.
+
+    Raises:
+        UserError: if the experiment is damaged, or a task has a name or a value that it may not have.
     """
     from vlp.weights.run import is_run
 
     if not is_run(model):
-        return {}
+        return None
     from vlp.config import load_json
+    from vlp.specs.types import check_types
+    from vlp.tasks.base import Task
+    from vlp.tasks.naming import check_task_names
+    from vlp.tasks.submission import check_stored_tasks
 
-    return load_json(local_path(model) / "experiment.json", own_types).evaluate
+    path = local_path(model) / "experiment.json"
+    experiment = load_json(path, own_types)
+    try:
+        check_types(experiment)
+        check_task_names(experiment.evaluate)
+        for name, task in experiment.evaluate.items():
+            if not isinstance(task, Task):
+                raise UserError(f"evaluate.{name} is not a task")
+        check_stored_tasks(experiment.evaluate)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    return experiment
+
+
+def described_tasks(model: str) -> dict[str, Any]:
+    """Return the tasks of a run's experiment, with a `vlp.specs.json.Foreign` for each of a user's own type."""
+    from vlp.weights.run import is_run
+
+    if not is_run(model):
+        return {}
+    from vlp.config import load_without_code
+
+    tasks = load_without_code(local_path(model) / "experiment.json").evaluate
+    return tasks if isinstance(tasks, dict) else {}
 
 
 def choose_tasks(
@@ -133,40 +171,54 @@ def choose_tasks(
         UserError: if there is no such task, or an assignment does not fit.
     """
     from vlp.loading.base import LoadOptions
-    from vlp.specs.overrides import override
+    from vlp.specs.overrides import override, suggest
     from vlp.tasks.naming import result_name
 
-    own = own_tasks(model, own_types)
+    experiment = run_experiment(model, own_types)
+    own = experiment.evaluate if experiment else {}
+    for_loading = {field.name for field in fields(LoadOptions)}
     if name is None:
         if not own:
             raise UserError(f"{model} does not say what to evaluate; give a task, e.g. vlp eval {model} retrieval")
-        for_tasks = [text for text in assignments if text.partition("=")[0].split(".")[0] in own]
+        heads = {text: text.partition("=")[0].split(".")[0] for text in assignments}
+        for head in heads.values():
+            if head not in own and head not in for_loading:
+                raise UserError(f"{model} has no task {head!r} to set{suggest(head, [*own, *for_loading])}")
+        for_tasks = [text for text in assignments if heads[text] in own]
         tasks = override(own, for_tasks)
         results = {}
         for key, task in tasks.items():
             given = [text.removeprefix(f"{key}.") for text in for_tasks if text.startswith(f"{key}.")]
-            results[result_name(key, task, given)] = task
+            results[result_name(key, task, given, own[key])] = task
         return results, [text for text in assignments if text not in for_tasks]
-    task = own[name] if name in own else default_task(name)
+    before = own[name] if name in own else default_task(name, own)
     # an option that both have, such as max_length, is the task's
-    of_loading = {field.name for field in fields(LoadOptions)} - {field.name for field in fields(task)}
-    for_loading = [text for text in assignments if text.partition("=")[0] in of_loading]
-    for_task = [text for text in assignments if text not in for_loading]
-    task = override(task, for_task)
+    of_task = {field.name for field in fields(before)}
+    for_loading -= of_task
+    for_task = [text for text in assignments if text.partition("=")[0] not in for_loading]
+    for text in for_task:
+        head = text.partition("=")[0].split(".")[0]
+        if "=" in text and head not in of_task:
+            raise UserError(f"{name} has no option {head!r}{suggest(head, [*of_task, *for_loading])}")
+    task = override(before, for_task)
     if missing := [option for option in required_options(type(task)) if vars(task)[option] is None]:
         raise UserError(f"{name} needs {missing[0]}; give {missing[0]}=...")
-    return {result_name(name if name in own else task.name, task, for_task): task}, for_loading
+    key = result_name(name if name in own else task.name, task, for_task, before)
+    return {key: task}, [text for text in assignments if text not in for_task]
 
 
-def default_task(name: str) -> Task:
+def default_task(name: str, own: Iterable[str] = ()) -> Task:
     """Return a task with its defaults, and None for options that must be given.
+
+    Args:
+        own: Names of the run's tasks, which the message about an unknown name suggests.
 
     Raises:
         UserError: if there is no such task.
     """
     from vlp.tasks.find import find_task
 
-    cls = find_task(name)
+    cls = find_task(name, own)
     if not is_dataclass(cls):
         raise UserError(f"{name} is not a dataclass, so that it has no options; decorate it with @dataclass")
     return cls(**dict.fromkeys(required_options(cls)))
@@ -186,8 +238,13 @@ def describe(name: str, own: Any = None) -> str:
 
     from vlp.loading.base import LoadOptions
     from vlp.specs.docstrings import field_docs, summary
+    from vlp.specs.json import Foreign
     from vlp.tasks.find import find_task
 
+    if isinstance(own, Foreign):  # its class, with the explanations, is code that help does not run
+        values = [f"  {field}={shown(value)}" for field, value in own.fields.items()]
+        usage = f"usage: vlp eval RUN_OR_WEIGHTS {name} [key=value ...]"
+        return "\n".join([usage, "", f"{own.type}, as set in the run's experiment:", *values, ""])
     cls = type(own) if own is not None else find_task(name)
     lines = [f"usage: vlp eval RUN_OR_WEIGHTS {name} [key=value ...]", "", summary(cls), ""]
     task_options = fields(cls) if is_dataclass(cls) else ()
@@ -218,14 +275,16 @@ def show(result: Result, step: int | None, checkpoint: str, path: Path) -> None:
     """Print the metrics with their intervals, and how they were measured."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     counts = ", ".join(f"{n:,} {what}" for what, n in result.n.items())
-    table = Table(title=f"{result.task} on {result.data}: {counts}")
+    # Text, since brackets in the names of users' data and classes are not markup
+    table = Table(title=Text(f"{result.task} on {result.data}: {counts}", style="table.title"))
     for column in ("metric", "value", "95 % interval"):
         table.add_column(column)
     for metric, interval in result.metrics.items():
         value, low, high = interval.texts(digits=2)
-        table.add_row(metric, value, f"{low} to {high}")
+        table.add_row(Text(metric), value, f"{low} to {high}")
     Console().print(table)
     print(f"protocol: {f'{result.name}: ' if result.name else ''}{result.protocol}")
     print(

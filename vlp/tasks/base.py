@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from vlp import __version__
 from vlp.config import Data
 from vlp.data.preprocess import Preprocess
-from vlp.data.reading.annotated import AnnotatedReader
+from vlp.distributed import rank
 from vlp.errors import UserError
 from vlp.files import write_atomically
 from vlp.models.base import Model
+from vlp.tasks.identity import Images, data_id
 from vlp.tasks.metrics import Interval
 from vlp.types import Encoded
-
-# Shards, image files, or annotations that name their images.
-Images = str | list[Path] | AnnotatedReader
 
 
 @dataclass
@@ -38,6 +36,8 @@ class EvalModel:
         seed: Seed of bootstraps and of every other random choice of a task.
         checkpoint: SHA-256 of the weights, or a note where they are not in a file.
         name: Name of the run or of the weights.
+        has_training_data: Whether the sources of ``data.train`` are those that the run was trained on. A relative path may
+            name other data where the run is evaluated.
     """
 
     model: Model
@@ -47,6 +47,7 @@ class EvalModel:
     seed: int = 0
     checkpoint: str = ""
     name: str = ""
+    has_training_data: bool = True
 
     @property
     def preprocess(self) -> Preprocess | None:
@@ -97,12 +98,15 @@ class Result:
         metrics: Metric name -> value with its interval.
         details: Examples and other findings, as JSON.
         bad: Samples that were skipped, with the reason.
-        name: Name of the protocol with its data and weights, e.g. ``flickr30k-zero-shot@coco-ft``.
+        name: Name of the protocol with its data and weights, e.g. ``flickr30k-test-zero-shot@coco-ft``.
         choices: Number of answers that a random guess chooses from, for the report. None where that has no meaning.
-        task: `Task.name`. Filled in by `Task.__call__`, as are the next three.
+        split: Split of ``data`` that was evaluated, if ``data`` does not say it.
+        task: `Task.name`. Filled in by `Task.__call__`, as are the next four.
         headline: `Task.headline`.
         lower_is_better: `Task.lower_is_better`.
         seconds: Duration of the evaluation.
+        data_id: Identity of the data, see `vlp.tasks.identity`. Results with different ones are not compared. Only in the
+            main process.
         trained_on: Number of evaluated images that the run was trained on, None where it was not counted.
     """
 
@@ -114,10 +118,12 @@ class Result:
     bad: list[dict] = field(default_factory=list)
     name: str = ""
     choices: int | None = None
+    split: str = ""
     task: str = ""
     headline: str = ""
     lower_is_better: tuple[str, ...] = ()
     seconds: float = 0.0
+    data_id: str = ""
     trained_on: int | None = None
 
     def write(self, path: Path, model: EvalModel, step: int | None = None) -> None:
@@ -166,12 +172,14 @@ class Task:
         began = time.monotonic()
         with evaluating(model.model):
             result = self.evaluate(model)
+        seconds = time.monotonic() - began
         return replace(
             result,
             task=self.name,
             headline=self.headline or next(iter(result.metrics), ""),
             lower_is_better=self.lower_is_better,
-            seconds=time.monotonic() - began,
+            seconds=seconds,
+            data_id=data_id(self.evaluated_images(model.data), result.data, result.split) if rank() == 0 else "",
         )
 
     def evaluate(self, model: EvalModel) -> Result:

@@ -5,16 +5,46 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vlp.config import Data
 from vlp.data.preparing.dedup import AnnotatedCollection, Collection, FileCollection, ShardCollection, same_bytes
 from vlp.data.reading.annotated import Annotated, AnnotatedReader
+from vlp.data.reading.locations import is_remote
+from vlp.data.reading.sentences import Sentences
 from vlp.data.reading.shards import Source
+from vlp.data.reading.tables import read_json
 from vlp.errors import UserError
 from vlp.files import local_path
-from vlp.tasks.base import Images, Task
+from vlp.tasks.base import Task
+from vlp.tasks.identity import Images
 
 MAX_IMAGES = 1_000_000  # training images, of which only the indexes are read
 MAX_NAMED = 20_000  # images that annotations name, which must be read themselves
+
+
+def has_training_data(run: Path, data: Data) -> bool:
+    """Return whether the sources that a run names are still those that it was trained on.
+
+    They are other ones where a relative path is read in another folder, and after the data were replaced.
+
+    Args:
+        run: Folder of the run, whose data.json has the fingerprints of its sources. Without it they are taken on trust.
+        data: Data settings of the run.
+    """
+    if not (run / "data.json").is_file():
+        return True
+    try:
+        fingerprints = read_json(run / "data.json")
+        readers = [source.open() for source in data.train if not _is_remote(source)]
+    except UserError:
+        return False
+    known = fingerprints if isinstance(fingerprints, list) else []
+    return all(reader.fingerprint() in known for reader in readers)
+
+
+def _is_remote(source: Source | Annotated | Sentences) -> bool:
+    return is_remote(source.shards if isinstance(source, Source) else source.path)
 
 
 def contaminated_images(task: Task, data: Data, allow: bool) -> int | None:

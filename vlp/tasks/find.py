@@ -8,12 +8,14 @@ from __future__ import annotations
 import ast
 import importlib
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from vlp.errors import UserError
+from vlp.files import local_path, relative_to
 from vlp.specs.config_file import load_module
 from vlp.specs.overrides import suggest
 
@@ -35,11 +37,12 @@ def shipped_tasks() -> dict[str, tuple[str, str]]:
     return found
 
 
-def find_task(name: str) -> type[Task]:
+def find_task(name: str, own: Iterable[str] = ()) -> type[Task]:
     """Return the class of a task.
 
     Args:
         name: Name of a task in vlp/tasks, ``path/to/file.py:Class``, or ``module:Class`` of an importable module.
+        own: Further names that the message about an unknown name may suggest.
 
     Raises:
         UserError: if there is no such task, or the file cannot be imported.
@@ -49,7 +52,7 @@ def find_task(name: str) -> type[Task]:
         module, class_name = importlib.import_module(shipped[name][0]), shipped[name][1]
     elif ":" not in name:
         raise UserError(
-            f"there is no task {name!r}{suggest(name, list(shipped))}; a task of yours is given as file.py:Class"
+            f"there is no task {name!r}{suggest(name, [*own, *shipped])}; a task of yours is given as file.py:Class"
         )
     else:
         where, _, class_name = name.rpartition(":")
@@ -68,9 +71,10 @@ def find_task(name: str) -> type[Task]:
 def _import(where: str) -> ModuleType:
     try:
         if where.endswith(".py"):
-            if not Path(where).is_file():
-                raise UserError(f"no file {where}; give file.py:Class")
-            return load_module(Path(where))
+            file = local_path(where)
+            if not file.is_file():
+                raise UserError(f"no file {where}{relative_to(file)}; give file.py:Class")
+            return load_module(file)
         sys.path.insert(0, "")  # modules of the working directory
         return importlib.import_module(where)
     except ImportError as e:

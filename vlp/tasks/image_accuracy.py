@@ -73,6 +73,7 @@ class ImageAccuracy(Task):
         return Result(
             protocol=f"the classifier's highest score, of {len(names)} classes{split}",
             data=self.data,
+            split=self.split or "",
             n={"images": len(labels), "classes": len(names)},
             metrics=topk_accuracy(scores, labels, model.seed, self.resamples),
             details={"classes": names, "confused": confusions(labels, scores.argmax(1), names)},

@@ -100,6 +100,7 @@ class MaskedPrediction(Task):
                 f"{m.random_share:.0%} another, all of a text at once, seed {model.seed}"
             ),
             data=self.data,
+            split=self.split or "",
             n={"texts": len(texts), "masked tokens": len(rows), "truncated texts": truncated},
             metrics={"accuracy": bootstrap(correct, rows, model.seed, self.resamples), "perplexity": perplexity},
         )

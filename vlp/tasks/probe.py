@@ -73,6 +73,7 @@ class _FeatureClassifier(Task):
         return Result(
             protocol=f"{protocol}; {self.features} features, {self.train_split} -> {self.split}",
             data=self.data,
+            split=self.split,
             n={"images": len(test.labels), "train images": len(train.labels), "classes": len(classes)},
             metrics=topk_accuracy(scores, test.labels, model.seed, self.resamples),
             details={"classes": classes, "confused": confusions(test.labels, scores.argmax(1), classes)} | details,

@@ -44,7 +44,7 @@ class Retrieval(Task):
     headline = "mean_recall"
 
     data: str | None = None
-    setting: Literal["zero-shot", "fine-tuned"] | None = None
+    setting: Literal["zero-shot", "fine-tuned"] | None = specs.setting(None, changes_result=False)
     batch_size: int = specs.setting(64, least=1, changes_result=False)
     ks: tuple[int, ...] = specs.setting((1, 5, 10), least=1, least_items=1)
     resamples: int = specs.setting(1000, least=0, changes_result=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlp.distributed import rank
@@ -15,6 +15,20 @@ def need_ids(ids: Sequence[Any], field: str) -> None:
     """Raise UserError unless every line has an id that no other line has."""
     if None in ids or len(set(ids)) < len(ids):
         raise UserError(f"a submission needs {field} in every line, each once; make them with vlp data annotations")
+
+
+def check_stored_tasks(tasks: Mapping[str, Any]) -> None:
+    """Check that tasks of an experiment name no file to write, since opening a run must not write where its JSON says.
+
+    Raises:
+        UserError: For the first one that does.
+    """
+    for key, task in tasks.items():
+        if vars(task).get("submission") is not None:
+            raise UserError(
+                f"evaluate.{key}.submission is a path in the experiment, and paths to write are given on the command line; "
+                f"leave it out, and evaluate with vlp eval RUN {key} submission=FILE"
+            )
 
 
 def check_submission(path: str) -> None:

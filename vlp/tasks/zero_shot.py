@@ -98,6 +98,7 @@ class ZeroShot(Task):
             protocol=f"mean of {len(templates)} normalised prompt embeddings a class, cosine similarity; prompts: {prompts}"
             + split,
             data=self.data,
+            split=self.split or "",
             n={"images": len(labels), "classes": len(names), "prompts": len(templates)},
             metrics=topk_accuracy(ranked, labels, model.seed, self.resamples),
             details=details,

@@ -117,11 +117,11 @@ class RunLog:
         self.wandb = _wandb(experiment)
         self.console = Console(stderr=True)
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[last]}"),
+            TextColumn("{task.fields[last]}", markup=False),
         )
         self.progress = Progress(
             *columns, console=self.console, refresh_per_second=2, disable=not self.console.is_terminal
