@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vlp.config import Experiment
+from vlp.config import Experiment, Training
 from vlp.data.order import keyed_rng
 from vlp.data.stream import Loaded
 from vlp.distributed import all_reduce_sum, gather_objects
@@ -37,6 +37,13 @@ from vlp.types import Batch
 
 def single_graph(model: Model) -> Graph:
     return SINGLE_GRAPH
+
+
+def graph_of(train: Training) -> Callable[[Model], Graph]:
+    """Return the function that makes the autograd graph of a backward pass, as the settings ask for."""
+    per_loss = train.backward == "per_loss"
+    detached = partial(DetachedGraph, recompute=train.grad_cache, per_loss=per_loss)
+    return detached if train.grad_cache or per_loss else single_graph
 
 
 class Pretrainer(nn.Module):
@@ -108,10 +115,7 @@ class Trainer:
     def __init__(self, run: Run):
         self.run, self.accelerator, self.experiment = run, run.accelerator, run.experiment
         accelerator, train = run.accelerator, run.experiment.train
-        per_loss = train.backward == "per_loss"
-        detached = partial(DetachedGraph, recompute=train.grad_cache, per_loss=per_loss)
-        graph = detached if train.grad_cache or per_loss else single_graph
-        attempt = Attempt(Pretrainer(run.model, run.experiment.objectives, graph))
+        attempt = Attempt(Pretrainer(run.model, run.experiment.objectives, graph_of(train)))
         self.attempt, self.optimizer = accelerator.prepare(attempt, run.optimizer)
         run.restore_optimizer(self.optimizer.optimizer)
         self.waited = 0.0  # seconds of the step spent waiting for data

@@ -192,8 +192,8 @@ def count_steps(experiment: Experiment, epoch_samples: int) -> int:
     return steps
 
 
-def prepare_model(model: Model, train: Training, accelerator: Accelerator) -> None:
-    """Freeze parameters, set up activation checkpointing, memory format and compilation, and switch to training mode.
+def configure_model(model: Model, train: Training) -> None:
+    """Freeze parameters, set up activation checkpointing, and switch to training mode.
 
     Raises:
         UserError: If a prefix of ``train.frozen`` matches no parameter.
@@ -207,6 +207,16 @@ def prepare_model(model: Model, train: Training, accelerator: Accelerator) -> No
             p.requires_grad_(False)
     if train.activation_checkpointing != "none":
         model.set_activation_checkpointing(train.activation_checkpointing)
+    model.train()
+    # frozen modules stay in evaluation mode: no dropout, and BatchNorm keeps its statistics
+    for name, module in model.named_modules():
+        if any(starts_with(f"{name}.", f"{prefix}.") for prefix in train.frozen):
+            module.eval()
+
+
+def prepare_model(model: Model, train: Training, accelerator: Accelerator) -> None:
+    """Configure the model, move it to the device, and set its memory format and compilation."""
+    configure_model(model, train)
     model.to(accelerator.device)
     if engine(accelerator) != "deepspeed":  # ZeRO sends weights as plain bytes, which loses the memory format
         # channels_last speeds up convolutions and is neutral for transformers
@@ -214,11 +224,6 @@ def prepare_model(model: Model, train: Training, accelerator: Accelerator) -> No
     if train.compile:
         for tower in filter(None, (model.image, model.text)):
             tower.compile()
-    model.train()
-    # frozen modules stay in evaluation mode: no dropout, and BatchNorm keeps its statistics
-    for name, module in model.named_modules():
-        if any(starts_with(f"{name}.", f"{prefix}.") for prefix in train.frozen):
-            module.eval()
 
 
 def initial_state(experiment: Experiment, model: Model, epoch_samples: int, device: torch.device) -> TrainState:
