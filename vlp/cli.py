@@ -23,8 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Words after ``vlp``. The default is ``sys.argv[1:]``.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers tokenize in parallel already
-    options = build_parser().parse_args(arguments)
     try:
+        options = build_parser().parse_args(arguments)
         return options.run(options)
     except UserError as e:
         print(f"vlp: {' '.join(str(e).split())}", file=sys.stderr)

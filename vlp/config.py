@@ -203,7 +203,7 @@ class Experiment:
 
     @property
     def folder(self) -> Path:
-        return local_path(self.output) / self.name
+        return local_path(Path(self.output) / self.name)
 
     def resolved(self) -> Experiment:
         """Return the experiment with every value that weights and annotations determine filled in: sizes, classes, ..."""

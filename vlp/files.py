@@ -6,6 +6,7 @@ import errno
 import hashlib
 import importlib.util
 import os
+import re
 import stat
 from pathlib import Path
 from typing import BinaryIO
@@ -26,8 +27,10 @@ def local_path(path: str | Path) -> Path:
     """Return the path with ``~`` replaced by the home folder. Nothing needs to exist there.
 
     Raises:
-        UserError: if the home folder of ``~NAME`` is unknown.
+        UserError: if the home folder of ``~NAME`` is unknown, or the path has a character that no path can have.
     """
+    if not is_possible_path(path):
+        raise UserError(f"{str(path)!r} contains NUL or half of a surrogate pair, which no path can contain")
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -61,6 +64,29 @@ def resolve(path: str) -> Path:
     if not found.exists() or not found.resolve().is_relative_to(root.resolve()):
         raise UserError(f"the installed package {package} holds no {inside}; check the path after pip:{package}/")
     return found
+
+
+def is_possible_path(path: str | Path) -> bool:
+    """Return whether the operating system could have a file of this name: it has no NUL and can be encoded."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+
+
+def why_not_local(path: str, root: str = "the folder of the images") -> str:
+    """Return a remark for messages about a missing file: why ``path`` is not a path on this machine, or "".
+
+    Args:
+        root: What relative paths start from, as the user knows it.
+    """
+    if "://" in path:
+        return "; it is a URL: download the file first (img2dataset downloads images)"
+    if "\\" in path:
+        return "; it has backslashes: write it with /"
+    if re.match(r"[A-Za-z]:/", path):
+        return "; it begins with a drive of Windows: write the path on this machine"
+    return f"; it is an absolute path, which {root} does not change" if path.startswith("/") else ""
 
 
 def relative_to(path: str | Path) -> str:

@@ -10,8 +10,8 @@ from tests.cases.inputs import image_bytes
 from tests.tasks.fakes import ColourModel, eval_model
 from tests.tasks.test_zero_shot import PROMPT, picture
 from vlp.data.augment import Resize
-from vlp.data.reading.labelled import LabelledImageDataset, read_labelled, read_train_and_test
-from vlp.errors import UserError
+from vlp.data.reading.labelled import LabelledImageDataset, read_labelled, read_pixels, read_train_and_test
+from vlp.errors import BadSample, UserError
 from vlp.tasks.zero_shot import ZeroShot
 
 
@@ -103,8 +103,13 @@ def test_labels_blank_line(tmp_path):
 )
 def test_labels_of_another_type_are_named_with_their_line(tmp_path, row):
     (tmp_path / "labels.jsonl").write_text(json.dumps({"image": "b.jpg", "label": 0}) + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(UserError, match="labels.jsonl line 2: expected an object with image, label and name"):
-        read_labelled(tmp_path, None)
+    images, classes = read_labelled(tmp_path, None)
+    assert images[0] == (tmp_path / "b.jpg", 0) and classes == ["0"] and len(images) == 2
+    assert str(images[1][0]) == f"{tmp_path}/labels.jsonl line 2"
+    with pytest.raises(
+        BadSample, match="expected an object with image, label and name; '(image|label|name)' should be"
+    ):
+        read_pixels(images[1][0], 64_000_000)
 
 
 def test_a_label_with_two_names_is_refused_and_one_without_a_name_is_its_number(tmp_path):

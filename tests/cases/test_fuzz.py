@@ -2,15 +2,22 @@
 
 `KINDS` maps a name to a function of (rng, folder) that writes a damaged input and checks what is made of it. Only UserError
 and BadSample may be raised, and the functions handle both: anything else fails the test with its seed.
+
+``python -m tests.cases.test_fuzz 5000`` tries the first 5,000 seeds and prints a table.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import resource
 import signal
+import sys
 import tarfile
+import tempfile
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -24,7 +31,7 @@ from vlp.data.preparing.formats import Pair, read_pairs
 from vlp.data.preparing.inspect import check
 from vlp.data.preparing.pack import pack
 from vlp.data.reading.annotated import Annotated
-from vlp.data.reading.labelled import read_labelled
+from vlp.data.reading.labelled import NO_CLASS, BadLine, read_labelled
 from vlp.data.reading.sentences import Sentences
 from vlp.data.reading.shards import ShardIndex, ShardReader, index_path
 from vlp.errors import BadSample, UserError
@@ -412,7 +419,7 @@ def annotated(rng: np.random.Generator, folder: Path) -> None:
 
 
 def labels(rng: np.random.Generator, folder: Path) -> None:
-    """A labels.jsonl is read whole or refused with a line."""
+    """A line of a labels.jsonl is an image with its class, or a bad sample."""
     rows = [{"image": r["image"], "label": r["label"], "name": f"class {r['label']}"} for r in ROWS]
     rows = [alter_json(row, rng) if rng.random() < 0.1 else row for row in rows]
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -423,7 +430,8 @@ def labels(rng: np.random.Generator, folder: Path) -> None:
     except UserError as e:
         assert "\n" not in str(e)
         return
-    assert len(images) == lines_of(data) and all(0 <= n < len(classes) for _, n in images)
+    assert len(images) == lines_of(data)
+    assert all(n == NO_CLASS if isinstance(image, BadLine) else 0 <= n < len(classes) for image, n in images)
 
 
 KINDS: dict[str, Callable[[np.random.Generator, Path], None]] = {
@@ -459,6 +467,10 @@ def limited(seconds: float):
         signal.signal(signal.SIGALRM, before)
 
 
+def kind_of(seed: int) -> str:
+    return list(KINDS)[seed % len(KINDS)]
+
+
 def peak_mebibytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
@@ -472,8 +484,7 @@ def peak_before() -> int:
 def test_damaged_inputs(first, tmp_path, monkeypatch, peak_before):
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
     for seed in range(first, first + PER_TEST):
-        name = list(KINDS)[seed % len(KINDS)]
-        folder = tmp_path / str(seed)
+        name, folder = kind_of(seed), tmp_path / str(seed)
         folder.mkdir()
         try:
             with limited(SECONDS):
@@ -492,3 +503,31 @@ def test_the_reference_knows_a_shard():
         info.size = 3
         tar.addfile(info, io.BytesIO(b"abc"))
     assert lines_of(b"\xef\xbb\xbfa\n\n b\r\n") == 2 and lines_of(b"\xff") is None and lines_of(b"a\rb") == 2
+
+
+def main(seeds: int) -> int:
+    """Try the first seeds, print a table of the kinds, and return the number of failures."""
+    seconds, failed = defaultdict(list), Counter()
+    before = peak_mebibytes()
+    for seed in range(seeds):
+        name = kind_of(seed)
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["VLP_CACHE"] = f"{folder}/cache"
+            begin = time.perf_counter()
+            try:
+                with limited(SECONDS):
+                    KINDS[name](np.random.default_rng(seed), Path(folder))
+            except Exception as e:
+                failed[name] += 1
+                print(f"seed {seed}, {name}: {type(e).__name__}: {e}")
+            seconds[name].append(time.perf_counter() - begin)
+    print("| kind | inputs | failures | mean ms | slowest ms |\n| --- | --- | --- | --- | --- |")
+    for name, spent in seconds.items():
+        mean, slowest = 1000 * np.mean(spent), 1000 * max(spent)
+        print(f"| {name} | {len(spent):,} | {failed[name]} | {mean:.0f} | {slowest:.0f} |")
+    print(f"memory grew by {peak_mebibytes() - before} MiB")
+    return failed.total()
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])) > 0)

@@ -15,6 +15,7 @@ from tests.cases.inputs import image_bytes, quarantine, refused, run, write_line
 from vlp.data.preparing.formats import Pair
 from vlp.data.preparing.pack import Packing, _plan
 from vlp.data.reading.shards import ShardReader
+from vlp.data.workers import most_workers
 
 
 @pytest.fixture
@@ -153,3 +154,37 @@ def test_packs_of_earlier_versions_are_still_known():
     text = json.dumps([asdict(Packing()), [before]], sort_keys=True)
     assert _plan([pair], Packing()) == hashlib.sha256(text.encode()).hexdigest()
     assert _plan([replace(pair, problem="x")], Packing()) != _plan([pair], Packing())
+
+
+def test_a_thousand_workers_are_as_many_as_the_machine_can_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert most_workers(1000, 5000) == 16 and most_workers(1000, 3) == 3 and most_workers(0, 3) == 1
+
+
+COMMANDS = (
+    "data pack {bad} out",
+    "data pack captions.jsonl {bad}",
+    "data pack captions.jsonl out --image-root {bad}",
+    "data check {bad}",
+    "data check https://{bad}.tar",
+    "data stats {bad}",
+    "data tokenizer {bad} out",
+    "data triples {bad} out",
+    "data triples captions.jsonl {bad}",
+    "data paraphrase {bad} out --same-image",
+    "data annotations nlvr2 {bad} out",
+    "data answers {bad} out",
+    "data dedup {bad}",
+    "data dedup . --output {bad}",
+    "data world {bad}",
+    "report {bad}",
+)
+
+
+@pytest.mark.parametrize("bad", ["a\0b", "a\ud800b"], ids=["NUL", "surrogate"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_locations_that_no_path_can_be_are_one_line(images, capfd, command, bad):
+    (images / "captions.jsonl").write_text(json.dumps({"image": "a.jpg", "caption": "a"}) + "\n")
+    before = sorted(images.rglob("*"))
+    refused(capfd, *(word.format(bad=bad) for word in command.split()))
+    assert sorted(images.rglob("*")) == before

@@ -221,3 +221,51 @@ def test_paraphrase_refuses_latin1(tmp_path, capfd):
     (tmp_path / "latin1.txt").write_bytes("café\n".encode("latin-1"))
     arguments = ("paraphrase", tmp_path / "latin1.txt", tmp_path / "p.tsv", "--translator", "builtins:list")
     assert "latin1.txt:1 is not UTF-8; it is probably windows-1252" in refused(capfd, "data", *arguments)
+
+
+def test_rows_of_triples_that_cannot_be_used_are_counted_and_named(tmp_path, capfd):
+    rows = ["one cell", "entailment\tp\te", "contradiction\tp", "contradiction\tp\tc", "entailment\t\tx", "\t\t\t"]
+    (tmp_path / "n.tsv").write_text("\n".join(rows) + "\n")
+    code, out, _ = run(capfd, "data", "triples", tmp_path / "n.tsv", tmp_path / "o.tsv")
+    assert code == 0 and out.startswith("1 triples") and "3 rows skipped" in out and "n.tsv:1: 1 columns" in out
+    bad = [json.loads(line) for line in (tmp_path / "o.quarantine.jsonl").read_text().splitlines()]
+    assert [(line["key"], line["reason"].partition(";")[0]) for line in bad] == [
+        ("1", "1 columns"),
+        ("3", "2 columns"),
+        ("5", "a text is missing or empty"),
+    ]
+    (tmp_path / "n.tsv").write_text("\n".join(rows[1:2] + rows[3:4]))
+    assert "skipped" not in run(capfd, "data", "triples", tmp_path / "n.tsv", tmp_path / "o.tsv")[1]
+    assert not (tmp_path / "o.quarantine.jsonl").exists()
+    (tmp_path / "n.tsv").write_text("entailment\t\tx\n")
+    assert "none of the 1 rows" in refused(capfd, "data", "triples", tmp_path / "n.tsv", tmp_path / "o.tsv")
+
+
+def test_a_line_that_is_a_list_does_not_refuse_the_others(tmp_path):
+    (tmp_path / "t.jsonl").write_text('["a", "b"]\n{"s": "c"}\n{"other": 1}\n')
+    assert texts(tmp_path / "t.jsonl", columns=("s",)) == [
+        "json is not an object",
+        ("c",),
+        "a text is missing or empty: no 's' among 'other'",
+    ]
+
+
+@pytest.mark.parametrize(
+    "start, kind",
+    [
+        (b"\x1f\x8b\x08\0", "compressed by gzip"),
+        (b"PK\x03\x04\x14", "a zip archive or an .xlsx"),
+        (b"PAR1\x15\x04", "Parquet: convert it"),
+    ],
+)
+def test_files_that_are_not_texts_are_called_what_they_are(tmp_path, start, kind, capfd):
+    (tmp_path / "t.csv").write_bytes(start + bytes(100))
+    with pytest.raises(UserError, match=f"t.csv is not a text file but {kind}"):
+        Sentences(str(tmp_path / "t.csv"), columns=("s",)).open()
+    assert kind in refused(capfd, "data", "pack", tmp_path / "t.csv", tmp_path / "o")
+
+
+def test_table_with_other_columns_is_shown_with_its_own_delimiter(tmp_path):
+    (tmp_path / "t.csv").write_text("a b\t c \tlonger\n1\t2\t3\n")
+    with pytest.raises(UserError, match="found 'a b', ' c ', 'longer', separated by tabs"):
+        Sentences(str(tmp_path / "t.csv"), columns=("s",)).open()

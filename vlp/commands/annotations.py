@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from pathlib import Path
+from dataclasses import asdict
 
+from vlp.commands.output import report_skipped, write_output
 from vlp.errors import BadSample, UserError
-from vlp.files import write_atomically
+from vlp.files import local_path
 
 
 def add_parsers(actions) -> None:
@@ -17,13 +18,13 @@ def add_parsers(actions) -> None:
     )
     annotations.add_argument("format", help="vqa2, albef-vqa, visual-genome, nlvr2, snli-ve, refcoco or easy-vqa")
     annotations.add_argument("files", nargs="+", help="files of that format, e.g. QUESTIONS.json ANNOTATIONS.json")
-    annotations.add_argument("output", type=Path, metavar="OUT.jsonl")
+    annotations.add_argument("output", type=local_path, metavar="OUT.jsonl")
     annotations.add_argument("--split", help="write this split into every line")
     annotations.set_defaults(run=run_annotations)
 
     answers = actions.add_parser("answers", help="list the answers of annotations, the most frequent first")
     answers.add_argument("files", nargs="+", metavar="ANNOTATIONS.jsonl")
-    answers.add_argument("output", type=Path, metavar="OUT.txt")
+    answers.add_argument("output", type=local_path, metavar="OUT.txt")
     answers.add_argument("--field", default="answers", help="field with the answers (default: %(default)s)")
     answers.add_argument("--split", help="read only lines of this split")
     answers.add_argument("--min-count", type=int, default=1, help="fewest occurrences of a listed answer (default: 1)")
@@ -40,14 +41,20 @@ def add_parsers(actions) -> None:
 
 
 def run_annotations(options: argparse.Namespace) -> int:
-    from vlp.data.preparing.annotations import FORMATS, convert
+    from vlp.data.preparing.annotations import FORMATS, BadRecord, convert
 
     if options.format not in FORMATS:
         raise UserError(f"there is no format {options.format!r}; there are {', '.join(FORMATS)}")
     split = {"split": options.split} if options.split else {}
-    lines = [json.dumps(line | split, ensure_ascii=False) + "\n" for line in convert(options.format, options.files)]
-    _write(options.output, "".join(lines))
+    lines, bad = [], []
+    for record in convert(options.format, options.files):
+        if isinstance(record, BadRecord):
+            bad.append(asdict(record))
+        else:
+            lines.append(json.dumps(record | split, ensure_ascii=False) + "\n")
+    write_output(options.output, "".join(lines))
     print(f"{len(lines):,} annotations in {options.output}")
+    report_skipped(options.output, bad)
     return 0
 
 
@@ -70,7 +77,7 @@ def run_answers(options: argparse.Namespace) -> int:
             f"no answer of {', '.join(options.files)} was given {options.min_count} times in {options.field!r}; "
             "name another --field or a lower --min-count"
         )
-    _write(options.output, "".join(f"{answer}\n" for answer in listed))
+    write_output(options.output, "".join(f"{answer}\n" for answer in listed))
     share = sum(counts[answer] for answer in listed) / counts.total()
     print(f"{len(listed):,} answers in {options.output}, {share:.1%} of all that were given")
     return 0
@@ -91,11 +98,3 @@ def count_answers(source) -> Counter[str]:
             continue
         counts.update({answer: count or 1 for (answer, _), count in zip(answers, annotators)})
     return counts
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text.encode())
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}; check the folder") from None

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlp.errors import UserError
+from vlp.files import local_path
 
 KINDS = ("Experiment", "Stages", "Ablation")
 LISTED = ("Paper", "Cost", "Measured", "Command")
@@ -51,7 +52,7 @@ def add_parser(commands) -> None:
     configs.add_argument(
         "words", nargs="*", metavar="WORD", help="list only the configs whose entry has all these words"
     )
-    configs.add_argument("--folder", type=Path, help="list the configs of this folder (default: vlp's own)")
+    configs.add_argument("--folder", type=local_path, help="list the configs of this folder (default: vlp's own)")
     configs.set_defaults(run=run)
 
 

@@ -28,9 +28,11 @@ def add_pack(actions) -> None:
         "annotations",
         help="CSV, TSV, JSONL, Karpathy json, COCO captions json, ALBEF json list, or a folder with a jsonl",
     )
-    pack.add_argument("folder", type=Path, help="folder to write the shards to")
+    pack.add_argument("folder", type=local_path, help="folder to write the shards to")
     pack.add_argument(
-        "--image-root", type=Path, help="folder that image paths are relative to (default: that of the annotations)"
+        "--image-root",
+        type=local_path,
+        help="folder that image paths are relative to (default: that of the annotations)",
     )
     pack.add_argument(
         "--format", choices=("csv", "tsv", "jsonl", "karpathy", "coco", "albef"), help="default: detected"
@@ -46,7 +48,6 @@ def run_pack(options: argparse.Namespace) -> int:
     from vlp.data.preparing.formats import read_pairs
     from vlp.data.preparing.pack import Packing, pack
 
-    options.image_root = options.image_root and local_path(options.image_root)
     if options.image_root and not options.image_root.is_dir():
         raise UserError(f"--image-root {options.image_root} is not a folder; give the one that image paths start from")
     packing = Packing(options.shard_samples, options.max_side)
@@ -78,7 +79,7 @@ def run_check(options: argparse.Namespace) -> int:
 def add_stats(actions) -> None:
     stats = actions.add_parser("stats", help="print image sizes and caption lengths; draw a grid of samples as PNG")
     stats.add_argument("shards")
-    stats.add_argument("--grid", type=Path, default=Path("samples.png"))
+    stats.add_argument("--grid", type=local_path, default=Path("samples.png"))
     stats.set_defaults(run=run_stats)
 
 
@@ -93,7 +94,7 @@ def run_stats(options: argparse.Namespace) -> int:
 def add_tokenizer(actions) -> None:
     tokenizer = actions.add_parser("tokenizer", help="train a WordPiece tokenizer on the captions of shards")
     tokenizer.add_argument("shards")
-    tokenizer.add_argument("folder", type=Path, help="folder to write the tokenizer to")
+    tokenizer.add_argument("folder", type=local_path, help="folder to write the tokenizer to")
     tokenizer.add_argument("--vocab-size", type=int, default=8000, help="tokens (default: %(default)s)")
     tokenizer.set_defaults(run=run_tokenizer)
 
@@ -118,7 +119,7 @@ def run_tokenizer(options: argparse.Namespace) -> int:
 
 def add_demo(actions) -> None:
     demo = actions.add_parser("demo", help="draw and pack the demo's images and names (extra 'demo')")
-    demo.add_argument("folder", type=Path)
+    demo.add_argument("folder", type=local_path)
     demo.add_argument(
         "--hold-out",
         choices=("emoji", "motif"),

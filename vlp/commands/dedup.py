@@ -6,9 +6,9 @@ import argparse
 import json
 import os
 from dataclasses import asdict
-from pathlib import Path
 
 from vlp.errors import UserError
+from vlp.files import local_path
 
 MAX_PRINTED = 10
 
@@ -21,7 +21,9 @@ def add_parsers(actions) -> None:
         metavar="SHARDS_OR_FOLDER",
         help="find the images of SHARDS that are in this data too, e.g. in a test set",
     )
-    dedup.add_argument("--output", type=Path, metavar="FILE.jsonl", help="write every pair of duplicates, one per line")
+    dedup.add_argument(
+        "--output", type=local_path, metavar="FILE.jsonl", help="write every pair of duplicates, one per line"
+    )
     dedup.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per CPU)")
     dedup.set_defaults(run=run_dedup)
 
@@ -30,12 +32,13 @@ def run_dedup(options: argparse.Namespace) -> int:
     """Return 0 without duplicates, 1 with duplicates."""
     from vlp.commands.progress import progress_bar
     from vlp.data.preparing.dedup import find_twins, open_collection
+    from vlp.data.workers import most_workers
     from vlp.files import write_atomically
 
     a = open_collection(options.shards)
     b = open_collection(options.against) if options.against else None
     with progress_bar("comparing images") as progress:
-        twins, bad = find_twins(a, b, max(1, options.workers), progress)
+        twins, bad = find_twins(a, b, most_workers(options.workers, len(a)), progress)
     count = {by: sum(twin.by == by for twin in twins) for by in ("bytes", "pixels")}
     where = f"are in {options.against} too" if b else "duplicate an earlier image"
     print(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from vlp.commands.code import add_code_options, read_code
 from vlp.errors import UserError
+from vlp.files import local_path
 
 
 def add_parser(commands) -> None:
     parser = commands.add_parser("gradcam", help="draw Grad-CAM heat maps of caption words over their images (ALBEF)")
-    parser.add_argument("folder", metavar="RUN", type=Path)
+    parser.add_argument("folder", metavar="RUN", type=local_path)
     parser.add_argument("--data", metavar="SHARDS", help="images with captions (default: the run's data.val)")
     parser.add_argument(
         "--words", default="", metavar="A,B", help="only captions with these words, and only these words"
@@ -21,7 +21,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--layer", type=int, help="fusion layer, from 0 (default: a third of the way up)")
     parser.add_argument("--checkpoint", metavar="STEP", help="a step, 'best' or 'last' (default: best if there is one)")
-    parser.add_argument("--output", type=Path, metavar="PNG", help="default: RUN/gradcam.png")
+    parser.add_argument("--output", type=local_path, metavar="PNG", help="default: RUN/gradcam.png")
     add_code_options(parser)
     parser.set_defaults(run=run)
 

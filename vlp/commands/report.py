@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vlp.files import local_path
+
 
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         "report", help="write RUN/report.html, or a page that compares several runs: vlp report runs/*"
     )
-    parser.add_argument("folders", metavar="RUN", nargs="+", type=Path)
+    parser.add_argument("folders", metavar="RUN", nargs="+", type=local_path)
     parser.add_argument(
         "--output",
-        type=Path,
+        type=local_path,
         metavar="FOLDER",
         help="folder of the page that compares several runs (default: runs/comparison)",
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vlp.commands.code import add_code_options, read_code
 from vlp.errors import UserError
+from vlp.files import local_path
 from vlp.specs.names import NO_TYPES
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def add_parser(commands) -> None:
     parser = commands.add_parser("serve", help="search images by text in the browser (extra 'serve')")
-    parser.add_argument("folder", metavar="RUN", type=Path)
+    parser.add_argument("folder", metavar="RUN", type=local_path)
     parser.add_argument("--data", metavar="SHARDS", help="images to search (default: the run's data.val)")
     parser.add_argument("--port", type=int, default=7860)
     add_code_options(parser)

@@ -6,24 +6,25 @@ import argparse
 import os
 import sys
 from itertools import chain
-from pathlib import Path
 
+from vlp.commands.output import report_skipped, write_output
 from vlp.errors import UserError
+from vlp.files import local_path
 
 
 def add_parsers(actions) -> None:
     triples = actions.add_parser(
         "triples", help="convert NLI lines to (sentence, entailed, contradicted) rows for supervised SimCSE"
     )
-    triples.add_argument("files", type=Path, nargs="+", help="lines label<TAB>premise<TAB>hypothesis")
-    triples.add_argument("output", type=Path, metavar="OUT.tsv")
+    triples.add_argument("files", type=local_path, nargs="+", help="lines label<TAB>premise<TAB>hypothesis")
+    triples.add_argument("output", type=local_path, metavar="OUT.tsv")
     triples.set_defaults(run=run_triples)
 
     paraphrase = actions.add_parser("paraphrase", help="make (sentence, paraphrase) rows for CERT; resumable")
     paraphrase.add_argument(
-        "input", type=Path, help="a file with one sentence per line; with --same-image, annotations with captions"
+        "input", type=local_path, help="a file with one sentence per line; with --same-image, annotations with captions"
     )
-    paraphrase.add_argument("output", type=Path, metavar="OUT.tsv")
+    paraphrase.add_argument("output", type=local_path, metavar="OUT.tsv")
     mode = paraphrase.add_mutually_exclusive_group(required=True)
     mode.add_argument(
         "--translator",
@@ -41,15 +42,16 @@ def add_parsers(actions) -> None:
 
 def run_triples(options: argparse.Namespace) -> int:
     from vlp.data.reading.sentences import nli_triples
-    from vlp.files import resolve, write_atomically
+    from vlp.files import resolve
 
-    triples = list(chain.from_iterable(nli_triples(resolve(str(file))) for file in options.files))
+    bad: list[dict] = []
+    triples = list(chain.from_iterable(nli_triples(resolve(str(file)), bad) for file in options.files))
     if not triples:
         raise UserError(f"no premise in {options.files[0]} has both an entailment and a contradiction; give NLI data")
     lines = ["\t".join(cells) for cells in [("sentence", "entailed", "contradicted"), *triples]]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.output, "".join(f"{line}\n" for line in lines).encode())
+    write_output(options.output, "".join(f"{line}\n" for line in lines))
     print(f"{len(triples):,} triples in {options.output}")
+    report_skipped(options.output, bad)
     return 0
 
 
@@ -61,8 +63,10 @@ def run_paraphrase(options: argparse.Namespace) -> int:
     from vlp.files import resolve
 
     if options.same_image:
-        groups = [pair.captions for pair in read_pairs(options.input, split=options.split)]
-        print(f"{pair_captions(groups, options.output):,} pairs in {options.output}")
+        read = list(read_pairs(options.input, split=options.split))
+        print(f"{pair_captions([pair.captions for pair in read], options.output):,} pairs in {options.output}")
+        places = [(*pair.source.rsplit(":", 1), pair.problem) for pair in read if pair.problem]
+        report_skipped(options.output, [dict(zip(("source", "key", "reason"), place)) for place in places])
         return 0
     sentences = read_lines(resolve(str(options.input)))
     if not sentences:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
+
+from vlp.files import local_path
 
 
 def add_parsers(actions) -> None:
     world = actions.add_parser("world", help="draw and pack a synthetic world of coloured shapes, without a download")
-    world.add_argument("folder", type=Path)
+    world.add_argument("folder", type=local_path)
     world.add_argument(
         "--train", type=int, default=10_000, help="training scenes; even, as they come in pairs (default: %(default)s)"
     )

@@ -1,4 +1,4 @@
-"""Worker processes that end with their parent."""
+"""Worker processes: how many, and that they end with their parent."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 import threading
+
+MAX_WORKERS_PER_CPU = 8  # they also wait for the disk
 
 
 def end_with_parent(handled: tuple[signal.Signals, ...] = (signal.SIGINT,)) -> None:
@@ -26,3 +28,8 @@ def end_with_parent(handled: tuple[signal.Signals, ...] = (signal.SIGINT,)) -> N
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def most_workers(wanted: int, tasks: int) -> int:
+    """Return how many workers to start: no more than there are tasks, or than the machine can use."""
+    return max(1, min(wanted, tasks, MAX_WORKERS_PER_CPU * (os.cpu_count() or 1)))

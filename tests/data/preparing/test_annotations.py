@@ -251,3 +251,52 @@ def test_easy_vqa_is_read_from_its_package(tmp_path):
     assert Annotated(str(path), images="pip:easy_vqa/data", answers="answers").open().read(0, 0).image
     with pytest.raises(UserError, match="cannot be read"):
         list(convert("easy-vqa", [str(path)]))
+
+
+GOOD_AND_BAD = {
+    "nlvr2": (
+        '{"images": ["a", "b"], "sentence": "s", "label": "True"}\n{"images": ["a", "b"], "sentence": null}\nnot json\n'
+        '{"images": ["a"], "sentence": "s"}\n{"images": ["a", "b"], "sentence": "s", "label": null}\n[1]\n',
+        {
+            "2": "no 'text'",
+            "3": "json does not parse",
+            "4": "its structure",
+            "5": "no label",
+            "6": "json is not an object",
+        },
+    ),
+    "snli-ve": (
+        '{"Flickr30K_ID": 5, "sentence2": "s", "gold_label": "neutral"}\n{"Flickr30K_ID": 5, "gold_label": "neutral"}\n'
+        '{"Flickr30K_ID": null, "sentence2": "s", "gold_label": "neutral"}\n',
+        {"2": "there is no 'sentence2'", "3": "no 'image'"},
+    ),
+    "albef-vqa": (
+        '[{"image": "a", "question": "q", "answer": ["x"]}, 5, {"image": "a", "question": "q", "answer": null},\n'
+        '{"image": "a", "question": ["q"]}]',
+        {"[1]": "its structure differs", "[2]": "no answer", "[3]": "'text' should be a text"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOOD_AND_BAD)
+def test_records_that_cannot_be_used_are_counted_and_named(name, tmp_path, capsys):
+    text, reasons = GOOD_AND_BAD[name]
+    (tmp_path / "in.json").write_text(text)
+    assert main(["data", "annotations", name, str(tmp_path / "in.json"), str(tmp_path / "out.jsonl")]) == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
+    bad = [json.loads(line) for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in bad] == list(reasons)
+    assert all(line["reason"].startswith(reasons[line["key"]]) for line in bad)
+    assert f"{len(bad)} rows skipped" in capsys.readouterr().out
+
+
+def test_a_malformed_entry_of_either_vqa_file_is_its_own_question_only(tmp_path, capsys):
+    asked = json.loads(json.dumps(VQA))
+    asked["questions"] += [5, {"question_id": 1}]
+    said = json.loads(json.dumps(SAID))
+    said["annotations"][0].pop("question_id")
+    files = written(tmp_path, "vqa2", (asked, said))
+    assert main(["data", "annotations", "vqa2", *files, str(tmp_path / "out.jsonl")]) == 0
+    kept = (tmp_path / "out.jsonl").read_text().splitlines()
+    bad = [json.loads(line) for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()]
+    assert len(kept) == len(VQA["questions"]) - 1 and len(bad) == 3

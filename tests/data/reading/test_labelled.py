@@ -10,7 +10,7 @@ from tests.conftest import SHARED
 from tests.tasks.fakes import NAMES, ColourModel
 from tests.tasks.test_zero_shot import picture
 from vlp.data.augment import Resize
-from vlp.data.reading.labelled import LabelledImageDataset, read_labelled, read_train_and_test
+from vlp.data.reading.labelled import NO_CLASS, LabelledImageDataset, read_labelled, read_train_and_test
 from vlp.errors import UserError
 
 
@@ -80,7 +80,6 @@ def test_splits_that_cannot_be_compared_are_refused(tmp_path, rows, message):
         ('{"image": "a.png"}', "line 1: expected an object"),
         ('{"image": "a.png", "label": "red"}', "line 1: expected an object"),
         ("[1]", "line 1: expected an object"),
-        ('{"image": "a.png", "label": 1}\n5', "line 2: expected an object"),
         ("", "has no image"),
     ],
 )
@@ -88,6 +87,27 @@ def test_labels_file_that_cannot_be_read_is_named_with_its_line(tmp_path, text, 
     (tmp_path / "labels.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
         read_labelled(tmp_path, None)
+
+
+def test_lines_that_cannot_be_read_are_bad_samples_with_their_line(tmp_path):
+    picture(tmp_path / "a.png", "red")
+    lines = [
+        '{"image": "a.png", "label": 7, "name": "red", "split": "val"}',
+        "not json",
+        '{"image": null, "label": 7, "split": "val"}',
+        '{"image": "a.png", "label": "red", "split": "train"}',
+        '{"image": "https://example.org/a.png", "label": 7, "split": "val"}',
+    ]
+    (tmp_path / "labels.jsonl").write_text("\n".join(lines))
+    images, classes = read_labelled(tmp_path, "val")
+    assert classes == ["red"] and [n for _, n in images] == [0, NO_CLASS, NO_CLASS, NO_CLASS]
+    found, bad = LabelledImageDataset(images, Resize(), 64_000_000, ColourModel.preprocess).__getitems__([0, 1, 2, 3])
+    assert [n for n, _ in found] == [0] and [b["number"] for b in bad] == [1, 2, 3]
+    assert [b["image"].rpartition("labels.jsonl ")[2] for b in bad] == ["line 2", "line 3", "line 5"]
+    assert "json does not parse" in bad[0]["reason"] and "'image' should be a path" in bad[1]["reason"]
+    assert "it is a URL" in bad[2]["reason"]
+    with pytest.raises(UserError, match="has no image of split 'train'"):
+        read_train_and_test(tmp_path, "val", "train")
 
 
 def test_folder_that_is_neither_form(tmp_path):

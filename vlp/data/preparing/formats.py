@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vlp.data.reading.shards import IMAGE_FILE, make_key
-from vlp.data.reading.tables import Columns, Lines, Table, as_text, first_line, read_json
+from vlp.data.reading.tables import Columns, Lines, Table, as_text, first_line, first_lines, is_json_lines, read_json
 from vlp.errors import BadSample, UserError
 from vlp.files import local_path, relative_to
 
@@ -124,33 +124,28 @@ def find_file(path: Path, split: str | None) -> Path:
 
 
 def sniff(file: Path) -> str:
-    """Detect the format: tables by the extension, json files by their content."""
+    """Detect the format by the content. The extension only decides how a line is meant that is not JSON."""
     extension = file.suffix.lower()
-    if extension in (".csv", ".tsv", ".txt"):
-        return "csv" if extension == ".csv" else "tsv"
-    if extension not in (".json", ".jsonl", ".ndjson"):
-        raise UserError(f"{file}: the extension does not tell the format; say --format and one of {', '.join(READERS)}")
-    if _is_json_lines(file):
+    start = first_line(file).lstrip()[:1]
+    if is_json_lines(file):
         return "jsonl"
-    if first_line(file).lstrip().startswith("["):
+    if extension not in (".json", ".jsonl", ".ndjson") and start not in ("{", "["):
+        if not start and extension not in (".csv", ".tsv", ".txt"):
+            raise UserError(
+                f"{file}: the extension does not tell the format; say --format and one of {', '.join(READERS)}"
+            )
+        return "csv" if extension == ".csv" else "tsv"
+    if start == "[":
         return "albef"
-    if extension != ".json":
+    if extension in (".jsonl", ".ndjson"):
         return "jsonl"
     content = read_json(file)
     keys = content if isinstance(content, dict) else ()
     if "annotations" in keys or "images" in keys:
         return "coco" if "annotations" in keys else "karpathy"
+    if any(name in keys for name in IMAGE_NAMES) and len(first_lines(file, 2)) == 1:
+        return "jsonl"
     raise UserError(f"{file} is none of the known json forms; expected ALBEF's list, COCO's or Karpathy's object")
-
-
-def _is_json_lines(file: Path) -> bool:
-    """Return whether the first two lines are JSON by themselves, and one of them is an object."""
-    lines = Lines(file)
-    try:
-        values = [json.loads(lines[index]) for index in range(2)] if len(lines) > 1 else []
-    except (ValueError, RecursionError):
-        return False
-    return any(isinstance(value, dict) for value in values)
 
 
 def select(rows: list[Row], file: Path, split: str | None) -> list[Row]:

@@ -25,12 +25,11 @@ from vlp.data.image import FORMATS, decode
 from vlp.data.preparing.formats import Pair
 from vlp.data.reading.locations import locked
 from vlp.data.reading.shards import ShardIndex, index_path
-from vlp.data.workers import end_with_parent
+from vlp.data.workers import end_with_parent, most_workers
 from vlp.errors import BadSample, UserError
-from vlp.files import read_regular, write_atomically
+from vlp.files import read_regular, why_not_local, write_atomically
 
 PLAN_BYTES = 1 << 28
-MAX_WORKERS_PER_CPU = 8  # they also wait for the disk
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def _encode(pair: Pair, packing: Packing) -> tuple[str, bytes]:
     try:
         data = read_regular(pair.image)
     except OSError as e:
-        raise BadSample(f"cannot be read ({e.strerror}{_remark(pair.listed)})") from None
+        raise BadSample(f"cannot be read ({e.strerror}{why_not_local(pair.listed, '--image-root')})") from None
     pixels = decode(data, packing.max_pixels)
     if packing.max_side and max(pixels.shape[:2]) > packing.max_side:
         image = Image.fromarray(pixels)
@@ -83,15 +82,6 @@ def _encode(pair: Pair, packing: Packing) -> tuple[str, bytes]:
     kind = Image.open(io.BytesIO(data), formats=FORMATS).format
     # MPO is Pillow's name for a JPEG with a second image in it, which phones write
     return {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}[kind], data
-
-
-def _remark(path: str) -> str:
-    """Explain a path that is missing because it is not a path on this machine, or return ""."""
-    if "://" in path:
-        return "; it is a URL: download the images first, e.g. with img2dataset"
-    if "\\" in path:
-        return "; it has backslashes: write it with /"
-    return "; it is an absolute path, which --image-root does not change" if path.startswith("/") else ""
 
 
 def _write_shard(path: Path, pairs: Sequence[Pair], first: int, plan: str, packing: Packing) -> PackedShard:
@@ -179,7 +169,7 @@ def pack(
     ``quarantine.jsonl``.
 
     Args:
-        workers: Number of processes, of which no more are started than there are shards or `MAX_WORKERS_PER_CPU` allows.
+        workers: Number of processes, of which no more are started than there are shards or `most_workers` allows.
         progress: Called with (packed pairs, pairs) after each shard.
 
     Raises:
@@ -244,8 +234,7 @@ def _write_all(
     shards = {n: done for n, (path, plan) in enumerate(plans.items()) if (done := _finished(path, plan))}
     packed, total = sum(len(chunks[n]) for n in shards), sum(map(len, chunks))
     progress(packed, total)
-    most = max(1, min(workers, len(plans) - len(shards), MAX_WORKERS_PER_CPU * (os.cpu_count() or 1)))
-    with ProcessPoolExecutor(max_workers=most, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(most_workers(workers, len(plans) - len(shards)), initializer=end_with_parent) as pool:
         waiting = {
             pool.submit(_write_shard, path, chunks[n], n * packing.shard_samples, plan, packing): n
             for n, (path, plan) in enumerate(plans.items())

@@ -21,7 +21,7 @@ from vlp.data.preprocess import Preprocess
 from vlp.data.reading.benchmarks import CifarImage, FramedImage, cifar_names, find_cifar, read_cifar, read_objectnet
 from vlp.data.reading.tables import Lines, as_text
 from vlp.errors import BadSample, UserError
-from vlp.files import local_path, read_regular, relative_to
+from vlp.files import is_possible_path, local_path, read_regular, relative_to, why_not_local
 
 # Files with the later suffixes cannot be decoded here. They are read all the same, to be counted and named as bad.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
@@ -31,8 +31,25 @@ SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "dev", "test
 WNID = re.compile(r"n\d{8}")
 FORMS = "a folder of images per class, a labels.jsonl, CIFAR's binary files, or ObjectNet"
 
-ImageFile = Path | CifarImage | FramedImage
-LabelledImages = list[tuple[ImageFile, int]]  # (image, class number)
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line of labels.jsonl that names no image or class. It is reported as an image that cannot be decoded is."""
+
+    where: str
+    reason: str
+
+    def pixels(self, max_pixels: int) -> np.ndarray:
+        """Raise BadSample with the reason."""
+        raise BadSample(self.reason)
+
+    def __str__(self) -> str:
+        return self.where
+
+
+ImageFile = Path | CifarImage | FramedImage | BadLine
+LabelledImages = list[tuple[ImageFile, int]]  # (image, class number, or NO_CLASS for a `BadLine`)
+NO_CLASS, NO_KEY = -1, ""
 
 
 @dataclass(frozen=True)
@@ -72,17 +89,23 @@ def read_train_and_test(folder: Path, train: str, test: str) -> tuple[LabelledIm
     classes = _classes(learned)
     if len(classes) < 2:
         raise UserError(f"split {train!r} of {folder} has one class; give at least two")
-    if unknown := [row.name for row in tested if row.key not in classes]:
+    if unknown := [row.name for row in tested if row.key not in classes and row.key != NO_KEY]:
         raise UserError(f"split {test!r} of {folder} has the class {unknown[0]!r}, which {train!r} lacks; add images")
-    if both := {row.image for row in learned} & {row.image for row in tested}:
+    if both := _usable(learned) & _usable(tested):
         raise UserError(f"{min(both)} is in both {train!r} and {test!r} of {folder}; the splits must not share images")
     return _number(learned, classes), _number(tested, classes), list(classes.values())
+
+
+def _usable(rows: Iterable[_Row]) -> set[ImageFile]:
+    return {row.image for row in rows if not isinstance(row.image, BadLine)}
 
 
 def _classes(rows: Iterable[_Row]) -> dict[int | str, str]:
     """Return the classes of rows, see `_in_order`. Raises UserError if a class has two names."""
     names: dict[int | str, str] = {}
     for row in rows:
+        if isinstance(row.image, BadLine):
+            continue
         if names.setdefault(row.key, row.name) != row.name:
             raise UserError(f"label {row.key} has the names {names[row.key]!r} and {row.name!r}; give it one")
     return _in_order(names)
@@ -95,7 +118,7 @@ def _in_order(names: dict[int | str, str]) -> dict[int | str, str]:
 
 
 def _number(rows: list[_Row], classes: dict[int | str, str]) -> LabelledImages:
-    number = {key: n for n, key in enumerate(classes)}
+    number = {key: n for n, key in enumerate(classes)} | {NO_KEY: NO_CLASS}
     return [(row.image, number[row.key]) for row in rows]
 
 
@@ -175,18 +198,23 @@ def _check_strays(folder: Path, names: list[str]) -> None:
 
 
 def _read_labels(folder: Path, split: str | None) -> tuple[list[_Row], dict[int | str, str]]:
+    """Read the rows of a split. Lines that cannot be read are in every split, as theirs is unknown."""
     lines, rows, splits = Lines(folder / "labels.jsonl"), [], []
     for index, number in enumerate(lines.numbers):
+        own = split
         try:
             record = lines.record(index)
-            rows.append(_row_of(record, folder))
-            splits.append(record.get("split"))
+            own = record.get("split")
+            row = _row_of(record, folder)
         except BadSample as e:
-            raise UserError(
-                f"{folder}/labels.jsonl line {number}: expected an object with image, label and name; {e}"
-            ) from None
+            bad = BadLine(f"{folder}/labels.jsonl line {number}", f"expected an object with image, label and name; {e}")
+            row = _Row(bad, NO_KEY, "")
+        rows.append(row)
+        splits.append(own)
+    if rows and not _usable(rows):
+        raise UserError(f"{rows[0].image}: {rows[0].image.reason}")
     kept = [row for row, own in zip(rows, splits) if split is None or own == split]
-    if not kept:
+    if not _usable(kept):
         raise UserError(f"{folder}/labels.jsonl has no image" + (f" of split {split!r}" if split else ""))
     return kept, _classes(rows)
 
@@ -194,8 +222,10 @@ def _read_labels(folder: Path, split: str | None) -> tuple[list[_Row], dict[int 
 def _row_of(record: dict, folder: Path) -> _Row:
     """Read a line of labels.jsonl. Raises BadSample for a path, label or name of another type."""
     image, label = as_text(record.get("image"), "image"), record.get("label")
-    if not image or "\0" in image:
+    if not image or not is_possible_path(image):
         raise BadSample("'image' should be a path")
+    if "://" in image:
+        raise BadSample(f"{image!r} cannot be read{why_not_local(image)}")
     if isinstance(label, str) and label.isdigit() or isinstance(label, float) and label.is_integer():
         label = int(label)
     if type(label) is not int:
@@ -226,6 +256,14 @@ class LabelledImageDataset(Dataset):
             try:
                 image = read_pixels(file, self.max_pixels)
                 found.append((n, self.resize(image, self.preprocess.size, self.preprocess.interpolation)))
-            except (BadSample, OSError) as e:
+            except BadSample as e:
                 bad.append({"number": n, "image": str(file), "reason": str(e)})
+            except OSError as e:
+                bad.append(
+                    {
+                        "number": n,
+                        "image": str(file),
+                        "reason": f"{e.strerror or e}{why_not_local(os.path.basename(str(file)))}",
+                    }
+                )
         return found, bad

@@ -25,7 +25,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
 from vlp.errors import UserError
-from vlp.files import local_path, read_regular, relative_to
+from vlp.files import is_possible_path, local_path, read_regular, relative_to
 
 # Other protocols of fsspec chain, decompress, or run programs, which a name in somebody's experiment.json must not do.
 SCHEMES = ("file", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "hdfs", "memory")
@@ -204,8 +204,8 @@ def _missing(location: str) -> UserError:
 
 def _patterns(location: str) -> list[str]:
     """Split a location at ``::`` and expand its braces, unless a file has exactly this name."""
-    if "\0" in location:
-        raise UserError(f"no shards at {location!r}: a path cannot contain NUL")
+    if not is_possible_path(location):
+        raise UserError(f"no shards at {location!r}: a path cannot contain NUL or half of a surrogate pair")
     # before any part becomes a path, which would make one slash of the two of a URL
     if "::" in location and not os.path.exists(local_path(location)):
         parts = location.split("::")

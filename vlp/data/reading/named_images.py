@@ -11,7 +11,7 @@ from typing import Protocol
 from vlp.data.reading.locations import is_remote
 from vlp.data.reading.shards import ShardReader, make_key
 from vlp.errors import BadSample, UserError
-from vlp.files import local_path, read_regular, relative_to, resolve
+from vlp.files import local_path, read_regular, relative_to, resolve, why_not_local
 
 
 class NamedImages(Protocol):
@@ -51,7 +51,7 @@ class FolderImages:
         try:
             return read_regular(self.folder / name)
         except OSError as e:
-            raise BadSample(f"no image {name!r} in {self.folder} ({e.strerror})") from None
+            raise BadSample(f"no image {name!r} in {self.folder} ({e.strerror}{why_not_local(name)})") from None
 
 
 class ShardImages:

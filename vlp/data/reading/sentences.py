@@ -101,7 +101,9 @@ class SentenceReader:
         record, source = self._record(row), self.source
         texts = tuple(as_text(record.get(column), column) for column in source.columns or ("text",))
         if not all(texts):
-            raise BadSample("a text is missing or empty")
+            missing = [column for column in source.columns if column not in record]
+            names = f": no {missing[0]!r} among {', '.join(map(repr, record))[:200]}" if missing and record else ""
+            raise BadSample(f"a text is missing or empty{names}")
         if source.join is not None:
             texts = (source.join.join(texts),)
         label = None
@@ -132,22 +134,33 @@ class SentenceReader:
         return [str(self.path)]
 
 
-def nli_triples(path: Path) -> Iterator[tuple[str, str, str]]:
+def nli_triples(path: Path, bad: list[dict] | None = None) -> Iterator[tuple[str, str, str]]:
     """Yield (premise, entailed, contradicted) from a table of label, premise and hypothesis (Gao et al. 2021, sec. 4.1).
 
     The n-th entailment of a premise is combined with its n-th contradiction; further ones are left out.
 
+    Args:
+        bad: List to which the quarantine entries of unusable rows are appended.
+
     Raises:
-        UserError: naming a line that does not have three columns.
+        UserError: if the file is not such a table, or none of its rows is usable.
     """
+    bad = [] if bad is None else bad
     found: dict[str, dict[str, list[str]]] = {}
     table = Table(path, _nli_columns, "label, premise and hypothesis separated by tabs")
     for row in range(len(table)):
         try:
             label, premise, hypothesis = table.record(row).values()
+            if not (premise and hypothesis):
+                raise BadSample("a text is missing or empty")
         except BadSample as e:
-            raise UserError(f"{path} line {table.lines.numbers[row]}: {e}") from None
+            bad.append({"source": str(path), "key": str(table.lines.numbers[row]), "reason": str(e)})
+            continue
         found.setdefault(premise, {}).setdefault(label, []).append(hypothesis)
+    if len(table) and not found:
+        raise UserError(
+            f"none of the {len(table)} rows of {path} is usable; line {bad[-1]['key']}: {bad[-1]['reason']}"
+        )
     for premise, by_label in found.items():
         for entailed, contradicted in zip(by_label.get("entailment", []), by_label.get("contradiction", [])):
             yield premise, entailed, contradicted

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,16 @@ import numpy as np
 from vlp.errors import BadSample, UserError
 from vlp.files import CHUNK, open_regular, read_regular
 
+CONTAINERS = {  # first bytes of files that contain a text file, or are not one
+    b"\x1f\x8b": "compressed by gzip: unpack it with gzip -d",
+    b"BZh": "compressed by bzip2: unpack it with bzip2 -d",
+    b"\xfd7zXZ": "compressed by xz: unpack it with xz -d",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it with zstd -d",
+    b"PK\x03\x04": "a zip archive or an .xlsx: unpack it, or export the sheet as CSV in UTF-8",
+    b"PAR1": "Parquet: convert it, e.g. with pandas.read_parquet(FILE).to_csv(OUT)",
+    b"ARROW1": "Arrow: convert it, e.g. with pandas.read_feather(FILE).to_csv(OUT)",
+    b"\xd0\xcf\x11\xe0": "an old .xls: export the sheet as CSV in UTF-8",
+}
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -32,6 +43,7 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with that of
 VISIBLE = np.ones(256, dtype=bool)  # bytes that make a line more than blank
 VISIBLE[list(b" \t\n\r\x0b\x0c")] = False
 QUOTED = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
+LINES_TO_TRY = 100  # of a table, in search of its columns
 MAX_RESTARTS = 20  # after quotation marks that are never closed
 
 csv.field_size_limit(10_000_000)  # characters; the library's 131,072 are too few for some alt-texts
@@ -79,7 +91,9 @@ def _not_utf8(path: Path, line_number: int, encoding: str) -> UserError:
 
 
 def _check_start(path: Path, start: bytes) -> None:
-    """Refuse UTF-16 and UTF-32, of which the latter two may be valid UTF-8 with a NUL after each letter."""
+    """Refuse containers of texts, and UTF-16 and UTF-32, which without a mark may be valid UTF-8 with NULs between letters."""
+    if kind := next((kind for magic, kind in CONTAINERS.items() if start.startswith(magic)), None):
+        raise UserError(f"{path} is not a text file but {kind}")
     if start.startswith(tuple(BYTE_ORDER_MARKS)) or start.count(0) > len(start) // 4:
         raise _not_utf8(path, 1, probable_encoding(start, b""))
 
@@ -272,16 +286,19 @@ class Lines:
         return parse_object(self[index])
 
     def check_objects(self) -> None:
-        """Raise UserError if the file is one JSON list instead of one object per line."""
-        if len(self) and self[0].lstrip().startswith("["):
+        """Raise UserError if the file is one JSON list instead of one object per line.
+
+        One line that is a list, among lines that are objects, is a bad sample instead.
+        """
+        if len(self) and self[0].lstrip().startswith("[") and not is_json_lines(self.path):
             raise UserError(f"{self.path} is a JSON list; write one object per line, e.g. with jq -c '.[]'")
 
     def __getstate__(self):
         return {name: value for name, value in vars(self).items() if name != "_file"}
 
 
-def first_line(path: Path) -> str:
-    """Return the first line of a file that is not blank, which is not checked to be UTF-8."""
+def first_lines(path: Path, count: int) -> list[str]:
+    """Return at most ``count`` lines from the start of a file that are not blank. They are not checked to be UTF-8."""
     try:
         with open_regular(path) as file:
             start = file.read(CHUNK)
@@ -289,7 +306,21 @@ def first_line(path: Path) -> str:
         raise UserError(f"{path} cannot be read ({e.strerror})") from None
     _check_start(path, start[:4096])
     lines = re.split(r"[\r\n]", start.decode("utf-8-sig", errors="replace"))
-    return next((line for line in lines if line.strip()), "")
+    return list(islice((line for line in lines if line.strip()), count))
+
+
+def first_line(path: Path) -> str:
+    """Return the first line of a file that is not blank, or ""."""
+    return next(iter(first_lines(path, 1)), "")
+
+
+def is_json_lines(path: Path) -> bool:
+    """Return whether the first two lines are JSON by themselves, and one of them is an object."""
+    try:
+        values = [json.loads(line) for line in first_lines(path, 2)]
+    except (ValueError, RecursionError):
+        return False
+    return len(values) > 1 and any(isinstance(value, dict) for value in values)
 
 
 class Columns(NamedTuple):
@@ -301,6 +332,8 @@ class Columns(NamedTuple):
 
 class Table:
     """Rows of a delimited table, by index. The delimiter is the one with which the first line has the expected columns.
+
+    A table without a header may begin with malformed rows: then its columns are those of the first line that has them.
 
     Tables with commas, semicolons or vertical bars are quoted as spreadsheets do it (RFC 4180). In a table with tabs a
     quotation mark is an ordinary character, unless a cell is completely and correctly quoted.
@@ -324,12 +357,21 @@ class Table:
     ):
         self.path, self.names = path, []
         self.delimiter = delimiter or ("\t" if path.suffix.lower() in (".tsv", ".txt") else ",")
-        first = first_line(path)
+        first, *further = first_lines(path, LINES_TO_TRY) or [""]
+        candidates = tuple(dict.fromkeys([self.delimiter, *DELIMITERS]))
+        found = self._find_columns([first], candidates, columns_of)
+        if (
+            found is None
+        ):  # without a header, the first line may be a malformed row: then it has another number of cells
+            found = self._find_columns(further, candidates, columns_of)
+            if found and (found[1].is_header or len(_split(first, found[0]) or ()) == len(found[1].names)):
+                found = None
         columns = None
-        for candidate in dict.fromkeys([self.delimiter, *DELIMITERS]):
-            if (cells := _split(first, candidate)) and (columns := columns_of(cells)):
-                self.delimiter, self.names = candidate, columns.names
-                break
+        if found:
+            self.delimiter, columns = found
+            self.names = columns.names
+        else:  # the message names the delimiter that the line has
+            self.delimiter = max(candidates, key=first.count)
         self.lines = Lines(path, quoted=None if self.delimiter == "\t" else self.delimiter)
         if not len(self.lines):
             return
@@ -341,6 +383,17 @@ class Table:
             )
         if columns.is_header:
             self.lines.keep(np.arange(1, len(self.lines)))
+
+    @staticmethod
+    def _find_columns(
+        lines: list[str], delimiters: Sequence[str], columns_of: Callable[[list[str]], Columns | None]
+    ) -> tuple[str, Columns] | None:
+        """Return the first delimiter with which one of the lines has the expected columns, and these."""
+        for delimiter in delimiters:
+            for line in lines:
+                if (cells := _split(line, delimiter)) and (columns := columns_of(cells)):
+                    return delimiter, columns
+        return None
 
     def __len__(self) -> int:
         return len(self.lines)
