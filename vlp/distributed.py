@@ -5,12 +5,15 @@ Every collective is the identity in a single process.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from vlp.errors import UserError
 
 
 def world_size() -> int:
@@ -46,6 +49,19 @@ class _Gather(torch.autograd.Function):
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total.chunk(world_size())[rank()]
+
+
+@contextmanager
+def refuse_together() -> Iterator[None]:
+    """Context in which a UserError of one process is raised in all of them. Otherwise the others wait for it for ever."""
+    refusal = None
+    try:
+        yield
+    except UserError as e:
+        refusal = str(e)
+    for each in gather_objects(refusal):
+        if each is not None:
+            raise UserError(each)
 
 
 def gather_objects(x: object) -> list:

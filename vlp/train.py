@@ -31,6 +31,7 @@ from vlp.training.detached import DetachedGraph
 from vlp.training.interrupts import Stopped, TrainingInterrupt
 from vlp.training.logging import peak_memory_mib
 from vlp.training.run import Run
+from vlp.training.run_lock import RunLock
 from vlp.training.setup import set_up
 from vlp.types import Batch
 
@@ -315,8 +316,8 @@ def train(experiment: Experiment, resume: bool = False, code: UserCode = NO_CODE
     Args:
         code: The user's own code that the experiment is made of, to be kept with the run.
     """
-    with TrainingInterrupt() as interrupted:
-        run = set_up(experiment, resume, code)
+    with TrainingInterrupt() as interrupted, RunLock(experiment.folder) as lock:
+        run = set_up(experiment, resume, lock, code)
         try:
             _fit(run, interrupted, code)
         except BaseException:

@@ -34,6 +34,7 @@ from vlp.optim.ema import MomentumConfig
 from vlp.specs.overrides import override
 from vlp.train import Trainer
 from vlp.training.interrupts import TrainingInterrupt
+from vlp.training.run_lock import RunLock
 from vlp.training.setup import set_up
 
 aten = torch.ops.aten
@@ -69,7 +70,7 @@ def watched(experiment: Experiment) -> dict:
     output = Path(tempfile.mkdtemp(prefix="vlp-syncs-"))
     train = Training(steps=WARM_UP + 2, precision="bf16", threads=1)
     experiment = override(replace(experiment, train=train), [*toy_overrides(world(), output), "evaluate_every=0"])
-    run = set_up(experiment, resume=False)
+    run = set_up(experiment, False, RunLock(experiment.folder))
     trainer, interrupted = Trainer(run), TrainingInterrupt()
     with closing(run.micro_batches()) as micro_batches:
         for _ in range(WARM_UP):

@@ -47,7 +47,7 @@ def read_log(path: Path) -> list[dict]:
     """
     try:
         lines = read_regular(path).splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror}); remove it") from None

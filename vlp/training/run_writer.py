@@ -30,6 +30,7 @@ from accelerate import Accelerator
 from vlp import __version__
 from vlp.config import Experiment
 from vlp.data.text import Tokenizer
+from vlp.distributed import refuse_together
 from vlp.errors import UserError
 from vlp.files import write_atomically
 from vlp.specs.json import dump
@@ -68,7 +69,7 @@ class RunWriter:
         total_steps: int,
         code: UserCode,
     ) -> None:
-        """Create the run's folder, or truncate the logs of a resumed run to the step of its checkpoint.
+        """Write the files of a new run, or truncate the logs of a resumed run to the step of its checkpoint.
 
         Args:
             resume: Whether the folder is that of a run to continue.
@@ -81,32 +82,33 @@ class RunWriter:
         Raises:
             UserError: If the folder cannot be written.
         """
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                if not resume:
-                    for leftover in ("tokenizer", "code"):  # of a process that was killed at this point
-                        shutil.rmtree(self.folder / leftover, ignore_errors=True)
-                    if tokenizer:
-                        tokenizer.save(self.folder / "tokenizer")
-                    write_atomically(self.folder / "data.json", json.dumps(fingerprints, indent=1).encode())
-                    write_atomically(self.folder / "parameters.txt", parameters.encode())
-                self._copy_code(code)
-                # last, because a folder with an experiment.json is a run
-                write_atomically(self.folder / "experiment.json", dump(self.experiment).encode())
-                for name in ("log.jsonl", "eval.jsonl", *(p.name for p in self.folder.glob("samples.*.jsonl"))):
-                    truncate_log(self.folder / name, self.state.step)
-                self._write_start(total_steps)
-            except OSError as e:
-                raise UserError(
-                    f"cannot write {self.folder}: {e.strerror or e}; set output=FOLDER to one that can be written"
-                ) from None
-            self.run_log = RunLog(self.experiment, self.state.step, total_steps)
-        self.accelerator.wait_for_everyone()  # until the main process has truncated the logs
+        with refuse_together():  # which also makes all processes wait until the main process has truncated the logs
+            if self.accelerator.is_main_process:
+                try:
+                    if not resume:
+                        self._write_new(tokenizer, fingerprints, parameters)
+                    self._copy_code(code)
+                    # last, because a folder with an experiment.json is a run
+                    write_atomically(self.folder / "experiment.json", dump(self.experiment).encode())
+                    for name in ("log.jsonl", "eval.jsonl", *(p.name for p in self.folder.glob("samples.*.jsonl"))):
+                        truncate_log(self.folder / name, self.state.step)
+                    self._write_start(total_steps)
+                except OSError as e:
+                    raise UserError(
+                        f"cannot write {self.folder}: {e.strerror or e}; set output=FOLDER to one that can be written"
+                    ) from None
+                self.run_log = RunLog(self.experiment, self.state.step, total_steps)
         if self.experiment.log.sample_keys:
             path = self.folder / f"samples.{self.accelerator.process_index}.jsonl"
             self.sample_file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close()
+
+    def _write_new(self, tokenizer: Tokenizer | None, fingerprints: list[dict], parameters: str) -> None:
+        for leftover in ("tokenizer", "code"):  # of a process that was killed at this point
+            shutil.rmtree(self.folder / leftover, ignore_errors=True)
+        if tokenizer:
+            tokenizer.save(self.folder / "tokenizer")
+        write_atomically(self.folder / "data.json", json.dumps(fingerprints, indent=1).encode())
+        write_atomically(self.folder / "parameters.txt", parameters.encode())
 
     def _copy_code(self, code: UserCode) -> None:
         for inside, path in code.files().items():

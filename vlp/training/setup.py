@@ -14,6 +14,7 @@ from vlp.config import Experiment, Training
 from vlp.data.reading.annotated import AnnotatedReader
 from vlp.data.stream import TrainDataset
 from vlp.data.text import Tokenizer, load_tokenizer
+from vlp.distributed import refuse_together
 from vlp.errors import UserError
 from vlp.models.base import Model
 from vlp.objectives.requirements import has_images
@@ -23,18 +24,20 @@ from vlp.optim.optimizers import Lamb, Lars
 from vlp.specs.user_code import NO_CODE, UserCode
 from vlp.training.engines import engine, start_engine
 from vlp.training.run import Run
+from vlp.training.run_lock import RunLock
 from vlp.training.run_writer import RunWriter
 from vlp.training.state import TrainState
 from vlp.training.validation import validate, validate_tasks
 from vlp.weights import checkpoints
 
 
-def set_up(experiment: Experiment, resume: bool, code: UserCode = NO_CODE) -> Run:
+def set_up(experiment: Experiment, resume: bool, lock: RunLock, code: UserCode = NO_CODE) -> Run:
     """Build a run in this process and create its folder, or reopen the folder of a run to resume.
 
     Args:
         experiment: The experiment. It is resolved here, unless the run is resumed.
         resume: Whether to continue from the newest undamaged checkpoint in the run's folder.
+        lock: Lock of the run's folder, which the main process takes before it reads a checkpoint or writes.
         code: The user's own code that the experiment is made of, to be kept with the run.
 
     Raises:
@@ -43,8 +46,11 @@ def set_up(experiment: Experiment, resume: bool, code: UserCode = NO_CODE) -> Ru
     validate(experiment)
     folder, data = experiment.folder, experiment.data
     accelerator = start_engine(experiment.train, experiment.micro_batch_size)
-    if not resume and (folder / "experiment.json").exists():
-        raise UserError(f"{folder} already holds a run; continue it with --resume {folder}, or set another name=...")
+    with refuse_together():
+        if not resume:
+            check_new(folder)
+        elif accelerator.is_main_process:
+            lock.acquire()
     checkpoint = checkpoints.newest_whole(folder / "checkpoints") if resume else None
     accelerator.wait_for_everyone()  # every process has looked before one of them writes
     validate_tasks(experiment)
@@ -83,10 +89,24 @@ def set_up(experiment: Experiment, resume: bool, code: UserCode = NO_CODE) -> Ru
     run = Run(experiment, accelerator, model, tokenizer, dataset, optimizer, state, writer, total_steps, checkpoint)
     reports = [f"{part} weights: {report or 'random'}" for part, report in model.reports.items()]
     parameters = "\n".join([*reports, "", describe_groups(optimizer.param_groups)]) + "\n"
+    with refuse_together():
+        if accelerator.is_main_process and not resume:
+            lock.acquire()
+            check_new(folder)  # which another process may have trained meanwhile
     writer.open(resume, tokenizer, [reader.fingerprint() for reader in dataset.readers], parameters, total_steps, code)
     for line in (describe(run), *(reports if checkpoint is None else ())):
         writer.log(line)
     return run
+
+
+def check_new(folder: Path) -> None:
+    """Check that a folder is not that of a run.
+
+    Raises:
+        UserError: If it is.
+    """
+    if (folder / "experiment.json").exists():
+        raise UserError(f"{folder} already holds a run; continue it with --resume {folder}, or set another name=...")
 
 
 def load_run_tokenizer(experiment: Experiment, model: Model, resume: bool) -> Tokenizer:
