@@ -188,3 +188,35 @@ def test_locations_that_no_path_can_be_are_one_line(images, capfd, command, bad)
     before = sorted(images.rglob("*"))
     refused(capfd, *(word.format(bad=bad) for word in command.split()))
     assert sorted(images.rglob("*")) == before
+
+
+CONTENT = {
+    "objects.csv": '{"image": "a.jpg", "caption": "x"}\n{"image": "b.jpg", "caption": "y"}\n',
+    "object.txt": '{"image": "a.jpg", "caption": "x"}\n',
+    "table.jsonl": "image,caption\na.jpg,x\n",
+    "table": "caption;image\nx;a.jpg\n",
+    "semicolons.tsv": "image;caption\na.jpg;x\n",
+    "spaces.csv": " image , caption \n a.jpg , x\n",
+}
+
+
+@pytest.mark.parametrize("name", CONTENT)
+def test_format_and_delimiter_are_those_of_the_content(images, capfd, name):
+    (images / name).write_text(CONTENT[name])
+    captions, reasons = packed(capfd, images / name)
+    assert captions == ["x", "y"][: len(captions)] and captions and not reasons
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("objects.csv", ["--format", "csv"], "objects.csv is not csv: its content is jsonl; leave out --format"),
+        ("table.jsonl", ["--format", "jsonl"], "table.jsonl is not jsonl: its content is tsv; leave out --format"),
+        ("words.csv", [], "found 'image caption', in one column"),
+        ("words.txt", [], "found 'imagen', ' caption', separated by semicolons"),
+    ],
+)
+def test_other_formats_are_named(images, capfd, name, options, message):
+    words = {"words.csv": "image caption\na.jpg x\n", "words.txt": "imagen; caption\na.jpg;x\n"}
+    (images / name).write_text((CONTENT | words)[name])
+    assert message in refused(capfd, "data", "pack", name, "out", *options)

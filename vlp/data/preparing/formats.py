@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from vlp.data.reading.shards import IMAGE_FILE, make_key
-from vlp.data.reading.tables import Columns, Lines, Table, as_text, first_line, first_lines, is_json_lines, read_json
+from vlp.data.reading.tables import (
+    DELIMITERS,
+    Columns,
+    Lines,
+    Table,
+    as_text,
+    first_line,
+    first_lines,
+    is_json_lines,
+    read_json,
+    split_cells,
+)
 from vlp.errors import BadSample, UserError
 from vlp.files import local_path, relative_to
 
@@ -87,6 +98,8 @@ def read_pairs(
         UserError: naming file, line and the expected content. Whether image files exist is not checked here.
     """
     file = find_file(local_path(path), split)
+    if format in ("csv", "tsv") and is_json_lines(file) or format == "jsonl" and _is_table(file):
+        raise UserError(f"{file} is not {format}: its content is {sniff(file)}; leave out --format")
     reader = READERS.get(format or sniff(file))
     if reader is None:
         raise UserError(f"there is no format {format!r}; use one of {', '.join(READERS)}")
@@ -129,7 +142,7 @@ def sniff(file: Path) -> str:
     start = first_line(file).lstrip()[:1]
     if is_json_lines(file):
         return "jsonl"
-    if extension not in (".json", ".jsonl", ".ndjson") and start not in ("{", "["):
+    if _is_table(file) or extension not in (".json", ".jsonl", ".ndjson") and start not in ("{", "["):
         if not start and extension not in (".csv", ".tsv", ".txt"):
             raise UserError(
                 f"{file}: the extension does not tell the format; say --format and one of {', '.join(READERS)}"
@@ -322,6 +335,12 @@ def read_table(file: Path, delimiter: str) -> Iterator[Row]:
         row.image = re.sub(CAPTION_NUMBER, "", row.image)
         row.split = row.split or None
         yield row
+
+
+def _is_table(file: Path) -> bool:
+    """Return whether the first line of a file is that of a table with images and captions."""
+    first = first_line(file)
+    return any((cells := split_cells(first, delimiter)) and _columns_of(cells) for delimiter in DELIMITERS)
 
 
 def _columns_of(cells: list[str]) -> Columns | None:

@@ -364,7 +364,7 @@ class Table:
             found is None
         ):  # without a header, the first line may be a malformed row: then it has another number of cells
             found = self._find_columns(further, candidates, columns_of)
-            if found and (found[1].is_header or len(_split(first, found[0]) or ()) == len(found[1].names)):
+            if found and (found[1].is_header or len(split_cells(first, found[0]) or ()) == len(found[1].names)):
                 found = None
         columns = None
         if found:
@@ -377,10 +377,8 @@ class Table:
             return
         if columns is None:
             shown = ", ".join(map(repr, first.split(self.delimiter)))[:200]
-            raise UserError(
-                f"{path}:{self.lines.numbers[0]}: expected {expected}; found {shown}, separated by "
-                f"{DELIMITERS[self.delimiter]}"
-            )
+            how = f"separated by {DELIMITERS[self.delimiter]}" if self.delimiter in first else "in one column"
+            raise UserError(f"{path}:{self.lines.numbers[0]}: expected {expected}; found {shown}, {how}")
         if columns.is_header:
             self.lines.keep(np.arange(1, len(self.lines)))
 
@@ -391,7 +389,7 @@ class Table:
         """Return the first delimiter with which one of the lines has the expected columns, and these."""
         for delimiter in delimiters:
             for line in lines:
-                if (cells := _split(line, delimiter)) and (columns := columns_of(cells)):
+                if (cells := split_cells(line, delimiter)) and (columns := columns_of(cells)):
                     return delimiter, columns
         return None
 
@@ -405,7 +403,7 @@ class Table:
             BadSample: if the row is not quoted correctly, or has another number of cells.
         """
         text = self.lines[index]
-        cells = _split(text, self.delimiter)
+        cells = split_cells(text, self.delimiter)
         if cells is None:
             raise BadSample("not a row of a table: a quotation mark is not closed, or not followed by a delimiter")
         if len(cells) != len(self.names):
@@ -415,7 +413,7 @@ class Table:
         return dict(zip(self.names, cells))
 
 
-def _split(text: str, delimiter: str) -> list[str] | None:
+def split_cells(text: str, delimiter: str) -> list[str] | None:
     """Return the stripped cells of a row, or None if its quotation marks are wrong."""
     if delimiter == "\t":
         return [_unquote(cell.strip()) for cell in text.split("\t")]
