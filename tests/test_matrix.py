@@ -171,7 +171,7 @@ def experiment(row: Row, column) -> Experiment:
         name="cell",
         model=column(row),
         objectives=objectives,
-        data=Data(train=(Source("shards"),), batch_size=ROWS, max_length=LENGTH, **views),
+        data=Data(train=(Source("shards", label="label"),), batch_size=ROWS, max_length=LENGTH, **views),
         momentum=MomentumConfig(decay=0.9) if row.momentum else None,
         train=Training(steps=1),
     )

@@ -1,5 +1,7 @@
 """Every objective gives the same loss, gradient and queue however a batch is divided, and the check finds those that do not."""
 
+import os
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -35,7 +37,7 @@ from vlp.objectives.sentence import Cert, ESimCse, SimCse
 from vlp.objectives.simclr import SimClr
 from vlp.objectives.vicreg import VicReg
 from vlp.specs.names import MODULES
-from vlp.testing import SMALL_MODELS, assert_process_invariant, part_of, small_batches, small_model
+from vlp.testing import SMALL_MODELS, ProcessPool, assert_process_invariant, part_of, small_batches, small_model
 from vlp.types import MaskedIds
 
 pytestmark = pytest.mark.usefixtures("pair")  # the two processes of all tests
@@ -308,3 +310,70 @@ def test_parts_of_a_batch_are_the_batch():
     assert torch.equal(torch.cat([part.views[0].image for part in parts]), batch.views[0].image)
     assert torch.equal(torch.cat([part.answers.weight for part in parts]), batch.answers.weight)
     assert torch.equal(torch.cat([part.answers.row + 2 * n for n, part in enumerate(parts)]), batch.answers.row)
+
+
+# --- the pool of processes -----------------------------------------------------------------------------------------
+
+
+def answer(rank: int, value):
+    return rank, value
+
+
+def fail_on_one(rank: int):
+    """Raise on process 1, while process 0 waits in a collective for it."""
+    if rank == 1:
+        raise UserError("process 1 fails")
+    gather(torch.zeros(1))
+
+
+def fail_on_both(rank: int):
+    raise UserError(f"process {rank} fails")
+
+
+def end_one(rank: int):
+    if rank == 1:
+        os._exit(3)
+    gather(torch.zeros(1))
+
+
+def sleep(rank: int):
+    time.sleep(60)
+
+
+def unpicklable(rank: int):
+    return lambda: rank
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = ProcessPool(timeout_seconds=60, grace_seconds=0.5)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (fail_on_one, UserError, "process 1 fails"),
+        (fail_on_both, UserError, "process [01] fails"),
+        (unpicklable, RuntimeError, "cannot be sent to the test"),
+    ],
+)
+def test_pool_raises_the_error_of_a_process_and_then_answers_the_next_call(pool, function, error, message):
+    assert pool(answer, 1) == [(0, 1), (1, 1)]
+    with pytest.raises(error, match=message):
+        pool(function)
+    assert pool(answer, 2) == [(0, 2), (1, 2)]
+
+
+def test_pool_starts_again_after_a_process_has_ended(pool):
+    with pytest.raises(RuntimeError, match="ended|closed"):
+        pool(end_one)
+    assert pool(answer, 3) == [(0, 3), (1, 3)]
+
+
+def test_pool_gives_no_stale_answer_after_a_timeout(pool):
+    assert pool(answer, 4) == [(0, 4), (1, 4)]
+    with patch.object(pool, "timeout_seconds", 0.5), pytest.raises(TimeoutError, match="within 0.5 s"):
+        pool(sleep)
+    assert pool(answer, 5) == [(0, 5), (1, 5)]

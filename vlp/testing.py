@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -286,55 +287,96 @@ def _compare(where: str, found: StepResult, expected: StepResult, rtol: float, a
 class ProcessPool:
     """Two connected gloo processes that stay, so that many tests can use them.
 
+    A process that fails may leave the other one waiting for it. Then both end, and the next call starts new ones.
+
     Args:
         preload: Modules that the processes have imported at their start.
+        timeout_seconds: Longest wait for an answer.
+        grace_seconds: Longest wait for the second process after the first has failed.
     """
 
-    def __init__(self, preload: Sequence[str] = ("vlp.testing",)):
+    def __init__(
+        self,
+        preload: Sequence[str] = ("vlp.testing",),
+        timeout_seconds: float = 120,
+        grace_seconds: float = 5,
+    ):
+        self.preload, self.timeout_seconds, self.grace_seconds = preload, timeout_seconds, grace_seconds
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> list:
+        """Return the results of ``function(rank, *arguments)`` in both processes.
+
+        Raises:
+            Exception: The first one that a process raised.
+            TimeoutError: If a process does not answer and the other one did not fail.
+        """
+        if not self.processes:
+            self._start()
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        answers: dict[Connection, Any] = {}
+        failure: Exception | None = None
+        while len(answers) < len(self.pipes):
+            waiting = [pipe for pipe in self.pipes if pipe not in answers]
+            ready = wait(waiting, self.grace_seconds if failure else self.timeout_seconds)
+            if not ready:
+                self.close()
+                raise failure or TimeoutError(f"the processes did not answer within {self.timeout_seconds:g} s")
+            for pipe in map(self.pipes.__getitem__, sorted(map(self.pipes.index, ready))):
+                try:
+                    answers[pipe] = pipe.recv()
+                except EOFError:
+                    self.close()
+                    raise failure or RuntimeError("a process of the pool has ended") from None
+                if isinstance(answers[pipe], Exception):
+                    failure = failure or answers[pipe]
+        if failure:
+            raise failure
+        return [answers[pipe] for pipe in self.pipes]
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(preload))
-        port, self.pipes, self.processes = free_port(), [], []
+        context.set_forkserver_preload(list(self.preload))
+        port = free_port()
         for rank in range(2):
             ours, theirs = context.Pipe()
             self.processes.append(context.Process(target=_serve, args=(theirs, rank, port), daemon=True))
             self.processes[-1].start()
+            theirs.close()  # so that the end of the process is the end of the pipe
             self.pipes.append(ours)
 
-    def __call__(self, function: Callable[..., Any], *arguments: Any) -> list:
-        """Return the results of ``function(rank, *arguments)`` in both processes."""
-        for pipe in self.pipes:
-            pipe.send((function, arguments))
-        for pipe in self.pipes:
-            if not pipe.poll(120):
-                raise TimeoutError("the processes of a test did not answer within two minutes")
-        answers = [pipe.recv() for pipe in self.pipes]
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return answers
-
     def close(self) -> None:
-        for process in self.processes:
+        """End the processes. The next call starts new ones."""
+        for process, pipe in zip(self.processes, self.pipes):
             process.kill()
+            process.join()
+            pipe.close()
+        self.processes, self.pipes = [], []
 
 
 @cache
 def two_processes() -> ProcessPool:
-    """Return the pool of this process, started on first use."""
+    """Return the pool of this process. Its processes start on first use."""
     pool = ProcessPool()
     atexit.register(pool.close)
     return pool
 
 
-def _serve(pipe: Any, rank: int, port: int) -> None:
+def _serve(pipe: Connection, rank: int, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     while True:
         function, arguments = pipe.recv()
         try:
-            pipe.send(function(rank, *arguments))
+            answer = function(rank, *arguments)
         except Exception as error:
-            pipe.send(error)
+            answer = error
+        try:
+            pipe.send(answer)
+        except Exception as error:  # the answer cannot be pickled
+            pipe.send(RuntimeError(f"{answer!r:.200} cannot be sent to the test: {error}"))
 
 
 def free_port() -> int:

@@ -82,5 +82,5 @@ def test_twins_count_as_one_layer():
     depths = model.layer_ids()
     assert {depths[f"layers.{n}.expand.weight"] for n in (0, 1)} == {1}
     assert {depths[f"layers.{n}.expand.weight"] for n in (2, 3)} == {2}
-    with pytest.raises(UserError, match="fusion with 0 images per text"):
+    with pytest.raises(UserError, match="images is 0; set it to at least 1"):
         Fusion(images=0).resolved(TEXT).build(WIDTH, IMAGE_WIDTH)

@@ -285,7 +285,7 @@ def test_bert_is_split_between_text_tower_and_fusion(tmp_path):
     [
         (replace(SPEC, temperature=0.0), "above 0"),
         (replace(SPEC, text=replace(SPEC.text, pool="mean")), "text.pool to cls"),
-        (replace(SPEC, fusion=Fusion(layers=0)), "at least one layer"),
+        (replace(SPEC, fusion=Fusion(layers=0)), "layers is 0; set it to at least 1"),
         (replace(SPEC, fusion=Fusion(heads=5)), "divide the width"),
     ],
 )

@@ -236,13 +236,13 @@ REFUSED = {
     },
     "needs model.itc": {"itc": False},
     "set encoder.image_kinds to as many": {"images": 2},
-    "cannot divide similarities": {"temperature": 0.0},
+    "temperature is 0.0; set it above 0": {"temperature": 0.0},
     "text_start=image copies experts of model.weights, and there are none": {"text_start": "image"},
     "vl_start=text copies experts of model.weights, and there are none": {"vl_start": "text"},
     "heads is 0; set it to at least 1": {"encoder": replace(ENCODER, heads=0)},
     "patch_size is -16; set it to at least 1": {"encoder": replace(ENCODER, patch_size=-16)},
-    "drop_path is 2; it is a probability": {"encoder": replace(ENCODER, drop_path=2)},
-    "text_dropout is -1; it is a probability": {"encoder": replace(ENCODER, text_dropout=-1)},
+    "drop_path is 2; set it below 1": {"encoder": replace(ENCODER, drop_path=2)},
+    "text_dropout is -1; set it to at least 0": {"encoder": replace(ENCODER, text_dropout=-1)},
 }
 
 

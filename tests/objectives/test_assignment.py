@@ -87,8 +87,6 @@ def test_batch_of_two_always_shows_the_own_image_and_batch_of_one_shows_it_twice
     [
         (tiny(), TextAssignment(), "set model.assignment=true and model.fusion.images=2"),
         (tiny(itm=False, mlm=False, assignment=True), TextAssignment(), "model.fusion.images=2"),
-        (SPEC, TextAssignment(temperature=0.0), "temperature=0"),
-        (SPEC, TextAssignment(neither=1.5), "neither=1.5"),
     ],
 )
 def test_validate_names_the_missing_setting(model, objective, complaint):

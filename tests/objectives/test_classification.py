@@ -6,6 +6,9 @@ from torch.nn import functional as F
 
 from tests.objectives.fusing import SIZES, pairs, tiny
 from vlp.config import Data, Experiment
+from vlp.data.reading.annotated import Annotated
+from vlp.data.reading.sentences import Sentences
+from vlp.data.reading.shards import Source
 from vlp.encoders.fusion import AlternatingImages, Fusion
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
@@ -17,6 +20,8 @@ from vlp.optim.ema import MomentumConfig
 
 HEADLESS = {"itc": False, "itm": False, "mlm": False}
 SPEC = tiny(classes=3, **HEADLESS)
+ANSWERS = Annotated("a.jsonl", answers="answers", classes=("yes", "no", "other"))
+NLI = Sentences("x.tsv", columns=("a", "b"), label="gold", classes=("e", "n", "c"))
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2, 2, 0])
 
 
@@ -103,7 +108,10 @@ def test_a_single_tower_is_classified_by_its_pooled_state(of):
     ("changed", "complaint"),
     [
         ({"model": tiny()}, "set model.classes"),
-        ({"objectives": {"c": Classification(distill=1.5)}}, "distill of Classification is 1.5"),
+        ({"data": Data(train=(Source("s"),))}, "needs labels of 3 classes; set label of the source s"),
+        ({"data": Data(train=(Annotated("a.jsonl"),))}, "needs labels of 3 classes; set label of the source a.jsonl"),
+        ({"data": Data(train=(ANSWERS, Annotated("b.jsonl", answers="x")))}, "set label of the source b.jsonl"),
+        ({"data": Data(train=(replace(NLI, classes=("a", "b")),))}, "x.tsv has 2; set its classes, or model.classes"),
         ({"objectives": {"c": Classification(distill=0.4)}, "momentum": None}, "needs the momentum encoder"),
         ({"objectives": {"c": Classification(loss="bce", label_smoothing=0.1)}}, "label_smoothing is of loss"),
     ],
@@ -111,6 +119,8 @@ def test_a_single_tower_is_classified_by_its_pooled_state(of):
 def test_what_is_missing_is_said_before_anything_is_built(changed, complaint):
     whole = Experiment("x", SPEC, {"c": Classification()}, Data(train=()), momentum=MomentumConfig())
     whole.objectives["c"].validate(whole)
+    for source in (Source("s", label="class"), ANSWERS, NLI, Annotated("a.jsonl", label="class")):
+        whole.objectives["c"].validate(replace(whole, data=Data(train=(source,))))
     experiment = replace(whole, **changed)
     with pytest.raises(UserError, match=complaint):
         experiment.objectives["c"].validate(experiment)

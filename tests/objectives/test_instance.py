@@ -4,13 +4,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.objectives.toys import SAMPLES, WIDTH, assert_two_are_one, forward_of, queues_of, step, views
+from tests.objectives.toys import ROWS, SAMPLES, WIDTH, assert_two_are_one, forward_of, queues_of, step, views
 from vlp.config import Data, Experiment
 from vlp.encoders.image import TimmImage
-from vlp.errors import UserError
+from vlp.errors import NonFiniteLoss
 from vlp.losses.nce import draw_noise
 from vlp.models.single import Single
 from vlp.objectives.instance import InstanceDiscrimination
+from vlp.testing import part_of
 
 NOISE = InstanceDiscrimination(noise=7, temperature=0.5, proximal=0.0)
 
@@ -133,9 +134,24 @@ def test_nothing_but_the_model_gets_a_gradient():
     assert f.context.queues[NOISE].rows.grad is None and f.model.head.weight.grad.norm() > 0
 
 
-def test_what_cannot_be_is_said_before_anything_is_built():
+def with_nan_on_process(rank: int, processes: int, bad: int) -> str:
+    """Return the complaint of a first step, which estimates Z, where only process ``bad`` has an image with a NaN."""
+    rows = slice(rank * ROWS // processes, (rank + 1) * ROWS // processes)
+    f = forward_of(NOISE, part_of(views(others=0), rows))
+    if rank == bad:
+        f.batch.image[1] = torch.nan
+    try:
+        NOISE(f)
+    except NonFiniteLoss as error:
+        return str(error)
+    return "finite"
+
+
+def test_no_process_waits_when_the_first_estimate_of_z_is_not_finite_on_one(pair):
+    first, second = pair(with_nan_on_process, 2, 1)
+    assert second == "row 1 of queries is not finite" and first.startswith("the loss is nan")
+
+
+def test_validate_accepts_the_published_settings():
     experiment = Experiment("x", Single(image=TimmImage("test_vit")), {}, Data(train=()))
     InstanceDiscrimination().validate(experiment)
-    for wrong in ({"noise": 0}, {"bank_momentum": 1.0}):
-        with pytest.raises(UserError, match="InstanceDiscrimination has"):
-            InstanceDiscrimination(**wrong).validate(experiment)

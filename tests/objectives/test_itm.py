@@ -199,5 +199,3 @@ def test_what_is_missing_is_said_before_anything_is_built():
     ):
         with pytest.raises(UserError, match=message):
             ITM.validate(wrong)
-    with pytest.raises(UserError, match="epsilon is -1"):
-        replace(ITM, epsilon=-1.0).validate(experiment)

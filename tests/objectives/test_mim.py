@@ -107,8 +107,6 @@ def test_what_is_missing_is_said_before_anything_is_built():
     for wrong, complaint in (
         (experiment(Single(text=BertText(config={"model_type": "bert"}))), "needs an image tower"),
         (experiment(replace(model, mim=None)), "set model.mim"),
-        (experiment(model, share=1.0), "cannot be drawn"),
-        (experiment(model, min_aspect=0.0), "cannot be drawn"),
     ):
         with pytest.raises(UserError, match=complaint):
             wrong.objectives["mim"].validate(wrong)

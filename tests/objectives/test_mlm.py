@@ -164,8 +164,7 @@ def test_what_is_missing_is_said_before_anything_is_built():
         (experiment(Single(image=TimmImage("test_vit"))), "needs a text tower"),
         (experiment(replace(MODEL, mlm=False)), "set model.mlm=true"),
         (experiment(distill=0.4), "needs the momentum encoder"),
-        (experiment(masking=TextMasking(probability=1.5)), "masking.probability is 1.5"),
-        (experiment(distill=1.4, momentum=MomentumConfig()), "distill of MaskedText is 1.4"),
+        (experiment(masking=TextMasking(mask_share=0.95)), "masking.mask_share \\+ random_share is 1.05"),
     ):
         with pytest.raises(UserError, match=complaint):
             wrong.objectives["mlm"].validate(wrong)

@@ -107,6 +107,5 @@ def test_what_cannot_be_is_said_before_anything_is_built():
         objective.validate(experiment)
         with pytest.raises(UserError, match=f"{type(objective).__name__} needs at least one further view"):
             objective.validate(replace(experiment, data=Data(train=())))
-    for others in (0, 8):
-        with pytest.raises(UserError, match="a micro-batch of 8 has 1 to 7 other rows"):
-            PairContrast(num_others=others).validate(experiment)
+    with pytest.raises(UserError, match="a micro-batch of 8 has 1 to 7 other rows"):
+        PairContrast(num_others=8).validate(experiment)

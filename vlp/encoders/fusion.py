@@ -23,6 +23,7 @@ from vlp.encoders.fusion_layer import Attend, FusionLayer
 from vlp.encoders.ragged import RaggedBatch
 from vlp.encoders.text import BertText, read_encoder
 from vlp.errors import UserError
+from vlp.specs.fields import check_limits, setting
 from vlp.weights import reading
 from vlp.weights.bert import BERT_LAYER
 from vlp.weights.reading import LoadReport
@@ -55,14 +56,14 @@ class Fusion:
             a CPU it is free. False processes all L positions, without a sync.
     """
 
-    layers: int = 6
+    layers: int = setting(6, least=1)
     weights: str | None = None
-    first_layer: int = 6
-    images: int = 1
-    heads: int | None = None
-    hidden_size: int | None = None
-    dropout: float | None = None
-    eps: float | None = None
+    first_layer: int = setting(6, least=0)
+    images: int = setting(1, least=1)
+    heads: int | None = setting(None, least=1)
+    hidden_size: int | None = setting(None, least=1)
+    dropout: float | None = setting(None, least=0, below=1)
+    eps: float | None = setting(None, above=0)
     pack: bool = True
 
     def resolved(self, text: TextTowerSpec) -> Self:
@@ -106,12 +107,10 @@ class Fusion:
 
     def check(self, width: int) -> None:
         """Raise UserError if layers of this width are impossible."""
-        if self.images < 1:
-            raise UserError(f"fusion with {self.images} images per text; give 1 or more")
-        if self.layers < 1 or width % self.heads:
+        check_limits(self)
+        if width % self.heads:
             raise UserError(
-                f"fusion of {self.layers} layers with {self.heads} heads on a text tower of width {width}; "
-                "take at least one layer, and heads that divide the width"
+                f"fusion with {self.heads} heads on a text tower of width {width}; take heads that divide the width"
             )
 
     def read_weights(self) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from vlp.data.preprocess import Interpolation, Preprocess, Triple
 from vlp.encoders.activation_checkpointing import Checkpointing, checkpoint_blocks
 from vlp.encoders.base import ImageTower, ImageTowerSpec
 from vlp.errors import UserError
+from vlp.specs.fields import setting
 from vlp.weights import reading
 from vlp.weights.reading import Grid, LoadReport
 from vlp.weights.run import is_run, read_run, tower_spec
@@ -55,7 +56,7 @@ class TimmImage(ImageTowerSpec):
     mean: Triple | None = None
     std: Triple | None = None
     interpolation: Interpolation | None = None
-    drop_path: float = 0.0
+    drop_path: float = setting(0.0, least=0, below=1)
     head_conv: bool = False
 
     def resolved(self) -> TimmImage:

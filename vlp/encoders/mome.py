@@ -21,6 +21,7 @@ from vlp.encoders.ragged import OutputPositions, RaggedBatch
 from vlp.encoders.relative_position import RelativePositions
 from vlp.encoders.text import layer_ids
 from vlp.errors import UserError
+from vlp.specs.fields import check_limits, setting
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,20 @@ class Mome:
         interpolation: For resizing images.
     """
 
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    hidden_size: int | None = None
+    width: int = setting(768, least=1)
+    layers: int = setting(12, least=1)
+    heads: int = setting(12, least=1)
+    hidden_size: int | None = setting(None, least=1)
     vl_from: int = 10
     experts: tuple[Expert, ...] = ("image", "text", "vl")
     layer_scale: float | None = 0.1
-    drop_path: float = 0.1
-    text_dropout: float = 0.1
+    drop_path: float = setting(0.1, least=0, below=1)
+    text_dropout: float = setting(0.1, least=0, below=1)
     image_size: int | tuple[int, int] = 224
-    patch_size: int = 16
-    image_kinds: int = 1
-    vocab_size: int = 30_522
-    max_text_length: int = 196
+    patch_size: int = setting(16, least=1)
+    image_kinds: int = setting(1, least=1)
+    vocab_size: int = setting(30_522, least=1)
+    max_text_length: int = setting(196, least=2)
     positions: Literal["relative", "absolute"] = "relative"
     mean: Triple = (0.5, 0.5, 0.5)
     std: Triple = (0.5, 0.5, 0.5)
@@ -76,19 +77,7 @@ class Mome:
 
     def check(self) -> None:
         """Raise UserError for sizes that do not go together."""
-        for name, value, least in (
-            ("width", self.width, 1),
-            ("layers", self.layers, 1),
-            ("heads", self.heads, 1),
-            ("patch_size", self.patch_size, 1),
-            ("vocab_size", self.vocab_size, 1),
-            ("max_text_length", self.max_text_length, 2),
-        ):
-            if value < least:
-                raise UserError(f"the encoder's {name} is {value}; set it to at least {least}")
-        for name, rate in (("drop_path", self.drop_path), ("text_dropout", self.text_dropout)):
-            if not 0 <= rate < 1:
-                raise UserError(f"the encoder's {name} is {rate}; it is a probability, from 0 to below 1")
+        check_limits(self)
         size = to_2tuple(self.image_size)
         if "image" in self.experts and any(side % self.patch_size or side < self.patch_size for side in size):
             raise UserError(

@@ -27,6 +27,7 @@ from vlp.encoders.base import ImageTower, PooledTextTower
 from vlp.encoders.image import timm_layer_ids, timm_no_weight_decay
 from vlp.encoders.text import layer_ids, run_by_length
 from vlp.errors import UserError
+from vlp.specs.fields import setting
 from vlp.weights import reading
 from vlp.weights.reading import Grid, LoadReport
 
@@ -70,8 +71,8 @@ class OpenClip:
 
     name: str
     weights: str | None = None
-    length_groups: int = 4
-    context_length: int | None = None
+    length_groups: int = setting(4, least=1)
+    context_length: int | None = setting(None, least=2)
     mean: Triple | None = None
     std: Triple | None = None
     interpolation: Interpolation | None = None

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from vlp.encoders.activation_checkpointing import Checkpointing, checkpoint_blocks
 from vlp.encoders.base import LayerSizes, TextTower, TextTowerSpec
 from vlp.errors import UserError
+from vlp.specs.fields import setting
 from vlp.weights import reading
 from vlp.weights.reading import LoadReport
 from vlp.weights.run import is_run, read_run, tower_spec
@@ -61,9 +62,9 @@ class BertText(TextTowerSpec):
 
     weights: str | None = None
     config: dict[str, Any] | None = None
-    dropout: float | None = None
+    dropout: float | None = setting(None, least=0, below=1)
     pool: Literal["cls", "mean"] = "cls"
-    length_groups: int = 4
+    length_groups: int = setting(4, least=1)
 
     def resolved(self) -> BertText:
         """Return the same tower with its full architecture in ``config``. `build(load_weights=False)` then reads nothing."""

@@ -87,8 +87,21 @@ def log_partition(queries: Tensor, bank: Tensor, scale: Tensor | float) -> Tenso
     Raises:
         NonFiniteLoss: naming the row, if an embedding is not finite.
     """
-    logits = (scale * queries) @ bank.T  # (B, n)
-    return check_finite(logits.logsumexp((0, 1)), queries=queries, bank=bank, scale=scale) - math.log(len(queries))
+    total = log_partition_sum(queries, bank, scale)
+    return check_finite(total, queries=queries, bank=bank, scale=scale) - math.log(len(queries))
+
+
+@torch.no_grad()
+@in_float32
+def log_partition_sum(queries: Tensor, bank: Tensor, scale: Tensor | float) -> Tensor:
+    """Compute ``log sum_i sum_j exp(scale q_i . b_j)``, not checked: processes gather their sums before they check Z.
+
+    Args: as in `log_partition`.
+
+    Returns:
+        () without gradient.
+    """
+    return ((scale * queries) @ bank.T).logsumexp((0, 1))  # of (B, n)
 
 
 def draw_noise(

@@ -23,9 +23,9 @@ from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
 from vlp.errors import UserError
 from vlp.models.base import Encodings, Model, ModelSpec, encoded_by_head, l2_normalize
-from vlp.models.dual import tower_layer_ids
-from vlp.models.temperature import LearnedScale, check_temperatures
-from vlp.specs.fields import setting
+from vlp.models.dual import tower_layer_ids, tower_no_weight_decay
+from vlp.models.temperature import LearnedScale
+from vlp.specs.fields import check_limits, setting
 from vlp.types import Answers, Encoded
 from vlp.weights import reading
 from vlp.weights.albef import as_twins, load_albef
@@ -85,13 +85,13 @@ class Albef(ModelSpec):
     itc: bool = True
     itm: bool = True
     mlm: bool = True
-    classes: int | None = None
+    classes: int | None = setting(None, least=1)
     assignment: bool = False
     decoder: Decoder | None = None
     embed_size: int = setting(256, least=1)
-    temperature: float = 0.07
-    temperature_min: float | None = 0.001
-    temperature_max: float | None = 0.5
+    temperature: float = setting(0.07, above=0)
+    temperature_min: float | None = setting(0.001, above=0)
+    temperature_max: float | None = setting(0.5, above=0)
     weights: str | None = None
 
     @property
@@ -113,7 +113,7 @@ class Albef(ModelSpec):
         Raises:
             UserError: if sizes or weights do not fit together.
         """
-        check_temperatures(self.temperature, self.temperature_min, self.temperature_max)
+        check_limits(self)
         if self.fusion.images > 1 and (self.itm or self.mlm):
             raise UserError(f"itm and mlm read one image, fusion.images is {self.fusion.images}; set both to false")
         part_by_part = load_weights and not self.weights
@@ -221,10 +221,6 @@ class AlbefModel(LearnedScale, Model):
     @property
     def can_contrast(self) -> bool:
         return self.itc
-
-    @property
-    def can_match(self) -> bool:
-        return self.itm is not None
 
     @property
     def num_attention_layers(self) -> int:
@@ -381,8 +377,7 @@ class AlbefModel(LearnedScale, Model):
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters without weight decay: those of the towers, and the temperature."""
-        towers = {f"image.{name}" for name in self.image.no_weight_decay()}
-        towers |= {f"text.{name}" for name in self.text.no_weight_decay()}
+        towers = tower_no_weight_decay(self.image, self.text)
         decoder = {f"decoder.{name}" for name in self.decoder.no_weight_decay()} if self.decoder is not None else set()
         return towers | decoder | ({"temperature"} if self.itc else set())
 

@@ -130,7 +130,7 @@ class Model(nn.Module):
     | ``vl`` | None | second contrastive head, with a ``scale`` of its own |
     | ``embed_text`` | not offered | pooled states of texts -> embeddings |
     | ``project`` | not offered | encoded images -> what fusion reads of them, computed once for all passes |
-    | ``can_match``, ``match`` | False | logits of image-text matching |
+    | ``can_match``, ``match``, ``itm`` | False | logits of image-text matching, and their head |
     | ``can_attend``, ``match_with_attention``, ``num_attention_layers`` | False | ``match`` with cross-attention in the graph |
     | ``fuse_all`` | not offered | every state of each text after it has been fused with its image |
     | ``can_predict_tokens``, ``masked_text``, ``mlm`` | False | logits of masked tokens, and their head |
@@ -154,6 +154,7 @@ class Model(nn.Module):
     text: Any
     embed_size: int
     vl: Any
+    itm: Any
     classifier: Any
     mlm: Any
     mim: Any
@@ -161,7 +162,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.heads = nn.ModuleDict()
-        self.vl = self.classifier = self.mlm = self.mim = None
+        self.vl = self.itm = self.classifier = self.mlm = self.mim = None
 
     def add_heads(self, specs: Mapping[str, HeadSpec]) -> None:
         """Build the heads that objectives read as ``model.heads[name]``.
@@ -193,7 +194,7 @@ class Model(nn.Module):
 
     @property
     def can_match(self) -> bool:
-        return False
+        return self.itm is not None
 
     @property
     def num_attention_layers(self) -> int:

@@ -18,8 +18,8 @@ from vlp.encoders.base import ImageTower, ImageTowerSpec, TextTower, TextTowerSp
 from vlp.encoders.open_clip import OpenClip
 from vlp.errors import UserError
 from vlp.models.base import Model, ModelSpec, encoded_by_head, l2_normalize
-from vlp.models.temperature import LearnedScale, check_temperatures
-from vlp.specs.fields import setting
+from vlp.models.temperature import LearnedScale
+from vlp.specs.fields import check_limits, setting
 from vlp.types import Encoded
 from vlp.weights import reading
 from vlp.weights.reading import LoadReport
@@ -54,10 +54,10 @@ class Dual(ModelSpec):
     towers: OpenClip | None = None
     projection: Literal["text-to-image", "both", "none"] = "text-to-image"
     embed_size: int | None = setting(None, least=1)
-    temperature: float | None = 1.0
+    temperature: float | None = setting(1.0, above=0)
     temperature_form: Literal["temperature", "logit_scale"] = "temperature"
-    temperature_min: float | None = 0.01
-    temperature_max: float | None = None
+    temperature_min: float | None = setting(0.01, above=0)
+    temperature_max: float | None = setting(None, above=0)
     bias: float | None = None
     weights: str | None = None
     itc = True  # without an annotation: a capability, not a field
@@ -87,7 +87,7 @@ class Dual(ModelSpec):
             raise UserError(
                 f"open_clip's towers have projections already; set projection='none', not {self.projection!r}"
             )
-        check_temperatures(self.temperature, self.temperature_min, self.temperature_max)
+        check_limits(self)
         temperature, bias = self.temperature, self.bias
         part_by_part = load_weights and not self.weights
         if self.towers:
@@ -179,8 +179,7 @@ class DualEncoder(LearnedScale, Model):
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters without weight decay: those of the towers, and the scalars."""
-        towers = {f"image.{name}" for name in self.image.no_weight_decay()}
-        towers |= {f"text.{name}" for name in self.text.no_weight_decay()}
+        towers = tower_no_weight_decay(self.image, self.text)
         return towers | {name for name in ("temperature", "logit_scale", "logit_bias") if name in self._parameters}
 
     def set_activation_checkpointing(self, mode: Checkpointing) -> None:
@@ -198,6 +197,12 @@ def tower_layer_ids(image: Tower, text: Tower) -> dict[str, int]:
         for tower, ids in towers.items()
         for name, depth in ids.items()
     }
+
+
+def tower_no_weight_decay(image: Tower, text: Tower) -> set[str]:
+    """Return the names of the parameters of two towers without weight decay."""
+    towers = {"image": image, "text": text}
+    return {f"{name}.{parameter}" for name, tower in towers.items() for parameter in tower.no_weight_decay()}
 
 
 def _embed_size(spec: Dual, image_width: int, text_width: int) -> int:

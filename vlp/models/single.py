@@ -44,9 +44,9 @@ class Single(ModelSpec):
     text: TextTowerSpec | None = None
     head: Literal["none", "linear", "mlp", "tanh"] = "none"
     head_norm: bool = False
-    hidden_size: int | None = None
+    hidden_size: int | None = setting(None, least=1)
     embed_size: int | None = setting(None, least=1)
-    classes: int | None = None
+    classes: int | None = setting(None, least=1)
     mlm: bool = False
     mim: Any = None
 

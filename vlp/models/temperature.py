@@ -8,16 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vlp.errors import UserError
-
 Form = Literal["temperature", "logit_scale"]
-
-
-def check_temperatures(*values: float | None) -> None:
-    """Raise UserError if a temperature is not above 0. None is accepted."""
-    for value in values:
-        if value is not None and value <= 0:
-            raise UserError(f"a temperature of {value} cannot divide similarities; set one above 0")
 
 
 class LearnedScale(nn.Module):

@@ -19,9 +19,9 @@ from vlp.encoders.mome import Mome, MomeEncoder
 from vlp.encoders.ragged import RaggedBatch
 from vlp.errors import UserError
 from vlp.models.base import Encodings, Modality, Model, ModelSpec, encoded_by_head
-from vlp.models.temperature import LearnedScale, check_temperatures
+from vlp.models.temperature import LearnedScale
 from vlp.models.vlmo_start import initialize
-from vlp.specs.fields import setting
+from vlp.specs.fields import check_limits, setting
 from vlp.types import Encoded
 from vlp.weights.reading import LoadReport
 from vlp.weights.run import is_run, run_spec
@@ -66,13 +66,13 @@ class Vlmo(ModelSpec):
     itm: bool = True
     mlm: bool = True
     mim: Any = None
-    classes: int | None = None
-    images: int = 1
+    classes: int | None = setting(None, least=1)
+    images: int = setting(1, least=1)
     embed_size: int | None = setting(None, least=1)
     tie_words: bool = False
-    temperature: float = 0.07
-    temperature_min: float | None = 0.01
-    temperature_max: float | None = None
+    temperature: float = setting(0.07, above=0)
+    temperature_min: float | None = setting(0.01, above=0)
+    temperature_max: float | None = setting(None, above=0)
     weights: str | None = None
     text_start: Literal["weights", "image"] = "weights"
     vl_start: Literal["weights", "random", "text", "image"] = "weights"
@@ -105,7 +105,7 @@ class Vlmo(ModelSpec):
         Raises:
             UserError: if heads and experts, or sizes, do not fit together.
         """
-        check_temperatures(self.temperature, self.temperature_min, self.temperature_max)
+        check_limits(self)
         both, joint = self.image and self.text, "vl" in self.encoder.experts
         for name, (asked, possible) in {
             "itc": (self.itc, both),
@@ -229,10 +229,6 @@ class VlmoModel(Model):
     @property
     def can_contrast(self) -> bool:
         return self.itc is not None
-
-    @property
-    def can_match(self) -> bool:
-        return self.itm is not None
 
     @property
     def num_images(self) -> int:

@@ -15,10 +15,10 @@ from vlp.config import Experiment
 from vlp.errors import UserError
 from vlp.forward import Forward, Gathered, Scope
 from vlp.losses.classification import one_hot, softmax_cross_entropy
-from vlp.losses.inputs import in_float32
 from vlp.objectives.base import Objective
-from vlp.objectives.hard_negatives import gather_encodings, sample_hard_negatives
+from vlp.objectives.hard_negatives import detached_cosines, gather_encodings, sample_hard_negatives
 from vlp.objectives.requirements import require_image, require_text
+from vlp.specs.fields import setting
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class TextAssignment(Objective):
         candidates: Rows that can be sampled: of this process ("local"), as published, or of all processes ("global").
     """
 
-    temperature: float = 0.07
-    neither: float = 1 / 3
+    temperature: float = setting(0.07, above=0)
+    neither: float = setting(1 / 3, least=0, most=1)
     candidates: Scope = "local"
 
     def validate(self, experiment: Experiment) -> None:
@@ -45,11 +45,6 @@ class TextAssignment(Objective):
         model = experiment.model
         if not model.assignment or model.num_images != 2:
             raise UserError("TextAssignment needs a head on twins; set model.assignment=true and model.fusion.images=2")
-        if self.temperature <= 0 or not 0 <= self.neither <= 1:
-            raise UserError(
-                f"TextAssignment has temperature={self.temperature:g} and neither={self.neither:g}; "
-                "give a positive number, and a share from 0 to 1"
-            )
 
     def __call__(self, f: Forward) -> Tensor:
         candidates = f.scope(self.candidates)
@@ -64,7 +59,7 @@ class TextAssignment(Objective):
             (2, B) positions among the candidates, and (B,) labels: 0 or 1 where the text's image is shown, 2 without it.
         """
         own, ids = candidates.rows, candidates.image_id
-        similarity = _cosines(f.image.embed, candidates.image) / self.temperature  # (B, M)
+        similarity = detached_cosines(f.image.embed, candidates.image) / self.temperature  # (B, M)
         others = f.batch.image_id[:, None] != ids
         first = sample_hard_negatives(similarity, others)
         further = others & (torch.arange(len(ids), device=ids.device) != first[:, None])
@@ -79,8 +74,3 @@ class TextAssignment(Objective):
         if candidates.is_own_rows:
             return f.projected[rows]
         return f.model.project(gather_encodings(candidates, lambda bundle: bundle.image, rows))
-
-
-@in_float32
-def _cosines(a: Tensor, b: Tensor) -> Tensor:
-    return a.detach() @ b.detach().T

@@ -14,8 +14,9 @@ from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.losses.inputs import check_finite, in_float32
 from vlp.objectives.base import Objective
-from vlp.objectives.geometry import all_projections
+from vlp.objectives.geometry import all_of, projection
 from vlp.objectives.requirements import require_image_views
+from vlp.specs.fields import setting
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class BarlowTwins(Objective):
         off_diagonal: lambda.
     """
 
-    off_diagonal: float = 5e-3
+    off_diagonal: float = setting(5e-3, least=0)
 
     def validate(self, experiment: Experiment) -> None:
         require_image_views(experiment, "BarlowTwins")
@@ -38,7 +39,7 @@ class BarlowTwins(Objective):
 
     def __call__(self, f: Forward) -> Tensor:
         # Correlations are no means over rows, so every process computes the loss of all rows.
-        x, y = all_projections(f, "images")
+        x, y = all_of(f, "images", projection)
         return barlow_twins_loss(x, y, self.off_diagonal)
 
 

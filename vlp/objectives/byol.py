@@ -19,6 +19,7 @@ from vlp.models.base import HeadSpec
 from vlp.objectives.base import Objective
 from vlp.objectives.geometry import sides_of
 from vlp.objectives.requirements import require_image_views, require_momentum
+from vlp.specs.fields import setting
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Predictor:
         norm: Use BatchNorm. It normalises the rows of one process.
     """
 
-    hidden_size: int = 4096
+    hidden_size: int = setting(4096, least=1)
     norm: bool = True
 
     def build(self, width: int) -> nn.Module:

@@ -15,6 +15,8 @@ from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.losses.classification import one_hot, sigmoid_cross_entropy, softmax_cross_entropy
 from vlp.objectives.distillation import DistilledObjective
+from vlp.objectives.requirements import require_labels
+from vlp.specs.fields import setting
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,13 @@ class Classification(DistilledObjective):
     """
 
     loss: Literal["softmax", "bce"] = "softmax"
-    label_smoothing: float = 0.0
+    label_smoothing: float = setting(0.0, least=0, most=1)
 
     def validate(self, experiment: Experiment) -> None:
         super().validate(experiment)
         if experiment.model.classes is None:
             raise UserError("Classification needs a classifier; set model.classes to the number of classes")
-        if not 0 <= self.label_smoothing <= 1:
-            raise UserError(
-                f"label_smoothing of Classification is {self.label_smoothing:g}; it is a share of the targets, from 0 to 1"
-            )
+        require_labels(experiment, "Classification", soft=True)
         if self.label_smoothing and self.loss == "bce":
             raise UserError("label_smoothing is of loss='softmax'; set it to 0")
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlp.config import Experiment
-from vlp.data.reading.sentences import Sentences
 from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.losses.divergence import jensen_shannon
 from vlp.objectives.base import Objective
+from vlp.objectives.requirements import require_labels
+from vlp.specs.fields import setting
 
 
 @dataclass(frozen=True)
@@ -38,22 +39,15 @@ class Cutoff(Objective):
     """
 
     cut: Literal["token", "feature", "span"] = "span"
-    ratio: float = 0.1
-    copies: int = 1
-    augmented: float = 1.0
-    consistency: float = 1.0
+    ratio: float = setting(0.1, least=0, below=1)
+    copies: int = setting(1, least=0)
+    augmented: float = setting(1.0, least=0)
+    consistency: float = setting(1.0, least=0)
 
     def validate(self, experiment: Experiment) -> None:
-        classes = experiment.model.classes
-        if experiment.model.text is None or classes is None:
+        if experiment.model.text is None or experiment.model.classes is None:
             raise UserError("Cutoff needs a text tower with a classifier: model=Single(text=..., classes=C)")
-        for source in experiment.data.train:
-            if isinstance(source, Sentences) and not (source.label and len(source.classes) == classes):
-                raise UserError(
-                    f"Cutoff needs labels of {classes} classes: set label and classes of the source {source.path}"
-                )
-        if not 0 <= self.ratio < 1:
-            raise UserError(f"Cutoff(ratio={self.ratio}) is a share of the input; give one from 0 to below 1")
+        require_labels(experiment, "Cutoff")
 
     def __call__(self, f: Forward) -> Tensor:
         batch, tower, classifier = f.batch, f.model.text, f.model.classifier

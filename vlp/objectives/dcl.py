@@ -14,8 +14,9 @@ from vlp.config import Experiment
 from vlp.forward import Forward
 from vlp.losses.inputs import check_finite, in_float32
 from vlp.objectives.base import Objective
-from vlp.objectives.geometry import all_embeddings, sides_of
+from vlp.objectives.geometry import all_of, sides_of
 from vlp.objectives.requirements import require_image_views
+from vlp.specs.fields import setting
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Dcl(Objective):
         temperature: T.
     """
 
-    temperature: float = 0.1
+    temperature: float = setting(0.1, above=0)
 
     def validate(self, experiment: Experiment) -> None:
         require_image_views(experiment, "Dcl")
@@ -38,7 +39,7 @@ class Dcl(Objective):
         own = sides_of(f, "images")
         queries = torch.cat([view.embed for view in own])  # (2B, E)
         positives = torch.cat([view.embed for view in reversed(own)])
-        keys = torch.cat(all_embeddings(f, "images"))  # (2M, E)
+        keys = torch.cat(all_of(f, "images"))  # (2M, E)
         image = torch.arange(len(keys), device=keys.device) % (len(keys) // 2)  # (2M,) image of each key
         is_other = f.all.rows.repeat(2)[:, None] != image  # (2B, 2M)
         return dcl_loss(queries, positives, keys, is_other, self.temperature)

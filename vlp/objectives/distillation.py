@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlp.config import Experiment
-from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.objectives.base import Objective
 from vlp.objectives.requirements import require_momentum
+from vlp.specs.fields import setting
 
 
 @dataclass(frozen=True)
@@ -20,18 +20,13 @@ class DistilledObjective(Objective):
         ramp_epochs: Epochs over which a grows linearly from 0; ALBEF's is 1. 0 starts at a.
     """
 
-    distill: float = 0.0
-    ramp_epochs: float = 0.0
+    distill: float = setting(0.0, least=0, most=1)
+    ramp_epochs: float = setting(0.0, least=0)
 
     def validate(self, experiment: Experiment) -> None:
-        """Raise UserError if the share is out of range, or without a momentum encoder to give it."""
-        who = type(self).__name__
-        if not 0 <= self.distill <= 1:
-            raise UserError(
-                f"distill of {who} is {self.distill:g}; it is the teacher's share of the targets, from 0 to 1"
-            )
+        """Raise UserError if there is a share of a teacher, and no momentum encoder."""
         if self.distill:
-            require_momentum(experiment, f"distill in {who}")
+            require_momentum(experiment, f"distill in {type(self).__name__}")
 
     def teacher_share(self, f: Forward) -> float:
         """Return a at the present progress of the run."""

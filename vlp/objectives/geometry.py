@@ -5,6 +5,7 @@ B rows of a bundle, M rows of all processes and micro-batches, E embedding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ from vlp.forward import Bundle, Forward
 from vlp.losses.geometry import alignment, uniformity
 from vlp.objectives.base import Objective
 from vlp.objectives.requirements import require_image, require_image_views, require_text, require_text_views
+from vlp.specs.fields import setting
 from vlp.types import Encoded
 
 Sides = Literal["image_text", "images", "texts"]
@@ -29,17 +31,25 @@ def sides_of(f: Bundle, sides: Sides) -> tuple[Encoded, Encoded]:
     return x, y
 
 
-def all_embeddings(f: Forward, sides: Sides) -> tuple[Tensor, Tensor]:
-    """Return the (M, E) embeddings of both sides of all processes and micro-batches."""
-    x = f.all.gather(lambda bundle: sides_of(bundle, sides)[0].embed)
-    y = f.all.gather(lambda bundle: sides_of(bundle, sides)[1].embed)
-    return x, y
+def embed(encoded: Encoded) -> Tensor:
+    """Return the (B, E) embeddings of unit norm."""
+    return encoded.embed
 
 
-def all_projections(f: Forward, sides: Sides) -> tuple[Tensor, Tensor]:
-    """Return the (M, E) outputs of the projection heads before normalisation, like `all_embeddings`."""
-    x = f.all.gather(lambda bundle: sides_of(bundle, sides)[0].projection)
-    y = f.all.gather(lambda bundle: sides_of(bundle, sides)[1].projection)
+def projection(encoded: Encoded) -> Tensor:
+    """Return the (B, E) outputs of the projection head before normalisation."""
+    return encoded.projection
+
+
+def pooled(encoded: Encoded) -> Tensor:
+    """Return the (B, D) pooled states of the tower."""
+    return encoded.tokens[:, 0]
+
+
+def all_of(f: Forward, sides: Sides, rows: Callable[[Encoded], Tensor] = embed) -> tuple[Tensor, Tensor]:
+    """Gather rows of both sides, (M, E) each, from all processes and micro-batches."""
+    x = f.all.gather(lambda bundle: rows(sides_of(bundle, sides)[0]))
+    y = f.all.gather(lambda bundle: rows(sides_of(bundle, sides)[1]))
     return x, y
 
 
@@ -58,7 +68,7 @@ def require_sides(experiment: Experiment, who: str, sides: Sides) -> None:
 class Alignment(Objective):
     """Mean distance of positive pairs: ``mean_i ||x_i - y_i||^alpha`` (Wang & Isola 2020, eq. 2)."""
 
-    alpha: float = 2.0
+    alpha: float = setting(2.0, above=0)
     sides: Sides = "images"
 
     def validate(self, experiment: Experiment) -> None:
@@ -76,7 +86,7 @@ class Uniformity(Objective):
     Over the rows of all processes. Mean over the two sides, as in the published code.
     """
 
-    t: float = 2.0
+    t: float = setting(2.0, above=0)
     sides: Sides = "images"
 
     def validate(self, experiment: Experiment) -> None:
@@ -84,5 +94,5 @@ class Uniformity(Objective):
 
     def __call__(self, f: Forward) -> Tensor:
         # The log of a mean over all rows is not a mean over processes, so every process computes the whole.
-        x, y = all_embeddings(f, self.sides)
+        x, y = all_of(f, self.sides)
         return (uniformity(x, self.t) + uniformity(y, self.t)) / 2

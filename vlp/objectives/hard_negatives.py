@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlp.forward import Bundle, Gathered
+from vlp.losses.inputs import in_float32
 from vlp.types import Encoded
+
+
+@torch.no_grad()
+@in_float32
+def detached_cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Compute (B, M) cosines of (B, E) and (M, E) embeddings of unit norm, without gradient."""
+    return a @ b.T
 
 
 @torch.no_grad()

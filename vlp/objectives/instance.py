@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from vlp.config import Experiment
-from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.losses.geometry import alignment
-from vlp.losses.nce import draw_noise, instance_softmax_loss, log_partition, nce_loss
+from vlp.losses.inputs import check_finite
+from vlp.losses.nce import draw_noise, instance_softmax_loss, log_partition_sum, nce_loss
 from vlp.models.base import Model
 from vlp.objectives.base import Objective
 from vlp.objectives.queues import MemoryBank
 from vlp.objectives.requirements import require_image
+from vlp.specs.fields import setting
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,16 @@ class InstanceDiscrimination(Objective):
         partition_every: Steps between estimates of Z; 0 estimates it once, from the first batch, as published.
     """
 
-    temperature: float = 0.07
+    temperature: float = setting(0.07, above=0)
     form: Literal["nce", "softmax"] = "nce"
-    noise: int = 4096
+    noise: int = setting(4096, least=1)
     noise_may_be_own: bool = False
-    bank_momentum: float = 0.5
-    proximal: float = 30.0
-    partition_every: int = 0
+    bank_momentum: float = setting(0.5, least=0, below=1)
+    proximal: float = setting(30.0, least=0)
+    partition_every: int = setting(0, least=0)
 
     def validate(self, experiment: Experiment) -> None:
         require_image(experiment, "InstanceDiscrimination")
-        if self.noise < 1 or not 0 <= self.bank_momentum < 1:
-            raise UserError(
-                f"InstanceDiscrimination has noise={self.noise} and bank_momentum={self.bank_momentum}; "
-                f"give at least 1 row, and a momentum from 0 to below 1"
-            )
 
     def init_queue(
         self, model: Model, num_samples: int, device: torch.device, generator: torch.Generator
@@ -87,5 +83,7 @@ class InstanceDiscrimination(Objective):
         bank = f.context.queues[self]
         if not self._estimates(f):
             return bank.partition.log()
-        parts = f.all.gather(lambda b: log_partition(b.image.embed, bank.rows, 1 / self.temperature).view(1))
-        return parts.logsumexp(0, keepdim=True) - math.log(len(parts))
+        # Every process takes part in the gather before any of them refuses Z.
+        sums = f.all.gather(lambda b: log_partition_sum(b.image.embed, bank.rows, 1 / self.temperature).view(1))
+        log_z = sums.logsumexp(0, keepdim=True) - math.log(len(f.all.image_id))
+        return check_finite(log_z, queries=f.image.embed, bank=bank.rows)

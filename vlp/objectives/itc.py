@@ -26,6 +26,7 @@ from vlp.objectives.base import Objective
 from vlp.objectives.distillation import DistilledObjective
 from vlp.objectives.queues import Queue
 from vlp.objectives.requirements import require_contrast, require_momentum
+from vlp.specs.fields import setting
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class ImageTextContrast(Objective):
         head: Contrastive head that gives embeddings and temperature; VLMo has a second, "vl".
     """
 
-    label_smoothing: float = 0.0
+    label_smoothing: float = setting(0.0, least=0, most=1)
     reduction: Literal["sum", "mean"] = "mean"
-    tile_rows: int | None = None
+    tile_rows: int | None = setting(None, least=1)
     head: Head = "first"
 
     def validate(self, experiment: Experiment) -> None:
@@ -68,11 +69,11 @@ class SigmoidContrast(Objective):
         tile_rows: Rows of the similarity matrix computed at a time, for large batches; None computes all at once.
     """
 
-    tile_rows: int | None = None
+    tile_rows: int | None = setting(None, least=1)
 
     def validate(self, experiment: Experiment) -> None:
         require_contrast(experiment, "SigmoidContrast")
-        if experiment.model.bias is None and experiment.model.towers is None:
+        if experiment.model.bias is None:
             raise UserError("SigmoidContrast needs a model with a learned bias; set model.bias=-10 of a Dual")
 
     def __call__(self, f: Forward) -> Tensor:
@@ -104,9 +105,9 @@ class MomentumContrast(DistilledObjective):
         head: Contrastive head that gives embeddings and temperature; VLMo has a second, "vl".
     """
 
-    distill: float = 0.4
-    ramp_epochs: float = 1.0
-    queue_size: int = 65_536
+    distill: float = setting(0.4, least=0, most=1)
+    ramp_epochs: float = setting(1.0, least=0)
+    queue_size: int = setting(65_536, least=1)
     random_start: bool = False
     keys: Scope = "global"
     duplicates: Literal["positive", "negative"] = "positive"
@@ -116,8 +117,6 @@ class MomentumContrast(DistilledObjective):
         super().validate(experiment)
         require_contrast(experiment, "MomentumContrast", self.head)
         require_momentum(experiment, "MomentumContrast")
-        if self.queue_size < 1:
-            raise UserError(f"MomentumContrast has queue_size={self.queue_size}; give at least 1 row")
 
     def init_queue(self, model: Model, num_samples: int, device: torch.device, generator: torch.Generator) -> Queue:
         columns = {"image": model.embed_size, "text": model.embed_size}

@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlp.config import Experiment
+from vlp.distributed import gather
 from vlp.errors import UserError
 from vlp.forward import Forward, Gathered, Scope
 from vlp.losses.inputs import check_finite, in_float32
 from vlp.objectives.base import Objective
-from vlp.objectives.hard_negatives import gather_encodings, sample_hard_negatives
+from vlp.objectives.hard_negatives import detached_cosines, gather_encodings, sample_hard_negatives
 from vlp.objectives.requirements import require_image, require_momentum, require_text
+from vlp.specs.fields import setting
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,13 @@ class ImageTextMatching(Objective):
     keys: Literal["momentum", "student"] = "momentum"
     candidates: Scope = "local"
     duplicates: Literal["mask", "negative"] = "mask"
-    epsilon: float = 0.0
+    epsilon: float = setting(0.0, least=0)
 
     def validate(self, experiment: Experiment) -> None:
         require_image(experiment, "ImageTextMatching")
         require_text(experiment, "ImageTextMatching")
         if not experiment.model.itm:
             raise UserError("ImageTextMatching needs a model that fuses, and a head for it; set model.itm=true")
-        if self.epsilon < 0:
-            raise UserError(f"epsilon is {self.epsilon:g}; it is added to probabilities, so use 0 or more")
         if self.negatives == "uniform":
             return
         if not experiment.model.itc:
@@ -69,8 +69,7 @@ class ImageTextMatching(Objective):
         logits = self.logits(f, candidates, *self.sample(f, candidates, allowed))  # (3B, 2)
         found, pair = allowed.any(1), torch.ones_like(f.batch.image_id, dtype=torch.bool)
         # Processes may differ in whether they have negatives. Either all rows of a process have one, or none has.
-        pairs = len(f.batch) + 2 * found.sum()
-        count = f.all.gather(lambda bundle: pairs[None]).float().mean()
+        count = gather((len(f.batch) + 2 * found.sum())[None]).float().mean()
         labels = torch.cat([pair, ~pair, ~pair]).long()
         return matching_loss(logits, labels, torch.cat([pair, found, found]), count)
 
@@ -86,7 +85,9 @@ class ImageTextMatching(Objective):
         similarity = torch.zeros(2 * len(allowed), allowed.shape[1], device=allowed.device)
         if self.negatives == "hard":
             keys = candidates.momentum if self.keys == "momentum" else candidates
-            similarity = torch.cat([_cosines(f.image.embed, keys.text), _cosines(f.text.embed, keys.image)])  # (2B, M)
+            similarity = torch.cat(
+                [detached_cosines(f.image.embed, keys.text), detached_cosines(f.text.embed, keys.image)]
+            )  # (2B, M)
             similarity = f.scale.detach() * similarity
         texts, images = sample_hard_negatives(similarity, allowed.repeat(2, 1), self.epsilon).chunk(2)
         return texts, images
@@ -100,11 +101,6 @@ class ImageTextMatching(Objective):
         other_images = gather_encodings(candidates, lambda bundle: bundle.image, images)
         pairs = (f.model.match(f.projected, text) for text in (f.text, other_texts))
         return torch.cat([*pairs, f.model.match(f.model.project(other_images), f.text)])
-
-
-@in_float32
-def _cosines(a: Tensor, b: Tensor) -> Tensor:
-    return a.detach() @ b.detach().T
 
 
 @in_float32

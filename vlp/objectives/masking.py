@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vlp.errors import UserError
 from vlp.losses.masked import IGNORED
+from vlp.specs.fields import setting
 from vlp.types import MaskedIds, Vocabulary
 
 
@@ -40,21 +41,18 @@ class TextMasking:
             chosen tokens, at the cost of one host-device sync.
     """
 
-    probability: float = 0.15
+    probability: float = setting(0.15, least=0, most=1)
     unit: Literal["token", "word", "span"] = "token"
-    mask_share: float = 0.8
-    random_share: float = 0.1
+    mask_share: float = setting(0.8, least=0, most=1)
+    random_share: float = setting(0.1, least=0, most=1)
     exclude: Literal["special", "first"] = "special"
     random_from: Literal["words", "all"] = "words"
-    capacity: float | None = None
+    capacity: float | None = setting(None, above=0, most=1)
 
     def validate(self, name: str) -> None:
-        """Raise UserError, naming the field of ``name``, for shares out of range."""
-        shares = {"probability": self.probability, "mask_share": self.mask_share, "random_share": self.random_share}
-        shares |= {"mask_share + random_share": self.mask_share + self.random_share, "capacity": self.capacity or 0}
-        for field, share in shares.items():
-            if not 0 <= share <= 1:
-                raise UserError(f"{name}.{field} is {share:g}; it is a share, from 0 to 1")
+        """Raise UserError, naming the fields of ``name``, if more than all chosen tokens are replaced."""
+        if (total := self.mask_share + self.random_share) > 1:
+            raise UserError(f"{name}.mask_share + random_share is {total:g}; it is a share of the chosen, at most 1")
 
     def __call__(
         self,

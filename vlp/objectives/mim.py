@@ -19,6 +19,7 @@ from vlp.losses.masked import masked_cross_entropy, masked_pixel_loss
 from vlp.objectives.base import Objective
 from vlp.objectives.masking import block_masks
 from vlp.objectives.requirements import require_image
+from vlp.specs.fields import setting
 
 
 @dataclass(frozen=True)
@@ -35,19 +36,14 @@ class MaskedImage(Objective):
         min_aspect: Smallest aspect ratio of a block, height over width; the largest is its inverse.
     """
 
-    share: float = 0.4
-    min_patches: int = 16
-    min_aspect: float = 0.3
+    share: float = setting(0.4, above=0, below=1)
+    min_patches: int = setting(16, least=1)
+    min_aspect: float = setting(0.3, above=0, most=1)
 
     def validate(self, experiment: Experiment) -> None:
         require_image(experiment, "masked image modelling")
         if experiment.model.mim is None:
             raise UserError("masked image modelling has nothing to predict; set model.mim=Pixels()")
-        if not 0 < self.share < 1 or self.min_patches < 1 or not 0 < self.min_aspect <= 1:
-            raise UserError(
-                f"blocks of share={self.share:g}, min_patches={self.min_patches}, min_aspect={self.min_aspect:g} cannot be "
-                f"drawn; share is between 0 and 1, min_patches at least 1, min_aspect above 0 and at most 1"
-            )
 
     def __call__(self, f: Forward) -> Tensor:
         image, mim = f.batch.image, f.model.mim

@@ -24,6 +24,7 @@ from vlp.models.base import Model
 from vlp.objectives.base import Objective
 from vlp.objectives.queues import Queue
 from vlp.objectives.requirements import require_image_views, require_momentum
+from vlp.specs.fields import setting
 from vlp.types import Encoded
 
 
@@ -48,22 +49,19 @@ class Moco(Objective):
         groups: Parts in which a process normalises its queries and keys, as if each were one of the paper's 8 GPUs.
     """
 
-    temperature: float = 0.07
-    queue_size: int = 65_536
+    temperature: float = setting(0.07, above=0)
+    queue_size: int = setting(65_536, least=1)
     random_start: bool = True
     duplicates: Literal["negative", "mask"] = "negative"
     shuffle: bool = True
-    groups: int = 1
+    groups: int = setting(1, least=1)
 
     def validate(self, experiment: Experiment) -> None:
         require_image_views(experiment, "Moco")
         require_momentum(experiment, "Moco")
-        rows = experiment.micro_batch_size
-        if self.queue_size < 1 or not 1 <= self.groups <= rows // 2:
-            raise UserError(
-                f"Moco has queue_size={self.queue_size} and groups={self.groups}; give at least 1 row, and 1 to "
-                f"{rows // 2} groups: half the rows of a micro-batch"
-            )
+        most = experiment.micro_batch_size // 2
+        if self.groups > most:
+            raise UserError(f"Moco has groups={self.groups}; give 1 to {most} groups: half the rows of a micro-batch")
 
     def init_queue(self, model: Model, num_samples: int, device: torch.device, generator: torch.Generator) -> Queue:
         start = generator if self.random_start else None

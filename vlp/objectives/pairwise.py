@@ -20,7 +20,8 @@ from vlp.forward import Forward
 from vlp.losses.npair import n_pair_loss, tuplet_loss
 from vlp.losses.pairwise import contrastive_loss, hardest_triplets, semi_hard_triplets, triplet_loss
 from vlp.objectives.base import Objective
-from vlp.objectives.geometry import Sides, all_embeddings, require_sides, sides_of
+from vlp.objectives.geometry import Sides, all_of, pooled, require_sides, sides_of
+from vlp.specs.fields import setting
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Triplet(Objective):
             the farthest positive and the nearest negative.
     """
 
-    margin: float = 0.2
+    margin: float = setting(0.2, least=0)
     mining: Literal["semi_hard", "hardest"] = "semi_hard"
     sides: Sides = "images"
 
@@ -41,7 +42,7 @@ class Triplet(Objective):
 
     def __call__(self, f: Forward) -> Tensor:
         # The number of triplets differs between processes, so every process computes the mean over all of them.
-        x, y = all_embeddings(f, self.sides)
+        x, y = all_of(f, self.sides)
         return (self._loss(x, y, f.all.image_id) + self._loss(y, x, f.all.image_id)) / 2
 
     def _loss(self, anchors: Tensor, candidates: Tensor, ids: Tensor) -> Tensor:
@@ -61,21 +62,21 @@ class PairContrast(Objective):
             order is random.
     """
 
-    margin: float = 1.0
-    num_others: int = 1
+    margin: float = setting(1.0, least=0)
+    num_others: int = setting(1, least=1)
     sides: Sides = "images"
 
     def validate(self, experiment: Experiment) -> None:
         require_sides(experiment, "PairContrast", self.sides)
         rows = experiment.micro_batch_size
-        if not 1 <= self.num_others < rows:
+        if self.num_others >= rows:
             raise UserError(
                 f"PairContrast.num_others is {self.num_others}; a micro-batch of {rows} has 1 to {rows - 1} other rows"
             )
 
     def __call__(self, f: Forward) -> Tensor:
         x, y = sides_of(f, self.sides)
-        all_x, all_y = all_embeddings(f, self.sides)
+        all_x, all_y = all_of(f, self.sides)
         return (self._loss(f, x.embed, all_y) + self._loss(f, y.embed, all_x)) / 2
 
     def _loss(self, f: Forward, queries: Tensor, keys: Tensor) -> Tensor:
@@ -98,21 +99,21 @@ class Tuplet(Objective):
         l2: Weight of the penalty on the squared norms.
     """
 
-    num_negatives: int = 16
-    l2: float = 0.002
+    num_negatives: int = setting(16, least=1)
+    l2: float = setting(0.002, least=0)
     sides: Sides = "images"
 
     def validate(self, experiment: Experiment) -> None:
         require_sides(experiment, "Tuplet", self.sides)
         rows = experiment.micro_batch_size
-        if not 1 <= self.num_negatives < rows:
+        if self.num_negatives >= rows:
             raise UserError(
                 f"Tuplet.num_negatives is {self.num_negatives}; a micro-batch of {rows} has 1 to {rows - 1} other rows"
             )
 
     def __call__(self, f: Forward) -> Tensor:
-        x, y = (side.tokens[:, 0] for side in sides_of(f, self.sides))  # (B, D) each
-        keys = f.all.gather(lambda bundle: sides_of(bundle, self.sides)[1].tokens[:, 0])  # (M, D)
+        x, y = map(pooled, sides_of(f, self.sides))  # (B, D) each
+        keys = f.all.gather(lambda bundle: pooled(sides_of(bundle, self.sides)[1]))  # (M, D)
         steps = torch.arange(1, self.num_negatives + 1, device=x.device)
         negative = (f.all.rows[:, None] + steps) % len(keys)  # (B, N)
         allowed = f.all.image_id[negative] != f.batch.image_id[:, None]
@@ -131,7 +132,7 @@ class NPair(Objective):
         l2: Weight of the penalty on the squared norms.
     """
 
-    l2: float = 0.002
+    l2: float = setting(0.002, least=0)
     sides: Sides = "images"
 
     def validate(self, experiment: Experiment) -> None:
@@ -139,6 +140,5 @@ class NPair(Objective):
 
     def __call__(self, f: Forward) -> Tensor:
         # Penalty and softmax are over all rows, so every process computes the whole.
-        x = f.all.gather(lambda bundle: sides_of(bundle, self.sides)[0].tokens[:, 0])  # (M, D)
-        y = f.all.gather(lambda bundle: sides_of(bundle, self.sides)[1].tokens[:, 0])
+        x, y = all_of(f, self.sides, pooled)  # (M, D) each
         return n_pair_loss(x, y, self.l2)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from vlp.config import Data, Experiment
+from vlp.data.reading.annotated import Annotated
 from vlp.data.reading.sentences import Sentences
+from vlp.data.reading.shards import Source
 from vlp.errors import UserError
 from vlp.forward import Head
 
@@ -50,6 +52,26 @@ def require_text_views(experiment: Experiment, who: str) -> None:
     require_text(experiment, who)
     if not experiment.data.text_views and text_columns(experiment) < 2:
         raise UserError(f"{who} needs a further view of each text; set data.text_views=(VIEW,), or give two columns")
+
+
+def require_labels(experiment: Experiment, who: str, soft: bool = False) -> None:
+    """Raise UserError unless every training source gives a class for each sample.
+
+    Args:
+        soft: Accept soft targets, from `Annotated` answers, in place of classes.
+    """
+    classes = experiment.model.classes
+    for source in experiment.data.train:
+        if soft and isinstance(source, Annotated) and source.answers and source.classes:
+            continue
+        location = source.shards if isinstance(source, Source) else source.path
+        if not source.label:
+            raise UserError(f"{who} needs labels of {classes} classes; set label of the source {location}")
+        if isinstance(source, Sentences) and len(source.classes) != classes:
+            raise UserError(
+                f"{who} needs labels of {classes} classes, and the source {location} has {len(source.classes)}; set its "
+                f"classes, or model.classes"
+            )
 
 
 def require_contrast(experiment: Experiment, who: str, head: Head = "first") -> None:

@@ -25,6 +25,7 @@ from vlp.models.base import Model
 from vlp.objectives.base import Objective
 from vlp.objectives.queues import Queue
 from vlp.objectives.requirements import require_momentum, require_text_views, text_columns
+from vlp.specs.fields import setting
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class SimCse(Objective):
         hard_negative: log a, added to the logit of a row's own hard negative after the division by the temperature.
     """
 
-    temperature: float = 0.05
+    temperature: float = setting(0.05, above=0)
     hard_negative: float = 0.0
 
     def validate(self, experiment: Experiment) -> None:
@@ -74,8 +75,8 @@ class ESimCse(Objective):
             code, that of the trained model ("student").
     """
 
-    temperature: float = 0.05
-    queue_size: int = 160
+    temperature: float = setting(0.05, above=0)
+    queue_size: int = setting(160, least=1)
     queue_head: Literal["momentum", "student"] = "momentum"
 
     def validate(self, experiment: Experiment) -> None:
@@ -113,8 +114,8 @@ class Cert(Objective):
             empty, and the loss of the first step is 0.
     """
 
-    temperature: float = 0.07
-    queue_size: int = 65_536
+    temperature: float = setting(0.07, above=0)
+    queue_size: int = setting(65_536, least=1)
     random_start: bool = False
 
     def validate(self, experiment: Experiment) -> None:

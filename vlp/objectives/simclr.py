@@ -14,8 +14,9 @@ from vlp.config import Experiment
 from vlp.forward import Forward
 from vlp.losses.softmax import info_nce
 from vlp.objectives.base import Objective
-from vlp.objectives.geometry import all_embeddings, sides_of
+from vlp.objectives.geometry import all_of, sides_of
 from vlp.objectives.requirements import require_image_views
+from vlp.specs.fields import setting
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,14 @@ class SimClr(Objective):
         temperature: T; the paper's best for ImageNet is 0.1 with large batches, 0.5 for CIFAR-10.
     """
 
-    temperature: float = 0.1
+    temperature: float = setting(0.1, above=0)
 
     def validate(self, experiment: Experiment) -> None:
         require_image_views(experiment, "SimClr")
 
     def __call__(self, f: Forward) -> Tensor:
         queries = torch.cat([view.embed for view in sides_of(f, "images")])  # (2B, E)
-        keys = torch.cat(all_embeddings(f, "images"))  # (2M, E)
+        keys = torch.cat(all_of(f, "images"))  # (2M, E)
         total = len(keys) // 2
         image = torch.arange(2 * total, device=keys.device) % total  # (2M,) image of each key, by its row in the batch
         own = torch.cat([f.all.rows, f.all.rows + total])  # (2B,) position of each query among the keys

@@ -16,8 +16,9 @@ from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.losses.inputs import check_finite, in_float32
 from vlp.objectives.base import Objective
-from vlp.objectives.geometry import all_projections
+from vlp.objectives.geometry import all_of, projection
 from vlp.objectives.requirements import require_image_views
+from vlp.specs.fields import setting
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class VicReg(Objective):
         covariance: nu, the factor of the squared covariances.
     """
 
-    invariance: float = 25.0
-    variance: float = 25.0
-    covariance: float = 1.0
+    invariance: float = setting(25.0, least=0)
+    variance: float = setting(25.0, least=0)
+    covariance: float = setting(1.0, least=0)
 
     def validate(self, experiment: Experiment) -> None:
         require_image_views(experiment, "VicReg")
@@ -44,7 +45,7 @@ class VicReg(Objective):
 
     def __call__(self, f: Forward) -> Tensor:
         # Variances are no means over rows, so every process computes the loss of all rows.
-        x, y = all_projections(f, "images")
+        x, y = all_of(f, "images", projection)
         return vicreg_loss(x, y, self.invariance, self.variance, self.covariance)
 
 

@@ -50,7 +50,7 @@ class Sgd:
     """
 
     lr: float = setting(0.03, least=0)
-    momentum: float = 0.9
+    momentum: float = setting(0.9, least=0, below=1)
     nesterov: bool = False
     weight_decay: float = setting(1e-4, least=0)
 
@@ -80,8 +80,8 @@ class Lars:
     """
 
     lr: float = setting(4.8, least=0)
-    momentum: float = 0.9
-    trust: float = 1e-3
+    momentum: float = setting(0.9, least=0, below=1)
+    trust: float = setting(1e-3, above=0)
     weight_decay: float = setting(1e-6, least=0)
 
     def build(self, groups: list[dict]) -> torch.optim.Optimizer:

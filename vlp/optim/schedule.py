@@ -31,8 +31,8 @@ class Schedule:
 
     warmup_steps: int = setting(0, least=0)
     kind: str = "cosine"
-    final_fraction: float = 0.0
-    drops: tuple[float, ...] = ()
+    final_fraction: float = setting(0.0, least=0)
+    drops: tuple[float, ...] = setting((), least=0)
 
     def __post_init__(self):
         if self.kind not in ("cosine", "linear", "constant"):

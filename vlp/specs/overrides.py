@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from vlp.errors import UserError
 from vlp.files import split_locations
 from vlp.specs.fields import field_values
-from vlp.specs.types import describe_type
+from vlp.specs.types import describe_type, type_hints
 
 
 def suggest(name: str, names: list[str]) -> str:
@@ -42,7 +42,7 @@ def _set(node: Any, key: str, path: list[str], text: str) -> Any:
     """Return a copy of ``node`` whose value at ``path`` is ``text``, parsed as the type of that value."""
     head, *rest = path
     if is_dataclass(node):
-        hints = typing.get_type_hints(type(node))
+        hints = type_hints(type(node))
         values = field_values(node)
         if head not in values:
             raise UserError(f"{key}: {type(node).__name__} has no field {head!r}{suggest(head, list(values))}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections.abc
 import types
 import typing
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import is_dataclass
 from typing import Any, Literal
 
@@ -14,18 +16,36 @@ from vlp.specs.fields import field_values
 def describe_type(hint: Any) -> str:
     """Return a description of the values that a type hint allows."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
-    names[Any] = "anything"
+    names |= {Any: "anything", None: "none"}
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe_type(o) for o in options)
     if origin is Literal:
         return f"one of {', '.join(map(repr, options))}"
-    if origin is tuple:
+    if origin is tuple and options:
+        if options[-1] is not ... and len(set(options)) > 1:
+            return f"a tuple ({', '.join(map(describe_type, options))})"
         count = "any number of" if options[-1] is ... else str(len(options))
         return f"a tuple ({count} x {describe_type(options[0])})"
-    if origin is dict:
+    if origin is dict and options:
         return f"a dict of texts to {describe_type(options[1])}"
-    return names.get(hint) or (hint.__name__ if isinstance(hint, type) else str(hint))
+    if origin is collections.abc.Callable:
+        return "a function"
+    return names.get(hint) or (hint.__name__ if isinstance(hint, type) and origin is None else str(hint))
+
+
+def type_hints(cls: type) -> dict[str, Any]:
+    """Return the type of each field of a spec.
+
+    Raises:
+        UserError: If a hint names something that its module does not import at run time.
+    """
+    try:
+        return typing.get_type_hints(cls)
+    except NameError as e:
+        raise UserError(
+            f"a type hint of {cls.__name__} cannot be read ({e}); import the name outside of TYPE_CHECKING"
+        ) from None
 
 
 def check_types(value: Any, key: str = "") -> None:
@@ -39,7 +59,7 @@ def check_types(value: Any, key: str = "") -> None:
         UserError: For the first value of a wrong type.
     """
     if is_dataclass(value):
-        hints = typing.get_type_hints(type(value))
+        hints = type_hints(type(value))
         for field, inner in field_values(value).items():
             name = f"{key}.{field}".lstrip(".")
             if not fits(inner, hints[field]):
@@ -51,19 +71,45 @@ def check_types(value: Any, key: str = "") -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Return whether a value is of a type. A whole number is also a number, but true and false are not numbers."""
+    """Return whether a value is of a type. A whole number is also a number, but true and false are not numbers.
+
+    A list may be given as a tuple, which it becomes in experiment.json. Of a function, only that it can be called is
+    checked. A hint that Python cannot check at run time, such as a Protocol, fits every value.
+    """
     origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
+    if hint is Any or isinstance(hint, (typing.TypeVar, typing.ParamSpec)):
         return True
+    if hint is None:
+        return value is None
+    if isinstance(hint, typing.NewType):
+        return fits(value, hint.__supertype__)
+    if origin in (typing.Annotated, typing.Final):
+        return fits(value, options[0])
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, option) for option in options)
     if origin is Literal:
         return value in options
-    if origin is tuple:
-        each = options[:1] * len(value) if options[-1] is ... and isinstance(value, tuple) else options
-        return isinstance(value, tuple) and len(value) == len(each) and all(map(fits, value, each))
-    if origin is dict:
-        return isinstance(value, dict) and all(fits(k, options[0]) and fits(v, options[1]) for k, v in value.items())
+    if origin is type:
+        return isinstance(value, type) and (not isinstance(options[0], type) or issubclass(value, options[0]))
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)
+    return _is_instance(value, origin or hint) and _items_fit(value, origin, options)
+
+
+def _is_instance(value: Any, cls: Any) -> bool:
+    try:
+        return isinstance(value, (list, tuple) if cls is list else cls)
+    except TypeError:
+        return True
+
+
+def _items_fit(value: Any, origin: Any, options: tuple[Any, ...]) -> bool:
+    """Return whether the items of a container, such as ``Sequence[int]``, are of the types ``options``."""
+    if origin is tuple and options and options[-1] is not ...:
+        return len(value) == len(options) and all(map(fits, value, options))
+    if isinstance(value, Mapping) and len(options) == 2:
+        return all(fits(k, options[0]) and fits(v, options[1]) for k, v in value.items())
+    is_container = isinstance(origin, type) and issubclass(origin, Iterable)
+    if is_container and options and isinstance(value, Collection) and not isinstance(value, (str, bytes)):
+        return all(fits(item, options[0]) for item in value)
+    return True
