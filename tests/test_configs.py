@@ -15,6 +15,7 @@ import torch
 from tests.conftest import ROOT, draw_pairs
 from vlp.commands.configs import read_entries
 from vlp.config import Experiment, load_config
+from vlp.data.preparing.inspect import stats
 from vlp.data.preparing.pack import Packing, pack
 from vlp.data.reading.annotated import Annotated
 from vlp.data.reading.sentences import Sentences
@@ -278,7 +279,9 @@ def test_weights_by_captions_draw_every_caption_equally_often(tmp_path):
     cc3m = [replace(pair, captions=(next(captions),)) for pair in pairs[3:]]
     for folder, part in zip(shards, (coco, cc3m)):
         pack(part, folder, Packing())
-    drawn = draw_captions(shards, [15, 25], 8192, tmp_path)
+    weights = [stats(str(folder), grid=None)["captions"] for folder in shards]
+    assert weights == [15, 25]
+    drawn = draw_captions(shards, weights, 8192, tmp_path)
     mean, deviation = 8192 / 40, (8192 / 40 * 39 / 40) ** 0.5
     assert len(drawn) == 40
     assert all(abs(count - mean) < 4.5 * deviation for count in drawn.values())

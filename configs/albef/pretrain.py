@@ -6,8 +6,9 @@ Paper: Li et al. 2021, arXiv:2107.07651, section 3. From 4 M images, after fine-
     code.
 Data: your own shards of COCO, Visual Genome, Conceptual Captions 3M and SBU (4.0 M images, 5.1 M captions); the `_14m`
     variants add Conceptual 12M (14.1 M images, 15.2 M captions). The published loader draws captions uniformly, vlp
-    draws an image and then one of its captions. The weight of a source is therefore its number of captions. Starts from
-    DeiT-base (the file of its authors) and a folder with bert-base-uncased in weights/; both are public.
+    draws an image and then one of its captions. The weight of a source is therefore its number of captions
+    (`vlp data stats`). Starts from DeiT-base (the file of its authors) and a folder with bert-base-uncased in weights/;
+    both are public.
 As published: `config` and `paper_14m` repeat the published step, including its flaws. The momentum encoder runs with
     dropout. The keys of a row are the 64 of its own process and a queue that starts full of random vectors. The other
     captions of an image are negatives in ITC and ITM. A text has no [SEP] and no punctuation. A masked token may be

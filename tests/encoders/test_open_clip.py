@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+from unittest.mock import patch
 
 import open_clip
 import pytest
@@ -120,6 +121,17 @@ def test_own_tokenizer_and_tower_agree_on_vocabulary_and_end_token():
     model = open_clip.create_model("toy-clip", force_custom_text=True).eval()
     model.text.load_state_dict(text.text.state_dict())
     torch.testing.assert_close(text(ids, mask)[:, 0], model.encode_text(theirs))
+
+
+@pytest.mark.parametrize("name", ["hf-hub:timm/ViT-B-16-SigLIP", "local-dir:/tmp/model"])
+def test_name_with_a_schema_downloads_and_reads_nothing(name):
+    def refuse(*args, **kwargs):
+        raise AssertionError("open_clip was asked for the model")
+
+    with patch.object(open_clip, "get_model_config", refuse), patch.object(open_clip, "create_model", refuse):
+        for use in (OpenClip(name).resolved, OpenClip(name).build, Dual(towers=OpenClip(name)).resolved):
+            with pytest.raises(UserError, match="is not one of open_clip's own models, and nothing is downloaded"):
+                use()
 
 
 def test_preprocessing_is_that_of_the_weights():

@@ -133,6 +133,11 @@ class OpenClip:
         return ClipTowers(image, text, scale, bias)
 
     def _config(self) -> dict:
+        if ":" in self.name:  # open_clip reads a schema such as hf-hub:, downloads the model and may run its code
+            raise UserError(
+                f"{self.name} is not one of open_clip's own models, and nothing is downloaded; name one of them, with "
+                f"weights=FILE"
+            )
         config = open_clip.get_model_config(self.name)
         if config is None:
             close = difflib.get_close_matches(self.name, open_clip.list_models(), n=3)

@@ -110,7 +110,7 @@ def test_stats_are_quantiles(tmp_path):
     for n in range(5):
         write(tmp_path / f"{n}.tar", {"0.png": png(10 * (n + 1), 8), "0.txt": b"word " * (n + 1)})
     found = stats(str(tmp_path), grid=None)
-    assert (found["samples"], found["shards"], found["looked_at"]) == (5, 5, 5)
+    assert (found["samples"], found["shards"], found["looked_at"], found["captions"]) == (5, 5, 5, 5)
     assert found["width_pixels"] == {"mean": 30, "min": 10, "5%": 12, "median": 30, "95%": 48, "max": 50}
     assert found["height_pixels"]["mean"] == 8
     assert found["words_per_caption"] == {"mean": 3, "min": 1, "5%": 1.2, "median": 3, "95%": 4.8, "max": 5}

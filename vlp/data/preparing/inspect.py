@@ -116,6 +116,8 @@ def all_captions(location: str) -> Iterator[str]:
 def stats(location: str, grid: Path | None, samples: int = 1000, columns: int = 6, seed: int = 0) -> dict:
     """Compute quantiles of image and caption sizes over up to ``samples`` random samples, and draw some of them.
 
+    The number of captions is exact if all samples are looked at, and otherwise estimated from their mean.
+
     Args:
         grid: Path of a PNG of ``columns`` x 4 samples with their captions. None draws nothing.
 
@@ -153,6 +155,7 @@ def stats(location: str, grid: Path | None, samples: int = 1000, columns: int = 
         "samples": len(reader),
         "shards": len(reader.shards),
         "looked_at": len(widths),
+        "captions": round(len(reader) * float(np.mean(per_image))),  # a weight in a mixture by captions
         "not_read": reader.notes(),
         **{name: _quantiles(values) for name, values in columns_of.items()},
     }
