@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from vlp.files import local_path
@@ -26,9 +28,12 @@ def run(options: argparse.Namespace) -> int:
     from vlp.report.comparison import write_comparison
     from vlp.report.run import write_report
 
-    if len(options.folders) > 1 or options.output or not (options.folders[0] / "experiment.json").exists():
-        path = write_comparison(options.folders, options.output or Path("runs/comparison"))
+    folders, notes = [local_path(folder) for folder in options.folders], []
+    if len(folders) > 1 or options.output or not os.path.exists(folders[0] / "experiment.json"):
+        path = write_comparison(folders, local_path(options.output or "runs/comparison"), notes)
     else:
-        path = write_report(options.folders[0])
+        path = write_report(folders[0], notes)
+    for note in notes:
+        print(f"vlp: {note}", file=sys.stderr)
     print(f"wrote {path}")
     return 0

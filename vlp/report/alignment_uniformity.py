@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlp.report.figures import label as plain_label
+from vlp.report.results import read_numbers
 from vlp.report.tables import Table, tabulate
 from vlp.tasks.metrics import Interval
-from vlp.training.logging import read_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MAX_PLOTS = 16
 LOGGED = 10  # last logged batches that a point is the mean of
 
 
@@ -47,17 +49,15 @@ def find_plots(runs: dict[str, Path], results: dict[str, list[dict]]) -> list[Al
     logged = {name: _logged_geometry(folder) for name, folder in runs.items()}
     if points := {name: point for name, point in logged.items() if point}:
         plots.append(AlignmentUniformityPlot("last training batches", points))
-    return plots
+    return plots[:MAX_PLOTS]
 
 
 def _logged_geometry(folder: Path) -> tuple[float, float] | None:
     """Average the last measured batches, and the uniformities of images and texts, as in Wang & Isola."""
-    lines = [line for line in read_log(folder / "log.jsonl") if line.get("geometry/alignment") is not None][-LOGGED:]
-    if not lines:
+    lines = [line for line in read_numbers(folder / "log.jsonl") if "geometry/alignment" in line][-LOGGED:]
+    uniformities = [v for line in lines for k, v in line.items() if k.startswith("geometry/uniformity")]
+    if not uniformities:
         return None
-    uniformities = [
-        v for line in lines for k, v in line.items() if k.startswith("geometry/uniformity") and v is not None
-    ]
     return sum(uniformities) / len(uniformities), sum(line["geometry/alignment"] for line in lines) / len(lines)
 
 
@@ -71,7 +71,7 @@ def draw_plots(plots: list[AlignmentUniformityPlot], tables: list[Table]) -> Fig
         across = [x for x, _ in plot.points.values()]
         middle = (min(across) + max(across)) / 2
         for name, (x, y) in plot.points.items():
-            text = f"{name} ({scores[name]})" if name in scores else name
+            text = plain_label(name) + (f" ({scores[name]})" if name in scores else "")
             side = {"ha": "right", "xytext": (-7, 5)} if x > middle else {"xytext": (7, 5)}  # towards the middle
             axis.annotate(text, (x, y), textcoords="offset points", fontsize=8, **side).set_in_layout(False)
         grey = [point for name, point in plot.points.items() if name not in scores]
@@ -84,10 +84,10 @@ def draw_plots(plots: list[AlignmentUniformityPlot], tables: list[Table]) -> Fig
                 cmap="viridis",
                 s=45,
             )
-            figure.colorbar(points, ax=axis, label=label)
+            figure.colorbar(points, ax=axis, label=plain_label(label))
         axis.set_xlabel("uniformity (lower is more uniform)")
         axis.set_ylabel("alignment (lower is closer)")
-        axis.set_title(plot.title)
+        axis.set_title(plain_label(plot.title))
         axis.margins(0.2)
         axis.grid(alpha=0.3)
     return figure

@@ -16,7 +16,7 @@ from vlp.report.alignment_uniformity import draw_plots, find_plots
 from vlp.report.examples import MACROS, captions_with_images, images_with_captions, recall_bars, wrong_with_images
 from vlp.report.examples import STYLE as EXAMPLES_STYLE
 from vlp.report.figures import png
-from vlp.report.results import metric_label, read_results
+from vlp.report.results import metric_label, read_results, write_html
 from vlp.report.run import STYLE
 from vlp.report.tables import Table, find_runs, tabulate
 
@@ -29,26 +29,29 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 {{ examples|safe }}
  .wide { overflow-x: auto } .wide td { white-space: nowrap } .all { font-size: .85rem } .all td { white-space: normal } small { color: #5b6570; display: block } td.best { font-weight: 600 }
 </style></head><body>
-<h1>{{ names|length }} runs</h1><p class="quiet">The newest evaluations of {{ names|join(", ") }}. Small: 95 % bootstrap interval. Bold: best of the column.</p>
+<h1>{{ names|length }} runs</h1><p class="quiet">The newest evaluations of {{ names|join(", ") }}. Small: 95 % bootstrap interval. Bold: best of the column. Trained on: evaluated images that are among the training images of the run, "?" where this is not known.</p>
 <h2>All evaluations</h2>
-<div class="wide"><table class="all"><tr><th>run</th><th>evaluation</th><th>metric</th><th>value</th><th>95 % interval</th><th>n</th><th>step</th><th>weights</th></tr>
+<div class="wide"><table class="all"><tr><th>run</th><th>evaluation</th><th>metric</th><th>value</th><th>95 % interval</th><th>n</th><th>trained on</th><th>step</th><th>weights</th></tr>
 {% for line in lines %}{% with value, low, high = line.interval.texts() %}
-<tr><td>{{ line.run }}</td><td title="{{ line.protocol }}">{{ line.evaluation }}</td><td>{{ line.metric }}</td><td>{{ value }}</td><td>{{ low }} to {{ high }}</td><td>{{ line.n }}</td><td>{{ line.step if line.step is not none }}</td><td>{{ line.weights }}</td></tr>
+<tr><td>{{ line.run }}</td><td title="{{ line.protocol }}">{{ line.evaluation }}</td><td>{{ line.metric }}</td><td>{{ value }}</td><td>{{ low }} to {{ high }}</td><td>{{ line.n }}</td><td>{{ line.trained_on }}</td><td>{{ line.step if line.step is not none }}</td><td>{{ line.weights }}</td></tr>
 {% endwith %}{% endfor %}</table></div>
 {% if bars %}
 <h2>Recall</h2><img class="plot" alt="recall with intervals" src="data:image/png;base64,{{ bars }}">
 {% endif %}
 {% for table in tables %}
 <h2>{{ table.title }}</h2>
-<div class="wide"><table><tr><th>run</th>{% for metric in table.metrics %}<th>{{ label(metric) }}</th>{% endfor %}<th>n</th><th>step</th><th>weights</th></tr>
+<div class="wide"><table><tr><th>run</th>{% for metric in table.metrics %}<th>{{ label(metric) }}</th>{% endfor %}<th>n</th><th>trained on</th><th>step</th><th>weights</th></tr>
 {% for name, result in table.results.items() %}
 <tr><td>{{ name }}</td>
 {% for metric in table.metrics %}{% with i = result.metrics.get(metric) %}
 {% if i %}{% with value, low, high = i.texts() %}<td{% if table.best(metric) == name %} class="best"{% endif %}>{{ value }}<small>{{ low }} to {{ high }}</small></td>{% endwith %}{% else %}<td></td>{% endif %}
 {% endwith %}{% endfor %}
-<td>{% for what, n in result.n.items() %}{{ "{:,}".format(n) }} {{ what }}{{ ", " if not loop.last }}{% endfor %}</td><td>{{ result.step if result.step is not none }}</td><td>{{ result.checkpoint_sha256[:8] }}</td></tr>
+<td>{% for what, n in result.n.items() %}{{ "{:,}".format(n) }} {{ what }}{{ ", " if not loop.last }}{% endfor %}</td><td>{{ trained_on(result) }}</td><td>{{ result.step if result.step is not none }}</td><td>{{ result.checkpoint_sha256[:8] }}</td></tr>
 {% endfor %}</table></div>
 <p class="quiet">{{ table.protocol }}.</p>
+{% endfor %}
+{% for note in notes %}
+<p class="quiet">{{ note }}.</p>
 {% endfor %}
 {% if without %}<p class="quiet">Not evaluated: {{ without|join(", ") }}.</p>{% endif %}
 {% if plot %}
@@ -76,20 +79,24 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 )
 
 
-def write_comparison(folders: list[Path], output: Path) -> Path:
+def write_comparison(folders: list[Path], output: Path, notes: list[str] | None = None) -> Path:
     """Write ``output/report.html``, and ``output/alignment_uniformity.png`` if a run has alignment and uniformity.
 
     Args:
         folders: Folders of runs, of evaluated weights (runs/eval/NAME), or folders of these. Others are ignored.
+        output: Folder of the page.
+        notes: Receives a line for each result that cannot be read. The page has them, too.
 
     Raises:
         UserError: if there is no run, one is given twice, or no run has anything to compare.
     """
     runs = _names(find_runs(folders))
-    results = {name: read_results(folder) for name, folder in runs.items()}
+    notes = [] if notes is None else notes
+    results = {name: read_results(folder, notes) for name, folder in runs.items()}
     tables, plots = tabulate(results), find_plots(runs, results)
     if not tables and not plots:
-        raise UserError(f"none of {', '.join(runs)} was evaluated or has its geometry in the log; run vlp eval on them")
+        none = f"none of {', '.join(runs)} was evaluated or has its geometry in the log; run vlp eval on them"
+        raise UserError("; ".join([*notes, none]))
     plot, bars = png(draw_plots(plots, tables)) if plots else b"", recall_bars(tables)
     html = TEMPLATE.render(
         style=STYLE,
@@ -98,6 +105,8 @@ def write_comparison(folders: list[Path], output: Path) -> Path:
         lines=_lines(tables),
         tables=tables,
         label=metric_label,
+        trained_on=_trained_on,
+        notes=notes,
         without=[name for name, found in results.items() if not found],
         plot=base64.b64encode(plot).decode(),
         bars=bars and base64.b64encode(png(bars)).decode(),
@@ -105,14 +114,17 @@ def write_comparison(folders: list[Path], output: Path) -> Path:
         wrong=_wrong(tables),
         hardest=_hardest(tables),
     )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if plot:
-            write_atomically(output / "alignment_uniformity.png", plot)
-        write_atomically(output / "report.html", html.encode())
-    except OSError as e:
-        raise UserError(f"cannot write {output}: {e.strerror or e}; give --output FOLDER") from None
-    return output / "report.html"
+    page = write_html(output / "report.html", html)
+    if plot:
+        write_atomically(output / "alignment_uniformity.png", plot)
+    return page
+
+
+def _trained_on(result: dict) -> str:
+    """Return the number of evaluated images that are training images, "?" if unknown, and "" for evaluations of texts."""
+    if result["trained_on"] is None:
+        return "?" if "images" in result["n"] else ""
+    return f"{result['trained_on']:,}"
 
 
 def _names(folders: list[Path]) -> dict[str, Path]:
@@ -132,16 +144,23 @@ def _lines(tables: list[Table]) -> list[dict]:
             lines.append(
                 {
                     "run": run,
-                    "evaluation": result["name"] or table.title,
+                    "evaluation": _evaluation(table, result),
                     "protocol": table.protocol,
                     "metric": metric_label(metric),
                     "interval": interval,
                     "n": ", ".join(f"{n:,} {what}" for what, n in result["n"].items()),
+                    "trained_on": _trained_on(result),
                     "step": result["step"],
                     "weights": result["checkpoint_sha256"][:8],
                 }
             )
     return sorted(lines, key=lambda line: line["run"])
+
+
+def _evaluation(table: Table, result: dict) -> str:
+    if not result["name"]:
+        return table.title
+    return f"{result['name']} ({table.data_id[:8]})" if table.data_id else result["name"]
 
 
 def _confused(tables: list[Table], most: int = 10) -> list[dict]:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import base64
+import os
 import shlex
 from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment
 
-from vlp.config import Experiment, load_without_code
+from vlp.config import Data, Experiment, load_without_code
 from vlp.errors import UserError
-from vlp.files import write_atomically
 from vlp.report.examples import MACROS, captions_with_images, wrong_with_images
 from vlp.report.examples import STYLE as EXAMPLES_STYLE
+from vlp.report.figures import label as plain_label
 from vlp.report.figures import png
-from vlp.report.results import metric_label, read_results
+from vlp.report.results import contamination, metric_label, read_numbers, read_results, read_starts, write_html
+from vlp.report.tables import described
 from vlp.specs.json import Foreign
+from vlp.specs.types import check_types
 from vlp.tasks.base import Task
 from vlp.training.logging import read_log
 
+MAX_LINES = 20  # of a plot
 STYLE = """
  body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }
  h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem } .quiet { color: #5b6570 }
@@ -37,14 +41,14 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 </style></head><body>
 <h1>{{ name }}</h1><p class="quiet">{{ summary }}</p>
 {% for result in results %}
-<h2>{{ result.task }}: {{ result.data }}</h2>
+<h2>{{ result.task }}: {{ described(result.data, result.split) }}</h2>
 <table><tr><th>metric</th><th>value</th><th>95 % interval</th></tr>
 {% for metric, i in result.metrics.items() %}
 <tr><td>{{ label(metric) }}</td>{% with value, low, high = i.texts() %}<td>{{ value }}</td><td>{{ low }} to {{ high }}</td>{% endwith %}</tr>
 {% endfor %}</table>
 <p class="quiet">{{ result.protocol }}; {% for what, n in result.n.items() %}{{ "{:,}".format(n) }} {{ what }}{{ ", " if not loop.last }}{% endfor %}{% if result.choices %};
  a random answer is correct in {{ "%.2f"|format(100 / result.choices) }} %{% endif %}. Step {{ result.step }}, weights {{ result.checkpoint_sha256[:16] }}, seed {{ result.seed }};
- {{ result.bad|length }} samples skipped.</p>
+ {{ result.bad|length }} samples skipped.{% if contamination(result) %} {% if result.trained_on %}<strong>{{ contamination(result) }}</strong>{% else %}{{ contamination(result) }}{% endif %}{% endif %}</p>
 {% if result.details.confused %}
 <h3>Confusions</h3>
 {{ confusions(result.details.confused[:10]) }}
@@ -53,6 +57,9 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 <h3>Wrong predictions</h3>
 {{ wrong_predictions(result.wrong) }}
 {% endif %}
+{% endfor %}
+{% for note in notes %}
+<p class="quiet">{{ note }}.</p>
 {% endfor %}
 <h2>Training</h2><img class="plot" alt="curves" src="data:image/png;base64,{{ curves }}">
 {% if queries %}
@@ -67,19 +74,26 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 )
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, notes: list[str] | None = None) -> Path:
     """Write ``folder/report.html``.
+
+    Args:
+        folder: Folder of the run.
+        notes: Receives a line for each file or line that cannot be read. The page has them, too.
 
     Raises:
         UserError: if the folder is not a run, or its log is empty.
     """
-    if not (folder / "experiment.json").is_file():
+    if not os.path.isfile(folder / "experiment.json"):
         raise UserError(f"{folder} is not a run: it has no experiment.json")
-    experiment, log = load_without_code(folder / "experiment.json"), read_log(folder / "log.jsonl")
+    notes = [] if notes is None else notes
+    experiment = load_without_code(folder / "experiment.json")
+    tasks = _tasks(experiment, folder / "experiment.json")
+    log = read_numbers(folder / "log.jsonl", notes)
     if not log:
-        raise UserError(f"{folder} has no step in its log yet; train it first")
-    results = read_results(folder)
-    starts = read_log(folder / "starts.jsonl")
+        raise UserError("; ".join([*notes, f"{folder} has no step in its log yet; train it first"]))
+    results = read_results(folder, notes)
+    starts = read_starts(folder / "starts.jsonl")
     html = TEMPLATE.render(
         style=STYLE,
         examples=EXAMPLES_STYLE,
@@ -87,24 +101,45 @@ def write_report(folder: Path) -> Path:
         summary=_summary(experiment, log, starts),
         results=[result | {"wrong": wrong_with_images(result)} for result in results],
         label=metric_label,
-        curves=_curves(log, read_log(folder / "eval.jsonl"), experiment.evaluate),
+        described=described,
+        contamination=contamination,
+        notes=notes,
+        curves=_curves(log, read_numbers(folder / "eval.jsonl", notes), tasks),
         queries=[q for result in results for q in captions_with_images(result, "text_to_image")],
         commands=[shlex.join(start["command"]) for start in starts],
         quarantined=len(read_log(folder / "quarantine.jsonl")),
     )
-    path = folder / "report.html"
-    write_atomically(path, html.encode())
-    return path
+    return write_html(folder / "report.html", html)
+
+
+def _tasks(experiment: Experiment, path: Path) -> dict[str, Task | Foreign]:
+    """Return the tasks of an experiment.
+
+    Raises:
+        UserError: if a value that the report reads is of another type.
+    """
+    for name, kind in (("name", str), ("data", Data), ("evaluate", dict)):
+        if not isinstance(vars(experiment)[name], kind):
+            raise UserError(f"{path} is damaged: its {name} is of another type")
+    for name, task in experiment.evaluate.items():
+        if not isinstance(task, (Task, Foreign)):
+            raise UserError(f"{path} is damaged: evaluate.{name} is not a task")
+        try:
+            check_types(task, f"evaluate.{name}")
+        except UserError as e:
+            raise UserError(f"{path} is damaged: {e}") from None
+    return experiment.evaluate
 
 
 def _summary(experiment: Experiment, log: list[dict], starts: list[dict]) -> str:
-    seconds = sum(line["seconds"] for line in log)
-    wait = sum(line["seconds"] * line["data_wait"] for line in log) / seconds
+    seconds = sum(line.get("seconds", 0) for line in log)
+    wait = sum(line.get("seconds", 0) * line.get("data_wait", 0) for line in log) / (seconds or 1)
     last = log[-1]
     machine = f" on {starts[-1]['machine']}" if starts else ""
     return (
-        f"{last['step']:,} steps of {experiment.data.batch_size} samples ({last['epoch']:.1f} epochs) in {seconds / 60:.1f} min "
-        f"of training{machine}; {wait:.1%} of it waiting for data; peak memory {max(x['memory_mib'] for x in log) / 1024:.1f} GiB"
+        f"{last['step']:,} steps of {experiment.data.batch_size} samples ({last.get('epoch', 0):.1f} epochs) in "
+        f"{seconds / 60:.1f} min of training{machine}; {wait:.1%} of it waiting for data; peak memory "
+        f"{max(line.get('memory_mib', 0) for line in log) / 1024:.1f} GiB"
     )
 
 
@@ -133,21 +168,21 @@ def _curves(log: list[dict], evals: list[dict], tasks: dict[str, Task | Foreign]
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     (loss, metrics), (rate, geometry) = figure.subplots(2, 2)
     steps = np.array([line["step"] for line in log])
-    values = np.array([line["loss"] for line in log], dtype=float)
+    values = np.array([line.get("loss", np.nan) for line in log])
     loss.plot(steps, values, color="#c6d3e1", linewidth=0.8)
     loss.plot(steps, _smooth(values, min(len(values), 25)), color="#1f5c99")
     loss.set_title("loss (nats; bold: mean of 25 steps)")
-    for name in _plotted(tasks, evals):
+    for name in _plotted(tasks, evals)[:MAX_LINES]:
         key, _, metric = name.partition("/")
-        _draw(metrics, evals, name, f"{key}: {metric_label(metric)}", scale=100, marker="o", markersize=3)
+        _draw(metrics, evals, name, plain_label(f"{key}: {metric_label(metric)}"), scale=100, marker="o", markersize=3)
     metrics.set_title("evaluation metrics x 100")
     _draw(rate, log, "lr", "learning rate", color="#1f5c99")
     rate.set_title("learning rate")
     if any("temperature" in line for line in log):
         rate.set_title("learning rate, and temperature (red, right axis)")
         _draw(rate.twinx(), log, "temperature", "temperature", color="#b2182b")
-    for name in sorted({name for line in log for name in line if name.startswith("geometry/")}):
-        _draw(geometry, log, name, name.removeprefix("geometry/").replace("_", " "))
+    for name in sorted({name for line in log for name in line if name.startswith("geometry/")})[:MAX_LINES]:
+        _draw(geometry, log, name, plain_label(name.removeprefix("geometry/").replace("_", " ")))
     geometry.set_title("alignment, uniformity and modality gap of a batch")
     for axis in (metrics, geometry):
         if axis.lines:
@@ -160,5 +195,5 @@ def _curves(log: list[dict], evals: list[dict], tasks: dict[str, Task | Foreign]
 
 def _draw(axis, records: list[dict], name: str, label: str, scale: float = 1, **style) -> None:
     """Draw a line through the records that have a value of this name."""
-    measured = [r for r in records if r.get(name) is not None]
+    measured = [r for r in records if name in r]
     axis.plot([r["step"] for r in measured], [scale * r[name] for r in measured], label=label, **style)

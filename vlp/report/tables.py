@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +16,20 @@ class Table:
 
     Args:
         results: Run name -> its newest result, see `vlp.report.results.read_results`.
+        split: Split of the data, if ``data`` does not say it.
+        data_id: Identity of the data where another data set has the same location, else "".
     """
 
     task: str
     data: str
     protocol: str
     results: dict[str, dict]
+    split: str = ""
+    data_id: str = ""
 
     @property
     def title(self) -> str:
-        return f"{self.task}: {self.data}"
+        return f"{self.task}: {described(self.data, self.split)}{f' ({self.data_id[:8]})' if self.data_id else ''}"
 
     @property
     def metrics(self) -> list[str]:
@@ -57,10 +62,10 @@ def find_runs(folders: list[Path]) -> list[Path]:
     """
 
     def is_run(folder: Path) -> bool:
-        return (folder / "experiment.json").is_file() or any(folder.glob("eval/*.json"))
+        return os.path.isfile(folder / "experiment.json") or any(folder.glob("eval/*.json"))
 
     for folder in folders:
-        if not folder.exists():
+        if not os.path.exists(folder):  # False also for a name that no folder can have
             raise UserError(f"no folder {folder}; name runs, or a folder of runs")
     found = [
         run for folder in folders for run in ([folder] if is_run(folder) else sorted(filter(is_run, folder.glob("*/"))))
@@ -72,11 +77,30 @@ def find_runs(folders: list[Path]) -> list[Path]:
     return found
 
 
+def described(data: str, split: str) -> str:
+    """Return the location of data and their split, for a reader."""
+    return f"{data}, split {split}" if split else data
+
+
 def tabulate(results: dict[str, list[dict]]) -> list[Table]:
-    """Group results by task, data and protocol. Of several results of a run the newest counts."""
+    """Group results by task, data and protocol. Of several results of a run the newest counts.
+
+    Data are the same if they have the same identity, wherever they lie. A result of an earlier version of vlp, which did not
+    record it, is of the data that others have found at its location.
+    """
+    every = [result for found in results.values() for result in found]
+    ids: dict[tuple[str, str], list[str]] = {}  # of the data that were found at a location
+    for result in every:
+        known = ids.setdefault((result["data"], result["split"]), [])
+        if result["data_id"] and result["data_id"] not in known:
+            known.append(result["data_id"])
     tables: dict[tuple, Table] = {}
     for name, found in results.items():
         for result in sorted(found, key=lambda r: r["time"]):
-            key = result["task"], result["data"], result["protocol"]
-            tables.setdefault(key, Table(*key, {})).results[name] = result
+            data, split = result["data"], result["split"]
+            known = ids[data, split]
+            identity = result["data_id"] or (known[0] if len(known) == 1 else f"{data}, split {split}")
+            shown_id = result["data_id"] if len(known) > 1 else ""
+            table = Table(result["task"], data, result["protocol"], {}, split, shown_id)
+            tables.setdefault((result["task"], identity, result["protocol"]), table).results[name] = result
     return sorted(tables.values(), key=lambda table: (-len(table.results), table.task, table.data))

@@ -58,7 +58,7 @@ def _record(line: bytes) -> dict | None:
     """Return the record of a line, or None if the line is damaged."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
