@@ -89,6 +89,7 @@ class Training:
         activation_checkpointing: Activations to recompute in the backward pass instead of storing them: "cheap" for the
             operations between matrix products, "full" for whole blocks. See `vlp.encoders.activation_checkpointing`.
         compile: Whether to run the towers through torch.compile.
+        profile: Whether to profile five steps, the sixth to the tenth after the start: see `vlp.training.profile`.
         nonfinite: What to do if a loss or the gradient is not finite: "stop" and name the samples, or "skip" the step.
         processes: Number of processes that the launcher must have started. None allows any number.
         engine: Engine that must run. None allows any.
@@ -109,6 +110,7 @@ class Training:
     backward: Literal["once", "per_loss"] = "once"
     activation_checkpointing: Checkpointing = "none"
     compile: bool = False
+    profile: bool = False
     nonfinite: Literal["stop", "skip"] = "stop"
     processes: int | None = None
     engine: Literal["single", "ddp", "deepspeed"] | None = None
@@ -212,7 +214,17 @@ class Experiment:
 
 
 # Keys that may change when a run is resumed. No loss depends on them.
-FREE_ON_RESUME = ("name", "output", "data.workers", "train.processes", "train.engine", "train.threads", "save", "log")
+FREE_ON_RESUME = (
+    "name",
+    "output",
+    "data.workers",
+    "train.processes",
+    "train.engine",
+    "train.threads",
+    "train.profile",
+    "save",
+    "log",
+)
 
 
 def load_config(config: str, *kinds: type, own_types: Mapping[str, type] = NO_TYPES) -> Any:

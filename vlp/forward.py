@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 from torch.nn import functional as F
 
 from vlp.distributed import gather_with_gradient, rank, world_size
@@ -92,7 +93,8 @@ def compute_losses(objectives: Mapping[str, Any], f: Forward) -> dict[str, Tenso
     losses, complaints = {}, []
     for name, objective in objectives.items():
         try:
-            losses[name] = objective(f)
+            with record_function(f"vlp/loss {name}"):  # a part of `vlp.training.profile`
+                losses[name] = objective(f)
         except NonFiniteLoss as error:
             complaints.append(error)
     if complaints:

@@ -30,6 +30,7 @@ from vlp.specs.user_code import NO_CODE, UserCode
 from vlp.training.detached import DetachedGraph
 from vlp.training.interrupts import Stopped, TrainingInterrupt
 from vlp.training.logging import peak_memory_mib
+from vlp.training.profile import part, profiled_steps
 from vlp.training.run import Run
 from vlp.training.run_lock import RunLock
 from vlp.training.setup import set_up
@@ -126,9 +127,14 @@ class Trainer:
         state, run = self.run.state, self.run
         if run.resumed_from and run.is_evaluation_due and not run.is_evaluated:  # killed between saving and evaluating
             self.evaluate(run.resumed_from, interrupted)
-        with closing(run.micro_batches()) as micro_batches:
+        wanted = self.experiment.train.profile and self.accelerator.is_main_process
+        with (
+            closing(run.micro_batches()) as micro_batches,
+            profiled_steps(run.model, run.folder, wanted) as step_ended,
+        ):
             while state.step < run.total_steps:
                 run.writer.log_step(self.step(micro_batches, interrupted))
+                step_ended()
                 last = state.step == run.total_steps
                 if last or interrupted.agreed or run.is_evaluation_due or state.step % self.experiment.save.every == 0:
                     saved = self.save()
@@ -162,14 +168,16 @@ class Trainer:
         finite, keys, complaints, f, enqueued = True, [], [], None, []
         for number in range(passes):
             loaded = [self._next(micro_batches) for _ in range(experiment.train.accumulation // passes)]
-            batches = [self.prepare(each.batch) for each in loaded]
+            with part("prepare"):
+                batches = [self.prepare(each.batch) for each in loaded]
             keys += [key for batch in batches for key in batch.keys]
             # Dropout and masks depend only on (seed, step, process), so no random state has to be saved.
             rng = keyed_rng(experiment.seed, 4, state.step, number, self.accelerator.process_index)
             torch.manual_seed(int(rng.integers(2**62)))
             with self.accelerator.accumulate(self.attempt):
                 momentum = state.momentum.network if state.momentum else None
-                own, total, bundles, complaint = self.attempt(batches, momentum, self.context())
+                with part("forward"):
+                    own, total, bundles, complaint = self.attempt(batches, momentum, self.context())
                 complaints += [complaint] if complaint else []
                 bad = [sample for each in loaded for sample in each.bad]
                 agreed = self.agree({**own, "loss": total}, bad, interrupted)
@@ -177,23 +185,28 @@ class Trainer:
                 self.run.writer.quarantine(agreed.bad)
                 finite = finite and all(map(math.isfinite, agreed.losses.values()))
                 if finite:
-                    self.accelerator.backward(total)
+                    with part("backward"):
+                        self.accelerator.backward(total)
                     f = bundles[-1]
                     enqueued.append(self._enqueue(f))
             for name, value in agreed.losses.items():
                 losses[name] = losses.get(name, 0.0) + value / passes
-        norm = self._gradient_norm() if finite else math.nan
+        with part("gradient norm"):
+            norm = self._gradient_norm() if finite else math.nan
         if not (finite and math.isfinite(norm)):
             self._nonfinite(losses, keys, norm if finite else None, complaints)
         else:
-            self.optimizer.step()
+            with part("optimizer"):
+                self.optimizer.step()
         self.optimizer.zero_grad()
-        self.advance(enqueued, skipped=not (finite and math.isfinite(norm)))
+        with part("averages and queues"):
+            self.advance(enqueued, skipped=not (finite and math.isfinite(norm)))
         return self._record(losses, lr, norm, f, began)
 
     def _next(self, micro_batches: Iterator[Loaded]) -> Loaded:
         asked = time.monotonic()
-        loaded = next(micro_batches)
+        with part("loader"):
+            loaded = next(micro_batches)
         self.waited += time.monotonic() - asked
         self.run.writer.log_samples(loaded.batch.keys)
         self.run.state.truncated_captions += loaded.truncated_captions

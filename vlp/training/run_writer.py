@@ -12,6 +12,7 @@ runs/NAME/
   quarantine.jsonl  unusable samples, with shard, key and reason
   nonfinite.jsonl   the samples of steps whose loss or gradient was not finite
   checkpoints/      see `vlp.training.checkpoint`
+  profile/          see `vlp.training.profile`
 """
 
 from __future__ import annotations
