@@ -44,7 +44,7 @@ class Running:
         self.folder = Path(tempfile.mkdtemp(prefix="vlp-processes-"))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
         shared["LOCAL_WORLD_SIZE"] = str(world)
-        shared = (shared if world > 1 or engine == "deepspeed" else {}) | (environment or {})
+        shared = (shared if world > 1 or engine != "ddp" else {}) | (environment or {})
         if engine == "deepspeed":
             shared |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
             shared |= {
@@ -52,6 +52,8 @@ class Running:
                 "ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file,zero3_init_flag",
                 "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
             }
+        if engine == "fsdp2":
+            shared |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         self.processes = []
         for rank in range(world):
             own = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if "WORLD_SIZE" in shared else {})

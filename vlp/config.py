@@ -113,7 +113,7 @@ class Training:
     profile: bool = False
     nonfinite: Literal["stop", "skip"] = "stop"
     processes: int | None = None
-    engine: Literal["single", "ddp", "deepspeed"] | None = None
+    engine: Literal["single", "ddp", "deepspeed", "fsdp2"] | None = None
     threads: int | None = setting(None, least=1)
 
     @property

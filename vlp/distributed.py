@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from vlp.errors import UserError
 
@@ -80,6 +81,20 @@ def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def full_tensor(x: Tensor) -> Tensor:
+    """Return a tensor that is sharded over processes in full, and any other tensor as it is.
+
+    Every process must call this, because it communicates.
+    """
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def local_shard(x: Tensor) -> Tensor:
+    """Return this process's part of a tensor that is sharded over processes, which shares its memory, and any other tensor
+    as it is."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def broadcast_from_main(tensors: Iterable[Tensor]) -> None:

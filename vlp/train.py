@@ -116,9 +116,8 @@ class Trainer:
 
     def __init__(self, run: Run):
         self.run, self.accelerator, self.experiment = run, run.accelerator, run.experiment
-        accelerator, train = run.accelerator, run.experiment.train
-        attempt = Attempt(Pretrainer(run.model, run.experiment.objectives, graph_of(train)))
-        self.attempt, self.optimizer = accelerator.prepare(attempt, run.optimizer)
+        attempt = Attempt(Pretrainer(run.model, run.experiment.objectives, graph_of(run.experiment.train)))
+        self.attempt, self.optimizer = run.engine.prepare(attempt, run.model, run.optimizer, run.state)
         run.restore_optimizer(self.optimizer.optimizer)
         self.waited = 0.0  # seconds of the step spent waiting for data
 
@@ -191,10 +190,12 @@ class Trainer:
                     enqueued.append(self._enqueue(f))
             for name, value in agreed.losses.items():
                 losses[name] = losses.get(name, 0.0) + value / passes
+        engine = self.run.engine
         with part("gradient norm"):
-            norm = self._gradient_norm() if finite else math.nan
+            norm = engine.clip_gradients(self.attempt, experiment.train.clip_norm) if finite else math.nan
         if not (finite and math.isfinite(norm)):
             self._nonfinite(losses, keys, norm if finite else None, complaints)
+            engine.abandon_step()
         else:
             with part("optimizer"):
                 self.optimizer.step()
@@ -247,12 +248,6 @@ class Trainer:
         means = {name: total / self.accelerator.num_processes for name, total in zip(losses, sums)}
         return StepConsensus(means, stop > 0, all_bad)
 
-    def _gradient_norm(self) -> float:
-        """Return the norm over all parameters before clipping, and clip if configured. DeepSpeed has clipped already."""
-        limit = self.experiment.train.clip_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.attempt.parameters(), limit)
-        return float(norm) if norm is not None else math.nan
-
     def _nonfinite(self, losses: dict[str, float], keys: list[str], norm: float | None, complaints: list[str]) -> None:
         """Record the samples of the step, and raise unless it may be skipped. The optimizer has not stepped.
 
@@ -267,7 +262,8 @@ class Trainer:
             f"gradient norm {norm}" if norm is not None else f"loss {losses.get('loss')}"
         )
         self.run.writer.log_nonfinite(what, all_keys)
-        if self.experiment.train.nonfinite == "stop" or (self.run.is_zero and norm is not None):
+        too_late = norm is not None and self.run.engine.steps_after_nonfinite_gradient
+        if self.experiment.train.nonfinite == "stop" or too_late:
             raise UserError(
                 f"step {self.run.state.step + 1}: {what} is not finite; its {len(all_keys)} samples are in "
                 f"{self.experiment.folder}/nonfinite.jsonl. The last checkpoint is untouched; lower optim.lr or remove the "

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -23,7 +24,7 @@ from vlp.errors import UserError
 from vlp.files import file_hash
 from vlp.optim.groups import parameter_groups
 from vlp.optim.optimizers import AdamW, Lamb
-from vlp.training import checkpoint
+from vlp.training import checkpoint, optimizer_state
 from vlp.weights import checkpoints
 
 FILES = ("model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json")
@@ -193,7 +194,23 @@ def test_process_killed_anywhere_in_a_save_leaves_only_complete_checkpoints(two)
     assert [p.name for p in sorted(two.iterdir())] == ["step-00000006", "step-00000009"]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")])
+def test_written_file_has_the_bytes_of_safetensors(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "layers.10.weight": torch.randn(3, 4, generator=generator),
+        "layers.9.weight": torch.randn(2, 3, 4, 4, generator=generator).to(memory_format=torch.channels_last),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 4),
+        "half": torch.randn(5, generator=generator).bfloat16(),
+        "count": torch.arange(5),
+        "mask": torch.tensor([True, False, True]),
+    }
+    checkpoint.save_file(tensors, tmp_path / "own.safetensors")
+    safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "reference.safetensors")
+    assert (tmp_path / "own.safetensors").read_bytes() == (tmp_path / "reference.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), OSError(errno.EDQUOT, "Quota exceeded")])
 def test_full_disk_leaves_earlier_checkpoints_and_no_other_file(two, monkeypatch, error):
     def save_file(tensors, path):
         Path(path).write_bytes(b"half")
@@ -313,11 +330,11 @@ def test_optimizer_continues_bitwise_from_its_saved_tensors(settings, layout):
         step(whole, optimizer, n)
         if n == 1:
             kept = {k: v.detach().clone().contiguous() for k, v in whole.state_dict().items()}
-            state = checkpoint.optimizer_tensors(whole, optimizer, False)
+            state = optimizer_state.tensors(whole, optimizer)
             state = {k: v.clone().contiguous() for k, v in state.items()}
     again, optimizer = build()
     checkpoints.load_model(again, kept, Path())
-    checkpoint.load_optimizer(again, optimizer, False, state)
+    optimizer_state.load(again, optimizer, state)
     for n in (2, 3):
         step(again, optimizer, n)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters()))

@@ -1,5 +1,5 @@
-"""Training in one process, with DDP and with ZeRO-2 gives the same losses, also if the engine changes on resume. A launch that
-would silently run something else is refused."""
+"""Training in one process, with DDP, with ZeRO-2 and with FSDP2 gives the same losses, also if the engine changes on resume. A
+launch that would silently run something else is refused."""
 
 import os
 import shutil
@@ -12,10 +12,23 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, TOY, command, environment, toy_overrides, vlp
-from tests.processes import free_port, losses, records, resume, run, start, tensors, train, wait_for_step
+from tests.processes import (
+    command_line,
+    free_port,
+    losses,
+    records,
+    resume,
+    run,
+    samples,
+    start,
+    tensors,
+    train,
+    wait_for_step,
+)
 from vlp.weights.checkpoints import all_steps
 
 ENGINES = {"single": {"world": 1}, "ddp": {"world": 2}, "zero2": {"world": 2, "engine": "deepspeed"}}
+ENGINES |= {"fsdp2": {"world": 2, "engine": "fsdp2"}, "fsdp2-of-one": {"world": 1, "engine": "fsdp2"}}
 # Dropout differs between processes, so it is off. Clipping is on: the first gradient norms are above 1.
 SAME = ("model.text.dropout=0.0", "train.clip_norm=0.5", "train.ema_decay=0.9", "train.steps=20", "save.every=8")
 STOP = 11
@@ -65,7 +78,7 @@ def stopped(world, output):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("train.accumulation=2",)], ids=["plain", "accumulation"])
-@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
 def test_losses_of_twenty_steps_equal_those_of_one_process(trained, engine, more):
     one, two = trained("single", *more), trained(engine, *more)
     assert len(losses(one)) == 20
@@ -100,8 +113,60 @@ def test_resumed_zero2_run_equals_one_without_interruption(trained, stopped):
 
 
 @pytest.mark.slow
+def test_killed_fsdp2_run_continues_to_the_same_bits(world, output, trained):
+    whole, folder = trained("fsdp2"), output / "killed-fsdp2"
+    running = start("train", TOY, *toy_overrides(world, output), *SAME, f"name={folder.name}", **ENGINES["fsdp2"])
+    wait_for_step(running, folder, STOP)
+    running.kill()
+    resume(folder, **ENGINES["fsdp2"])
+    assert losses(folder) == losses(whole)
+    for name in ("model", "optimizer", "average"):
+        expected, found = tensors(whole, name), tensors(folder, name)
+        assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in expected)
+
+
+@pytest.mark.slow
+def test_run_continues_over_a_chain_of_engines(world, output, trained):
+    """Same samples in each step, losses and moments to float32 rounding, however the state was sharded before."""
+    whole, folder = trained("single"), output / "chain"
+    arguments = (*toy_overrides(world, output), *SAME, f"name={folder.name}")
+    chain = ("ddp", "fsdp2-of-one", "zero2", "fsdp2", "single")
+    for number, engine in enumerate(chain, start=1):
+        # each engine takes four steps of the schedule of all twenty
+        how = ENGINES[engine] | {"function": stops_after(4 * number)}
+        done = run("train", *(("--resume", folder) if number > 1 else (TOY, *arguments)), **how)
+        assert not any(done.codes), done.errors
+        assert len(losses(folder)) == 4 * number
+    assert samples(folder) == samples(whole)
+    assert losses(folder) == pytest.approx(losses(whole), abs=1e-5)
+    for name in ("model", "optimizer", "average"):
+        expected, found = tensors(whole, name), tensors(folder, name)
+        assert found.keys() == expected.keys()
+        assert all(torch.allclose(found[k], expected[k], atol=1e-5, rtol=1e-3) for k in expected), name
+
+
+class stops_after:
+    """`command_line` that is asked to stop as soon as it has taken ``step`` steps. Other processes can import it."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def __call__(self, arguments: list[str]) -> int:
+        from vlp.train import Trainer
+
+        agree = Trainer.agree
+
+        def agree_to_stop(trainer, losses, bad, interrupted):
+            interrupted.asked |= trainer.run.state.step == self.step - 1
+            return agree(trainer, losses, bad, interrupted)
+
+        Trainer.agree = agree_to_stop
+        return command_line(arguments)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "before, after", [("zero2", "ddp"), ("zero2", "single"), ("ddp", "zero2"), ("single", "zero2")]
+    "before, after", [("zero2", "ddp"), ("zero2", "single"), ("ddp", "zero2"), ("single", "zero2"), ("fsdp2", "single")]
 )
 def test_checkpoint_of_one_engine_is_resumed_by_another(trained, stopped, before, after):
     folder = stopped(before, f"{before}-to-{after}")
@@ -115,11 +180,12 @@ def launched(name: str) -> tuple[str, ...]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "launcher, engine", [("cpu1.yaml", "single"), ("cpu2.yaml", "ddp"), ("zero2_cpu2.yaml", "zero2")]
+    "launcher, engine",
+    [("cpu1.yaml", "single"), ("cpu2.yaml", "ddp"), ("zero2_cpu2.yaml", "zero2"), ("fsdp2_cpu2.yaml", "fsdp2")],
 )
 def test_accelerate_launch_with_the_files_of_launch(world, output, trained, launcher, engine):
     """The command that users type. The other tests set the environment of the launcher themselves."""
-    engine_name = {"single": "single", "ddp": "ddp", "zero2": "deepspeed"}[engine]
+    engine_name = {"zero2": "deepspeed"}.get(engine, engine)
     arguments = [*toy_overrides(world, output), *SAME, f"name=launched-{engine}", f"train.engine={engine_name}"]
     done = vlp("train", TOY, *arguments, f"train.processes={ENGINES[engine]['world']}", launch=launched(launcher))
     assert done.returncode == 0, done.stderr
@@ -162,11 +228,11 @@ SILENTLY_WRONG = {
         (),
         "DeepSpeed was asked for but does not run",
     ),
-    "--use_fsdp": ({"world": 2, "environment": {"ACCELERATE_USE_FSDP": "true"}}, (), "asks for FSDP"),
+    "--use_fsdp": ({"world": 2, "environment": {"ACCELERATE_USE_FSDP": "true"}}, (), "asks for FSDP version 1"),
     "--use_fsdp with ACCELERATE_USE_CPU": (
         {"world": 2, "environment": {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "true"}},
         (),
-        "asks for FSDP",
+        "asks for FSDP version 1",
     ),
     "two processes announced, one started": ({"world": 1}, ("train.processes=2",), "train.processes is 2 but 1 run"),
     "one process announced, two started": ({"world": 2}, ("train.processes=1",), "train.processes is 1 but 2 run"),
@@ -175,6 +241,17 @@ SILENTLY_WRONG = {
         ("train.engine=deepspeed",),
         "train.engine is 'deepspeed' but 'ddp' runs",
     ),
+    "weights of FSDP2 offloaded": (
+        {"world": 2, "engine": "fsdp2", "environment": {"FSDP_OFFLOAD_PARAMS": "true"}},
+        (),
+        "FSDP_OFFLOAD_PARAMS has no effect",
+    ),
+    "gradient caching under FSDP2": (
+        {"world": 2, "engine": "fsdp2"},
+        ("train.grad_cache=true", "train.accumulation=2"),
+        "train.grad_cache=true differentiates with respect to whole weights",
+    ),
+    "compilation under FSDP2": ({"world": 2, "engine": "fsdp2"}, ("train.compile=true",), "train.compile compiles"),
     "batch that cannot be split": (
         {"world": 2},
         ("data.batch_size=6", "train.accumulation=2"),

@@ -124,11 +124,13 @@ class TextTower(Tower):
     | ``token_mask(attention_mask)`` | the mask | models: which output tokens are real |
     | ``get_input_embeddings()`` | None | masked language modelling: the word embeddings that the head is tied to |
     | ``forward_cutoff(...)`` | raises UserError | the Cutoff objective |
+    | ``equal_passes`` | False | engines set it where passes communicate: their number must depend on B only |
     """
 
     vocab_size: int
     max_length: int
     returns_token_states: bool = True
+    equal_passes: bool = False
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encode texts.

@@ -268,7 +268,8 @@ class ClipTextTower(PooledTextTower):
         if length > self.max_length:
             raise ValueError(f"texts of {length} tokens; this tower takes {self.max_length}")
         if self.cuts_padding:
-            return run_by_length(self._encode, input_ids, attention_mask, self.length_groups)
+            groups, exactly = self.length_groups, self.equal_passes
+            return run_by_length(self._encode, input_ids, attention_mask, groups, exactly=exactly)
         pad = self.text.pad_id
         whole = F.pad(input_ids.masked_fill(~attention_mask, pad), (0, self.text.context_length - length), value=pad)
         return self.text(whole)[:, None]

@@ -190,7 +190,7 @@ def _layers_from(number: int, state: Iterable[str]) -> tuple[str, ...]:
     return tuple(layer for layer, layer_number in found.items() if layer_number >= number)
 
 
-def by_length(lengths: Sequence[int], groups: int) -> list[Tensor]:
+def by_length(lengths: Sequence[int], groups: int, exactly: bool = False) -> list[Tensor]:
     """Split rows into at most ``groups`` groups of similar length with the least padding in total.
 
     Exact: dynamic programming over the U distinct lengths, U^2 * groups steps.
@@ -198,6 +198,7 @@ def by_length(lengths: Sequence[int], groups: int) -> list[Tensor]:
     Args:
         lengths: Of each row, in tokens.
         groups: Largest number of groups.
+        exactly: Return as many groups as there are rows for, even if fewer have the same padding.
 
     Returns:
         Index tensors (int64, on the CPU), shortest group first, together a permutation of all rows.
@@ -220,11 +221,19 @@ def by_length(lengths: Sequence[int], groups: int) -> list[Tensor]:
         start = cut[end - 1]
         parts.append(torch.from_numpy(order[ends[start] : ends[end]]))
         end = start
+    while exactly and len(parts) < min(groups, len(lengths)):
+        number = max(range(len(parts)), key=lambda i: len(parts[i]))
+        parts[number : number + 1] = parts[number].tensor_split(2)
     return parts[::-1]
 
 
 def run_by_length(
-    encode: Callable[..., Tensor], input_ids: Tensor, attention_mask: Tensor, groups: int, *others: Tensor
+    encode: Callable[..., Tensor],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    groups: int,
+    *others: Tensor,
+    exactly: bool = False,
 ) -> Tensor:
     """Call ``encode`` on groups of rows of similar length, each truncated to its longest row.
 
@@ -238,6 +247,7 @@ def run_by_length(
         attention_mask: (B, L) bool, padding on the right.
         groups: Largest number of groups.
         others: (B, L, ...) further inputs of a row, truncated as the ids are.
+        exactly: Whether the number of calls must depend on B only, see `by_length`.
 
     Returns:
         (B, L', D) in the order of the input rows, zero after the end of a row's group.
@@ -247,7 +257,7 @@ def run_by_length(
         return encode(*inputs)
     positions = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
     lengths = (attention_mask * positions).amax(1).tolist()
-    rows = by_length(lengths, groups)
+    rows = by_length(lengths, groups, exactly)
     longest = [max(lengths[part[-1]], 1) for part in rows]
     order = torch.cat(rows).to(input_ids.device)  # (B,)
     parts = order.split([len(part) for part in rows])
@@ -320,7 +330,8 @@ class BertTower(TextTower):
         # one look-up for all groups: the gradient of each look-up is as large as the whole vocabulary
         words = self.get_input_embeddings()(input_ids)  # (B, L, W)
         others = () if keep is None else (keep.expand(*input_ids.shape, -1),)
-        return run_by_length(self._encode, input_ids, attention_mask, self.length_groups, words, *others)
+        groups, exactly = self.length_groups, self.equal_passes
+        return run_by_length(self._encode, input_ids, attention_mask, groups, words, *others, exactly=exactly)
 
     def forward_cutoff(self, input_ids: Tensor, attention_mask: Tensor, keep: Tensor) -> Tensor:
         """Encode texts with a part of the embedding layer's output, positions and norm included, set to zero."""

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vlp.distributed import full_tensor
+
 Form = Literal["temperature", "logit_scale"]
 
 
@@ -48,7 +50,7 @@ class LearnedScale(nn.Module):
 
     def scalars(self) -> dict[str, float]:
         """Return the temperature for the log."""
-        return {"temperature": 1 / float(self.scale.detach())}
+        return {"temperature": 1 / float(full_tensor(self.scale.detach()))}
 
     @torch.no_grad()
     def clamp_scalars(self) -> None:

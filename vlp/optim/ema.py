@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vlp.distributed import local_shard
 from vlp.specs.fields import setting
 
 
@@ -43,11 +44,15 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards the weights of ``model`` by one step."""
-        current = [p.detach().float() for p in model.parameters()]
-        torch._foreach_lerp_(list(self.network.parameters()), current, 1 - self.decay)
-        for averaged, buffer in zip(self.network.buffers(), model.buffers()):
-            averaged.copy_(buffer)
+        """Move the average towards the weights of ``model`` by one step.
+
+        If both are sharded over processes, each process averages its own part.
+        """
+        averaged = [local_shard(p) for p in self.network.parameters()]
+        current = [local_shard(p.detach()).float() for p in model.parameters()]
+        torch._foreach_lerp_(averaged, current, 1 - self.decay)
+        for own, buffer in zip(self.network.buffers(), model.buffers()):
+            own.copy_(buffer)
 
     def tensors(self) -> dict[str, Tensor]:
         return self.network.state_dict()

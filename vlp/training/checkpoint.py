@@ -10,19 +10,49 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor
 
 from vlp.errors import UserError
 from vlp.files import file_hash, write_atomically
-from vlp.weights.checkpoints import Tensors, all_steps, best_path, step_of, step_path
+from vlp.weights.checkpoints import all_steps, best_path, step_of, step_path
+
+# torch's types by their names in safetensors files
+TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@runtime_checkable
+class Sharded(Protocol):
+    """A tensor of which every process has a part, such as torch's DTensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def full_tensor(self) -> Tensor:
+        """Gather the tensor. Every process must call this."""
+        ...
+
+
+Files = Mapping[str, Mapping[str, Tensor | Sharded]]
+"""The files of a checkpoint: name of a safetensors file -> its tensors by name."""
 
 
 def _sync(path: Path) -> None:
@@ -33,8 +63,40 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def save(folder: Path, step: int, files: dict[str, Tensors], state: dict) -> Path:
-    """Write the checkpoint ``folder/step-STEP``.
+def _in_order(tensors: Mapping[str, Tensor | Sharded]) -> list[tuple[str, Tensor | Sharded]]:
+    """Return the tensors in the order of a file: the largest types first, so that every tensor is aligned."""
+    return sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+
+
+def save_file(tensors: Mapping[str, Tensor | Sharded], path: Path) -> None:
+    """Write a safetensors file, one tensor after the other.
+
+    Sharded tensors are gathered in this order, so that the memory of this process grows by the largest one only. The bytes
+    are those that safetensors' own ``save_file`` writes for whole tensors in some order.
+    """
+    header, end = {}, 0
+    for name, tensor in _in_order(tensors):
+        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in _in_order(tensors):
+            whole = tensor.full_tensor() if isinstance(tensor, Sharded) else tensor
+            file.write(whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def gather(files: Files) -> None:
+    """Take part in the `save` of the main process, which gathers the tensors that are sharded over processes."""
+    for tensors in files.values():
+        for _, tensor in _in_order(tensors):
+            if isinstance(tensor, Sharded):
+                tensor.full_tensor()
+
+
+def save(folder: Path, step: int, files: Files, state: dict) -> Path:
+    """Write the checkpoint ``folder/step-STEP``. Where tensors are sharded, the other processes must call `gather`.
 
     Args:
         folder: Folder of the checkpoints.
@@ -56,7 +118,7 @@ def save(folder: Path, step: int, files: dict[str, Tensors], state: dict) -> Pat
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir()
         for name, tensors in files.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
+            save_file(tensors, temporary / f"{name}.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
         hashes = {path.name: file_hash(path) for path in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps({"step": step, "sha256": hashes}, indent=1))
@@ -67,9 +129,9 @@ def save(folder: Path, step: int, files: dict[str, Tensors], state: dict) -> Pat
             shutil.rmtree(final)
         os.replace(temporary, final)
         _sync(folder)
-    except (OSError, SafetensorError) as e:
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
-        full = isinstance(e, OSError) and e.errno == errno.ENOSPC or "No space" in str(e)
+    except OSError as e:
+        reason = e.strerror or str(e)
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space" if full else "check that the folder can be written"
         raise UserError(f"cannot save {final}: {reason}; {advice}, then resume the run") from None
     finally:
@@ -94,85 +156,3 @@ def prune(folder: Path, keep: int, step: int) -> None:
 def mark_best(folder: Path, step: int, metric: str, value: float) -> None:
     """Record which checkpoint is the best one."""
     write_atomically(folder / "best.json", json.dumps({"step": step, "metric": metric, "value": value}).encode())
-
-
-# Optimizer state has one form for every engine: "KEY/PARAMETER NAME" -> full-sized tensor.
-
-
-def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((n, p) for n, p in model.named_parameters() if p.requires_grad)
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, zero: bool) -> Tensors:
-    """Return the optimizer state of every trained parameter.
-
-    Args:
-        model: Model without the engine's wrapper.
-        optimizer: A torch optimizer, or DeepSpeed's ZeRO optimizer with ``zero``.
-        zero: Whether the state is sharded over processes. Then every process must call this.
-    """
-    if zero:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        inner = next(iter(optimizer.optimizer.state.values()), {})
-        if inner:
-            _link_state(optimizer)
-        keys = [k for k, v in inner.items() if v.ndim > 0] if inner else []
-        tensors = {f"{k}/{n}": safe_get_full_optimizer_state(p, k) for n, p in _trained(model) for k in keys}
-        if "step" in inner:  # SGD has no step count
-            tensors |= {f"step/{n}": inner["step"].clone() for n, _ in _trained(model)}
-        return tensors | {f"master/{n}": safe_get_full_fp32_param(p) for n, p in _trained(model)}
-    state = {n: optimizer.state[p] for n, p in _trained(model) if p in optimizer.state}
-    return {f"{k}/{n}": v for n, values in state.items() for k, v in values.items()}
-
-
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, zero: bool, tensors: Tensors) -> None:
-    """Load the result of `optimizer_tensors`, which another engine or number of processes may have saved."""
-    by_parameter: dict[str, Tensors] = {}
-    for name, tensor in tensors.items():
-        key, _, parameter = name.partition("/")
-        by_parameter.setdefault(parameter, {})[key] = tensor
-    if zero:
-        _load_zero(model, optimizer, by_parameter)
-        return
-    fused = optimizer.defaults.get("fused", False)
-    for name, p in _trained(model):
-        values = {k: v for k, v in by_parameter.get(name, {}).items() if k != "master"}
-        if values:
-            # Fused optimizers assume that averages have the memory layout of the parameter, and that the step count is on
-            # its device. Other optimizers count steps on the CPU.
-            optimizer.state[p] = {
-                k: torch.empty_like(p).copy_(v) if v.shape == p.shape and k != "step" else v.clone()
-                for k, v in values.items()
-            }
-            if fused and "step" in values:
-                optimizer.state[p]["step"] = values["step"].to(p.device, copy=True)
-
-
-def _link_state(optimizer) -> None:
-    """Make ZeRO's state accessible by parameter.
-
-    DeepSpeed does so itself after the first step, but only for the first parameter group, because the other groups have no
-    state yet at that moment (deepspeed 0.19.8).
-    """
-    optimizer._hp_optimizer_states_linked = False
-    optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _load_zero(model: nn.Module, optimizer, by_parameter: dict[str, Tensors]) -> None:
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-    example = next(iter(by_parameter.values()), {})
-    keys = [k for k, v in example.items() if k not in ("step", "master")]
-    if keys:
-        # ZeRO creates its state in the first step, and only existing state can be set
-        for flat in optimizer.single_partition_of_fp32_groups:
-            state = optimizer.optimizer.state[flat] = {k: torch.zeros_like(flat) for k in keys}
-            if "step" in example:
-                state["step"] = example["step"].clone()
-        _link_state(optimizer)
-    for name, p in _trained(model):
-        for key in keys:
-            safe_set_full_optimizer_state(p, by_parameter[name][key].to(p.device), key)
-        if "master" in by_parameter.get(name, {}):
-            safe_set_full_fp32_param(p, by_parameter[name]["master"].to(p.device))

@@ -1,112 +1,292 @@
-"""Start the engine that the launcher has set up (one process, DDP or DeepSpeed), and check that it runs."""
+"""What differs between the engines: one process and DDP (`Engine`), DeepSpeed's ZeRO (`Zero`), and FSDP2 (`Fsdp2`).
+
+`vlp.training.launch` starts the engine that the launcher has set up. The training loop is the same for all.
+"""
 
 from __future__ import annotations
 
-import os
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedType
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
 
-from vlp.config import Training
+from vlp.config import Experiment, Training
+from vlp.distributed import broadcast_from_main, full_tensor
+from vlp.encoders.base import TextTower
 from vlp.errors import UserError
+from vlp.optim.optimizers import Lamb, Lars
+from vlp.training import optimizer_state
+from vlp.training.optimizer_state import Tensors
+from vlp.training.state import TrainState
 
 
-def start_engine(train: Training, micro_batch: int) -> Accelerator:
-    """Start the engine that the launcher has set up in the environment; return the Accelerator of this process.
-
-    Several launch commands silently start a single process, unconnected processes, or another engine. So engine, number
-    of processes and backend are compared with what the launcher and the config announced.
+class Engine:
+    """One process, or DDP: every process holds all weights, gradients, moments and averages.
 
     Args:
-        train: Settings of the training loop.
-        micro_batch: Samples of a micro-batch over all processes.
+        accelerator: Connects the processes.
 
-    Raises:
-        UserError: If they differ, or the micro-batch cannot be split over the processes.
+    Attributes:
+        name: Value of ``train.engine`` that demands this engine.
+        is_sharded: Whether a checkpoint is gathered from all processes.
+        steps_after_nonfinite_gradient: Whether the optimizer has stepped by the time that the norm is known.
     """
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    cuda = torch.cuda.is_available()
-    if deepspeed and not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if deepspeed:
-        _need_deepspeed()
-    if train.threads and not cuda:
-        torch.set_num_threads(train.threads)
-    accelerator = Accelerator(
-        cpu=not cuda and not deepspeed,
-        mixed_precision={"fp32": "no", "bf16": "bf16"}[train.precision],
-        gradient_accumulation_steps=train.backward_passes,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if deepspeed and not cuda else [],
-    )
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()  # a process that exits in the checks below would interrupt others that are still connecting
-    _check_launch(accelerator, train, deepspeed)
-    if micro_batch % accelerator.num_processes:
-        raise UserError(
-            f"a micro-batch of {micro_batch} (data.batch_size / train.accumulation) cannot be split over "
-            f"{accelerator.num_processes} processes; make data.batch_size a multiple of their product"
-        )
-    if deepspeed:
-        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+
+    is_sharded = False
+    steps_after_nonfinite_gradient = False
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+
+    @property
+    def name(self) -> str:
+        return "single" if self.accelerator.num_processes == 1 else "ddp"
+
+    @property
+    def description(self) -> str:
+        """Engine and backend, for the log."""
+        return self.name + (f" over {dist.get_backend()}" if dist.is_available() and dist.is_initialized() else "")
+
+    def configure(self, train: Training, micro_batch: int) -> None:
+        """Pass settings on to the engine.
+
+        Args:
+            train: Settings of the training loop.
+            micro_batch: Samples of a micro-batch over all processes.
+        """
+
+    def check(self, experiment: Experiment) -> None:
+        """Check that the engine can train the experiment.
+
+        Raises:
+            UserError: If not, with the reason.
+        """
+
+    def place(self, model: nn.Module) -> None:
+        """Move a new model to the device."""
+        model.to(self.accelerator.device)
+        # channels_last speeds up convolutions and is neutral for transformers
+        model.to(memory_format=torch.channels_last)
+
+    def prepare(
+        self, module: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState
+    ) -> tuple[nn.Module, AcceleratedOptimizer]:
+        """Wrap the module that a step calls, and the optimizer.
+
+        Args:
+            module: The module that a step calls. It contains ``model``.
+            model: The trained model.
+            optimizer: Optimizer of the model's parameters, without state.
+            state: State of the run, with its averages.
+        """
+        return self.accelerator.prepare(module, optimizer)
+
+    def clip_gradients(self, module: nn.Module, limit: float | None) -> float:
+        """Scale the gradient down to the norm ``limit`` unless that is None, and return its norm before."""
+        norm = self.accelerator.clip_grad_norm_(module.parameters(), limit or math.inf)
+        return math.nan if norm is None else float(full_tensor(norm))
+
+    def abandon_step(self) -> None:
+        """Prepare for the next step after one whose forward or backward pass did not complete."""
+
+    @contextmanager
+    def unsharded(self, network: nn.Module) -> Iterator[None]:
+        """Gather the weights of a network for passes whose number may differ between processes."""
+        yield
+
+    def optimizer_tensors(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+        """Return the optimizer's state in the form of checkpoints; see `vlp.training.optimizer_state`."""
+        return optimizer_state.tensors(model, optimizer)
+
+    def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+        """Load the result of `optimizer_tensors`, which another engine or number of processes may have saved."""
+        optimizer_state.load(model, optimizer, tensors)
+
+
+class Zero(Engine):
+    """DeepSpeed: ZeRO-1 and ZeRO-2 shard the moments of the optimizer, and ZeRO-2 the gradients."""
+
+    name = "deepspeed"
+    is_sharded = True
+    steps_after_nonfinite_gradient = True
+
+    @property
+    def description(self) -> str:
+        return f"ZeRO-{self.stage} over {dist.get_backend()}"
+
+    @property
+    def stage(self) -> int:
+        return self.accelerator.state.deepspeed_plugin.zero_stage
+
+    def configure(self, train: Training, micro_batch: int) -> None:
+        if self.stage > 2:
+            raise UserError("ZeRO stage 3 is not supported; use launch/fsdp2_*.yaml, which shards the same")
+        settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
         rows = micro_batch * train.accumulation // train.backward_passes  # of a backward pass
-        settings["train_micro_batch_size_per_gpu"] = rows // accelerator.num_processes
+        settings["train_micro_batch_size_per_gpu"] = rows // self.accelerator.num_processes
         settings["gradient_accumulation_steps"] = train.backward_passes
         settings["gradient_clipping"] = train.clip_norm or 0.0
         # the optimizers of vlp are not among those that DeepSpeed has tested
         settings["zero_allow_untested_optimizer"] = True
-    return accelerator
 
-
-def engine(accelerator: Accelerator) -> str:
-    """Return the name of the engine that runs: "single", "ddp" or "deepspeed"."""
-    kind = accelerator.distributed_type
-    if kind == DistributedType.DEEPSPEED:
-        return "deepspeed"
-    return "single" if accelerator.num_processes == 1 else "ddp"
-
-
-def _need_deepspeed() -> None:
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "this launch config uses DeepSpeed, which is not installed; pip install 'vlp[deepspeed]'"
-        ) from None
-
-
-def _check_launch(accelerator: Accelerator, train: Training, deepspeed: bool) -> None:
-    announced = int(os.environ.get("WORLD_SIZE", 1))
-    if os.environ.get("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            "accelerate was asked for several CPU processes but starts a single one (--cpu --num_processes N does that); "
-            "use --config_file launch/cpu2.yaml"
-        )
-    for other in ("FSDP", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{other}", "false").lower() == "true":
+    def check(self, experiment: Experiment) -> None:
+        if isinstance(experiment.optim, (Lamb, Lars)):
             raise UserError(
-                f"the launcher asks for {other}, which vlp does not use; use one of the launch/*.yaml configs"
+                f"{type(experiment.optim).__name__} needs whole parameters and ZeRO cuts them up; use "
+                f"vlp.optim.optimizers.AdamW, or another launch config"
             )
-    if accelerator.num_processes != announced:
-        raise UserError(
-            f"the launcher announced {announced} processes but {accelerator.num_processes} are connected; "
-            f"use one of the launch/*.yaml configs"
-        )
-    if deepspeed != (accelerator.distributed_type == DistributedType.DEEPSPEED):
-        raise UserError(
-            "DeepSpeed was asked for but does not run; unset ACCELERATE_USE_CPU and use launch/zero2_*.yaml"
-        )
-    if train.processes not in (None, accelerator.num_processes):
-        raise UserError(
-            f"train.processes is {train.processes} but {accelerator.num_processes} run; launch with "
-            f"`accelerate launch --config_file launch/...`, or set train.processes=none"
-        )
-    if deepspeed and accelerator.state.deepspeed_plugin.zero_stage > 2:
-        raise UserError("ZeRO stage 3 is not supported yet; use launch/zero2_*.yaml")
-    if train.engine not in (None, engine(accelerator)):
-        raise UserError(
-            f"train.engine is {train.engine!r} but {engine(accelerator)!r} runs; launch with the config in launch/ that starts it"
-        )
-    if announced > 1 and not dist.is_initialized():
-        raise UserError("the processes are not connected; use one of the launch/*.yaml configs")
+        if experiment.train.nonfinite == "skip" and experiment.train.backward_passes > 1:
+            raise UserError("train.nonfinite=skip with DeepSpeed needs train.accumulation=1; set one of them")
+
+    def place(self, model: nn.Module) -> None:
+        model.to(self.accelerator.device)  # ZeRO sends weights as plain bytes, which loses the memory format
+
+    def optimizer_tensors(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+        return optimizer_state.zero_tensors(model, optimizer)
+
+    def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+        optimizer_state.load_zero(model, optimizer, tensors)
+
+
+class Fsdp2(Engine):
+    """torch's ``fully_shard``: every process holds its share of weights, gradients, moments and averages.
+
+    The weights of a block are gathered for its passes only. All other weights are gathered for the whole step.
+    """
+
+    name = "fsdp2"
+    is_sharded = True
+
+    def __init__(self, accelerator: Accelerator):
+        super().__init__(accelerator)
+        self.root: Root | None = None
+
+    def check(self, experiment: Experiment) -> None:
+        train = experiment.train
+        for name, is_set in (
+            ("train.grad_cache=true", train.grad_cache),
+            ("train.backward=per_loss", train.backward == "per_loss"),
+        ):
+            if is_set:
+                raise UserError(
+                    f"{name} differentiates with respect to whole weights, which FSDP2 has only during a pass; use "
+                    f"launch/ddp_*.yaml or launch/zero2_*.yaml, or train.activation_checkpointing"
+                )
+        if train.compile:
+            raise UserError(
+                "train.compile compiles whole towers, and FSDP2 gathers weights between their blocks; set it to false"
+            )
+
+    def place(self, model: nn.Module) -> None:
+        # `prepare` moves one block after the other, so that the device never holds the whole model. It takes only
+        # contiguous weights.
+        pass
+
+    def prepare(
+        self, module: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState
+    ) -> tuple[nn.Module, AcceleratedOptimizer]:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        averages = [average.network for average in (state.average, state.momentum) if average]
+        mesh = init_device_mesh(self.accelerator.device.type, (dist.get_world_size(),))
+        for network in (model, *averages):
+            self._broadcast(network)
+            for block in repeated_blocks(network):
+                fully_shard(block, mesh=mesh)
+            for part in network.modules():
+                if isinstance(part, TextTower):
+                    part.equal_passes = True
+        if state.average:  # not part of a step, so its other weights are not gathered in one
+            fully_shard(state.average.network, mesh=mesh)
+        self.root = Root(self.accelerator, module, averages)
+        fully_shard(self.root, mesh=mesh)
+        self.root._get_fsdp_state()._lazy_init()  # an evaluation may come before the first step
+        # the parameters are new ones
+        parameters = dict(model.named_parameters())
+        for group in optimizer.param_groups:
+            group["params"] = [parameters[name] for name in group["names"]]
+            if isinstance(optimizer, torch.optim.SGD):  # fused SGD does not know sharded parameters
+                group["fused"], group["foreach"] = False, True
+        return self.root, self.accelerator.prepare(optimizer)
+
+    @torch.no_grad()
+    def _broadcast(self, network: nn.Module) -> None:
+        """Start from the weights of the main process, as DDP does. One tensor at a time is on the device."""
+        for tensor in (*network.parameters(), *network.buffers()):
+            moved = tensor.to(self.accelerator.device)
+            broadcast_from_main([moved])
+            tensor.copy_(moved)
+
+    def abandon_step(self) -> None:
+        self.root.reset_iter_state()
+
+    @contextmanager
+    def unsharded(self, network: nn.Module) -> Iterator[None]:
+        from torch.distributed.fsdp import FSDPModule
+
+        units = [module for module in network.modules() if isinstance(module, FSDPModule)]
+        if network not in units:
+            units.append(self.root)
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.reshard()
+                unit.set_reshard_after_forward(unit is not self.root, recurse=False)
+
+
+class Root(nn.Module):
+    """Root of the sharded modules. Weights outside of blocks are gathered from its forward pass to its backward pass.
+
+    Args:
+        accelerator: Has the precision.
+        module: The module that a step calls.
+        averages: Networks of averaged weights, to be sharded too.
+    """
+
+    def __init__(self, accelerator: Accelerator, module: nn.Module, averages: list[nn.Module]):
+        super().__init__()
+        self.accelerator, self.module, self.averages = accelerator, module, nn.ModuleList(averages)
+
+    def forward(self, *inputs):
+        with self.accelerator.autocast():
+            return self.module(*inputs)
+
+
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """Return the modules whose weights are gathered for their forward pass only: the repeated blocks of a network.
+
+    They are the items of each outermost ``nn.ModuleList`` or ``nn.Sequential`` that has several of the same class, such as
+    the blocks of a ViT and the layers of BERT. Blocks without ``forward`` and blocks that share a parameter with another
+    module are left out.
+    """
+    uses = Counter(id(p) for _, p in network.named_parameters(remove_duplicate=False))
+
+    def is_block(module: nn.Module) -> bool:
+        parameters = list(module.parameters())
+        has_forward = type(module).forward is not nn.Module.forward
+        return has_forward and bool(parameters) and all(uses[id(p)] == 1 for p in parameters)
+
+    blocks: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        children = list(module.children())
+        classes = Counter(map(type, children)) if isinstance(module, (nn.ModuleList, nn.Sequential)) else {}
+        for child in children:
+            if classes and classes[type(child)] > 1 and is_block(child):
+                blocks.append(child)
+            else:
+                visit(child)
+
+    visit(network)
+    return blocks

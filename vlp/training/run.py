@@ -19,7 +19,7 @@ from vlp.models.base import Model
 from vlp.tasks.base import EvalModel, Result
 from vlp.tasks.contamination import contaminated_images
 from vlp.training import checkpoint
-from vlp.training.engines import engine
+from vlp.training.engines import Engine
 from vlp.training.logging import is_evaluated
 from vlp.training.run_writer import RunWriter
 from vlp.training.state import TrainState
@@ -33,7 +33,7 @@ class Run:
 
     Args:
         experiment: The resolved experiment.
-        accelerator: The engine.
+        engine: The engine.
         model: The model without the engine's wrapper.
         tokenizer: None without a text tower.
         dataset: Training samples by position in the stream.
@@ -45,7 +45,7 @@ class Run:
     """
 
     experiment: Experiment
-    accelerator: Accelerator
+    engine: Engine
     model: Model
     tokenizer: Tokenizer | None
     dataset: TrainDataset
@@ -64,9 +64,8 @@ class Run:
         return len(self.dataset)
 
     @property
-    def is_zero(self) -> bool:
-        """Whether DeepSpeed's ZeRO shards the optimizer state."""
-        return engine(self.accelerator) == "deepspeed"
+    def accelerator(self) -> Accelerator:
+        return self.engine.accelerator
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
@@ -101,15 +100,17 @@ class Run:
         )
 
     def save(self, optimizer) -> Path:
-        """Write a checkpoint; return its folder. Every process must call it, because ZeRO gathers state from all of them.
+        """Write a checkpoint; return its folder. Every process must call it, because sharded tensors are gathered from all of them.
 
         Args:
             optimizer: The optimizer that the engine steps.
         """
         folder = self.folder / "checkpoints"
-        optimizer_tensors = checkpoint.optimizer_tensors(self.model, optimizer, self.is_zero)
-        if self.accelerator.is_main_process:
-            files = {"model": self.model.state_dict(), "optimizer": optimizer_tensors, **self.state.files()}
+        optimizer_tensors = self.engine.optimizer_tensors(self.model, optimizer)
+        files = {"model": self.model.state_dict(), "optimizer": optimizer_tensors, **self.state.files()}
+        if not self.accelerator.is_main_process:
+            checkpoint.gather(files)
+        else:
             checkpoint.save(folder, self.state.step, files, self.state.counters())
             checkpoint.prune(folder, self.experiment.save.keep, self.state.step)
         self.accelerator.wait_for_everyone()
@@ -119,7 +120,7 @@ class Run:
         """Load the optimizer state of the checkpoint, after the engine has wrapped the optimizer and copied its weights."""
         if self.resumed_from is not None:
             tensors = checkpoints.read(self.resumed_from, "optimizer")
-            checkpoint.load_optimizer(self.model, optimizer, self.is_zero, tensors)
+            self.engine.load_optimizer(self.model, optimizer, tensors)
 
     def evaluate(self, saved: Path) -> None:
         """Run every task on the weights of a checkpoint, averaged if the run has an average, and mark the best checkpoint.
@@ -142,7 +143,8 @@ class Run:
         )
         # running means differ between processes; the checkpoint has those of the main process
         broadcast_from_main(model.model.buffers())
-        results = {name: task(model) for name, task in self.experiment.evaluate.items()}
+        with self.engine.unsharded(model.model):
+            results = {name: task(model) for name, task in self.experiment.evaluate.items()}
         if self.accelerator.is_main_process:
             results = {name: replace(result, trained_on=self.contamination[name]) for name, result in results.items()}
             self.writer.log_evaluation(results, model)

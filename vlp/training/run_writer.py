@@ -26,7 +26,6 @@ import time
 from collections.abc import Sequence
 
 import torch
-from accelerate import Accelerator
 
 from vlp import __version__
 from vlp.config import Experiment
@@ -37,7 +36,7 @@ from vlp.files import write_atomically
 from vlp.specs.json import dump
 from vlp.specs.user_code import UserCode
 from vlp.tasks.base import EvalModel, Result
-from vlp.training.engines import engine
+from vlp.training.engines import Engine
 from vlp.training.logging import RunLog, read_log, truncate_log
 from vlp.training.state import TrainState
 
@@ -47,13 +46,13 @@ class RunWriter:
 
     Args:
         experiment: The experiment, whose ``folder`` is written.
-        accelerator: The engine.
+        engine: The engine.
         state: State of the run. A line is about its step.
         epoch_samples: Samples of an epoch.
     """
 
-    def __init__(self, experiment: Experiment, accelerator: Accelerator, state: TrainState, epoch_samples: int):
-        self.experiment, self.accelerator, self.state = experiment, accelerator, state
+    def __init__(self, experiment: Experiment, engine: Engine, state: TrainState, epoch_samples: int):
+        self.experiment, self.engine, self.accelerator, self.state = experiment, engine, engine.accelerator, state
         self.folder, self.epoch_samples = experiment.folder, epoch_samples
         self.known_bad = {
             (b.get("source"), b.get("shard"), b.get("key")) for b in read_log(self.folder / "quarantine.jsonl")
@@ -127,7 +126,7 @@ class RunWriter:
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": command,
             "processes": self.accelerator.num_processes,
-            "engine": engine(self.accelerator),
+            "engine": self.engine.name,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
             "vlp": __version__,
         }

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from vlp.config import Experiment, Training
 from vlp.data.reading.annotated import AnnotatedReader
@@ -20,9 +19,9 @@ from vlp.models.base import Model
 from vlp.objectives.requirements import has_images
 from vlp.optim.ema import EMA
 from vlp.optim.groups import describe_groups, parameter_groups, starts_with
-from vlp.optim.optimizers import Lamb, Lars
 from vlp.specs.user_code import NO_CODE, UserCode
-from vlp.training.engines import engine, start_engine
+from vlp.training.engines import Engine
+from vlp.training.launch import start_engine
 from vlp.training.run import Run
 from vlp.training.run_lock import RunLock
 from vlp.training.run_writer import RunWriter
@@ -45,7 +44,9 @@ def set_up(experiment: Experiment, resume: bool, lock: RunLock, code: UserCode =
     """
     validate(experiment)
     folder, data = experiment.folder, experiment.data
-    accelerator = start_engine(experiment.train, experiment.micro_batch_size)
+    engine = start_engine(experiment.train, experiment.micro_batch_size)
+    accelerator = engine.accelerator
+    engine.check(experiment)
     with refuse_together():
         if not resume:
             check_new(folder)
@@ -74,19 +75,17 @@ def set_up(experiment: Experiment, resume: bool, lock: RunLock, code: UserCode =
         check_same_data(folder, dataset)
     check_dataset(experiment, dataset)
     total_steps = count_steps(experiment, len(dataset))
-    prepare_model(model, experiment.train, accelerator)
+    prepare_model(model, experiment.train, engine)
     state = initial_state(experiment, model, len(dataset), accelerator.device)
     groups = parameter_groups(
         model, experiment.optim.weight_decay, experiment.train.layer_decay, experiment.train.lr_scales
     )
-    if engine(accelerator) == "deepspeed":
-        check_zero(experiment)
     optimizer = experiment.optim.build(groups)
     if checkpoint is not None:
         checkpoints.load_model(model, checkpoints.read(checkpoint, "model"), checkpoint)
         state.load(checkpoints.read_state(checkpoint), partial(checkpoints.read, checkpoint))
-    writer = RunWriter(experiment, accelerator, state, len(dataset))
-    run = Run(experiment, accelerator, model, tokenizer, dataset, optimizer, state, writer, total_steps, checkpoint)
+    writer = RunWriter(experiment, engine, state, len(dataset))
+    run = Run(experiment, engine, model, tokenizer, dataset, optimizer, state, writer, total_steps, checkpoint)
     reports = [f"{part} weights: {report or 'random'}" for part, report in model.reports.items()]
     parameters = "\n".join([*reports, "", describe_groups(optimizer.param_groups)]) + "\n"
     with refuse_together():
@@ -179,21 +178,6 @@ def check_same_data(folder: Path, dataset: TrainDataset) -> None:
             )
 
 
-def check_zero(experiment: Experiment) -> None:
-    """Check that DeepSpeed's ZeRO can train the experiment.
-
-    Raises:
-        UserError: If not.
-    """
-    if isinstance(experiment.optim, (Lamb, Lars)):
-        raise UserError(
-            f"{type(experiment.optim).__name__} needs whole parameters and ZeRO cuts them up; use "
-            f"vlp.optim.optimizers.AdamW, or another launch config"
-        )
-    if experiment.train.nonfinite == "skip" and experiment.train.backward_passes > 1:
-        raise UserError("train.nonfinite=skip with DeepSpeed needs train.accumulation=1; set one of them")
-
-
 def count_steps(experiment: Experiment, epoch_samples: int) -> int:
     """Return the optimizer steps of a run.
 
@@ -234,13 +218,10 @@ def configure_model(model: Model, train: Training) -> None:
             module.eval()
 
 
-def prepare_model(model: Model, train: Training, accelerator: Accelerator) -> None:
+def prepare_model(model: Model, train: Training, engine: Engine) -> None:
     """Configure the model, move it to the device, and set its memory format and compilation."""
     configure_model(model, train)
-    model.to(accelerator.device)
-    if engine(accelerator) != "deepspeed":  # ZeRO sends weights as plain bytes, which loses the memory format
-        # channels_last speeds up convolutions and is neutral for transformers
-        model.to(memory_format=torch.channels_last)
+    engine.place(model)
     if train.compile:
         for tower in filter(None, (model.image, model.text)):
             tower.compile()
@@ -270,6 +251,6 @@ def describe(run: Run) -> str:
     summary = (
         f"{run.folder}: {total / 1e6:.1f} M parameters ({trained / 1e6:.1f} M trained), "
         f"{run.epoch_samples:,} samples an epoch, {run.total_steps:,} steps of "
-        f"{run.experiment.data.batch_size} samples, {run.accelerator.num_processes} process(es), {start}"
+        f"{run.experiment.data.batch_size} samples, {run.accelerator.num_processes} process(es) with {run.engine.description}, {start}"
     )
     return "\n".join([summary, *run.dataset.notes()])
