@@ -76,9 +76,11 @@ def test_by_length_pads_least_of_all_splits(groups):
     assert found == best
 
 
-def test_by_length_does_not_split_rows_of_equal_length():
+def test_by_length_does_not_split_rows_of_equal_length_unless_a_number_of_groups_is_given():
     assert [part.tolist() for part in by_length([5, 5, 5], 4)] == [[0, 1, 2]]
     assert [part.tolist() for part in by_length([9, 2, 9, 2], 4)] == [[1, 3], [0, 2]]
+    assert [part.tolist() for part in by_length([5, 5, 5, 5], 3, exactly=True)] == [[0, 1], [2], [3]]
+    assert [part.tolist() for part in by_length([9, 2, 9, 2], 9, exactly=True)] == [[1], [3], [0], [2]]
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -157,7 +157,8 @@ class stops_after:
         agree = Trainer.agree
 
         def agree_to_stop(trainer, losses, bad, interrupted):
-            interrupted.asked |= trainer.run.state.step == self.step - 1
+            if trainer.run.state.step == self.step - 1:
+                signal.raise_signal(signal.SIGTERM)
             return agree(trainer, losses, bad, interrupted)
 
         Trainer.agree = agree_to_stop

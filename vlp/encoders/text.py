@@ -223,7 +223,7 @@ def by_length(lengths: Sequence[int], groups: int, exactly: bool = False) -> lis
         end = start
     while exactly and len(parts) < min(groups, len(lengths)):
         number = max(range(len(parts)), key=lambda i: len(parts[i]))
-        parts[number : number + 1] = parts[number].tensor_split(2)
+        parts[number : number + 1] = parts[number].tensor_split(2)[::-1]
     return parts[::-1]
 
 
