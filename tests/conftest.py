@@ -1,4 +1,4 @@
-"""A small world that every test can afford: coloured shapes with captions, packed into shards by the project's own code."""
+"""Fixtures: a small data set of coloured shapes with captions, packed into shards, and commands in processes of their own."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PLACES = ("left", "right", "top", "bottom")
 
 
 def draw_pairs(folder: Path, count: int) -> list[Pair]:
-    """``count`` pictures of a coloured square somewhere, each with two captions."""
+    """Draw ``count`` images of a coloured square, each with two captions."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     pairs = []
@@ -54,7 +54,7 @@ def draw_pairs(folder: Path, count: int) -> list[Pair]:
 
 @pytest.fixture(autouse=True)
 def forget_configs():
-    """Remove the modules and the entries of ``sys.path`` that a test's configs bring: a command's process ends with them."""
+    """Remove the modules and the entries of ``sys.path`` that a test's configs added."""
     path = list(sys.path)
     yield
     sys.path[:] = path
@@ -65,7 +65,7 @@ def forget_configs():
 
 @pytest.fixture(autouse=True)
 def forget_modules_of_temporary_folders():
-    """Let two tests write modules of one name. Python keeps the first for the whole session."""
+    """Remove modules of temporary folders, so that two tests can write modules of the same name."""
     yield
     temporary = tempfile.gettempdir()
     for name, module in list(sys.modules.items()):
@@ -75,7 +75,7 @@ def forget_modules_of_temporary_folders():
 
 @pytest.fixture(scope="session")
 def pair():
-    """Two connected processes."""
+    """Return two connected processes that all tests share."""
     import tests.processes  # noqa: F401, which sets what is imported before processes are forked
     from vlp.testing import two_processes
 
@@ -108,7 +108,7 @@ def toy_overrides(world: Path, output: Path) -> list[str]:
 def vlp(
     *arguments: object, launch: tuple[str, ...] = (), cwd: Path = ROOT, timeout: float = 240
 ) -> subprocess.CompletedProcess:
-    """Runs ``vlp ARGUMENTS`` in a process of its own, through ``accelerate launch LAUNCH`` if that is given."""
+    """Run ``vlp ARGUMENTS`` in a new process, with ``accelerate launch LAUNCH`` if ``launch`` is given."""
     return subprocess.run(
         command(*arguments, launch=launch), cwd=cwd, timeout=timeout, capture_output=True, text=True, env=environment()
     )

@@ -1,6 +1,8 @@
-"""Runs of the ``vlp`` command in processes of their own, with all that belongs to one (exit codes, signals, several connected
-processes), forked from a process that has imported everything: a second each instead of ten. What `accelerate launch` adds, the
-environment, is given here; tests/test_engines.py runs the launcher itself once for each of launch/*_cpu*.yaml."""
+"""Run the ``vlp`` command in new processes, with exit codes, signals and several connected processes.
+
+The processes are forked from one that has imported everything, so that a start takes a second and not ten. The environment that
+`accelerate launch` sets is set here. tests/training/test_engines.py runs the launcher itself.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,14 @@ CONTEXT.set_forkserver_preload(["tests.preload"])
 
 @dataclass
 class Done:
-    """Exit code (negative = killed by that signal) and standard error of every process."""
+    """Exit codes and standard errors of the processes. The exit code of a killed process is minus its signal."""
 
     codes: list[int]
     errors: list[str]
 
 
 class Running:
-    """``world`` connected processes that run ``function(*arguments)``, whose result is the exit code."""
+    """Several connected processes that run ``function(*arguments)``, whose result is the exit code."""
 
     def __init__(
         self, function, arguments: tuple, world: int = 1, engine: str = "ddp", environment: dict | None = None
@@ -71,12 +73,12 @@ class Running:
         self.wait()
 
     def wait(self, timeout: float = 120) -> Done:
-        """As a launcher does, ends the others when one fails."""
+        """Wait for all processes. When one fails, end the others, as a launcher does."""
         end = time.monotonic() + timeout
         while any(p.is_alive() for p in self.processes):
             time.sleep(0.02)
             if time.monotonic() > end or any(p.exitcode for p in self.processes):
-                for process in self.processes:  # one that fails by itself has time to say why
+                for process in self.processes:  # a failing process has time to write its error
                     process.join(1)
                 self.signal(signal.SIGKILL)
         for process in self.processes:
@@ -97,7 +99,7 @@ def _child(function, arguments: tuple, environment: dict[str, str], folder: Path
 
 
 def command_line(arguments: list[str]) -> int:
-    """``vlp ARGUMENTS`` in this process."""
+    """Run ``vlp ARGUMENTS`` in this process."""
     from vlp.cli import main
 
     torch.set_num_threads(1)
@@ -105,7 +107,7 @@ def command_line(arguments: list[str]) -> int:
 
 
 def start(*arguments: object, function=command_line, **how) -> Running:
-    """``vlp ARGUMENTS``, as `Running` takes it."""
+    """Start ``vlp ARGUMENTS`` in new processes; keywords are those of `Running`."""
     return Running(function, ([str(a) for a in arguments],), **how)
 
 
@@ -114,7 +116,7 @@ def run(*arguments: object, **how) -> Done:
 
 
 def train(*arguments: object, **how) -> Done:
-    """Trains the toy experiment, which must succeed."""
+    """Train the toy experiment and assert that it succeeds."""
     done = run("train", TOY, *arguments, **how)
     assert not any(done.codes), "\n".join(done.errors)
     return done
@@ -131,14 +133,14 @@ def records(folder: Path) -> list[dict]:
 
 
 def losses(folder: Path) -> list[float]:
-    """One a step, after a check that each step has exactly one line."""
+    """Return the loss of each step, and assert that each step has exactly one line."""
     lines = records(folder)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
 
 
 def samples(folder: Path) -> list[list[str]]:
-    """The keys of every global batch, in its order."""
+    """Return the keys of every global batch in order."""
     batches: dict[int, list[str]] = {}
     lines = {}
     for path in folder.glob("samples.*.jsonl"):
@@ -150,13 +152,13 @@ def samples(folder: Path) -> list[list[str]]:
 
 
 def tensors(folder: Path, name: str, step: int | None = None) -> dict:
-    """Tensors of a checkpoint, of the newest without ``step``."""
+    """Return the tensors of a checkpoint. Without ``step`` it is the newest one."""
     path = all_steps(folder / "checkpoints")[0] if step is None else folder / "checkpoints" / f"step-{step:08d}"
     return load_file(path / f"{name}.safetensors")
 
 
 def wait_for_step(running: Running, folder: Path, step: int) -> None:
-    """Returns as soon as the log has ``step``, or the processes ended."""
+    """Wait until the log has ``step``, or the processes have ended."""
     log = folder / "log.jsonl"
     while any(p.is_alive() for p in running.processes):
         if log.exists() and log.read_text().count("\n") >= step:

@@ -43,7 +43,7 @@ def inputs(batch=4):
 
 
 def published(name):
-    """A model of the sizes of a parity folder, with its student's weights; its teacher; inputs and outputs."""
+    """Return a model with the student's weights of a parity folder, its teacher, inputs and outputs."""
     folder = PARITY / name
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there: the numbers of the published code are not part of the repository")
@@ -74,7 +74,7 @@ def close(found, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_pretraining_step_is_the_published_one_with_every_gradient(pack):
+def test_pretraining_losses_and_gradients_equal_the_published_code(pack):
     model, teacher, checkpoint, meta, given, expected = published("albef_pretrain")
     model.fusion.pack = teacher.fusion.pack = pack
     decay, alpha = meta["config"]["momentum"], meta["alpha"]
@@ -128,12 +128,12 @@ def test_pretraining_step_is_the_published_one_with_every_gradient(pack):
     found = export_albef(AlbefCheckpoint({name: p.grad for name, p in model.named_parameters()}))
     for name, gradient in load_file(PARITY / "albef_pretrain" / "grads.safetensors").items():
         if re.search(r"(self|crossattention\.self)\.key\.bias$", name):
-            continue  # zero in truth: noise on either side
+            continue  # the true gradient is zero, so both are noise
         norm = gradient.norm()
         assert (found[name] - gradient).norm() <= 1e-4 * norm + 1e-7, (name, float(norm))
 
 
-def test_match_scores_are_the_published_reranking():
+def test_match_scores_equal_the_published_reranking():
     model, _, _, _, given, expected = published("albef_retrieval")
     with torch.no_grad():
         seen = model.encode_image(given["image"])
@@ -155,7 +155,7 @@ def test_match_scores_are_the_published_reranking():
 @pytest.mark.parametrize("itc", [True, False])
 @pytest.mark.parametrize("itm", [True, False])
 @pytest.mark.parametrize("mlm", [True, False])
-def test_every_parameter_learns_from_what_the_model_is_built_for(itc, itm, mlm):
+def test_every_parameter_has_a_gradient_from_the_objectives(itc, itm, mlm):
     if not (itc or itm or mlm):
         return
     model = replace(SPEC, itc=itc, itm=itm, mlm=mlm).build()
@@ -175,7 +175,7 @@ def test_every_parameter_learns_from_what_the_model_is_built_for(itc, itm, mlm):
     model.clamp_scalars()
 
 
-def test_masked_text_equals_the_head_on_fusion_of_the_masked_text_everywhere():
+def test_masked_text_equals_the_head_on_all_fused_tokens():
     model = SPEC.build().eval()
     image, ids, mask = inputs()
     f = Forward(model, Batch(torch.arange(4), image, ids, mask))
@@ -186,7 +186,7 @@ def test_masked_text_equals_the_head_on_fusion_of_the_masked_text_everywhere():
     torch.testing.assert_close(model.masked_text(f, masked, positions), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_masked_gives_no_logits_and_zero_gradients():
+def test_no_masked_token_gives_no_logits_and_zero_gradients():
     model = SPEC.build()
     image, ids, mask = inputs()
     f = Forward(model, Batch(torch.arange(4), image, ids, mask))
@@ -196,7 +196,7 @@ def test_nothing_masked_gives_no_logits_and_zero_gradients():
     assert model.fusion.layers[0].contract.weight.grad.abs().max() == 0
 
 
-def test_encoded_text_keeps_its_length_where_the_tower_cuts_padding():
+def test_encoded_text_keeps_its_length_when_the_tower_drops_padding():
     model = SPEC.build().eval()
     _, ids, mask = inputs()
     text = model.encode_text(ids, mask)
@@ -204,7 +204,7 @@ def test_encoded_text_keeps_its_length_where_the_tower_cuts_padding():
     torch.testing.assert_close(text.embed, F.normalize(model.text_projection(text.tokens[:, 0]), dim=-1))
 
 
-def test_temperature_divides_and_keeps_its_bounds():
+def test_temperature_divides_and_is_bounded():
     model = SPEC.build()
     assert model.scale.item() == pytest.approx(1 / 0.07) and model.temperature.shape == (1,)
     for learned, effective in ((0.6, 0.5), (-0.001, 0.001)):
@@ -217,7 +217,7 @@ def test_temperature_divides_and_keeps_its_bounds():
     assert model.temperature.grad.item() != 0
 
 
-def test_layers_stand_in_the_order_of_the_computation():
+def test_layer_ids_follow_the_computation():
     model = SPEC.build()  # test_vit has 6 blocks
     ids = model.layer_ids()
     assert set(ids) == {name for name, _ in model.named_parameters()}
@@ -226,14 +226,14 @@ def test_layers_stand_in_the_order_of_the_computation():
     assert {ids[n] for n in ("temperature", "itm.weight", "mlm.bias", "image_projection.weight")} == {9}
 
 
-def test_positions_and_temperature_are_not_decayed():
+def test_positions_and_temperature_have_no_weight_decay():
     assert SPEC.build().no_weight_decay() == {
         *("temperature", "image.model.cls_token", "image.model.pos_embed"),
         *("text.model.embeddings.position_embeddings.weight", "text.model.embeddings.token_type_embeddings.weight"),
     }
 
 
-def test_checkpointing_changes_no_gradient_and_reaches_every_part():
+def test_activation_checkpointing_keeps_gradients_and_covers_every_part():
     model = SPEC.build()
     image, ids, mask = inputs()
     calls = []
@@ -289,7 +289,7 @@ def test_bert_is_split_between_text_tower_and_fusion(tmp_path):
         (replace(SPEC, fusion=Fusion(heads=5)), "divide the width"),
     ],
 )
-def test_what_does_not_go_together_is_said_in_one_line(spec, message):
+def test_incompatible_settings_are_refused_in_one_line(spec, message):
     with pytest.raises(UserError, match=message) as error:
         spec.build()
     assert "\n" not in str(error.value)

@@ -85,7 +85,7 @@ def test_scale_is_the_inverse_of_either_form_and_scalars_are_not_0_dimensional()
 
 
 @pytest.mark.parametrize("form", ["temperature", "logit_scale"])
-def test_scale_stops_at_its_bounds_but_can_come_back(form):
+def test_scale_is_clamped_to_its_bounds_and_can_come_back(form):
     model = replace(ALIGN, temperature_form=form, temperature_min=0.01, temperature_max=0.5).build()
     learned = model.get_parameter(form)
     for temperature, scale in ((0.001, 100.0), (0.01, 100.0), (0.02, 50.0), (0.5, 2.0), (3.0, 2.0)):
@@ -102,7 +102,7 @@ def test_scale_stops_at_its_bounds_but_can_come_back(form):
     assert learned.item() == pytest.approx(0.5 if form == "temperature" else math.log(2))
 
 
-def test_default_bound_is_clips_hundred_and_none_is_unbounded():
+def test_default_bound_is_a_scale_of_100_and_none_is_unbounded():
     cold = replace(CLIP, temperature=0.001)
     assert cold.build().scale.item() == pytest.approx(100, rel=1e-5)
     assert replace(cold, temperature_min=None).build().scale.item() == pytest.approx(1000, rel=1e-5)
@@ -122,7 +122,7 @@ def test_default_bound_is_clips_hundred_and_none_is_unbounded():
         (replace(ALIGN, text=replace(TEXT, pool="max")), "cls or mean"),
     ],
 )
-def test_what_does_not_go_together_is_said_in_one_line(spec, message):
+def test_incompatible_settings_are_refused_in_one_line(spec, message):
     with pytest.raises(UserError, match=message) as error:
         spec.build()
     assert "\n" not in str(error.value)
@@ -150,7 +150,7 @@ def test_layer_ids_of_the_towers_end_together_below_the_projections():
     assert heads == {7}
 
 
-def test_scalars_and_positions_are_not_decayed():
+def test_scalars_and_positions_have_no_weight_decay():
     model = replace(CLIP, bias=-10.0).build()
     assert model.no_weight_decay() == {
         *("logit_scale", "logit_bias", "image.model.cls_token", "image.model.pos_embed"),
@@ -158,7 +158,7 @@ def test_scalars_and_positions_are_not_decayed():
     }
 
 
-def test_checkpointing_reaches_both_towers():
+def test_activation_checkpointing_covers_both_towers():
     model = CLIP.build()
     calls = []
     model.image.model.blocks[0].norm1.register_forward_pre_hook(lambda *_: calls.append("image"))
@@ -169,7 +169,7 @@ def test_checkpointing_reaches_both_towers():
     assert sorted(calls) == ["image"] * 2 + ["text"] * 4  # text: two groups
 
 
-def test_rows_do_not_depend_on_what_they_are_batched_with():
+def test_rows_do_not_depend_on_the_other_rows_of_the_batch():
     model = ALIGN.build().eval()
     _, ids, mask = inputs()
     together = model.encode_text(ids, mask).embed

@@ -33,7 +33,7 @@ def text_forward(model, ids, mask):
 
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_masked_text_is_transformers_berts_answer_at_the_masked_places(tmp_path, pool, groups):
+def test_masked_text_equals_transformers_bert_at_masked_positions(tmp_path, pool, groups):
     torch.manual_seed(0)
     published = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)).eval()
     for parameter in published.parameters():
@@ -50,7 +50,7 @@ def test_masked_text_is_transformers_berts_answer_at_the_masked_places(tmp_path,
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_masked_text_reads_the_masked_ids_and_not_those_of_the_batch():
+def test_masked_text_reads_the_masked_ids():
     model = Single(text=BERT, mlm=True).build().eval()
     ids, mask = texts()
     other = torch.where(mask, 7, 0)
@@ -60,7 +60,7 @@ def test_masked_text_reads_the_masked_ids_and_not_those_of_the_batch():
     assert not torch.allclose(found, model.masked_text(text_forward(model, ids, mask), ids, positions))
 
 
-def test_the_tied_embeddings_are_saved_once_and_come_back(tmp_path):
+def test_tied_embeddings_are_saved_once_and_restored(tmp_path):
     model = Single(text=BERT, mlm=True).build()
     state = model.state_dict()
     assert sum(value.shape == (99, 32) for value in state.values()) == 1
@@ -73,7 +73,7 @@ def test_the_tied_embeddings_are_saved_once_and_come_back(tmp_path):
     assert torch.equal(*outputs)
 
 
-def test_nothing_is_built_that_nothing_asks_for():
+def test_only_the_heads_of_the_spec_are_built():
     text, image = Single(text=BERT).build(), Single(image=VIT).build()
     assert text.mlm is None and not any("mlm" in name for name in text.state_dict())
     assert image.mim is None and not any("mim" in name for name in image.state_dict())
@@ -81,7 +81,7 @@ def test_nothing_is_built_that_nothing_asks_for():
 
 
 @pytest.mark.parametrize("mim", [Pixels(), RandomCodes(codes=50)])
-def test_masked_image_predicts_the_asked_patches_and_trains_every_parameter(mim):
+def test_masked_image_predicts_the_given_patches_and_every_parameter_has_a_gradient(mim):
     torch.manual_seed(0)
     model = Single(image=VIT, mim=mim).build()
     image = torch.randn(2, 3, 64, 64)
@@ -97,14 +97,14 @@ def test_masked_image_predicts_the_asked_patches_and_trains_every_parameter(mim)
 
 
 @pytest.mark.parametrize("spec", [Single(text=BERT, mlm=True), Single(image=VIT, mim=RandomCodes(codes=9))])
-def test_it_is_rebuilt_from_json_and_its_state(spec):
+def test_model_is_rebuilt_from_json_and_state_dict(spec):
     spec = spec.resolved()
     assert from_plain(json.loads(json.dumps(json.loads(dump(spec))))) == spec
     model, again = spec.build(), spec.build(load_weights=False)
     again.load_state_dict(model.state_dict())
 
 
-def test_every_parameter_has_a_depth_and_the_heads_are_the_top():
+def test_layer_ids_cover_all_parameters_with_the_heads_on_top():
     for spec, head in ((Single(text=BERT, mlm=True), "mlm"), (Single(image=VIT, mim=Pixels()), "mim")):
         model = spec.build()
         ids = model.layer_ids()
@@ -124,7 +124,7 @@ def test_every_parameter_has_a_depth_and_the_heads_are_the_top():
         ("mlp", {"embed_size": 8, "head_norm": True}, 8),
     ],
 )
-def test_the_head_s_output_has_unit_norm_and_the_tokens_are_the_tower_s(head, more, size):
+def test_embeddings_have_unit_norm_and_tokens_are_those_of_the_tower(head, more, size):
     model = Single(text=BERT, head=head, **more).build()
     ids, mask = texts()
     encoded = model.encode_text(ids, mask)
@@ -133,7 +133,7 @@ def test_the_head_s_output_has_unit_norm_and_the_tokens_are_the_tower_s(head, mo
     torch.testing.assert_close(encoded.tokens, model.text(ids, mask))
 
 
-def test_what_cannot_be_built_is_said():
+def test_invalid_specs_are_refused():
     for spec, complaint in (
         (Single(), "exactly one|takes either image or text"),
         (Single(image=VIT, text=BERT), "takes either image or text"),

@@ -1,4 +1,4 @@
-"""VLMo by the passes one by one, with any objective that its heads allow; tests/objectives/test_vlmo_processes.py has it in two."""
+"""VLMo equals its passes computed one by one. tests/objectives/test_vlmo_processes.py compares two processes with one."""
 
 from dataclasses import replace
 
@@ -44,7 +44,7 @@ OBJECTIVES = {
 
 
 def randomised(spec=SPEC, seed=0):
-    """With no tensor of zeros or ones, so that every position and scale counts."""
+    """Build a model without tensors of zeros or ones, so that every position and scale has an effect."""
     torch.manual_seed(seed)
     model = spec.build().double()
     with torch.no_grad():
@@ -59,10 +59,10 @@ def apart():
     return batch
 
 
-# --- what a step computes -----------------------------------------------------------------------------------------
+# --- losses of a step -----------------------------------------------------------------------------------------
 
 
-def test_losses_and_every_gradient_are_those_of_the_published_passes_one_by_one():
+def test_losses_and_gradients_equal_the_published_passes_one_by_one():
     batch, model, slow = apart(), randomised(), randomised()
     with drawn_by_row():
         losses, total, (f,) = Pretrainer(model, OBJECTIVES)([batch], None, StepContext())
@@ -81,7 +81,7 @@ def test_losses_and_every_gradient_are_those_of_the_published_passes_one_by_one(
 
 
 @pytest.mark.parametrize("how", ["cheap", "full"])
-def test_recomputation_changes_nothing(how):
+def test_activation_checkpointing_changes_no_result(how):
     spec = replace(SPEC, encoder=replace(ENCODER, drop_path=0.4, text_dropout=0.2))
     gradients = []
     for each in ("none", how):
@@ -95,7 +95,7 @@ def test_recomputation_changes_nothing(how):
 
 
 @pytest.mark.parametrize("positions", ["relative", "absolute"])
-def test_padding_and_company_change_nothing(positions):
+def test_rows_do_not_depend_on_padding_or_other_rows(positions):
     model = randomised(replace(SPEC, encoder=replace(ENCODER, positions=positions))).eval()
     batch = apart()
     text, image = model.encode_text(batch.input_ids, batch.attention_mask), model.encode_image(batch.image)
@@ -109,7 +109,7 @@ def test_padding_and_company_change_nothing(positions):
         torch.testing.assert_close(model.match(model.project(seen), alone)[0], logits[row])
 
 
-def test_images_of_the_pairs_in_order_and_others_are_the_ones_that_are_named():
+def test_pairs_take_images_in_order_and_then_the_given_ones():
     model, batch = randomised().eval(), apart()
     text, image = model.encode_text(batch.input_ids, batch.attention_mask), model.encode_image(batch.image)
     projected = model.project(image)
@@ -124,11 +124,11 @@ def test_images_of_the_pairs_in_order_and_others_are_the_ones_that_are_named():
 # --- the gradient over micro-batches ------------------------------------------------------
 
 
-def test_cached_micro_batches_are_one_batch():
+def test_gradient_caching_equals_one_batch():
     assert_same(step(0, 1, OBJECTIVES, SPEC, CACHED, 4), step(0, 1, OBJECTIVES, SPEC))
 
 
-# --- only what is used ---------------------------------------------------------------------------------------------
+# --- unused parts are not built ---------------------------------------------------------------------------------------------
 
 CONTRAST = {name: OBJECTIVES[name] for name in ("itc", "itc_vl")}
 NOTHING = {"itc": False, "itc_vl": False, "itm": False, "mlm": False}
@@ -150,7 +150,7 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_every_parameter_is_used(use):
+def test_every_parameter_has_a_gradient(use):
     spec, objectives = USES[use]
     model, batch = randomised(spec), apart()
     if use == "texts":
@@ -161,7 +161,7 @@ def test_every_parameter_is_used(use):
     assert [name for name, p in trained.items() if p.grad is None] == []
 
 
-def test_a_model_that_only_fuses_does_not_run_the_modalities_alone():
+def test_model_that_only_fuses_does_not_encode_single_modalities():
     spec, objectives = USES["matching"]
     model, ran = randomised(spec), []
     for layer in model.encoder.layers:
@@ -174,7 +174,7 @@ def test_a_model_that_only_fuses_does_not_run_the_modalities_alone():
 # --- heads --------------------------------------------------------------------------------------------------------
 
 
-def test_classifier_sees_each_picture_with_the_text():
+def test_classifier_fuses_the_text_with_each_image():
     encoder = replace(ENCODER, image_kinds=2)
     model = randomised(replace(SPEC, **NOTHING, classes=5, images=2, encoder=encoder)).eval()
     batch = apart()
@@ -202,7 +202,7 @@ def test_temperatures_stay_within_their_bounds():
     assert float(model.vl.logit_scale.exp()) == pytest.approx(100, rel=1e-5)
 
 
-def test_weight_decay_is_for_weights_alone():
+def test_only_weights_have_weight_decay():
     model = SPEC.build()
     groups = parameter_groups(model, 0.01)
     decayed = {name for group in groups if group["decayed"] for name in group["names"]}
@@ -212,7 +212,7 @@ def test_weight_decay_is_for_weights_alone():
     assert all(any(part in name for part in named) for name in rest)
 
 
-def test_layers_deepen_from_the_embeddings_to_the_heads():
+def test_layer_ids_grow_from_the_embeddings_to_the_heads():
     ids = SPEC.build().layer_ids()
     assert ids.keys() == dict(SPEC.build().named_parameters()).keys()
     names = ("encoder.text.words.weight", "encoder.layers.0.norm.weight", "encoder.layers.2.gamma_1", "encoder.norm.bias", "itm.weight")  # fmt: skip
@@ -220,7 +220,7 @@ def test_layers_deepen_from_the_embeddings_to_the_heads():
     assert ids["encoder.positions.image"] == 0
 
 
-# --- what cannot be -----------------------------------------------------------------------------------------------
+# --- refused settings -----------------------------------------------------------------------------------------------
 
 REFUSED = {
     "image_size 40 x 40 is not a multiple of patch_size 16": {"encoder": replace(ENCODER, image_size=40)},
@@ -247,7 +247,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_does_not_go_together_is_said_in_a_line(message):
+def test_incompatible_settings_are_refused_in_one_line(message):
     with pytest.raises(UserError, match=message):
         replace(SPEC, **REFUSED[message]).build()
 

@@ -1,4 +1,4 @@
-"""What VLMo's stages hand on: experts that start as copies, and an image branch that texts leave as it is."""
+"""VLMo's stages: experts that start as copies, and an image branch that the text stage does not change."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ PAIRS = Vlmo(encoder=SIZES)
 
 
 def randomised(spec: Vlmo) -> VlmoModel:
-    """With no two tensors alike, biases of attention and norms included."""
+    """Build a model in which no two tensors are equal, including biases and norms."""
     torch.manual_seed(0)
     model = spec.build()
     with torch.no_grad():
@@ -56,18 +56,18 @@ def same(a: dict, b: dict) -> bool:
 
 
 def image_states(model: VlmoModel) -> torch.Tensor:
-    """(4 * P, D) of four pictures through the image experts of all layers."""
+    """Return the (4 * P, D) states of four images after the image experts of all layers."""
     encoder = model.eval().encoder
-    picture = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    image = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        inputs = encoder.image(picture)
+        inputs = encoder.image(image)
         return encoder(RaggedBatch.of_images(4, inputs.shape[1], inputs.device), image=inputs)
 
 
-# --- where experts start ----------------------------------------------------------------------------------------------
+# --- initial experts ----------------------------------------------------------------------------------------------
 
 
-def test_text_experts_are_copies_of_the_images_and_all_else_is_handed_on():
+def test_text_experts_start_as_image_experts_and_other_parts_are_loaded():
     first = randomised(IMAGES)
     second = started(TEXTS, first, text="image")
     for layer in range(3):
@@ -81,7 +81,7 @@ def test_text_experts_are_copies_of_the_images_and_all_else_is_handed_on():
 
 
 @pytest.mark.parametrize("source", ["random", "image", "text"])
-def test_the_vision_language_expert_starts_as_the_field_says(source):
+def test_vl_start_selects_the_initial_vision_language_experts(source):
     second = randomised(TEXTS)
     third = started(PAIRS, second, vl=source)
     torch.manual_seed(1)
@@ -94,21 +94,21 @@ def test_the_vision_language_expert_starts_as_the_field_says(source):
     assert torch.equal(third.encoder.positions.text, second.encoder.positions.text)
 
 
-def test_trained_experts_that_are_thrown_away_are_in_the_report():
-    """A stage that starts from one of its own kind instead of the one before."""
+def test_report_names_trained_experts_that_are_discarded():
+    """A stage that starts from another run of the same stage."""
     report = take(TEXTS.build(), randomised(TEXTS), text="image")
     assert sorted(report.replaced) == [n for n in sorted(TEXTS.build().state_dict()) if ".experts.text." in n]
     assert "18 replaced (" in str(report)
     assert take(TEXTS.build(), randomised(IMAGES), text="image").replaced == ()
 
 
-def test_pairs_may_follow_pictures_at_once():
+def test_stage_of_pairs_can_follow_the_stage_of_images():
     first = randomised(IMAGES)
     third = started(PAIRS, first, text="image", vl="text")
     assert same(expert(third, "vl", 2), expert(first, "image", 2))
 
 
-def test_a_model_of_fewer_objectives_leaves_out_what_it_has_not():
+def test_heads_that_the_model_lacks_are_skipped():
     third = randomised(PAIRS)
     report = take(replace(PAIRS, itc=False, itc_vl=False, mlm=False).build(), third)
     assert "encoder.layers.2.experts.image.expand.weight" in report.unexpected and not report.new
@@ -128,7 +128,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_start_that_cannot_be_leaves_the_model_as_it_was(case):
+def test_refused_start_leaves_the_model_unchanged(case):
     before, spec, starts, message = REFUSED[case]
     torch.manual_seed(1)
     model = spec.build()
@@ -138,14 +138,14 @@ def test_a_start_that_cannot_be_leaves_the_model_as_it_was(case):
     assert same(own, model.state_dict())
 
 
-# --- what the text stage leaves alone ---------------------------------------------------------------------------------
+# --- the text stage ---------------------------------------------------------------------------------
 
 
 DECAYING = AdamW(lr=1e-2, weight_decay=0.5)
 
 
 def text_stage(first: VlmoModel, plan: tuple[str, ...], optim=DECAYING) -> VlmoModel:
-    """Three steps of masked words, frozen as a run does it."""
+    """Take three steps of masked language modelling with the frozen parameters of a run."""
     model = started(TEXTS, first, text="image").train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(starts_with(name, prefix) for prefix in plan))
@@ -164,7 +164,7 @@ def text_stage(first: VlmoModel, plan: tuple[str, ...], optim=DECAYING) -> VlmoM
 
 
 @pytest.mark.parametrize("optim", [DECAYING, Lamb(lr=1e-2), Sgd(lr=1e-2)], ids=["AdamW", "Lamb", "Sgd"])  # fmt: skip
-def test_the_recommended_plan_leaves_the_image_branch_equal_to_the_bit(optim):
+def test_recommended_freezing_keeps_the_image_branch_bitwise_equal(optim):
     first = randomised(IMAGES)
     second = text_stage(first, FROZEN_IN_TEXT_STAGE, optim)
     own, before = second.state_dict(), first.state_dict()
@@ -172,12 +172,12 @@ def test_the_recommended_plan_leaves_the_image_branch_equal_to_the_bit(optim):
     assert "encoder.positions.image" in kept and "encoder.norm.weight" in kept
     assert all(torch.equal(own[name], before[name]) for name in kept)
     assert torch.equal(image_states(second), image_states(first))
-    # and what is left to train has moved, all of it
+    # all other parameters have changed
     moved = started(TEXTS, first, text="image").state_dict()
     assert [n for n, p in second.named_parameters() if p.requires_grad and torch.equal(own[n], moved[n])] == []
 
 
-def test_the_published_plan_lets_the_image_branch_drift():
+def test_published_freezing_lets_the_image_branch_drift():
     first = randomised(IMAGES)
     second = text_stage(first, FROZEN_IN_TEXT_STAGE_PUBLISHED)
     own, before = second.state_dict(), first.state_dict()
@@ -186,7 +186,7 @@ def test_the_published_plan_lets_the_image_branch_drift():
     assert (image_states(second) - image_states(first)).abs().max() > 1e-3
 
 
-def test_plans_name_parameters_that_there_are_with_either_kind_of_positions():
+def test_freezing_plans_name_existing_parameters_for_both_kinds_of_positions():
     for encoder in (SIZES, replace(SIZES, positions="absolute", layer_scale=None)):
         names = [
             n for n, _ in replace(TEXTS, encoder=replace(encoder, experts=("image", "text"))).build().named_parameters()
@@ -198,7 +198,7 @@ def test_plans_name_parameters_that_there_are_with_either_kind_of_positions():
         )
 
 
-def test_a_star_of_a_prefix_stands_for_one_part_of_the_name():
+def test_star_in_a_prefix_matches_one_part_of_the_name():
     assert starts_with("layers.3.norm.weight", "layers.*.norm")
     assert not starts_with("layers.3.experts.text.norm.weight", "layers.*.norm")
     assert starts_with("encoder.norm", "encoder") and not starts_with("encoder.norm", "norm")

@@ -1,7 +1,7 @@
 """A tiny ALBEF in float64, and its objectives in one process, in two, or over accumulated micro-batches.
 
-What a step draws is a function of the rows here, so that whoever has a row draws the same for it: the most similar candidate
-is the negative, and every token with an even number is masked.
+Random choices are replaced by functions of the rows, so that they do not depend on how a batch is divided: the most similar
+candidate is the negative, and every token with an even id is masked.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def tiny(dropout: float = 0.0, **parts) -> Albef:
 
 
 def pairs(rows: int = ROWS) -> Batch:
-    """Rows 1 and 6 show the same picture, with other captions; captions have different lengths."""
+    """Return pairs of which rows 1 and 6 show the same image with different captions. Captions differ in length."""
     torch.manual_seed(1)
     index = torch.arange(rows) + 100
     index[6 % rows] = index[1 % rows]
@@ -56,7 +56,7 @@ def pairs(rows: int = ROWS) -> Batch:
 
 
 def queue_of(size: int, filled: int, device: torch.device = CPU) -> Queue:
-    """One of its rows shows the picture of row 2."""
+    """Return a queue of which one row shows the image of row 2."""
     generator = torch.Generator().manual_seed(4)
     queue = Queue(size, {"image": WIDTH, "text": WIDTH}, device)
     columns = {n: F.normalize(torch.randn(filled, WIDTH, generator=generator), dim=1) for n in ("image", "text")}
@@ -71,7 +71,7 @@ def context_of(objectives: dict, filled: int = 5, progress: float = 0.5, device:
 
 
 def networks(spec: Any = None, **how) -> tuple[nn.Module, nn.Module]:
-    """A model, of ``spec`` or a tiny ALBEF, and a momentum encoder with other weights, without dropout unless asked for."""
+    """Return a model of ``spec``, by default a tiny ALBEF, and a momentum encoder with other weights."""
     built = []
     for seed in (0, 9):
         torch.manual_seed(seed)
@@ -101,7 +101,7 @@ def drawn_by_row():
 
 
 def shortened(batch: Batch) -> Batch:
-    """As a loader pads it: to its own longest caption."""
+    """Truncate padding to the longest caption, as a loader does."""
     longest = int(batch.attention_mask.sum(1).max())
     return replace(batch, input_ids=batch.input_ids[:, :longest], attention_mask=batch.attention_mask[:, :longest])
 
@@ -143,7 +143,7 @@ CACHED_PER_LOSS = partial(DetachedGraph, recompute=True, per_loss=True)
 
 
 def assert_same(found: tuple[dict, dict, dict], expected: tuple[dict, dict, dict]) -> None:
-    """Losses, gradients of every parameter, memories."""
+    """Compare losses, gradients of every parameter, and queues."""
     for name, loss in expected[0].items():
         assert abs(found[0][name] - loss) < 1e-9, name
     for name, gradient in expected[1].items():

@@ -1,4 +1,4 @@
-"""The losses of answers and captions are those of each text alone."""
+"""Losses of answers and captions equal those of each text computed separately."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ CLS, SEP = 1, 2
 
 
 def asked(rows=4):
-    """4 questions with 6 answers of different lengths, none of them for the third."""
+    """Return 4 questions with 6 answers of different lengths. The third question has none."""
     lengths, row = torch.tensor([3, 2, 5, 3, 4, 3]), torch.tensor([0, 0, 1, 1, 3, 0])
     mask = torch.arange(6) < lengths[:, None]
     torch.manual_seed(3)
@@ -45,7 +45,7 @@ def networks(source="fusion", **parts):
 
 
 def each_alone(model, teacher, batch, distill):
-    """One answer at a time, without any padding."""
+    """Compute the loss one answer at a time, without padding."""
     total, answers = 0.0, batch.answers
     for ids, real, weight, row in zip(answers.input_ids, answers.attention_mask, answers.weight, answers.row):
         ids, length = ids[real][None], batch.attention_mask[row].sum()
@@ -64,7 +64,7 @@ def each_alone(model, teacher, batch, distill):
 
 
 @pytest.mark.parametrize("distill, progress", [(0.0, 0.0), (0.4, 1.0), (0.4, 0.25)])
-def test_answers_are_weighted_and_summed_as_each_alone(distill, progress):
+def test_loss_is_the_weighted_sum_over_separate_answers(distill, progress):
     model, teacher = networks()
     batch = asked()
     f = Forward(model, batch, Forward(teacher, batch), StepContext(progress=progress))
@@ -77,7 +77,7 @@ def test_answers_are_weighted_and_summed_as_each_alone(distill, progress):
         assert (found - expected).norm() <= 1e-4 * expected.norm() + 1e-7
 
 
-def test_a_classifier_beside_it_reads_the_same_pass_of_fusion():
+def test_classifier_and_decoder_share_one_fusion_pass():
     model, _ = networks(classes=5)
     batch = replace(asked(), labels=torch.tensor([0, 1, 2, 3]))
     alone = Classification()(Forward(model, batch))
@@ -91,7 +91,7 @@ def test_a_classifier_beside_it_reads_the_same_pass_of_fusion():
     assert "fused" not in vars(f)
 
 
-def test_geometry_is_measured_though_the_two_are_of_different_widths():
+def test_geometry_accepts_image_and_text_of_different_widths():
     model, _ = networks()
     f = Forward(model, asked())
     AnswerGeneration()(f)
@@ -99,7 +99,7 @@ def test_geometry_is_measured_though_the_two_are_of_different_widths():
     assert set(geometry(f)) == {"geometry/uniformity_image", "geometry/uniformity_text"}
 
 
-def test_micro_batches_add_up_to_the_batch():
+def test_mean_over_micro_batches_equals_the_batch():
     model, _ = networks()
     batch = asked()
     whole = AnswerGeneration()(Forward(model, batch))
@@ -120,7 +120,7 @@ def test_micro_batches_add_up_to_the_batch():
 
 
 @pytest.mark.parametrize("distill", [0.0, 0.4])
-def test_captions_are_the_mean_over_their_tokens(distill):
+def test_captioning_loss_is_the_mean_over_tokens(distill):
     model, teacher = networks("image")
     assert model.fusion is None
     batch = pairs(4)
@@ -144,7 +144,7 @@ def experiment(objective, **fields) -> Experiment:
     return replace(Experiment("x", tiny(decoder=Decoder(), **heads), {"a": objective}, data), **fields)
 
 
-def test_what_is_missing_is_said():
+def test_validate_names_the_missing_setting():
     AnswerGeneration().validate(experiment(AnswerGeneration()))
     for fields, message in (
         ({"model": tiny()}, "model.decoder=Decoder"),

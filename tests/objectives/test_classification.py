@@ -41,7 +41,7 @@ def bundle(batch, model=None, progress=0.0):
 
 
 def straightforward(model, batch):
-    """(B, 3) by fusing every pair by itself, all positions computed."""
+    """Compute (B, 3) logits by fusing every pair separately, at all positions."""
     rows = []
     for row, length in enumerate(batch.attention_mask.sum(1)):
         image = model.encode_image(batch.image[row : row + 1])
@@ -52,7 +52,7 @@ def straightforward(model, batch):
     return torch.cat(rows)
 
 
-def test_classes_are_told_from_the_fused_first_token_with_every_parameter_used():
+def test_classifier_reads_the_first_fused_token_and_every_parameter_has_a_gradient():
     model, batch = build(), labelled()
     f = bundle(batch, model)
     torch.testing.assert_close(model.classify(f), straightforward(model, batch))
@@ -63,7 +63,7 @@ def test_classes_are_told_from_the_fused_first_token_with_every_parameter_used()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-def test_every_parameter_that_learns_is_used_where_the_image_tower_does_not():
+def test_every_trained_parameter_has_a_gradient_when_the_image_tower_is_frozen():
     model, batch = build(), labelled()
     model.image.requires_grad_(False)
     Classification()(bundle(batch, model)).backward()
@@ -71,7 +71,7 @@ def test_every_parameter_that_learns_is_used_where_the_image_tower_does_not():
 
 
 @pytest.mark.parametrize(("ramp", "progress", "share"), [(0.0, 0.0, 0.4), (1.0, 0.0, 0.0), (1.0, 0.5, 0.2)])
-def test_the_momentum_encoder_s_answer_is_mixed_in_with_and_without_a_ramp(ramp, progress, share):
+def test_distillation_mixes_the_teachers_prediction_with_and_without_a_ramp(ramp, progress, share):
     f = bundle(labelled(), progress=progress)
     with torch.no_grad():
         logits, soft = f.model.classify(f), f.momentum.model.classify(f.momentum).softmax(1)
@@ -80,7 +80,7 @@ def test_the_momentum_encoder_s_answer_is_mixed_in_with_and_without_a_ramp(ramp,
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_soft_targets_stand_before_labels():
+def test_soft_targets_take_precedence_over_labels():
     targets = torch.rand(8, 3)
     f = bundle(replace(pairs(), targets=targets))
     logits = f.model.classify(f).detach()
@@ -92,7 +92,7 @@ def test_soft_targets_stand_before_labels():
 
 
 @pytest.mark.parametrize("of", ["image", "text"])
-def test_a_single_tower_is_classified_by_its_pooled_state(of):
+def test_single_tower_classifies_its_pooled_state(of):
     text = BertText(config=SIZES, dropout=0.0, length_groups=2)
     spec = (
         Single(image=TimmImage("test_vit", image_size=32), classes=3) if of == "image" else Single(text=text, classes=3)
@@ -116,7 +116,7 @@ def test_a_single_tower_is_classified_by_its_pooled_state(of):
         ({"objectives": {"c": Classification(loss="bce", label_smoothing=0.1)}}, "label_smoothing is of loss"),
     ],
 )
-def test_what_is_missing_is_said_before_anything_is_built(changed, complaint):
+def test_validate_names_the_missing_setting(changed, complaint):
     whole = Experiment("x", SPEC, {"c": Classification()}, Data(train=()), momentum=MomentumConfig())
     whole.objectives["c"].validate(whole)
     for source in (Source("s", label="class"), ANSWERS, NLI, Annotated("a.jsonl", label="class")):
@@ -126,7 +126,7 @@ def test_what_is_missing_is_said_before_anything_is_built(changed, complaint):
         experiment.objectives["c"].validate(experiment)
 
 
-def test_two_pictures_of_a_text_are_read_in_turn_by_twins():
+def test_twin_layers_alternate_between_two_images():
     spec = replace(SPEC, fusion=Fusion(layers=2, images=2), classes=2)
     model, batch = build(spec=spec), labelled()
     second = replace(batch, image=batch.image.flip(0), labels=None)

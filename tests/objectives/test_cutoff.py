@@ -1,4 +1,4 @@
-"""What Cutoff cuts, and its loss against the terms of its equation."""
+"""Cutoff removes the right parts, and its loss equals the terms of its equation."""
 
 import math
 from dataclasses import replace
@@ -30,7 +30,7 @@ def cut_places(kept: torch.Tensor) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("keep", [keep_tokens, keep_outside_span])
-def test_a_share_of_the_real_tokens_is_cut_and_never_the_first(keep):
+def test_cutoff_removes_a_share_of_real_tokens_but_never_the_first(keep):
     torch.manual_seed(0)
     for ratio in (0.0, 0.1, 0.29, 0.5, 0.99):
         for _ in range(50):
@@ -41,7 +41,7 @@ def test_a_share_of_the_real_tokens_is_cut_and_never_the_first(keep):
                 assert all(row == list(range(row[0], row[0] + len(row))) for row in places if row)
 
 
-def test_every_token_and_every_span_is_as_likely():
+def test_tokens_and_spans_are_cut_uniformly():
     torch.manual_seed(0)
     mask = torch.ones(20_000, 10).bool()
     share = (~keep_tokens(mask, 0.3)).float().mean(0)
@@ -50,7 +50,7 @@ def test_every_token_and_every_span_is_as_likely():
     torch.testing.assert_close(begins, torch.tensor([0.0] + 7 * [1 / 7] + 2 * [0.0]), rtol=0, atol=0.015)
 
 
-def test_features_are_cut_alike_for_all_tokens_and_only_a_span_is_hidden_from_attention():
+def test_feature_cutoff_is_shared_by_tokens_and_only_spans_are_masked_in_attention():
     torch.manual_seed(0)
     keep, mask = Cutoff(cut="feature", ratio=0.29).restrict(MASK, 100)
     assert keep.shape == (6, 1, 100) and (~keep).sum(2).flatten().tolist() == 6 * [int(0.29 * 100)] and mask is MASK
@@ -87,8 +87,8 @@ def test_loss_is_the_sum_of_its_terms(cut):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in f.model.parameters())
 
 
-def test_divergence_stays_below_log_2_where_the_published_one_does_not():
-    """Sure predictions that differ: KL(mean || p), the published code's, is far above."""
+def test_jensen_shannon_is_bounded_by_log_2_unlike_the_published_divergence():
+    """For confident predictions that differ, the published KL(mean || p) is far above log 2."""
     objective, f = Cutoff(cut="feature", ratio=0.8, augmented=0.0), forward_of(sharp=1e4)
 
     def two_logits():
@@ -106,7 +106,7 @@ def test_divergence_stays_below_log_2_where_the_published_one_does_not():
     assert published > math.log(2)
 
 
-def test_without_copies_it_is_plain_fine_tuning_in_one_pass():
+def test_zero_copies_is_cross_entropy_in_one_pass():
     f, passes = forward_of(), []
     f.model.text.register_forward_pre_hook(lambda *_: passes.append(1))
     loss = Cutoff(copies=0)(f)
@@ -116,7 +116,7 @@ def test_without_copies_it_is_plain_fine_tuning_in_one_pass():
     assert len(passes) == 3
 
 
-def test_what_it_lacks_is_said_before_anything_is_built():
+def test_validate_names_the_missing_setting():
     table = Sentences("x.tsv", columns=("a",), label="l", classes=("yes", "no"))
     model = Single(text=BertText(weights="x"), classes=2)
     experiment = Experiment("x", model, {"o": Cutoff()}, Data(train=(table,), tokenizer="t", batch_size=8))

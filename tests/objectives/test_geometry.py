@@ -22,7 +22,7 @@ SIDES = ("image_text", "images", "texts")
 
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("alpha", [1.0, 2.0])
-def test_alignment_is_equation_2_of_the_first_two_sides(sides, alpha):
+def test_alignment_equals_equation_2_on_the_first_two_views(sides, alpha):
     f = forward_of(Alignment(), views(others=2))
     x, y = (side.embed for side in sides_of(f, sides))
     expected = sum((a - b).norm() ** alpha for a, b in zip(x, y)) / len(x)
@@ -30,13 +30,13 @@ def test_alignment_is_equation_2_of_the_first_two_sides(sides, alpha):
 
 
 @pytest.mark.parametrize("sides", SIDES)
-def test_uniformity_is_equation_3_averaged_over_the_sides(sides):
+def test_uniformity_equals_the_mean_of_equation_3_over_both_sides(sides):
     f = forward_of(Uniformity(), views())
     per_side = [torch.pdist(side.embed).pow(2).mul(-3).exp().mean().log() for side in sides_of(f, sides)]
     assert Uniformity(t=3.0, sides=sides)(f).item() == pytest.approx(sum(per_side).item() / 2)
 
 
-def test_sides_are_the_picture_and_text_or_two_views():
+def test_sides_are_image_and_text_or_two_views():
     f = forward_of(Alignment(), views())
     other = f.batch.views[0]
     for sides, (x, y) in {
@@ -52,12 +52,12 @@ def test_sides_are_the_picture_and_text_or_two_views():
 @pytest.mark.parametrize(
     "objective", [Alignment(), Alignment(alpha=1.0, sides="image_text"), Uniformity(), Uniformity(sides="texts")]
 )
-def test_two_processes_are_one(pair, objective):
+def test_two_processes_equal_one(pair, objective):
     assert_two_are_one(pair, objective, objective)
 
 
-def test_minimum_of_uniformity_spreads_points_evenly():
-    """Three points in a plane end at 120 degrees, by gradient descent on the objective."""
+def test_minimising_uniformity_spreads_points_evenly():
+    """Gradient descent on three points in a plane ends at 120 degrees between them."""
     batch, mask = views(rows=3), torch.ones(3, 1, dtype=torch.bool)
     x = torch.nn.functional.normalize(torch.randn(3, 2, dtype=torch.float64), dim=1).requires_grad_()
     for _ in range(500):
@@ -69,21 +69,21 @@ def test_minimum_of_uniformity_spreads_points_evenly():
     torch.testing.assert_close(cosines, torch.full_like(cosines, -0.5), atol=1e-3, rtol=0)
 
 
-def test_missing_sides_are_said_before_anything_is_built():
+def test_validate_names_the_missing_side():
     image, text = TimmImage("test_vit"), BertText(config={})
-    pictures = Experiment("x", Single(image=image), {}, Data(train=(), views=(simclr(),) * 3))
+    with_images = Experiment("x", Single(image=image), {}, Data(train=(), views=(simclr(),) * 3))
     texts = Experiment("x", Single(text=text), {}, Data(train=(Sentences("a.txt"),)))
     both = Experiment("x", Dual(image=image, text=text), {}, Data(train=()))
-    Alignment().validate(pictures)
+    Alignment().validate(with_images)
     Alignment(sides="texts").validate(replace(texts, data=replace(texts.data, text_views=(Same(),))))
     two = Sentences("a.tsv", columns=("one", "two"))
     Alignment(sides="texts").validate(replace(texts, data=Data(train=(two,))))
     Alignment(sides="image_text").validate(both)
     for experiment, sides, missing in (
-        (replace(pictures, data=Data(train=())), "images", "at least one further view of each image, not 0"),
+        (replace(with_images, data=Data(train=())), "images", "at least one further view of each image, not 0"),
         (texts, "images", "an image tower"),
-        (pictures, "texts", "a text tower"),
-        (pictures, "image_text", "a text tower"),
+        (with_images, "texts", "a text tower"),
+        (with_images, "image_text", "a text tower"),
         (texts, "texts", "a further view of each text"),
         (replace(texts, data=Data(train=(replace(two, join=" "),))), "texts", "a further view of each text"),
     ):

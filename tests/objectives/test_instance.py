@@ -17,7 +17,7 @@ NOISE = InstanceDiscrimination(noise=7, temperature=0.5, proximal=0.0)
 
 
 def parts(objective, seed=5):
-    """Embeddings, bank, own rows and noise of `forward_of`'s batch as lists of numbers, and the bundle."""
+    """Return embeddings, bank, own rows and noise of the batch of `forward_of`, and the bundle."""
     f = forward_of(objective, views(others=0))
     torch.manual_seed(seed)
     noise = draw_noise(f.batch.dataset_row, SAMPLES, objective.noise, may_be_own=objective.noise_may_be_own)
@@ -31,7 +31,7 @@ def z_of(embeds, bank, temperature) -> float:
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_nce_is_equation_7_with_z_from_the_first_batch(own):
+def test_nce_equals_equation_7_with_z_from_the_first_batch(own):
     objective = replace(NOISE, noise_may_be_own=own)
     embeds, bank, rows, noise, f = parts(objective)
     z, total = z_of(embeds, bank, 0.5), 0.0
@@ -42,13 +42,13 @@ def test_nce_is_equation_7_with_z_from_the_first_batch(own):
     assert objective(f).item() == pytest.approx(total / len(embeds), rel=1e-6)
 
 
-def test_noise_is_never_the_own_row_unless_asked_as_published():
+def test_noise_excludes_the_own_row_by_default():
     for own in (False, True):
         _, _, rows, noise, _ = parts(replace(NOISE, noise=400, noise_may_be_own=own))
         assert any(row in others for row, others in zip(rows, noise)) == own
 
 
-def test_softmax_is_equation_2():
+def test_softmax_equals_equation_2():
     objective = InstanceDiscrimination(form="softmax", temperature=0.5, proximal=0.0)
     embeds, bank, rows, _, f = parts(objective)
     expected = torch.nn.functional.cross_entropy(embeds @ bank.T / 0.5, torch.tensor(rows))
@@ -56,7 +56,7 @@ def test_softmax_is_equation_2():
 
 
 @pytest.mark.parametrize("form", ["nce", "softmax"])
-def test_proximal_term_is_lambda_times_the_squared_way_from_the_bank(form):
+def test_proximal_term_is_lambda_times_the_squared_distance_to_the_bank(form):
     plain = replace(NOISE, form=form)
     near = replace(plain, proximal=30.0)
     values = []
@@ -67,7 +67,7 @@ def test_proximal_term_is_lambda_times_the_squared_way_from_the_bank(form):
     assert values[1] - values[0] == pytest.approx(30 * distance, rel=1e-5)
 
 
-def test_queues_of_a_step_is_the_rows_their_embeddings_and_z_once():
+def test_enqueue_returns_rows_embeddings_and_the_first_estimate_of_z():
     f = forward_of(NOISE, views(others=0))
     NOISE(f)
     bank = f.context.queues[NOISE]
@@ -81,13 +81,13 @@ def test_queues_of_a_step_is_the_rows_their_embeddings_and_z_once():
     torch.testing.assert_close(bank.rows[f.batch.dataset_row], new)
     others = [n for n in range(SAMPLES) if n not in f.batch.dataset_row]
     assert torch.equal(bank.rows[others], before[others])
-    # from now on Z is what the bank has
+    # from now on Z is that of the bank
     again = forward_of(NOISE, views(others=0, seed=8), queues={NOISE: bank})
     NOISE(again)
     assert NOISE.enqueue(again).keys() == {"dataset_row", "embed"}
 
 
-def test_z_is_estimated_anew_every_so_many_steps():
+def test_z_is_estimated_again_every_partition_every_steps():
     objective = replace(NOISE, partition_every=3)
     queues = queues_of(objective, Wide)
     queues[objective].partition.fill_(4.0)
@@ -103,8 +103,8 @@ class Wide:
     embed_size = WIDTH
 
 
-def test_as_noise_grows_the_gradient_is_that_of_the_full_softmax():
-    """With Z of each query's own sum, which one query has: d NCE -> d softmax."""
+def test_gradient_approaches_the_full_softmax_as_noise_grows():
+    """The batch has one query, so Z is that query's own sum over the bank."""
     gradients = {}
     for objective in (replace(NOISE, noise=200_000), replace(NOISE, form="softmax")):
         f = forward_of(objective, views(rows=1, others=0), queues=queues_of(objective, Wide))
@@ -117,7 +117,7 @@ def test_as_noise_grows_the_gradient_is_that_of_the_full_softmax():
 
 
 @pytest.mark.parametrize("proximal", [0.0, 30.0])
-def test_two_processes_are_one(pair, proximal):
+def test_two_processes_equal_one(pair, proximal):
     objective = InstanceDiscrimination(form="softmax", proximal=proximal)
     assert_two_are_one(pair, objective, objective)
 
@@ -128,7 +128,7 @@ def test_two_processes_agree_on_z(pair):
         torch.testing.assert_close(remembered["partition"], expected)
 
 
-def test_nothing_but_the_model_gets_a_gradient():
+def test_only_the_model_has_a_gradient():
     f = forward_of(NOISE, views(others=0))
     NOISE(f).backward()
     assert f.context.queues[NOISE].rows.grad is None and f.model.head.weight.grad.norm() > 0

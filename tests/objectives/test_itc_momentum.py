@@ -18,7 +18,7 @@ ITC = MomentumContrast(queue_size=7, distill=0.4, ramp_epochs=1.0)
 
 
 def by_the_equations(f, queue, distill: float, duplicates: str) -> float:
-    """Li et al. 2021, eq. 1 and 6, pair by pair."""
+    """Compute Li et al. 2021, eq. 1 and 6, pair by pair."""
     scale, total = f.model.scale.item(), 0.0
     index = [*f.batch.image_id.tolist(), *queue.image_id.tolist()]
     ways = (("image", "text"), ("text", "image"))
@@ -40,7 +40,7 @@ def by_the_equations(f, queue, distill: float, duplicates: str) -> float:
 
 @pytest.mark.parametrize("duplicates", ["positive", "negative"])
 @pytest.mark.parametrize("filled", [0, 5])
-def test_loss_is_the_equations_with_distillation_half_way_up_its_ramp(duplicates, filled):
+def test_loss_equals_equations_1_and_6_half_way_through_the_ramp(duplicates, filled):
     itc = replace(ITC, duplicates=duplicates)
     f = bundle(pairs(), {"itc": itc}, filled=filled, progress=0.5)
     queue = f.context.queues[itc]
@@ -51,7 +51,7 @@ def test_loss_is_the_equations_with_distillation_half_way_up_its_ramp(duplicates
 @pytest.mark.parametrize(
     "progress, ramp, share", [(0.0, 1.0, 0), (0.25, 1.0, 0.1), (3.0, 1.0, 0.4), (0.5, 2.0, 0.1), (0, 0, 0.4)]
 )
-def test_share_of_the_teacher_grows_over_the_ramp(progress, ramp, share):
+def test_teacher_share_grows_linearly_over_the_ramp(progress, ramp, share):
     itc = replace(ITC, ramp_epochs=float(ramp))
     f = bundle(pairs(), {"itc": itc}, progress=progress)
     assert itc(f).item() == pytest.approx(by_the_equations(f, f.context.queues[itc], share, "positive"), rel=1e-9)
@@ -59,7 +59,7 @@ def test_share_of_the_teacher_grows_over_the_ramp(progress, ramp, share):
 
 @pytest.mark.parametrize("size", [1, 7, 8, 15, 16, 17])
 @pytest.mark.parametrize("rows", [1, 8])
-def test_queue_of_any_length_serves_batches_of_any_size(size, rows):
+def test_queue_length_and_batch_size_are_independent(size, rows):
     itc = replace(ITC, queue_size=size)
     batch = part_of(pairs(), slice(0, rows))
     f = bundle(batch, {"itc": itc}, filled=0)
@@ -78,7 +78,7 @@ def test_queue_of_any_length_serves_batches_of_any_size(size, rows):
             queue.push(**itc.enqueue(f))
 
 
-def test_gradient_flows_to_the_model_and_its_temperature_alone():
+def test_gradient_flows_only_to_the_model_and_its_temperature():
     f = bundle(pairs(), {"itc": ITC})
     ITC(f).backward()
     assert f.model.temperature.grad.abs() > 0 and f.model.image_projection.weight.grad.norm() > 0
@@ -86,8 +86,8 @@ def test_gradient_flows_to_the_model_and_its_temperature_alone():
     assert f.cached_embeddings().keys() == {"image", "text"} and "projected" not in vars(f)
 
 
-def test_queue_rows_of_the_future_of_nobody_are_no_positives():
-    """A queue that starts full of random vectors has an index that no picture has."""
+def test_random_initial_queue_rows_are_never_positives():
+    """Random initial rows have an image id that no image has."""
     itc = replace(ITC, random_start=True)
     model, _ = networks()
     queue = itc.init_queue(model, 100, CPU, torch.Generator().manual_seed(0))
@@ -103,7 +103,7 @@ def test_queue_rows_of_the_future_of_nobody_are_no_positives():
 
 
 @pytest.mark.parametrize("temperature", [-1.0, 0.0, 1e-9, 50.0])
-def test_temperature_out_of_range_counts_as_the_bound(temperature):
+def test_temperature_beyond_a_bound_is_clamped(temperature):
     f = bundle(pairs(), {"itc": ITC})
     with torch.no_grad():
         f.model.temperature.fill_(temperature)
@@ -118,7 +118,7 @@ def test_temperature_out_of_range_counts_as_the_bound(temperature):
 
 
 @pytest.mark.parametrize("duplicates", ["positive", "negative"])
-def test_two_processes_are_one(pair, duplicates):
+def test_two_processes_equal_one(pair, duplicates):
     objectives = {"itc": replace(ITC, duplicates=duplicates)}
     expected = step(0, 1, objectives)
     assert "temperature" in expected[1]
@@ -126,7 +126,7 @@ def test_two_processes_are_one(pair, duplicates):
         assert_same(found, expected)
 
 
-def test_keys_of_each_process_alone_are_those_of_its_own_batch_and_the_queue_gets_all(pair):
+def test_local_keys_are_those_of_the_process_and_the_queue_gets_all_rows(pair):
     objectives = {"itc": replace(ITC, keys="local")}
     halves = []
     for part in (slice(0, 4), slice(4, 8)):
@@ -139,7 +139,7 @@ def test_keys_of_each_process_alone_are_those_of_its_own_batch_and_the_queue_get
             torch.testing.assert_close(kept["itc"][column], rows)
 
 
-def test_empty_queue_and_no_teacher_are_the_contrast_with_momentum_keys():
+def test_empty_queue_without_teacher_is_contrast_with_momentum_keys():
     itc = replace(ITC, distill=0.0, duplicates="negative")
     f = bundle(pairs(), {"itc": itc}, filled=0)
     own = torch.arange(ROWS)
@@ -148,7 +148,7 @@ def test_empty_queue_and_no_teacher_are_the_contrast_with_momentum_keys():
     assert itc(f).item() == pytest.approx(expected.item(), rel=1e-9)
 
 
-def test_what_is_missing_is_said_before_anything_is_built():
+def test_validate_names_the_missing_setting():
     experiment = Experiment("x", tiny(), {}, Data(train=()), momentum=MomentumConfig())
     ITC.validate(experiment)
     for wrong, message in (

@@ -17,7 +17,7 @@ from vlp.testing import part_of
 ITM = ImageTextMatching()
 
 
-# --- the draw ------------------------------------------------------------------------------------------------------
+# --- sampling ------------------------------------------------------------------------------------------------------
 
 
 def frequencies(similarity, candidates, epsilon=0.0, draws=20_000):
@@ -27,7 +27,7 @@ def frequencies(similarity, candidates, epsilon=0.0, draws=20_000):
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.05])
-def test_candidates_are_drawn_as_often_as_their_softmax_and_epsilon_say(epsilon):
+def test_negatives_are_sampled_with_probability_softmax_plus_epsilon(epsilon):
     similarity, candidates = torch.tensor([3.0, 1.0, 0.0, 2.0, -1.0]), torch.tensor([False, True, True, True, False])
     weights = (torch.tensor([1.0, 0.0, 2.0]).softmax(0) + epsilon).double()
     expected = weights / weights.sum()
@@ -36,7 +36,7 @@ def test_candidates_are_drawn_as_often_as_their_softmax_and_epsilon_say(epsilon)
     assert ((found[1:4] - expected).abs() < 4 * (expected * (1 - expected) / 20_000).sqrt()).all()
 
 
-def test_rows_draw_apart_and_the_generator_repeats_them():
+def test_rows_sample_independently_and_a_seed_repeats_the_samples():
     similarity, candidates = torch.zeros(200, 6), torch.ones(200, 6, dtype=torch.bool)
     first, again = (
         sample_hard_negatives(similarity, candidates, generator=torch.Generator().manual_seed(1)) for _ in "ab"
@@ -44,7 +44,7 @@ def test_rows_draw_apart_and_the_generator_repeats_them():
     assert torch.equal(first, again) and set(first.tolist()) == set(range(6))
 
 
-def test_probabilities_of_0_in_float32_are_still_drawn_in_order_of_size():
+def test_sampling_keeps_the_order_of_probabilities_that_underflow():
     # the published code has a row of zeros here, and stops
     similarity = torch.tensor([[900.0, -400.0, -398.0, -401.0]])
     assert similarity.softmax(1)[0, 1:].sum() == 0
@@ -54,7 +54,7 @@ def test_probabilities_of_0_in_float32_are_still_drawn_in_order_of_size():
     assert ((found - expected).abs() < 4 * (expected / 20_000).sqrt()).all()
 
 
-def test_only_candidates_are_drawn_whatever_the_scores():
+def test_only_candidates_are_sampled():
     torch.manual_seed(3)
     similarity = torch.randn(500, 12) * 300
     candidates = torch.rand(500, 12) < 0.2
@@ -69,7 +69,7 @@ def test_only_candidates_are_drawn_whatever_the_scores():
 
 
 def pair_by_pair(f, texts, images, found):
-    """Every pair fused by itself."""
+    """Compute the loss by fusing every pair separately."""
     model, total, count = f.model, 0.0, 0
     for i in range(len(f.batch)):
         jobs = [(i, i, 1)] + ([(i, int(texts[i]), 0), (int(images[i]), i, 0)] if found[i] else [])
@@ -89,7 +89,7 @@ def gradients_of(loss, model):
 
 @pytest.mark.parametrize("keys", ["momentum", "student"])
 @pytest.mark.parametrize("duplicates", ["mask", "negative"])
-def test_loss_is_that_of_every_pair_by_itself_with_the_hardest_negatives(keys, duplicates):
+def test_loss_equals_pairs_fused_one_by_one(keys, duplicates):
     itm = replace(ITM, keys=keys, duplicates=duplicates)
     f = bundle(pairs(), {"itm": itm})
     of = f.momentum if keys == "momentum" else f
@@ -108,7 +108,7 @@ def test_loss_is_that_of_every_pair_by_itself_with_the_hardest_negatives(keys, d
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_batch_of_one_picture_has_the_loss_of_its_pairs_alone(rows):
+def test_batch_of_one_image_has_only_the_loss_of_its_pairs(rows):
     batch = part_of(pairs(), slice(0, rows))
     batch = replace(batch, image_id=torch.full((rows,), 7))
     for duplicates in ("mask", "negative")[: 1 if rows == 2 else 2]:
@@ -121,7 +121,7 @@ def test_batch_of_one_picture_has_the_loss_of_its_pairs_alone(rows):
             assert (found[name] - gradient).norm() <= 1e-9 * gradient.norm() + 1e-12, name
 
 
-def test_row_whose_picture_is_every_candidates_has_no_negative_and_the_others_have():
+def test_row_without_a_candidate_has_no_negative_and_other_rows_have():
     batch = replace(part_of(pairs(), slice(0, 4)), image_id=torch.tensor([5, 5, 5, 6]))
     f = bundle(batch, {"itm": ITM})
     with drawn_by_row():
@@ -132,7 +132,7 @@ def test_row_whose_picture_is_every_candidates_has_no_negative_and_the_others_ha
     assert loss.isfinite()
 
 
-def test_uniform_negatives_need_no_embeddings_and_come_equally_often():
+def test_uniform_negatives_read_no_embeddings_and_are_equally_frequent():
     itm = replace(ITM, negatives="uniform")
     f = bundle(pairs(), {"itm": itm})
     torch.manual_seed(0)
@@ -164,20 +164,20 @@ def test_all_padding_caption_has_a_loss():
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in f.model.parameters() if p.grad is not None)
 
 
-def test_equal_logits_cost_log_2_whatever_is_counted():
+def test_equal_logits_have_loss_log_2_for_any_count():
     counted = torch.tensor([True, True, False])
     loss = matching_loss(torch.zeros(3, 2), torch.tensor([1, 0, 0]), counted, torch.tensor(2.0))
     assert loss.item() == pytest.approx(math.log(2))
 
 
-def test_two_processes_that_draw_from_the_whole_batch_are_one(pair):
+def test_two_processes_equal_one_with_global_candidates(pair):
     objectives = {"itm": replace(ITM, candidates="global")}
     expected = step(0, 1, objectives)
     for found in pair(step, 2, objectives):
         assert_same(found, expected)
 
 
-def test_two_processes_that_draw_from_their_own_rows_are_the_mean_of_two_batches(pair):
+def test_two_processes_with_local_candidates_are_the_mean_of_two_batches(pair):
     objectives, halves = {"itm": ITM}, []
     for part in (slice(0, 4), slice(4, 8)):
         with drawn_by_row():
@@ -186,7 +186,7 @@ def test_two_processes_that_draw_from_their_own_rows_are_the_mean_of_two_batches
         assert losses["itm"] == pytest.approx(sum(halves) / 2, rel=1e-9)
 
 
-def test_what_is_missing_is_said_before_anything_is_built():
+def test_validate_names_the_missing_setting():
     experiment = Experiment("x", tiny(), {}, Data(train=()), momentum=MomentumConfig())
     ITM.validate(experiment)
     replace(ITM, negatives="uniform").validate(replace(experiment, momentum=None, model=tiny(itc=False)))

@@ -9,13 +9,13 @@ from vlp.objectives.masking import TextMasking, block_masks, choose_spans
 from vlp.types import Vocabulary
 
 PAD, CLS, SEP, MASK, SIZE = 0, 1, 2, 3, 60
-CONTINUES = torch.arange(SIZE) % 3 == 1  # of 4 and above, every third goes on with a word
+CONTINUES = torch.arange(SIZE) % 3 == 1  # from 4 on, every third token continues a word
 CONTINUES[:4] = False
 VOCABULARY = Vocabulary(SIZE, MASK, torch.arange(SIZE) < 4, CONTINUES)
 
 
 def texts(rows=400, length=40, seed=0):
-    """[CLS] words [SEP] padding, of 5 to ``length`` tokens."""
+    """Return texts ``[CLS] words [SEP] padding`` of 5 to ``length`` tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, SIZE, (rows, length), generator=generator)
     lengths = torch.randint(5, length + 1, (rows, 1), generator=generator)
@@ -34,12 +34,12 @@ def chosen_of(masked, ids):
 
 
 def near(found, expected, count, sigmas=5.0):
-    """Within the noise of ``count`` draws of a share."""
+    """Assert that a share of ``count`` draws is within its sampling error."""
     assert abs(found - expected) < sigmas * math.sqrt(expected * (1 - expected) / count), (found, expected)
 
 
 @pytest.mark.parametrize("of", ["token", "word", "span"])
-def test_specials_and_padding_are_neither_chosen_nor_drawn_and_labels_are_the_true_ids(of):
+def test_special_tokens_and_padding_are_never_chosen_or_drawn_and_labels_are_true_ids(of):
     ids, mask = texts()
     masked = draw(TextMasking(unit=of, probability=0.5, mask_share=0.3, random_share=0.7), ids, mask)
     chosen = chosen_of(masked, ids)
@@ -53,7 +53,7 @@ def test_specials_and_padding_are_neither_chosen_nor_drawn_and_labels_are_the_tr
 
 
 @pytest.mark.parametrize("of", ["token", "word", "span"])
-def test_a_share_is_chosen_of_which_80_10_10_are_masked_replaced_and_kept(of):
+def test_chosen_tokens_are_80_percent_masked_10_replaced_10_kept(of):
     ids, mask = texts(2000)
     masked = draw(TextMasking(unit=of), ids, mask)
     words = int((mask & ~VOCABULARY.special[ids]).sum())
@@ -74,7 +74,7 @@ def test_tokens_are_chosen_independently():
 
 
 def words_of(ids):
-    """Lists of columns, a word each, read one token after the other."""
+    """Return the columns of each word, found token by token."""
     words = []
     for column, token in enumerate(ids):
         if VOCABULARY.continues[token] and words:
@@ -84,7 +84,7 @@ def words_of(ids):
     return words
 
 
-def test_words_are_masked_whole_and_each_by_itself():
+def test_whole_words_are_masked_independently():
     ids, mask = texts(300)
     chosen = chosen_of(draw(TextMasking(unit="word", probability=0.3), ids, mask), ids)
     total = count = 0
@@ -115,7 +115,7 @@ def test_spans_are_runs_of_words_of_truncated_geometric_length_until_the_budget(
     assert 0.75 * mean < sum(lengths) / len(lengths) < mean
 
 
-def test_a_span_begins_and_ends_with_a_word_unless_the_budget_cuts_it_and_is_replaced_alike():
+def test_spans_are_whole_words_with_one_replacement_unless_truncated():
     ids, mask = texts(300, 60)
     word = (~VOCABULARY.continues[ids]).cumsum(1)
     maskable = mask & (ids > 3)
@@ -137,7 +137,7 @@ def test_a_span_begins_and_ends_with_a_word_unless_the_budget_cuts_it_and_is_rep
     assert alike == sum(len(word[row][chosen_of(masked, ids)[row]].unique()) for row in range(20))
 
 
-def test_published_ways_spare_the_first_token_alone_and_draw_from_the_whole_vocabulary():
+def test_published_masking_excludes_only_the_first_token_and_draws_from_the_vocabulary():
     ids, mask = texts(2000)
     published = TextMasking(exclude="first", random_from="all", mask_share=0.0, random_share=1.0)
     masked = draw(published, ids, mask)
@@ -147,7 +147,7 @@ def test_published_ways_spare_the_first_token_alone_and_draw_from_the_whole_voca
 
 
 @pytest.mark.parametrize("masking", [TextMasking(unit=of) for of in ("token", "word", "span")], ids=lambda m: m.unit)
-def test_texts_without_a_word_stay_as_they_are(masking):
+def test_texts_without_words_are_unchanged(masking):
     ids = torch.tensor([[CLS, SEP, PAD], [CLS, SEP, PAD], [PAD, PAD, PAD]])
     masked = draw(masking, ids, ids != PAD)
     assert torch.equal(masked.input_ids, ids) and len(masked.positions) == len(masked.labels) == 0
@@ -157,7 +157,7 @@ def test_texts_without_a_word_stay_as_they_are(masking):
     assert torch.equal(masked.input_ids, ids)
 
 
-def test_capacity_fixes_the_number_of_positions_and_changes_nothing_where_it_suffices():
+def test_capacity_fixes_the_number_of_positions_and_keeps_the_chosen_tokens():
     ids, mask = texts()
     exact, roomy = draw(TextMasking(), ids, mask), draw(TextMasking(capacity=0.3), ids, mask)
     assert torch.equal(exact.input_ids, roomy.input_ids)
@@ -172,14 +172,14 @@ def test_capacity_fixes_the_number_of_positions_and_changes_nothing_where_it_suf
     assert torch.equal(tight.input_ids.flatten()[beyond], ids.flatten()[beyond])
 
 
-def test_draws_depend_on_the_generator_alone():
+def test_draws_depend_only_on_the_generator():
     ids, mask = texts()
     for of in ("token", "word", "span"):
         first, again, other = (draw(TextMasking(unit=of), ids, mask, seed) for seed in (0, 0, 1))
         assert torch.equal(first.input_ids, again.input_ids) and not torch.equal(first.input_ids, other.input_ids)
 
 
-def test_what_cannot_be_is_said():
+def test_invalid_shares_and_vocabularies_are_refused():
     ids, mask = texts(3)
     with pytest.raises(UserError, match=r"needs a tokenizer with \[MASK\]"):
         draw(TextMasking(), ids, mask, vocabulary=Vocabulary(SIZE, None, VOCABULARY.special, CONTINUES))
@@ -189,14 +189,14 @@ def test_what_cannot_be_is_said():
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (8, 8), (10, 6), (4, 4), (2, 3), (37, 37)], ids=str)
-def test_every_picture_has_the_same_number_of_distinct_masked_patches(grid):
+def test_every_image_has_the_same_number_of_distinct_masked_patches(grid):
     masks = block_masks(50, grid, 0.4, generator=torch.Generator().manual_seed(0))
     assert masks.shape == (50, round(0.4 * grid[0] * grid[1]))
     assert masks.min() >= 0 and masks.max() < grid[0] * grid[1] and (masks.diff(dim=1) > 0).all()
     assert len({tuple(row) for row in masks.tolist()}) > 1
 
 
-def test_masked_patches_lie_together_and_anywhere():
+def test_masked_patches_are_adjacent_and_cover_all_positions():
     masks = block_masks(3000, (14, 14), 0.4, generator=torch.Generator().manual_seed(0))
     shown = torch.zeros(3000, 196).scatter(1, masks, 1.0).view(3000, 14, 14)
     neighbours = (shown[:, 1:] * shown[:, :-1]).sum() / (13 * 14 * 3000)
@@ -207,7 +207,7 @@ def test_masked_patches_lie_together_and_anywhere():
     assert (mean - mean.flip(1)).abs().max() < 0.06
 
 
-def test_the_first_block_has_the_paper_s_area_and_aspect():
+def test_first_block_has_the_papers_area_and_aspect_ratio():
     masks = block_masks(2000, (30, 30), 0.2, rounds=1, generator=torch.Generator().manual_seed(0))
     aspects = []
     for row in masks.tolist():

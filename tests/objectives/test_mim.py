@@ -26,7 +26,7 @@ def build(mim, image=VIT):
     return Single(image=image, mim=mim).build().eval()
 
 
-def pictures(rows=3, size=(96, 64)):
+def images(rows=3, size=(96, 64)):
     return torch.randn(rows, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
@@ -40,13 +40,13 @@ def run(objective, f, seed=5):
 
 
 def masks(rows=3, grid=(6, 4), seed=5):
-    """What the objective draws with this seed."""
+    """Return the masks that the objective draws with this seed."""
     torch.manual_seed(seed)
     return block_masks(rows, grid, 0.4, 4)
 
 
-def test_pixels_cost_the_mean_squared_error_of_masked_patches_alone():
-    model, image = build(Pixels()), pictures()
+def test_pixel_loss_is_the_mean_squared_error_of_masked_patches():
+    model, image = build(Pixels()), images()
     f, drawn = bundle(model, image), masks()
     answers = model.masked_image(f, torch.cat([n * 24 + drawn[n] for n in range(3)])).view(3, -1, 768)
     total = count = 0
@@ -60,8 +60,8 @@ def test_pixels_cost_the_mean_squared_error_of_masked_patches_alone():
     assert run(OBJECTIVE, f).item() == pytest.approx(total / count, rel=1e-5)
 
 
-def test_codes_cost_the_cross_entropy_of_masked_patches_alone():
-    model, image = build(RandomCodes(codes=40)), pictures()
+def test_code_loss_is_the_cross_entropy_of_masked_patches():
+    model, image = build(RandomCodes(codes=40)), images()
     f, drawn = bundle(model, image), masks()
     positions = torch.cat([row * 24 + drawn[row] for row in range(3)])
     chances = model.masked_image(f, positions).softmax(1).tolist()
@@ -70,8 +70,8 @@ def test_codes_cost_the_cross_entropy_of_masked_patches_alone():
     assert run(OBJECTIVE, f).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_a_masked_patch_shows_reaches_the_loss_only_as_its_target():
-    model, image = build(RandomCodes(codes=40)), pictures()
+def test_masked_patches_enter_the_loss_only_as_targets():
+    model, image = build(RandomCodes(codes=40)), images()
     hidden = torch.zeros(3, 24).scatter(1, masks(), 1).view(3, 1, 6, 4)
     hidden = hidden.repeat_interleave(16, 2).repeat_interleave(16, 3)
     model.mim.targets.forward = lambda image: torch.zeros(3, 24, dtype=torch.int64)
@@ -79,16 +79,16 @@ def test_what_a_masked_patch_shows_reaches_the_loss_only_as_its_target():
     assert losses[0] == losses[1] != run(OBJECTIVE, bundle(model, image + 3 * (1 - hidden))).item()
 
 
-def test_every_parameter_of_tower_and_head_is_trained_towers_that_pool_before_their_norm_included():
+def test_every_parameter_has_a_gradient_also_with_pooling_before_the_norm():
     towers = (VIT, TimmImage("vit_wee_patch16_reg1_gap_256", image_size=64))
     for tower, size in zip(towers, ((96, 64), (64, 64))):
         model = build(Pixels(), tower)
-        run(OBJECTIVE, bundle(model, pictures(size=size))).backward()
+        run(OBJECTIVE, bundle(model, images(size=size))).backward()
         assert {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None} == set()
 
 
-def test_it_learns_a_picture_by_heart():
-    model, image = build(RandomCodes(codes=40)).train(), pictures()
+def test_training_memorises_one_image():
+    model, image = build(RandomCodes(codes=40)).train(), images()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     before = run(OBJECTIVE, bundle(model, image)).item()
     for seed in range(40):
@@ -98,7 +98,7 @@ def test_it_learns_a_picture_by_heart():
     assert run(OBJECTIVE, bundle(model, image)).item() < before / 2
 
 
-def test_what_is_missing_is_said_before_anything_is_built():
+def test_validate_names_the_missing_setting():
     def experiment(model, **more):
         objectives = {"mim": MaskedImage(**more)}
         return Experiment(name="x", model=model, objectives=objectives, data=Data(train=(Source("s"),)), optim=AdamW())

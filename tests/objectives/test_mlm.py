@@ -27,7 +27,7 @@ SIZES |= {"intermediate_size": 64, "max_position_embeddings": 40}
 MODEL = Single(text=BertText(config=SIZES | {"model_type": "bert"}, dropout=0.0), mlm=True)
 VOCABULARY = Vocabulary(99, 4, torch.arange(99) < 5, torch.zeros(99, dtype=torch.bool))
 USUAL = TextMasking()
-EVERY = TextMasking(probability=1.0, mask_share=1.0, random_share=0.0)  # leaves nothing to chance
+EVERY = TextMasking(probability=1.0, mask_share=1.0, random_share=0.0)  # no random choice
 
 
 def batch(lengths=(9, 3, 12, 6)):
@@ -54,7 +54,7 @@ def run(objective, f, seed=5):
 
 
 def masked_batch(given, masking=USUAL, seed=5):
-    """What the objective draws with this seed: masked ids, and (B, L) labels in transformers' form."""
+    """Return the masked ids that the objective draws with this seed, and (B, L) labels as transformers takes them."""
     torch.manual_seed(seed)
     masked = masking(given.input_ids, given.attention_mask, VOCABULARY)
     labels = torch.full_like(given.input_ids, -100)
@@ -63,7 +63,7 @@ def masked_batch(given, masking=USUAL, seed=5):
 
 
 def published(model, folder):
-    """transformers' BERT with the model's weights."""
+    """Return transformers' BERT with the weights of the model."""
     reference = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)).eval()
     state = {f"bert.{name}": value for name, value in model.text.model.state_dict().items()}
     own = {"dense": "transform.dense", "norm": "transform.LayerNorm"}
@@ -78,7 +78,7 @@ def published(model, folder):
 
 @pytest.mark.parametrize("of", ["token", "word", "span"])
 @pytest.mark.parametrize("capacity", [None, 0.5])
-def test_loss_and_gradients_are_those_of_transformers_bert_on_the_same_labels(tmp_path, of, capacity):
+def test_loss_and_gradients_equal_transformers_bert(tmp_path, of, capacity):
     model, given = build().eval(), batch((12, 3, 12, 9))
     masking = TextMasking(unit=of, probability=0.3, capacity=capacity)
     ids, labels = masked_batch(given, replace(masking, capacity=None))
@@ -95,7 +95,7 @@ def test_loss_and_gradients_are_those_of_transformers_bert_on_the_same_labels(tm
     torch.testing.assert_close(model.mlm.bias.grad, reference.cls.predictions.bias.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_texts_without_a_word_cost_exactly_0_and_every_gradient_is_0():
+def test_texts_without_words_have_zero_loss_and_gradients():
     given = batch((2, 2, 2))
     given.input_ids[:, 1] = 3
     for masking in (USUAL, TextMasking(unit="span"), TextMasking(capacity=0.5)):
@@ -107,7 +107,7 @@ def test_texts_without_a_word_cost_exactly_0_and_every_gradient_is_0():
 
 
 @pytest.mark.parametrize(("progress", "share"), [(0.0, 0.0), (0.25, 0.1), (3.0, 0.4)])
-def test_distillation_mixes_in_the_teacher_s_answer_to_the_same_text_along_its_ramp(progress, share):
+def test_distillation_mixes_the_teachers_prediction_for_the_same_text_along_the_ramp(progress, share):
     model, teacher, given = build().eval(), build(1).eval().requires_grad_(False), batch()
     ids, labels = masked_batch(given)
     positions = (labels >= 0).flatten().nonzero()[:, 0]
@@ -120,7 +120,7 @@ def test_distillation_mixes_in_the_teacher_s_answer_to_the_same_text_along_its_r
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_only_the_asked_views_pass_is_run():
+def test_only_the_first_view_is_encoded():
     calls = []
     model, given = build(), batch()
     model.text.register_forward_hook(lambda *_: calls.append("text"))
@@ -133,7 +133,9 @@ def step(rank, world, objective):
     """Return the mean of the loss over the processes, and the gradients that DDP leaves."""
     model, given = build().double(), batch((12, 10, 11, 9, 3, 2, 4, 1))  # the first half has most of the words
     pretrainer = Pretrainer(model, {"mlm": objective})
-    called = DistributedDataParallel(pretrainer) if world > 1 else pretrainer  # kept until the backward is done
+    called = (
+        DistributedDataParallel(pretrainer) if world > 1 else pretrainer
+    )  # must stay alive until the backward pass has ended
     part = part_of(given, slice(rank * 8 // world, (rank + 1) * 8 // world))
     losses, total, _ = called([part], None, StepContext(vocabulary=VOCABULARY))
     total.backward()
@@ -141,13 +143,13 @@ def step(rank, world, objective):
     return mean, {name: p.grad for name, p in model.named_parameters()}
 
 
-def test_two_processes_with_unequal_numbers_of_words_have_the_loss_and_gradient_of_one(pair):
+def test_two_processes_with_unequal_numbers_of_words_equal_one(pair):
     loss, gradients = step(0, 1, MaskedText(masking=EVERY))
     for mean, found in pair(step, 2, MaskedText(masking=EVERY)):
         assert mean == pytest.approx(loss, rel=1e-9)
         for name, gradient in gradients.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-10, msg=name)
-    # as published: a word counts more where there are fewer of them
+    # as published: a word has more weight on a process with fewer words
     for mean, _ in pair(step, 2, MaskedText(masking=EVERY, mean_over="local")):
         assert abs(mean - loss) > 1e-4
 
@@ -159,7 +161,7 @@ def experiment(model=MODEL, momentum=None, **more):
     )
 
 
-def test_what_is_missing_is_said_before_anything_is_built():
+def test_validate_names_the_missing_setting():
     for wrong, complaint in (
         (experiment(Single(image=TimmImage("test_vit"))), "needs a text tower"),
         (experiment(replace(MODEL, mlm=False)), "set model.mlm=true"),
@@ -172,6 +174,6 @@ def test_what_is_missing_is_said_before_anything_is_built():
     right.objectives["mlm"].validate(right)
 
 
-def test_a_random_model_is_as_sure_as_chance():
+def test_random_model_has_the_loss_of_chance():
     loss = run(MaskedText(masking=EVERY), bundle(build(), batch()))
     assert loss.item() == pytest.approx(math.log(99), rel=0.05)

@@ -18,7 +18,7 @@ GROWING = Moco(queue_size=11, random_start=False, temperature=0.3)
 
 
 def by_the_equation(f, memory, temperature: float, left_out: bool) -> float:
-    """He et al. 2020, eq. 1, row by row."""
+    """Compute He et al. 2020, eq. 1, row by row."""
     queries = f.model.encode_image(f.batch.image).embed
     keys = f.momentum.model.encode_image(f.batch.views[0].image).embed
     total = 0.0
@@ -35,20 +35,18 @@ def by_the_equation(f, memory, temperature: float, left_out: bool) -> float:
 
 @pytest.mark.parametrize("duplicates", ["negative", "mask"])
 @pytest.mark.parametrize("random_start", [False, True])
-def test_loss_is_equation_1(duplicates, random_start):
+def test_loss_equals_equation_1(duplicates, random_start):
     objective = replace(GROWING, duplicates=duplicates, random_start=random_start)
     f = forward_of(objective, views())
     memory = f.context.queues[objective]
     assert len(memory) == (11 if random_start else 3)
-    assert (
-        random_start or f.batch.image_id[1] == memory.image_id[0]
-    )  # one row of the queue shows a picture of the batch
+    assert random_start or f.batch.image_id[1] == memory.image_id[0]  # one row of the queue shows an image of the batch
     expected = by_the_equation(f, memory, 0.3, duplicates == "mask")
     assert objective(f).item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("duplicates", ["negative", "mask"])
-def test_empty_queue_gives_0_and_a_defined_gradient(duplicates):
+def test_empty_queue_gives_zero_loss_and_a_finite_gradient(duplicates):
     objective = replace(GROWING, duplicates=duplicates)
     f = forward_of(objective, views())
     f.context.queues[objective]._filled = 0
@@ -58,7 +56,7 @@ def test_empty_queue_gives_0_and_a_defined_gradient(duplicates):
     assert f.model.head.weight.grad.norm().item() == pytest.approx(0, abs=1e-6)
 
 
-def test_equal_embeddings_give_log_of_one_and_the_queue():
+def test_equal_embeddings_give_log_of_one_plus_queue_size():
     objective = replace(GROWING, random_start=True)
     f = forward_of(objective, views())
     with torch.no_grad():
@@ -70,7 +68,7 @@ def test_equal_embeddings_give_log_of_one_and_the_queue():
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 11])
-def test_queue_gets_the_keys_of_the_momentum_encoder_whatever_its_length(size):
+def test_queue_gets_the_keys_of_the_momentum_encoder_for_any_length(size):
     objective = replace(GROWING, queue_size=size)
     f = forward_of(objective, views())
     objective(f)
@@ -84,7 +82,7 @@ def test_queue_gets_the_keys_of_the_momentum_encoder_whatever_its_length(size):
     torch.testing.assert_close(newest[-min(size, ROWS) :], expected[-min(size, ROWS) :].float())
 
 
-def test_each_network_runs_once_on_its_view_and_only_the_model_gets_a_gradient():
+def test_each_network_runs_once_and_only_the_model_has_a_gradient():
     f = forward_of(GROWING, views())
     GROWING(f).backward()
     with torch.no_grad():
@@ -102,7 +100,7 @@ def test_shuffled_keys_without_batch_norm_are_the_keys():
     torch.testing.assert_close(encoded.tokens, plain.tokens[:, :1])
 
 
-def test_towers_without_batch_norm_are_left_whole():
+def test_towers_without_batch_norm_are_not_grouped():
     objective = replace(GROWING, groups=4)
     f = forward_of(objective, views())
     objective(f)
@@ -121,8 +119,10 @@ GROUPS = 4
 
 
 def told_apart_by_statistics(tower, encode) -> float:
-    """One picture stands in every group, among others. Share of its queries that find the key of their own group among
-    its keys: they all look the same, so that only the statistics of the group can tell them apart."""
+    """Return the share of queries that are most similar to the key of their own group.
+
+    The same image is in every group, so that only BatchNorm's statistics of a group distinguish the keys.
+    """
     torch.manual_seed(1)
     right, rows, trials = 0, 32, 8
     twins = torch.arange(0, rows, rows // GROUPS)
@@ -137,12 +137,12 @@ def told_apart_by_statistics(tower, encode) -> float:
     return right / (GROUPS * trials)
 
 
-def test_batch_norm_tells_query_and_key_of_one_group_and_shuffling_removes_that(tower):
+def test_shuffling_removes_the_leak_through_batch_norm_statistics(tower):
     assert told_apart_by_statistics(tower, encode_in_groups) > 0.9
     assert told_apart_by_statistics(tower, encode_shuffled) < 0.45  # chance 0.25
 
 
-def test_groups_are_normalised_apart_and_shuffling_deals_the_keys_out_anew():
+def test_groups_are_normalised_separately_and_shuffling_permutes_the_keys():
     objective = replace(GROWING, groups=2)
     f = forward_of(objective, views(), norm=True)
     torch.manual_seed(7)
@@ -162,25 +162,25 @@ def test_groups_are_normalised_apart_and_shuffling_deals_the_keys_out_anew():
 
 
 @pytest.mark.parametrize("duplicates", ["negative", "mask"])
-def test_two_processes_are_one(pair, duplicates):
+def test_two_processes_equal_one(pair, duplicates):
     objective = replace(GROWING, duplicates=duplicates)
     assert_two_are_one(pair, objective, objective)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_two_processes_with_batch_norm_are_one_with_two_groups(pair, shuffle):
+def test_two_processes_with_batch_norm_equal_one_with_two_groups(pair, shuffle):
     objective = replace(GROWING, shuffle=shuffle)
     assert_two_are_one(pair, objective, replace(objective, groups=2), norm=True)
 
 
-def test_parts_of_a_batch_have_the_loss_of_the_whole():
+def test_mean_over_parts_of_a_batch_equals_the_batch():
     batch, queues = views(), queues_of(GROWING, forward_of(GROWING, views()).model)
     losses = [GROWING(forward_of(GROWING, part_of(batch, slice(i, i + 1)), queues=queues)) for i in range(ROWS)]
     whole = GROWING(forward_of(GROWING, batch, queues=queues))
     assert sum(losses).item() / ROWS == pytest.approx(whole.item(), rel=1e-6)
 
 
-def test_what_is_missing_is_said_before_anything_is_built():
+def test_validate_names_the_missing_setting():
     experiment = Experiment(
         "x",
         Single(image=TimmImage("test_vit")),

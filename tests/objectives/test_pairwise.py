@@ -16,13 +16,13 @@ SIDES = ("image_text", "images", "texts")
 
 
 def both(f, sides):
-    """Queries and keys of either direction, as detached rows."""
+    """Yield the queries and keys of both directions as detached rows."""
     x, y = (side.embed.detach() for side in sides_of(f, sides))
     return ((x, y), (y, x))
 
 
 def mined(queries, keys, ids, margin, mining) -> list[float]:
-    """The hinges of FaceNet's triplets, one anchor at a time."""
+    """Compute the hinges of FaceNet's triplets, one anchor at a time."""
     hinges = []
     for i, q in enumerate(queries):
         d = [float((q - k).square().sum()) for k in keys]
@@ -39,7 +39,7 @@ def mined(queries, keys, ids, margin, mining) -> list[float]:
 
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("mining", ["semi_hard", "hardest"])
-def test_triplet_is_the_mean_over_mined_triplets(sides, mining):
+def test_triplet_loss_is_the_mean_over_mined_triplets(sides, mining):
     objective = Triplet(margin=0.5, mining=mining, sides=sides)
     f = forward_of(objective, views())
     hinges = [mined(q, k, f.batch.image_id.tolist(), 0.5, mining) for q, k in both(f, sides)]
@@ -47,7 +47,7 @@ def test_triplet_is_the_mean_over_mined_triplets(sides, mining):
     assert objective(f).item() == pytest.approx(sum(sum(h) / len(h) for h in hinges) / 2)
 
 
-def test_without_a_triplet_the_loss_and_its_gradient_are_0():
+def test_batch_without_triplets_has_zero_loss_and_gradient():
     f = forward_of(Triplet(), views(rows=1))
     loss = Triplet()(f)
     loss.backward()
@@ -56,7 +56,7 @@ def test_without_a_triplet_the_loss_and_its_gradient_are_0():
 
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("others", [1, 3])
-def test_pair_contrast_is_equation_4_of_each_row_with_its_own_and_the_next_keys(sides, others):
+def test_pair_contrast_equals_equation_4_with_own_and_next_keys(sides, others):
     objective = PairContrast(margin=1.3, num_others=others, sides=sides)
     f = forward_of(objective, views())
     ids, values = f.batch.image_id.tolist(), []
@@ -69,8 +69,8 @@ def test_pair_contrast_is_equation_4_of_each_row_with_its_own_and_the_next_keys(
     assert objective(f).item() == pytest.approx(sum(values) / len(values))
 
 
-def test_duplicates_elsewhere_in_the_batch_is_a_match():
-    """Rows 1 and 6 show the same picture: a step of 5 meets it."""
+def test_duplicate_image_elsewhere_in_the_batch_is_a_match():
+    """Rows 1 and 6 show the same image and are 5 rows apart."""
     f = forward_of(PairContrast(), views())
     f.batch.image_id[:] = torch.arange(ROWS)
     apart = PairContrast(num_others=5)(f)
@@ -79,7 +79,7 @@ def test_duplicates_elsewhere_in_the_batch_is_a_match():
 
 
 @pytest.mark.parametrize("sides", SIDES)
-def test_n_pair_is_the_softmax_of_pooled_states_with_the_penalty(sides):
+def test_n_pair_equals_the_softmax_of_pooled_states_plus_the_penalty(sides):
     objective = NPair(l2=0.3, sides=sides)
     f = forward_of(objective, views())
     x, y = (side.tokens[:, 0].detach() for side in sides_of(f, sides))
@@ -95,12 +95,12 @@ def test_n_pair_is_the_softmax_of_pooled_states_with_the_penalty(sides):
 @pytest.mark.parametrize(
     "objective", [Triplet(), Triplet(mining="hardest", margin=0.5), PairContrast(num_others=5), NPair(l2=0.1)]
 )
-def test_two_processes_are_one(pair, objective, sides):
+def test_two_processes_equal_one(pair, objective, sides):
     objective = replace(objective, sides=sides)
     assert_two_are_one(pair, objective, objective)
 
 
-def test_what_cannot_be_is_said_before_anything_is_built():
+def test_validate_names_the_wrong_setting():
     data = Data(train=(), views=(simclr(),), batch_size=8)
     experiment = Experiment("x", Single(image=TimmImage("test_vit")), {}, data)
     for objective in (Triplet(), PairContrast(), NPair()):

@@ -38,7 +38,7 @@ TOY = ROOT / "tests" / "fixtures" / "toy_esimcse.py"
 
 
 class Bag(Model):
-    """The smallest sentence encoder."""
+    """A minimal sentence encoder."""
 
     def __init__(self, seed=0):
         super().__init__()
@@ -54,7 +54,7 @@ class Bag(Model):
 
 
 def batch_of(views: int) -> Batch:
-    """The views have other lengths and, but for the sentence that comes twice, other words."""
+    """Return a batch whose views differ in length and words, except for a duplicate sentence."""
     torch.manual_seed(1)
     made = []
     for view in range(views):
@@ -65,7 +65,7 @@ def batch_of(views: int) -> Batch:
 
 
 def queue_of(rows: int, size: int = 30) -> Queue:
-    """It knows the sentence of row 2."""
+    """Return a queue that contains the sentence of row 2."""
     torch.manual_seed(2)
     queue = Queue(size, {"text": E}, torch.device("cpu"))
     queue.push(torch.tensor([4, *range(100, 99 + rows)]), text=nn.functional.normalize(torch.randn(rows, E), dim=1))
@@ -79,7 +79,7 @@ def forward_of(objective, views=2, queue=None, momentum=None) -> Forward:
 
 
 def mean_over_rows(rows) -> float:
-    """-1/B sum_i 1/|positives| sum_p log softmax_p, of rows [(logit, is positive), ...]."""
+    """Compute -1/B sum_i 1/|positives| sum_p log softmax_p from rows [(logit, is_positive), ...]."""
     total = 0.0
     for row in rows:
         normaliser = sum(math.exp(logit) for logit, _ in row)
@@ -111,7 +111,7 @@ def test_simcse_equals_loops_over_sentences(views, alpha):
     assert objective(f).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_sentence_that_comes_twice_does_not_repel_itself():
+def test_duplicate_sentence_is_not_its_own_negative():
     model, ids = Bag(), torch.full((2, 3), 7)
     batch = Batch(torch.tensor([5, 5]), input_ids=ids, attention_mask=ids.bool())
     batch = replace(batch, views=(replace(batch),))
@@ -120,10 +120,10 @@ def test_a_sentence_that_comes_twice_does_not_repel_itself():
     assert loss.item() == pytest.approx(math.log(2))
     assert model.text.weight.grad.abs().max() < 1e-6
     apart = SimCse()(Forward(model, replace(batch, image_id=torch.tensor([5, 6]))))
-    assert apart.item() == pytest.approx(math.log(2))  # taken for two sentences, each is the other's equal
+    assert apart.item() == pytest.approx(math.log(2))  # as two sentences, both have the same similarity
 
 
-def test_unsupervised_simcse_is_one_pass_with_two_dropout_masks():
+def test_unsupervised_simcse_encodes_both_views_in_one_pass_with_different_dropout():
     sizes = {"model_type": "bert", "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "intermediate_size": 32}
     model, rows = Single(text=BertText(config=sizes, length_groups=1), head="tanh").build().train(), []
@@ -157,7 +157,7 @@ def test_esimcse_equals_loops_over_batch_and_queue():
     assert loss.item() == pytest.approx(mean_over_rows(rows), rel=1e-5)
 
 
-def test_esimcse_with_an_empty_queue_is_simcse():
+def test_esimcse_with_an_empty_queue_equals_simcse():
     objective = ESimCse()
     queue = objective.init_queue(Bag(), 100, torch.device("cpu"), torch.Generator())
     assert len(queue) == 0
@@ -165,7 +165,7 @@ def test_esimcse_with_an_empty_queue_is_simcse():
     assert found.item() == pytest.approx(SimCse()(forward_of(objective)).item(), rel=1e-5)
 
 
-def test_esimcse_remembers_the_original_sentence_by_the_momentum_encoder():
+def test_esimcse_queues_the_momentum_encoding_of_the_original_sentence():
     teacher = Bag(seed=5)
     for head in ("momentum", "student"):
         objective = ESimCse(queue_head=head)
@@ -200,7 +200,7 @@ def test_cert_equals_loops_over_own_key_and_queue(filled):
     assert torch.equal(objective.enqueue(f)["text"], key)
 
 
-def test_cert_starts_with_a_random_queue_if_asked():
+def test_cert_can_start_with_a_random_queue():
     generator = torch.Generator().manual_seed(0)
     queue = Cert(queue_size=30, random_start=True).init_queue(Bag(), 100, torch.device("cpu"), generator)
     assert len(queue) == 30 and (queue.image_id == -1).all()
@@ -221,7 +221,9 @@ def gradients(rank: int, world: int, name: str) -> tuple:
     model, momentum = Bag(), Bag(seed=5).requires_grad_(False)
     context = StepContext({objective: queue_of(20)} if not name.startswith("simcse") else {})
     pretrainer = Pretrainer(model, {"o": objective})
-    called = DistributedDataParallel(pretrainer) if world > 1 else pretrainer  # which must live until the backward
+    called = (
+        DistributedDataParallel(pretrainer) if world > 1 else pretrainer
+    )  # must stay alive until the backward pass has ended
     batch = part_of(batch_of(views), slice(rank * B // world, (rank + 1) * B // world))
     losses, total, (f,) = called([batch], momentum, context)
     total.backward()
@@ -232,7 +234,7 @@ def gradients(rank: int, world: int, name: str) -> tuple:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_two_processes_are_one_in_loss_gradient_and_queue(pair, name):
+def test_two_processes_equal_one_in_loss_gradient_and_queue(pair, name):
     loss, expected, enqueued = gradients(0, 1, name)
     for total, found, rows in pair(gradients, 2, name):
         assert total == pytest.approx(loss, rel=1e-5)
@@ -249,7 +251,7 @@ def experiment(objective, **changes) -> Experiment:
     return replace(Experiment("x", model, {"o": objective}, data), **changes)
 
 
-def test_what_a_method_lacks_is_said_before_anything_is_built():
+def test_validate_names_the_missing_setting():
     views = Data(train=(Sentences("x.tsv", columns=("a", "b")),), tokenizer="t", batch_size=8)
     for objective in (SimCse(), ESimCse(), Cert()):
         complete = experiment(objective, momentum=MomentumConfig(0.995, "eval"))
@@ -278,8 +280,8 @@ def sentences(world) -> Path:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_resumed_esimcse_is_the_run_that_never_stopped(world, sentences, tmp_path, world_size):
-    """Queue, momentum encoder and the repetitions of the epoch among it: six steps are two epochs of 24 sentences."""
+def test_resumed_esimcse_equals_the_uninterrupted_run(world, sentences, tmp_path, world_size):
+    """Queue, momentum encoder and word repetition are restored. Six steps are two epochs of 24 sentences."""
     whole, again = tmp_path / "whole", tmp_path / "again"
     given = [f"data.train={sentences}", f"data.tokenizer={world / 'tokenizer'}", f"output={tmp_path}"]
     done = run("train", TOY, *given, "name=whole", world=world_size)

@@ -15,7 +15,7 @@ from vlp.objectives.simclr import SimClr
 
 
 def by_the_equation(z: list[torch.Tensor], temperature: float) -> float:
-    """Chen et al. 2020, eq. 1: rows i and i + B of z are two views of a picture."""
+    """Compute Chen et al. 2020, eq. 1. Rows i and i + B of z are two views of an image."""
     n, total = len(z), 0.0
     for i in range(n):
         j = (i + n // 2) % n
@@ -25,7 +25,7 @@ def by_the_equation(z: list[torch.Tensor], temperature: float) -> float:
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
-def test_loss_is_equation_1_also_where_a_picture_comes_twice(temperature):
+def test_loss_equals_equation_1_also_with_duplicate_images(temperature):
     batch = views()
     assert len(set(batch.image_id.tolist())) == ROWS - 1
     model = Net()
@@ -42,21 +42,21 @@ def test_equal_embeddings_give_log_of_all_other_views():
     assert SimClr()(forward_of(SimClr(), batch)).item() == pytest.approx(math.log(2 * ROWS - 1))
 
 
-def test_one_picture_alone_has_no_negative_and_a_loss_of_0():
+def test_single_image_has_zero_loss():
     assert SimClr()(forward_of(SimClr(), views(rows=1))).item() == pytest.approx(0)
 
 
-def test_both_views_pass_a_batch_norm_together():
+def test_both_views_share_batch_norm_statistics():
     f = forward_of(SimClr(), views(), norm=True)
     SimClr()(f)
     assert f.model.body[1].num_batches_tracked == 1
 
 
-def test_two_processes_are_one(pair):
+def test_two_processes_equal_one(pair):
     assert_two_are_one(pair, SimClr(temperature=0.3), SimClr(temperature=0.3))
 
 
-def test_what_is_missing_is_said_before_anything_is_built():
+def test_validate_names_the_missing_setting():
     experiment = Experiment("x", Single(image=TimmImage("test_vit")), {"simclr": SimClr()}, Data(train=()))
     for count in (0, 2):
         with pytest.raises(UserError, match=f"SimClr needs 1 further view of each image, not {count}"):

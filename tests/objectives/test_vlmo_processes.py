@@ -1,4 +1,4 @@
-"""VLMo in two processes: the gradient of ITC does not depend on their number, nor do the proportions of ITC, ITM and MLM."""
+"""VLMo on two processes: the gradients of ITC, ITM and MLM do not depend on the number of processes."""
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -12,13 +12,13 @@ from vlp.objectives.mlm import MaskedText
 from vlp.train import Pretrainer
 
 
-def test_two_processes_are_one_for_every_parameter_and_so_the_proportion_of_the_losses_too(pair):
+def test_two_processes_equal_one_for_every_parameter_and_loss(pair):
     expected = step(0, 1, OBJECTIVES, SPEC)
     for found in pair(step, 2, OBJECTIVES, SPEC):
         assert_same(found, expected)
 
 
-def test_with_queues_and_a_teacher_two_processes_are_one(pair):
+def test_two_processes_equal_one_with_queues_and_a_teacher(pair):
     objectives = {
         "itc": MomentumContrast(queue_size=7, ramp_epochs=1.0),
         "itc_vl": MomentumContrast(queue_size=7, ramp_epochs=1.0, head="vl"),
@@ -35,7 +35,7 @@ def ddp_step(rank, spec, objectives):
     model = spec.build()
     with drawn_by_row():
         module = DistributedDataParallel(Pretrainer(model, objectives))
-        for _ in range(2):  # the second complains of what the first left unused
+        for _ in range(2):  # DDP reports unused parameters in the second step
             batch = apart()
             batch.image = batch.image.float()
             module([batch], None, StepContext())[1].backward()

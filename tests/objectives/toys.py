@@ -106,7 +106,7 @@ def assert_two_are_one(pair, objective, one, norm: bool = False) -> None:
     assert any(gradient.norm() > 1e-6 for gradient in expected.values())
     for total, found, enqueued in pair(step, 2, objective, norm):
         assert abs(total - loss) < 1e-9
-        # with nothing to do, the words' gradient is None or, under DDP, 0
+        # unused words have no gradient, or zero under DDP
         assert all(torch.allclose(found[n], expected.get(n, torch.zeros(())), rtol=1e-7, atol=1e-9) for n in found)
         assert expected.keys() <= found.keys() and enqueued.keys() == kept.keys()
         assert all(torch.allclose(enqueued[name].double(), kept[name].double()) for name in kept)
