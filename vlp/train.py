@@ -30,6 +30,7 @@ from vlp.specs.user_code import NO_CODE, UserCode
 from vlp.training.detached import DetachedGraph
 from vlp.training.interrupts import Stopped, TrainingInterrupt
 from vlp.training.logging import peak_memory_mib
+from vlp.training.prefetch import on_device
 from vlp.training.profile import part, profiled_steps
 from vlp.training.run import Run
 from vlp.training.run_lock import RunLock
@@ -128,7 +129,7 @@ class Trainer:
             self.evaluate(run.resumed_from, interrupted)
         wanted = self.experiment.train.profile and self.accelerator.is_main_process
         with (
-            closing(run.micro_batches()) as micro_batches,
+            closing(self.micro_batches()) as micro_batches,
             profiled_steps(run.model, run.folder, wanted) as step_ended,
         ):
             while state.step < run.total_steps:
@@ -168,7 +169,7 @@ class Trainer:
         for number in range(passes):
             loaded = [self._next(micro_batches) for _ in range(experiment.train.accumulation // passes)]
             with part("prepare"):
-                batches = [self.prepare(each.batch) for each in loaded]
+                batches = [self.prepare(each) for each in loaded]
             keys += [key for batch in batches for key in batch.keys]
             # Dropout and masks depend only on (seed, step, process), so no random state has to be saved.
             rng = keyed_rng(experiment.seed, 4, state.step, number, self.accelerator.process_index)
@@ -204,6 +205,10 @@ class Trainer:
             self.advance(enqueued, skipped=not (finite and math.isfinite(norm)))
         return self._record(losses, lr, norm, f, began)
 
+    def micro_batches(self) -> Iterator[Loaded]:
+        """Yield the micro-batches of this process on its device."""
+        return on_device(self.run.micro_batches(), self.accelerator.device)
+
     def _next(self, micro_batches: Iterator[Loaded]) -> Loaded:
         asked = time.monotonic()
         with part("loader"):
@@ -213,14 +218,13 @@ class Trainer:
         self.run.state.truncated_captions += loaded.truncated_captions
         return loaded
 
-    def prepare(self, batch: Batch) -> Batch:
-        """Move a loaded micro-batch to the device, normalise its images, and mix them."""
-        first, experiment = int(batch.dataset_row[0]), self.run.experiment
-        batch = self._normalise(batch.to(self.accelerator.device))
+    def prepare(self, loaded: Loaded) -> Batch:
+        """Normalise the images of a micro-batch, and mix them."""
+        experiment, batch = self.run.experiment, self._normalise(loaded.batch)
         if experiment.train.mixup is None:
             return batch
         # Keyed by the step and by the samples, which differ between processes and micro-batches.
-        key = (experiment.seed, self.run.state.step, first)
+        key = (experiment.seed, self.run.state.step, loaded.first_row)
         return experiment.train.mixup(batch, experiment.model.classes, key)
 
     def _normalise(self, batch: Batch) -> Batch:

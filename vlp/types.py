@@ -5,7 +5,7 @@ B batch, N tokens, P image tokens, L text tokens, D width, E embedding, H and W 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,8 +29,9 @@ class Answers:
     weight: Tensor
     row: Tensor
 
-    def to(self, device: torch.device) -> Answers:
-        return Answers(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+    def map(self, function: Callable[[Tensor], Tensor]) -> Answers:
+        """Return the answers with a function applied to each tensor."""
+        return Answers(**{name: function(tensor) for name, tensor in vars(self).items()})
 
 
 @dataclass
@@ -66,13 +67,19 @@ class Batch:
     keys: Sequence[str] = ()
 
     def to(self, device: torch.device) -> Batch:
-        def move(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.to(device, non_blocking=True)
-            return value.to(device) if isinstance(value, Answers) else value
+        """Return the batch on a device. The copy is asynchronous if the memory is pinned."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-        moved = {name: move(value) for name, value in vars(self).items()}
-        return Batch(**moved | {"views": tuple(view.to(device) for view in self.views)})
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with a function applied to each tensor, also of the views and the answers."""
+
+        def mapped(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return function(value)
+            return value.map(function) if isinstance(value, Answers) else value
+
+        views = tuple(view.map(function) for view in self.views)
+        return Batch(**{name: mapped(value) for name, value in vars(self).items()} | {"views": views})
 
     def __len__(self) -> int:
         return len(self.image_id)

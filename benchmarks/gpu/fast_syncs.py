@@ -72,7 +72,7 @@ def watched(experiment: Experiment) -> dict:
     experiment = override(replace(experiment, train=train), [*toy_overrides(world(), output), "evaluate_every=0"])
     run = set_up(experiment, False, RunLock(experiment.folder))
     trainer, interrupted = Trainer(run), TrainingInterrupt()
-    with closing(run.micro_batches()) as micro_batches:
+    with closing(trainer.micro_batches()) as micro_batches:
         for _ in range(WARM_UP):
             trainer.step(micro_batches, interrupted)
         with watching(trainer) as waits:

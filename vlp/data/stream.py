@@ -26,11 +26,21 @@ from vlp.types import Answers, Batch
 
 @dataclass
 class Loaded:
-    """Result of a loader worker: a batch, and the quarantine entries of the bad samples that it replaced."""
+    """Result of a loader worker.
+
+    Args:
+        bad: Quarantine entries of the bad samples that were replaced.
+        first_row: ``dataset_row`` of the first sample, on the host wherever the batch is.
+    """
 
     batch: Batch
     bad: list[dict] = field(default_factory=list)
     truncated_captions: int = 0
+    first_row: int = 0
+
+    def pin_memory(self) -> Loaded:
+        """Return the batch in pinned memory, which is copied to a GPU asynchronously. DataLoader calls it."""
+        return replace(self, batch=self.batch.map(Tensor.pin_memory))
 
 
 @dataclass
@@ -139,7 +149,7 @@ class TrainDataset(Dataset):
             batch, truncated = self._collate(samples)
         except UserError as e:  # returned, not raised: a worker's exception would arrive wrapped in a traceback
             return e
-        return Loaded(batch, bad, truncated)
+        return Loaded(batch, bad, truncated, samples[0].dataset_row)
 
     def _collate(self, samples: list[Sample]) -> tuple[Batch, int]:
         """Return the batch with its further views, and the number of truncated texts."""
