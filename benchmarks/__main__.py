@@ -13,6 +13,7 @@ from pathlib import Path
 MEASURES = (
     "decode",
     "seek",
+    "shards_a_node",
     "clip_flops",
     "contrastive_memory",
     "uniformity_memory",

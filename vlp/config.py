@@ -46,6 +46,9 @@ class Data:
         views: Transforms of further views of each image. SimCLR and MoCo read one.
         text_views: Transforms of a text into its further views: see `vlp.data.text_views`.
         resize: Transform of evaluated images.
+        readers: Canonical readers of the training stream, to which the shards are dealt in each epoch. On any number of
+            processes that divides it, every process reads its own part of the shards, and the order of the samples stays
+            the same. It must divide the micro-batch. With 1, every process reads every shard.
         workers: Data-loading processes of each training process.
         max_bad_fraction: Fraction of all samples. The run stops if more than these are unusable.
         max_pixels: Images with more pixels are unusable.
@@ -62,6 +65,7 @@ class Data:
     views: tuple[Any, ...] = ()
     text_views: tuple[Any, ...] = ()
     resize: Resize = field(default_factory=Resize)
+    readers: int = setting(1, least=1)
     workers: int = setting(1, least=0)
     max_bad_fraction: float = setting(0.01, least=0, most=1)
     max_pixels: int = 64_000_000

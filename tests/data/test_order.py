@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from vlp.data.order import MixtureOrder, SourceOrder
+from vlp.data.order import MixtureOrder, SourceOrder, keyed_rng
 from vlp.data.stream import Positions
 
 
@@ -78,3 +78,115 @@ def test_replacement_is_from_the_same_source_and_depends_on_the_attempt():
         assert {d.source for d in stand_ins} == {order.locate(position).source}
         assert len({d.row for d in stand_ins}) > 1
         assert stand_ins == [order.replacement(position, attempt) for attempt in range(8)]
+
+
+READERS = (1, 2, 3, 8, 64)
+
+
+def reference_epoch(sizes: list[int], seed: int, readers: int, group_samples: int, epoch: int) -> list[tuple[int, int]]:
+    """The samples of an epoch in the order in which they are drawn, by dealing one sample after the other."""
+    line = [(int(s), row) for s in keyed_rng(seed, epoch).permutation(len(sizes)) for row in range(sizes[int(s)])]
+    turns = [(epoch * len(line) + offset) % readers for offset in range(len(line))]  # reader of each draw
+    parts, begin = [], 0
+    for reader in range(readers):
+        part = line[begin : begin + turns.count(reader)]
+        begin += len(part)
+        shuffled, groups, last = [], [], -1
+        for n, sample in enumerate(part):
+            begins_shard = n == 0 or part[n - 1][0] != sample[0]
+            group = n // max(1, group_samples // readers)
+            if begins_shard and group > last:
+                groups.append([])
+                last = group
+            groups[-1].append(sample)
+        for number, group in enumerate(groups):
+            order = keyed_rng(seed, epoch, 1 + number * readers + reader).permutation(len(group))
+            shuffled += [group[n] for n in order]
+        parts.append(iter(shuffled))
+    return [next(parts[reader]) for reader in turns]
+
+
+@pytest.mark.parametrize("readers", READERS)
+@pytest.mark.parametrize("group_samples", [1, 30, 10_000])
+def test_order_equals_dealing_one_sample_after_the_other(readers, group_samples):
+    sizes = [5, 0, 13, 1, 8, 0, 20, 3, 3]
+    order = SourceOrder(sizes, 3, readers, group_samples)
+    for number in range(4):
+        assert epoch(order, number) == reference_epoch(sizes, 3, readers, group_samples, number)
+
+
+@pytest.mark.parametrize("readers", READERS)
+def test_every_sample_exactly_once_an_epoch_for_any_number_of_readers(readers):
+    sizes = [40, 0, 37, 1, 8]
+    order = SourceOrder(sizes, 0, readers)
+    everything = [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
+    for number in range(3):
+        assert sorted(epoch(order, number)) == everything
+
+
+@pytest.mark.parametrize("readers", READERS)
+def test_mixture_of_readers_equals_one_mixture_a_reader(readers):
+    """Reader r draws at positions r, r + R, ... as a stream of its own; the sources' shares are kept by every reader."""
+    sources = [SourceOrder([300, 41], 0, readers), SourceOrder([40, 60], 0, readers)]
+    order = MixtureOrder(sources, [3.0, 1.0], seed=5)
+    turns = 2 * order.BLOCK
+    found = [order.locate(p) for p in range(turns * readers)] if readers < 8 else None
+    for reader in (0, readers // 2, readers - 1):
+        drawn = [0, 0]
+        draws = found[reader::readers] if found else [order.locate(t * readers + reader) for t in range(turns)]
+        for draw in draws:
+            number, offset = divmod(drawn[draw.source] * readers + reader, sources[draw.source].size)
+            assert (draw.epoch, draw.shard, draw.row) == (number, *sources[draw.source].locate(number, offset))
+            drawn[draw.source] += 1
+        assert drawn == [6144, 2048]
+    if found:  # each epoch of each source that is complete has every sample once
+        for source, sizes in enumerate(([300, 41], [40, 60])):
+            everything = [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
+            epochs = {}
+            for draw in found:
+                if draw.source == source:
+                    epochs.setdefault(draw.epoch, []).append((draw.shard, draw.row))
+            complete = drawn[source] * readers // len(everything)
+            assert complete > 2 and all(sorted(epochs[number]) == everything for number in range(complete))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_a_global_batch_has_the_same_rows_in_the_same_order_on_any_number_of_processes(world):
+    whole = list(Positions(32, 96, 16, 0, 1, readers=8))
+    parts = [list(Positions(32, 96, 16, rank, world, readers=8)) for rank in range(world)]
+    assert [sum((part[n] for part in parts), []) for n in range(4)] == whole
+    assert [sorted(batch) for batch in whole] == [list(range(32 + 16 * n, 48 + 16 * n)) for n in range(4)]
+    for rank, part in enumerate(parts):  # the same readers in every batch
+        assert {p % 8 for batch in part for p in batch} == set(range(rank * 8 // world, (rank + 1) * 8 // world))
+
+
+def test_batches_that_no_process_can_fill_are_left_out():
+    assert list(Positions(0, 19, 8, 1, 2)) == [[4, 5, 6, 7], [12, 13, 14, 15]]
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4, 8])
+def test_a_node_touches_its_share_of_the_shards(nodes):
+    """In each epoch 1/N of the samples of each source, in whole shards apart from those at the two ends."""
+    sizes = [[100] * 96, [7, 30, 20] * 32]
+    orders = [SourceOrder(s, 0, readers=16, group_samples=800) for s in sizes]
+    order = MixtureOrder(orders, [None, None], seed=0)
+    touched = {}
+    for node in range(nodes):
+        for batch in Positions(0, 2 * order.size // 320 * 320, 320, node, nodes, readers=16):
+            for draw in map(order.locate, batch):
+                touched.setdefault((draw.source, draw.epoch, node), set()).add(draw.shard)
+    for (source, _, _), shards in touched.items():
+        share = sum(sizes[source]) / nodes
+        assert sum(sizes[source][shard] for shard in shards) < share + 2 * max(sizes[source])
+    assert all(len(shards) <= 96 / nodes + 1 for (source, _, _), shards in touched.items() if source == 0)
+    for source in (0, 1):  # and together all of them
+        assert set().union(*(touched[source, 0, node] for node in range(nodes))) == set(range(96))
+
+
+def test_replacement_is_of_the_same_readers_part():
+    order = MixtureOrder([SourceOrder([50] * 16, 0, readers=8)], [None], 0)
+    own = {}
+    for p in range(800):
+        own.setdefault(p % 8, set()).add(order.locate(p).shard)
+    for p in range(0, 800, 7):
+        assert {order.replacement(p, attempt).shard for attempt in range(5)} <= own[p % 8]

@@ -40,9 +40,9 @@ def open_stream(world):
     """A function of shards (default: the world's 50 samples in 5) that opens them for training."""
     tokenizer = load_tokenizer(str(world / "tokenizer"))
 
-    def opened(*sources: Source, transform=AUGMENT, seed=0, max_pixels=10_000) -> TrainDataset:
+    def opened(*sources: Source, transform=AUGMENT, seed=0, max_pixels=10_000, readers=1) -> TrainDataset:
         sources = sources or (Source(str(world / "shards")),)
-        return TrainDataset(sources, (transform,), PREPROCESS, tokenizer, 16, max_pixels, seed)
+        return TrainDataset(sources, (transform,), PREPROCESS, tokenizer, 16, max_pixels, seed, readers=readers)
 
     return opened
 
@@ -77,29 +77,33 @@ def keys(batches: list) -> list[str]:
     return [key for batch in batches for key in batch[0]]
 
 
+@pytest.mark.parametrize("readers", [1, 4])
 @pytest.mark.parametrize("processes, workers", [(1, 1), (1, 2), (2, 0), (2, 2), (4, 0), (4, 2)])
-def test_batches_do_not_depend_on_processes_and_workers(open_stream, processes, workers):
-    """5 shards for up to 8 readers; two epochs."""
-    dataset = open_stream()
+def test_batches_do_not_depend_on_processes_and_workers(open_stream, processes, workers, readers):
+    """5 shards for up to 8 workers; two epochs."""
+    dataset = open_stream(readers=readers)
     assert_same(load(dataset, 0, 96, 8), load(dataset, 0, 96, 8, processes, workers))
 
 
-def test_every_sample_exactly_once_an_epoch(open_stream):
-    found = keys(load(open_stream(), 0, 150, 10, 2, 1))
+@pytest.mark.parametrize("readers", [1, 5])
+def test_every_sample_exactly_once_an_epoch(open_stream, readers):
+    found = keys(load(open_stream(readers=readers), 0, 150, 10, 2, 1))
     everything = {f"0/{n}/{n:04d}" for n in range(50)}
     epochs = [found[i : i + 50] for i in (0, 50, 100)]
     assert all(len(set(epoch)) == 50 and set(epoch) == everything for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
+@pytest.mark.parametrize("readers", [1, 8])
 @pytest.mark.parametrize("position", [8, 48, 56, 88])
-def test_start_in_the_middle_continues_the_same_stream(open_stream, position):
-    whole = load(open_stream(), 0, 96, 8)
-    assert_same(whole[position // 8 :], load(open_stream(), position, 96, 8, 2, 1))
+def test_start_in_the_middle_continues_the_same_stream(open_stream, position, readers):
+    whole = load(open_stream(readers=readers), 0, 96, 8)
+    assert_same(whole[position // 8 :], load(open_stream(readers=readers), position, 96, 8, 2, 1))
 
 
-def test_number_of_processes_may_change_during_a_run(open_stream):
-    dataset = open_stream()
+@pytest.mark.parametrize("readers", [1, 4])
+def test_number_of_processes_may_change_during_a_run(open_stream, readers):
+    dataset = open_stream(readers=readers)
     parts = [(0, 24, 2), (24, 40, 1), (40, 64, 2), (64, 96, 4)]
     joined = sum((load(dataset, start, stop, 8, n) for start, stop, n in parts), [])
     assert_same(load(dataset, 0, 96, 8), joined)

@@ -5,6 +5,11 @@ the order, and the state of a run's data is one integer.
 
 The global stream is endless. Positions continue across epochs, so a batch at the end of an epoch takes its last rows from
 the next epoch: every batch is full, and every process has the same number of steps.
+
+The stream is dealt to R *canonical readers*: position p belongs to reader p mod R. In each epoch of a source, every reader
+has a part of its own of the permuted shards. A process reads the positions of R / processes readers, and therefore opens
+only the shards of these. The order depends on R and not on the number of processes. With R = 1 every process reads every
+shard.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from functools import lru_cache
 
 import numpy as np
 
-GROUP_SAMPLES = 65_536  # samples that are shuffled together
+GROUP_SAMPLES = 65_536  # samples that are shuffled together, over all readers
 
 
 def keyed_rng(*key: int) -> np.random.Generator:
@@ -36,66 +41,91 @@ class SampleRef:
 class SourceOrder:
     """Shuffle of one source, a new one each epoch, in which every sample occurs exactly once.
 
-    Shards are permuted and divided into groups of at least ``group_samples`` samples. The samples of a group are permuted
-    together. The shuffle is complete within a group, while reads stay inside the few shards of that group.
+    The samples of the permuted shards form one line, of which each reader gets a contiguous part. The parts differ by one
+    sample at most, so two readers may share a shard at the border of their parts. The m-th draw of a source, m = 0, 1, ...,
+    belongs to reader m mod R.
+
+    The shards of a part are divided into groups of at least ``group_samples`` / R samples. The samples of a group are
+    permuted together. The shuffle is complete within a group, while reads stay inside the few shards of that group.
 
     Args:
         shard_sizes: Samples of each shard.
-        group_samples: Least size of a group, in samples. A smaller source is shuffled completely.
+        readers: Number R of canonical readers.
+        group_samples: Least size of the groups of all readers together, in samples. A smaller part is shuffled completely.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int, group_samples: int = GROUP_SAMPLES):
+    def __init__(self, shard_sizes: Sequence[int], seed: int, readers: int = 1, group_samples: int = GROUP_SAMPLES):
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
-        self.seed, self.group_samples = seed, group_samples
+        self.seed, self.readers, self.group_samples = seed, readers, group_samples
         self.size = int(self.shard_sizes.sum())
-        # per instance: a process may open several orders, and a worker only moves forward, so two entries are enough
-        self._epoch = lru_cache(maxsize=2)(self._epoch_layout)
-        self._group = lru_cache(maxsize=2)(self._group_permutation)
+        # per instance: a process may open several orders. A worker only moves forward, so two entries per reader are enough.
+        self._line = lru_cache(maxsize=2)(self._permuted_shards)
+        self._part = lru_cache(maxsize=2 * readers)(self._part_of)
+        self._group = lru_cache(maxsize=2 * readers)(self._group_permutation)
 
-    def _epoch_layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Permute the shards of an epoch.
-
-        Returns:
-            (S,) permuted shards; (S + 1,) first offset of each permuted shard, and the end; first permuted shard of each
-            group.
-        """
+    def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (S,) the permuted shards of an epoch, and (S + 1,) the first sample of each in the line, and the end."""
         shards = keyed_rng(self.seed, epoch).permutation(len(self.shard_sizes))
-        starts = np.concatenate([[0], np.cumsum(self.shard_sizes[shards])])
-        # a shard begins a new group where the samples before it pass a multiple of group_samples
-        group_of = starts[:-1] // self.group_samples
-        first = np.flatnonzero(np.diff(group_of, prepend=-1) > 0)
-        return shards, starts, first
+        return shards, np.concatenate([[0], np.cumsum(self.shard_sizes[shards])])
 
-    def _group_permutation(self, epoch: int, group: int) -> tuple[int, np.ndarray]:
-        _, starts, first = self._epoch(epoch)
-        begin = int(starts[first[group]])
-        end = int(starts[first[group + 1]]) if group + 1 < len(first) else self.size
-        return begin, keyed_rng(self.seed, epoch, 1 + group).permutation(end - begin)
+    def _part_of(self, epoch: int, reader: int) -> tuple[int, int, np.ndarray]:
+        """Return begin and end of a reader's part of the line, and the offset in it at which each of its groups begins."""
+        least, more = divmod(self.size, self.readers)
+        # the first draws of an epoch give one sample more to ``more`` readers, counted from the one with the first draw
+        first = epoch * self.size % self.readers
+        begin, end = (n * least + _overlap(n, first, first + more, self.readers) for n in (reader, reader + 1))
+        _, starts = self._line(epoch)
+        low, high = np.searchsorted(starts, begin, side="right") - 1, np.searchsorted(starts, end, side="left")
+        offsets = np.maximum(starts[low:high] - begin, 0)  # of the shards in the part
+        # a shard begins a new group where the samples before it pass a multiple of the size of a group
+        group_of = offsets // max(1, self.group_samples // self.readers)
+        return begin, end, offsets[np.diff(group_of, prepend=-1) > 0]
+
+    def _group_permutation(self, epoch: int, reader: int, group: int) -> np.ndarray:
+        begin, end, groups = self._part(epoch, reader)
+        size = (groups[group + 1] if group + 1 < len(groups) else end - begin) - groups[group]
+        return keyed_rng(self.seed, epoch, 1 + group * self.readers + reader).permutation(size)
+
+    def reader(self, epoch: int, offset: int) -> int:
+        """Return the reader that the sample at ``offset`` of ``epoch`` belongs to."""
+        return (epoch * self.size + offset) % self.readers
 
     def locate(self, epoch: int, offset: int) -> tuple[int, int]:
         """Return (shard, row) of the sample at ``offset`` of ``epoch``, 0 <= offset < size."""
-        shards, starts, first = self._epoch(epoch)
-        group = int(np.searchsorted(starts[first], offset, side="right")) - 1
-        begin, permutation = self._group(epoch, group)
-        shuffled = begin + int(permutation[offset - begin])
-        slot = int(np.searchsorted(starts, shuffled, side="right")) - 1  # the last of equal starts: skips empty shards
-        return int(shards[slot]), shuffled - int(starts[slot])
+        reader, draw = self.reader(epoch, offset), offset // self.readers
+        begin, _, groups = self._part(epoch, reader)
+        group = int(np.searchsorted(groups, draw, side="right")) - 1
+        first = int(groups[group])
+        sample = begin + first + int(self._group(epoch, reader, group)[draw - first])
+        shards, starts = self._line(epoch)
+        slot = int(np.searchsorted(starts, sample, side="right")) - 1  # the last of equal starts: skips empty shards
+        return int(shards[slot]), sample - int(starts[slot])
+
+    def random_offset(self, epoch: int, offset: int, rng: np.random.Generator) -> int:
+        """Draw another offset of ``epoch`` that belongs to the same reader as ``offset``."""
+        first = offset % self.readers
+        return first + self.readers * int(rng.integers(-(-(self.size - first) // self.readers)))
 
     def __getstate__(self):
-        return (self.shard_sizes, self.seed, self.group_samples)
+        return (self.shard_sizes, self.seed, self.readers, self.group_samples)
 
     def __setstate__(self, state):
         self.__init__(*state)
 
 
+def _overlap(n: int, begin: int, end: int, period: int) -> int:
+    """Count the integers below ``n`` that are in [begin, end) modulo ``period``, for 0 <= n, begin < end <= 2 period."""
+    return max(0, min(n, end) - begin) + max(0, min(n, end - period))
+
+
 class MixtureOrder:
     """Interleaving of sources by weight. Each source has its own counter and runs through its own epochs.
 
-    Over every ``BLOCK`` positions each source gets its share to within one sample, so the counters are a closed form of
-    the position.
+    Every reader draws from all sources. Over every ``BLOCK`` draws of a reader each source gets its share to within one
+    sample, the same number for all readers, so the counters are a closed form of the position.
 
     Args:
-        orders: One order per source.
+        orders: One order per source, all with the same number of readers.
         weights: Relative share of the stream of each source. None stands for the number of its samples.
     """
 
@@ -103,44 +133,52 @@ class MixtureOrder:
 
     def __init__(self, orders: Sequence[SourceOrder], weights: Sequence[float | None], seed: int):
         self.orders, self.weights, self.seed = list(orders), list(weights), seed
+        self.readers = self.orders[0].readers
         shares = np.array([order.size if w is None else w for order, w in zip(orders, weights)], dtype=np.float64)
         self.shares = shares / shares.sum()
         self.size = sum(order.size for order in orders)
-        self._arranged = lru_cache(maxsize=4)(self._arrange)
+        self._arranged = lru_cache(maxsize=2 + 2 * self.readers)(self._arrange)
 
     def counts(self, block: int) -> np.ndarray:
-        """Return (sources,) how many samples of each source come before the first position of ``block``."""
+        """Return (sources,) how many samples of each source a reader draws before the first position of its ``block``."""
         drawn = np.floor(block * self.BLOCK * self.shares).astype(np.int64)
         largest = int(np.argmax(self.shares))  # takes the remainder of the rounding
         drawn[largest] += block * self.BLOCK - drawn.sum()
         return drawn
 
-    def _arrange(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return, for each position of a block, its source and how many samples that source gave before it."""
+    def _arrange(self, block: int, reader: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return, for each draw of a reader's block, its source and how many samples the reader drew from it before."""
         before, after = self.counts(block), self.counts(block + 1)
         source = np.repeat(np.arange(len(self.orders)), after - before)  # (BLOCK,)
-        source = source[keyed_rng(self.seed, 1, block).permutation(self.BLOCK)]
+        source = source[keyed_rng(self.seed, 1, block * self.readers + reader).permutation(self.BLOCK)]
         draw = np.empty(self.BLOCK, dtype=np.int64)
         for s in range(len(self.orders)):
             slots = np.flatnonzero(source == s)
             draw[slots] = before[s] + np.arange(len(slots))
         return source, draw
 
+    def _offset(self, position: int) -> tuple[int, int, int]:
+        """Return (source, epoch of the source, offset in the epoch) at ``position``."""
+        turn, reader = divmod(position, self.readers)
+        block, slot = divmod(turn, self.BLOCK)
+        source, draw = self._arranged(block, reader)
+        chosen = int(source[slot])
+        return chosen, *divmod(int(draw[slot]) * self.readers + reader, self.orders[chosen].size)
+
     def locate(self, position: int) -> SampleRef:
         """Return the sample at ``position`` (0 <= position) of the endless stream."""
-        block, slot = divmod(position, self.BLOCK)
-        source, draw = self._arranged(block)
-        chosen = int(source[slot])
-        order = self.orders[chosen]
-        epoch, offset = divmod(int(draw[slot]), order.size)
-        return SampleRef(chosen, epoch, *order.locate(epoch, offset))
+        source, epoch, offset = self._offset(position)
+        return SampleRef(source, epoch, *self.orders[source].locate(epoch, offset))
 
     def replacement(self, position: int, attempt: int) -> SampleRef:
-        """Return a random sample of the same source that replaces a bad one at ``position``, another one per attempt."""
-        bad = self.locate(position)
-        order = self.orders[bad.source]
-        offset = int(keyed_rng(self.seed, 2, position, attempt).integers(order.size))
-        return SampleRef(bad.source, bad.epoch, *order.locate(bad.epoch, offset))
+        """Return a random sample that replaces a bad one at ``position``, another one per attempt.
+
+        It is of the same source and the same reader's part.
+        """
+        source, epoch, offset = self._offset(position)
+        order = self.orders[source]
+        offset = order.random_offset(epoch, offset, keyed_rng(self.seed, 2, position, attempt))
+        return SampleRef(source, epoch, *order.locate(epoch, offset))
 
     def __getstate__(self):
         return (self.orders, self.weights, self.seed)

@@ -82,18 +82,21 @@ class TrainDataset(Dataset):
         preprocess: Format of the image tower. None skips reading images.
         tokenizer: None skips reading texts.
         text_views: Further views of a text, computed from the first, see `vlp.data.text_views`.
+        readers: Number of canonical readers, see `vlp.data.order`.
     """
 
     TRIES = 100
 
-    def __init__(self, sources, transforms, preprocess, tokenizer, max_length, max_pixels, seed, text_views=()):
+    def __init__(
+        self, sources, transforms, preprocess, tokenizer, max_length, max_pixels, seed, text_views=(), readers=1
+    ):
         self.readers = [source.open() for source in sources]
         for source, reader in zip(sources, self.readers):
             if len(reader) == 0:
                 raise UserError(f"{reader.location} contains no usable sample; run `vlp data check` on it")
             if source.weight is not None and not 0 < source.weight < math.inf:
                 raise UserError(f"the weight of {reader.location} is {source.weight}; give a positive number")
-        orders = [SourceOrder(reader.sizes, seed) for reader in self.readers]
+        orders = [SourceOrder(reader.sizes, seed, readers) for reader in self.readers]
         self.order = MixtureOrder(orders, [source.weight for source in sources], seed)
         self.first_rows = [0, *accumulate(len(reader) for reader in self.readers)]
         self.transforms, self.preprocess = tuple(transforms), preprocess
@@ -223,19 +226,24 @@ class EvalDataset(Dataset):
 class Positions:
     """Batch sampler of one process: its part of every global micro-batch from ``start`` on.
 
-    Global micro-batch n covers positions [n * size, (n + 1) * size). Process r of W takes the r-th of W equal parts.
+    Global micro-batch n covers positions [n * size, (n + 1) * size). Its positions are sorted by reader (position p belongs
+    to reader p mod R), and process r of W takes the r-th of W equal parts. If W divides R and R divides the size, a process
+    reads the positions of the same R / W readers in every micro-batch.
     """
 
-    def __init__(self, start: int, stop: int, size: int, rank: int, world: int):
-        self.start, self.stop, self.size, self.rank, self.world = start, stop, size, rank, world
+    def __init__(self, start: int, stop: int, size: int, rank: int, world: int, readers: int = 1):
+        self.start, self.stop, self.size = start, stop, size
+        self.rank, self.world, self.readers = rank, world, readers
 
     def __len__(self) -> int:
         return (self.stop - self.start) // self.size
 
     def __iter__(self) -> Iterator[list[int]]:
         part = self.size // self.world
-        for begin in range(self.start + self.rank * part, self.stop, self.size):
-            yield list(range(begin, begin + part))
+        for begin in range(self.start, self.stop - self.size + 1, self.size):
+            positions = np.arange(begin, begin + self.size)
+            by_reader = positions[np.argsort(positions % self.readers, kind="stable")]
+            yield by_reader[self.rank * part : (self.rank + 1) * part].tolist()
 
 
 def training_loader(
@@ -257,7 +265,7 @@ def training_loader(
     """
     loader = DataLoader(
         dataset,
-        batch_sampler=Positions(start, stop, size, rank, world),
+        batch_sampler=Positions(start, stop, size, rank, world, dataset.order.readers),
         num_workers=workers,
         worker_init_fn=_init_worker,
         collate_fn=_identity,

@@ -70,6 +70,7 @@ def set_up(experiment: Experiment, resume: bool, lock: RunLock, code: UserCode =
         data.max_pixels,
         experiment.seed,
         data.text_views,
+        data.readers,
     )
     if resume:
         check_same_data(folder, dataset)

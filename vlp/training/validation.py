@@ -32,6 +32,11 @@ def validate(experiment: Experiment) -> None:
         raise UserError(
             f"data.batch_size={data.batch_size} is not a multiple of train.accumulation={train.accumulation}"
         )
+    if experiment.micro_batch_size % data.readers:
+        raise UserError(
+            f"data.readers={data.readers} does not divide the micro-batch of {experiment.micro_batch_size} samples "
+            "(data.batch_size / train.accumulation); give one that does"
+        )
     if not data.train:
         raise UserError("data.train names no data; set data.train=SHARDS")
     if not experiment.objectives:
