@@ -330,7 +330,11 @@ def train(experiment: Experiment, resume: bool = False, code: UserCode = NO_CODE
         code: The user's own code that the experiment is made of, to be kept with the run.
     """
     with TrainingInterrupt() as interrupted, RunLock(experiment.folder) as lock:
-        run = set_up(experiment, resume, lock, code)
+        try:
+            run = set_up(experiment, resume, lock, code)
+        except Stopped:
+            print("vlp: stopped while waiting for other processes", file=sys.stderr)
+            return 130
         try:
             _fit(run, interrupted, code)
         except BaseException:

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from vlp.config import Training
 from vlp.errors import UserError
 from vlp.training.engines import Engine, Fsdp2, Zero
+from vlp.training.environment import PRECISIONS, check_settings, find_processes, number_of
 
 
 def start_engine(train: Training, micro_batch: int) -> Engine:
@@ -37,11 +38,17 @@ def start_engine(train: Training, micro_batch: int) -> Engine:
         _check_fsdp()
         # accelerate would silently run DDP on a CPU, so it only connects the processes and `Fsdp2` shards the weights
         del os.environ["ACCELERATE_USE_FSDP"]
+    if _is_set("ACCELERATE_USE_MEGATRON_LM"):
+        raise UserError(
+            "the launcher asks for MEGATRON_LM, which vlp does not use; use one of the launch/*.yaml configs"
+        )
+    check_settings(train)
+    store = find_processes()  # noqa: F841 - it must live until the process group exists
     if train.threads and not cuda:
         torch.set_num_threads(train.threads)
     accelerator = Accelerator(
         cpu=not cuda and not deepspeed,
-        mixed_precision={"fp32": "no", "bf16": "bf16"}[train.precision],
+        mixed_precision=PRECISIONS[train.precision],
         gradient_accumulation_steps=train.backward_passes,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if deepspeed and not cuda else [],
     )
@@ -85,15 +92,11 @@ def _check_fsdp() -> None:
 
 def _check_launch(engine: Engine, train: Training) -> None:
     accelerator = engine.accelerator
-    announced = int(os.environ.get("WORLD_SIZE", 1))
+    announced = number_of("WORLD_SIZE", 1)
     if os.environ.get("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UserError(
             "accelerate was asked for several CPU processes but starts a single one (--cpu --num_processes N does that); "
             "use --config_file launch/ddp_cpu2.yaml"
-        )
-    if _is_set("ACCELERATE_USE_MEGATRON_LM"):
-        raise UserError(
-            "the launcher asks for MEGATRON_LM, which vlp does not use; use one of the launch/*.yaml configs"
         )
     if accelerator.num_processes != announced:
         raise UserError(
