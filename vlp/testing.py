@@ -324,7 +324,7 @@ class ProcessPool:
             if not ready:
                 self.close()
                 raise failure or TimeoutError(f"the processes did not answer within {self.timeout_seconds:g} s")
-            for pipe in map(self.pipes.__getitem__, sorted(map(self.pipes.index, ready))):
+            for pipe in [pipe for pipe in self.pipes if pipe in ready]:
                 try:
                     answers[pipe] = pipe.recv()
                 except EOFError:
