@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except OSError as e:
+        if e.errno == errno.ENAMETOOLONG:
+            print(f"vlp: {str(e.filename)[:80]}...: {e.strerror}; give a shorter path", file=sys.stderr)
+            return 2
         if e.errno not in DISK_ERRORS:
             raise
         where = f"{e.filename}: " if e.filename else ""

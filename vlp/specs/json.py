@@ -108,7 +108,7 @@ def read_plain(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path} is not a readable experiment ({e}); is the folder a run?") from None
 
 

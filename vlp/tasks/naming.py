@@ -22,7 +22,19 @@ LONGEST = 100  # bytes of a file name, which a file system limits to 255, before
 RESULT_BYTES = 1 << 28  # of a result file
 SPLITS = ("train", "val", "valid", "validation", "dev", "test", "minival")
 # names of folders and files that many data sets share, so that they need the name of the folder above
-GENERIC = (*SPLITS, "shards", "data", "images", "annotations", "labels", "captions", "tars", "wds", "webdataset")
+GENERIC = (
+    *SPLITS,
+    *(f"{split}.jsonl" for split in SPLITS),
+    "shards",
+    "data",
+    "images",
+    "annotations",
+    "labels",
+    "captions",
+    "tars",
+    "wds",
+    "webdataset",
+)
 TASK_NAME = re.compile(r"\w[\w.,=+ -]{0,99}")
 
 
@@ -50,7 +62,7 @@ def data_name(location: str, shared: Sequence[str] = SPLITS) -> str:
 
 def _name(location: str, shared: Sequence[str]) -> str:
     parts, name = _parts(location), []
-    while parts and (not name or Path(name[0]).stem.lower() in shared):
+    while parts and (not name or name[0].lower() in shared):
         name.insert(0, parts.pop())
     return "-".join(name) or "data"
 
@@ -121,8 +133,8 @@ def result_path(folder: Path, name: str, result: Result) -> Path:
         earlier = json.loads(read_regular(path, RESULT_BYTES))
     except (OSError, ValueError, RecursionError):  # no result, or a damaged one, which is replaced
         return path
-    if not isinstance(earlier, dict):
+    if not isinstance(earlier, dict) or not isinstance(earlier.get("data"), str):
         return path
     # results of earlier versions have no identity
-    same = earlier["data_id"] == result.data_id if earlier.get("data_id") else earlier.get("data") == result.data
+    same = earlier["data_id"] == result.data_id if earlier.get("data_id") else earlier["data"] == result.data
     return path if same else folder / f"{name}-{result.data_id[:8]}.json"

@@ -12,6 +12,8 @@ from vlp.specs.json import dump, from_plain
 from vlp.specs.types import check_types
 from vlp.specs.user_code import own_types
 from vlp.tasks.base import Task
+from vlp.tasks.naming import check_task_names
+from vlp.tasks.submission import check_stored_tasks
 from vlp.training import detached
 from vlp.training.logging import require
 
@@ -54,6 +56,8 @@ def validate(experiment: Experiment) -> None:
     for name, task in experiment.evaluate.items():
         if not isinstance(task, Task):
             raise UserError(f"evaluate.{name} is not a vlp.tasks.base.Task; make its class a subclass")
+    check_task_names(experiment.evaluate)
+    check_stored_tasks(experiment.evaluate)
     best = experiment.save.best
     if best is not None and best.split("/")[0] not in experiment.evaluate:
         raise UserError(

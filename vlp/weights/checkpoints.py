@@ -38,7 +38,7 @@ def best(folder: Path) -> dict | None:
     try:
         found = json.loads(read_regular(folder / "best.json", MAX_JSON))
         return found if isinstance(found["step"], int) and isinstance(found["value"], (int, float)) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -61,7 +61,7 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} was altered (its SHA-256 is not the one in manifest.json)"
     except FileNotFoundError as e:
         return f"{Path(e.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "manifest.json is not readable"
     return None
 
