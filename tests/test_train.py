@@ -82,6 +82,7 @@ def test_only_trainable_parameters_change(world, output):
         *toy_overrides(world, output),
         *ALL_CHECKPOINTS,
         "train.frozen=text.,image_projection",
+        "train.random_frozen=true",
         "train.steps=3",
     )
     train(*arguments, "name=frozen")

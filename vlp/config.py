@@ -85,6 +85,7 @@ class Training:
         layer_decay: Learning rate of a layer relative to the next one. 1 disables it.
         lr_scales: Parameter-name prefix -> factor on the learning rate.
         frozen: Parameter-name prefixes that are not trained. ``*`` matches anything up to the next dot.
+        random_frozen: Whether a whole tower may be frozen at its random start, as a control. Otherwise it is refused.
         ema_decay: Decay of an exponential moving average of the weights, which is evaluated and saved in addition to the
             trained weights. None disables it.
         mixup: Mixup and CutMix of images and their classes: see `vlp.data.mixup`. None disables both.
@@ -109,6 +110,7 @@ class Training:
     layer_decay: float = 1.0
     lr_scales: dict[str, float] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
+    random_frozen: bool = False
     ema_decay: float | None = setting(None, least=0, most=1)
     mixup: Mixup | None = None
     backward: Literal["once", "per_loss"] = "once"
@@ -133,8 +135,8 @@ class Saving:
     Args:
         every: Steps between checkpoints. The last step is always saved.
         keep: Number of newest checkpoints to keep in addition to the best one.
-        best: ``task/metric`` that selects the best checkpoint (higher is better), e.g. ``retrieval/mean_recall``. None
-            selects no checkpoint.
+        best: ``task/metric`` that selects the best checkpoint, e.g. ``retrieval/mean_recall``: its highest value, or the
+            lowest of a metric such as perplexity. None selects no checkpoint.
     """
 
     every: int = setting(500, least=1)

@@ -6,7 +6,7 @@ B rows of a bundle, M rows among which other images are sampled.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,9 +35,15 @@ class TextAssignment(Objective):
         candidates: Rows that can be sampled: of this process ("local"), as published, or of all processes ("global").
     """
 
+    min_rows: ClassVar[int] = 2
+
     temperature: float = setting(0.07, above=0)
     neither: float = setting(1 / 3, least=0, most=1)
     candidates: Scope = "local"
+
+    @property
+    def row_scope(self) -> Scope:
+        return self.candidates
 
     def validate(self, experiment: Experiment) -> None:
         require_image(experiment, "TextAssignment")

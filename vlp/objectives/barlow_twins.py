@@ -6,6 +6,7 @@ M rows of all processes and micro-batches, E embedding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -29,6 +30,8 @@ class BarlowTwins(Objective):
     Args:
         off_diagonal: lambda.
     """
+
+    min_rows: ClassVar[int] = 2
 
     off_diagonal: float = setting(5e-3, least=0)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlp.config import Experiment
-from vlp.forward import Forward
+from vlp.forward import Forward, Scope
 from vlp.models.base import HeadSpec, Model
 from vlp.objectives.queues import QueueLike
 
@@ -27,6 +27,8 @@ class Objective:
     | ``heads()`` | none | heads that the model gets for this objective, read as ``f.model.heads[name]`` |
     | ``init_queue(...)`` | None | queue or memory bank of the objective, read as ``f.context.queues[self]`` |
     | ``enqueue(f)`` | required with a queue | what the queue gets after the step |
+    | ``min_rows`` | 1 | fewest rows that the loss must see at once: 2 if it compares rows, and is constant for a single one |
+    | ``row_scope`` | "global" | whose rows it sees at once: those of all processes, or of each process ("local") |
     | ``supports_grad_cache`` | True | False if the loss is wrong when micro-batches are contrasted with each other |
     | ``supports_split_backward`` | False | True if the loss fuses, reading towers only as ``f.image`` and ``f.text`` |
 
@@ -40,6 +42,7 @@ class Objective:
     An objective has no parameters and no state: parameters belong to the model, state to the queue.
     """
 
+    min_rows: ClassVar[int] = 1
     supports_grad_cache: ClassVar[bool] = True
     supports_split_backward: ClassVar[bool] = False
 
@@ -48,6 +51,10 @@ class Objective:
     def __call__(self, f: Forward) -> Tensor:
         """Compute the loss of the bundle ``f``."""
         raise NotImplementedError
+
+    @property
+    def row_scope(self) -> Scope:
+        return "global"
 
     def validate(self, experiment: Experiment) -> None:
         """Raise UserError for what the experiment lacks, or for fields out of range."""

@@ -6,6 +6,7 @@ B rows of a bundle, M rows of all processes and micro-batches, E embedding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class Dcl(Objective):
     Args:
         temperature: T.
     """
+
+    min_rows: ClassVar[int] = 2
 
     temperature: float = setting(0.1, above=0)
 

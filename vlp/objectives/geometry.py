@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -85,6 +85,8 @@ class Uniformity(Objective):
 
     Over the rows of all processes. Mean over the two sides, as in the published code.
     """
+
+    min_rows: ClassVar[int] = 2
 
     t: float = setting(2.0, above=0)
     sides: Sides = "images"

@@ -9,7 +9,7 @@ B rows of a bundle, M rows of all processes and micro-batches, K rows of a queue
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class ImageTextContrast(Objective):
         head: Contrastive head that gives embeddings and temperature; VLMo has a second, "vl".
     """
 
+    min_rows: ClassVar[int] = 2
+
     label_smoothing: float = setting(0.0, least=0, most=1)
     reduction: Literal["sum", "mean"] = "mean"
     tile_rows: int | None = setting(None, least=1)
@@ -68,6 +70,8 @@ class SigmoidContrast(Objective):
     Args:
         tile_rows: Rows of the similarity matrix computed at a time, for large batches; None computes all at once.
     """
+
+    min_rows: ClassVar[int] = 2
 
     tile_rows: int | None = setting(None, least=1)
 

@@ -43,6 +43,7 @@ class ImageTextMatching(Objective):
         epsilon: Added to the probabilities of the candidates (BLIP's is 1e-4).
     """
 
+    min_rows: ClassVar[int] = 2
     supports_split_backward: ClassVar[bool] = True
 
     negatives: Literal["hard", "uniform"] = "hard"
@@ -50,6 +51,10 @@ class ImageTextMatching(Objective):
     candidates: Scope = "local"
     duplicates: Literal["mask", "negative"] = "mask"
     epsilon: float = setting(0.0, least=0)
+
+    @property
+    def row_scope(self) -> Scope:
+        return self.candidates
 
     def validate(self, experiment: Experiment) -> None:
         require_image(experiment, "ImageTextMatching")

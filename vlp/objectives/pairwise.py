@@ -9,7 +9,7 @@ B rows of a bundle, M rows of all processes and micro-batches, E embedding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class Triplet(Objective):
         mining: "semi_hard" takes the nearest negative that is farther than the positive and within the margin, "hardest"
             the farthest positive and the nearest negative.
     """
+
+    min_rows: ClassVar[int] = 2
 
     margin: float = setting(0.2, least=0)
     mining: Literal["semi_hard", "hardest"] = "semi_hard"
@@ -61,6 +63,8 @@ class PairContrast(Objective):
         num_others: Keys that each row is paired with besides its own: those of the next rows of the whole batch, whose
             order is random.
     """
+
+    min_rows: ClassVar[int] = 2
 
     margin: float = setting(1.0, least=0)
     num_others: int = setting(1, least=1)
@@ -99,6 +103,8 @@ class Tuplet(Objective):
         l2: Weight of the penalty on the squared norms.
     """
 
+    min_rows: ClassVar[int] = 2
+
     num_negatives: int = setting(16, least=1)
     l2: float = setting(0.002, least=0)
     sides: Sides = "images"
@@ -131,6 +137,8 @@ class NPair(Objective):
     Args:
         l2: Weight of the penalty on the squared norms.
     """
+
+    min_rows: ClassVar[int] = 2
 
     l2: float = setting(0.002, least=0)
     sides: Sides = "images"

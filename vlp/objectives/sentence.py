@@ -9,7 +9,7 @@ B rows of a bundle, M rows of all processes and micro-batches, K rows of a queue
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class SimCse(Objective):
     Args:
         hard_negative: log a, added to the logit of a row's own hard negative after the division by the temperature.
     """
+
+    min_rows: ClassVar[int] = 2
 
     temperature: float = setting(0.05, above=0)
     hard_negative: float = 0.0

@@ -6,6 +6,7 @@ B rows of a bundle, M rows of all processes and micro-batches, E embedding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class SimClr(Objective):
     Args:
         temperature: T; the paper's best for ImageNet is 0.1 with large batches, 0.5 for CIFAR-10.
     """
+
+    min_rows: ClassVar[int] = 2
 
     temperature: float = setting(0.1, above=0)
 

@@ -6,6 +6,7 @@ M rows of all processes and micro-batches, E embedding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class VicReg(Objective):
         variance: mu, the factor of the hinge on the standard deviations. The published code halves this term: 12.5.
         covariance: nu, the factor of the squared covariances.
     """
+
+    min_rows: ClassVar[int] = 2
 
     invariance: float = setting(25.0, least=0)
     variance: float = setting(25.0, least=0)

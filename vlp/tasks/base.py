@@ -149,6 +149,7 @@ class Task:
     | `headline` | The metric that represents the task in reports. | the first metric |
     | `lower_is_better` | Names of the metrics of which smaller values are better. | none |
     | `plotted` | Names of the metrics that the report plots over the training steps, times 100. | `headline` |
+    | `metric_names()` | Names of all metrics, where they do not depend on the data. | None: not known |
     | `validate(data)` | Raise `UserError` for options or inputs that cannot work. | accepts everything |
     | `evaluated_images(data)` | Images to compare with the training images of the run. | None: not compared |
 
@@ -193,6 +194,10 @@ class Task:
     @property
     def plotted(self) -> tuple[str, ...]:
         return (self.headline,) if self.headline else ()
+
+    def metric_names(self) -> tuple[str, ...] | None:
+        """Return the names that ``Result.metrics`` may have, or None if they depend on the data."""
+        return None
 
     def validate(self, data: Data) -> None:
         """Raise UserError for options or inputs that cannot work. Called before the model is built or loaded.

@@ -55,6 +55,9 @@ class CaptionQuality(Task):
     batch_size: int = setting(32, least=1, changes_result=False)
     resamples: int = setting(1000, least=0, changes_result=False)
 
+    def metric_names(self) -> tuple[str, ...]:
+        return ("cider",)
+
     def validate(self, data: Data) -> None:
         self._source(data)
         if not 0 <= self.min_length <= self.max_length:

@@ -57,6 +57,9 @@ class MaskedPrediction(Task):
     batch_size: int = setting(128, least=1, changes_result=False)
     resamples: int = setting(1000, least=0, changes_result=False)
 
+    def metric_names(self) -> tuple[str, ...]:
+        return ("accuracy", "perplexity")
+
     def validate(self, data: Data) -> None:
         self.masking.validate("masking")
         self._read()

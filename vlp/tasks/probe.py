@@ -49,6 +49,9 @@ class _FeatureClassifier(Task):
     batch_size: int = setting(64, least=1, changes_result=False)
     resamples: int = setting(1000, least=0, changes_result=False)
 
+    def metric_names(self) -> tuple[str, ...]:
+        return ("top1", "top5")
+
     def validate(self, data: Data) -> None:
         self._read()
 

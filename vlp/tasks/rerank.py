@@ -51,6 +51,10 @@ class Rerank(Retrieval):
     score: Literal["itm", "itm+itc"] = "itm"
     text_batch: int = setting(256, least=1, changes_result=False)
 
+    def metric_names(self) -> tuple[str, ...]:
+        names = super().metric_names()
+        return (*names, *(f"itc_{name}" for name in names))
+
     def evaluate(self, model: EvalModel) -> Result:
         if not model.model.can_match:
             raise UserError("rerank needs a model with a head for image-text matching (model.itm); use retrieval")

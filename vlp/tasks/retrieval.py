@@ -5,6 +5,7 @@ n images, m captions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +55,9 @@ class Retrieval(Task):
     def plotted(self) -> tuple[str, ...]:
         return tuple(f"mean_r@{k}" for k in self.ks)
 
+    def metric_names(self) -> tuple[str, ...]:
+        return recall_names(self.ks)
+
     def validate(self, data: Data) -> None:
         source = self.source(data)
         if len(ShardReader(source)) == 0:
@@ -98,6 +102,11 @@ class Retrieval(Task):
             bad=pairs.bad,
             choices=len(pairs.images),
         )
+
+
+def recall_names(ks: Sequence[int]) -> tuple[str, ...]:
+    """Return the names of the metrics of `recalls`."""
+    return (*(f"{direction}_r@{k}" for direction in ("i2t", "t2i", "mean") for k in ks), "mean_recall")
 
 
 def recalls(

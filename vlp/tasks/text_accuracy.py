@@ -42,6 +42,9 @@ class TextAccuracy(Task):
     batch_size: int = setting(128, least=1, changes_result=False)
     resamples: int = setting(1000, least=0, changes_result=False)
 
+    def metric_names(self) -> tuple[str, ...]:
+        return ("accuracy",)
+
     def validate(self, data: Data) -> None:
         if not self.source.label:
             raise UserError(f"the texts of {self.source.path} have no labels; set label and classes of the source")

@@ -147,8 +147,9 @@ class Run:
             results = {name: task(model) for name, task in self.experiment.evaluate.items()}
         if self.accelerator.is_main_process:
             results = {name: replace(result, trained_on=self.contamination[name]) for name, result in results.items()}
-            self.writer.log_evaluation(results, model)
+            # in this order: a run that is killed between the two evaluates again when it is resumed
             self._mark_best(results)
+            self.writer.log_evaluation(results, model)
         self.accelerator.wait_for_everyone()
 
     @cached_property
@@ -166,7 +167,9 @@ class Run:
             raise UserError(f"save.best: {task} has no metric {metric!r}; it has {', '.join(results[task].metrics)}")
         value = results[task].metrics[metric].value
         before = checkpoints.best(self.folder / "checkpoints")
-        if before is None or value > before["value"]:
+        sign = -1 if metric in results[task].lower_is_better else 1
+        # a resumed run may select by another metric than before
+        if before is None or before["metric"] != best or sign * value > sign * before["value"]:
             checkpoint.mark_best(self.folder / "checkpoints", self.state.step, best, value)
 
     def close(self, together: bool) -> None:

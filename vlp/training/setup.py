@@ -26,7 +26,7 @@ from vlp.training.run import Run
 from vlp.training.run_lock import RunLock
 from vlp.training.run_writer import RunWriter
 from vlp.training.state import TrainState
-from vlp.training.validation import validate, validate_tasks
+from vlp.training.validation import check_rows, validate, validate_tasks
 from vlp.weights import checkpoints
 
 
@@ -47,6 +47,7 @@ def set_up(experiment: Experiment, resume: bool, lock: RunLock, code: UserCode =
     engine = start_engine(experiment.train, experiment.micro_batch_size)
     accelerator = engine.accelerator
     engine.check(experiment)
+    check_rows(experiment, accelerator.num_processes)
     with refuse_together():
         if not resume:
             check_new(folder)
@@ -77,6 +78,8 @@ def set_up(experiment: Experiment, resume: bool, lock: RunLock, code: UserCode =
     check_dataset(experiment, dataset)
     total_steps = count_steps(experiment, len(dataset))
     prepare_model(model, experiment.train, engine)
+    if checkpoint is None and not experiment.train.random_frozen:
+        check_frozen(model)
     state = initial_state(experiment, model, len(dataset), accelerator.device)
     groups = parameter_groups(
         model, experiment.optim.weight_decay, experiment.train.layer_decay, experiment.train.lr_scales
@@ -228,6 +231,22 @@ def prepare_model(model: Model, train: Training, engine: Engine) -> None:
             tower.compile()
 
 
+def check_frozen(model: Model) -> None:
+    """Check that no whole part of the model is frozen at its random start.
+
+    Raises:
+        UserError: If one is.
+    """
+    for part, report in model.reports.items():
+        prefix = "" if part == "model" else f"{part}."
+        trained = [p.requires_grad for name, p in model.named_parameters() if name.startswith(prefix)]
+        if report is None and trained and not any(trained):
+            raise UserError(
+                f"train.frozen freezes {part}, whose weights are random; load weights, leave it out of train.frozen, or "
+                f"set train.random_frozen=true if it is a control"
+            )
+
+
 def initial_state(experiment: Experiment, model: Model, epoch_samples: int, device: torch.device) -> TrainState:
     """Return the counters, averages and queues at the start of a run."""
     state = TrainState()
@@ -245,7 +264,7 @@ def initial_state(experiment: Experiment, model: Model, epoch_samples: int, devi
 
 
 def describe(run: Run) -> str:
-    """Return one line about the run (its size, its length and where it starts), and one per kind of data that is not read."""
+    """Return one line about the run (its size, its length and where it starts), and one for each doubt about it."""
     parameters = list(run.model.parameters())
     total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     start = f"resumed at step {run.state.step} from {run.resumed_from.name}" if run.resumed_from else "from step 0"
@@ -254,4 +273,15 @@ def describe(run: Run) -> str:
         f"{run.epoch_samples:,} samples an epoch, {run.total_steps:,} steps of "
         f"{run.experiment.data.batch_size} samples, {run.accelerator.num_processes} process(es) with {run.engine.description}, {start}"
     )
-    return "\n".join([summary, *run.dataset.notes()])
+    return "\n".join([summary, *_schedule_notes(run), *run.dataset.notes()])
+
+
+def _schedule_notes(run: Run) -> list[str]:
+    warmup, lr = run.experiment.schedule.warmup_steps, run.experiment.optim.lr
+    if warmup <= run.total_steps:
+        return []
+    highest = lr * run.experiment.schedule.factor(run.total_steps - 1, run.total_steps)
+    return [
+        f"the warm-up of {warmup:,} steps (schedule.warmup_steps) is longer than the run of {run.total_steps:,}: the learning "
+        f"rate ends at {highest:.3g} and never reaches optim.lr={lr:g}"
+    ]

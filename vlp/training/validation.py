@@ -9,6 +9,7 @@ from vlp.errors import UserError
 from vlp.objectives.base import Objective
 from vlp.specs.fields import check_limits
 from vlp.specs.json import dump, from_plain
+from vlp.specs.overrides import suggest
 from vlp.specs.types import check_types
 from vlp.specs.user_code import own_types
 from vlp.tasks.base import Task
@@ -50,6 +51,7 @@ def validate(experiment: Experiment) -> None:
         if not isinstance(objective, Objective):
             raise UserError(f"objectives.{name} is not a vlp.objectives.base.Objective; make its class a subclass")
         objective.validate(experiment)
+    check_rows(experiment, 1)
     detached.validate(experiment)
     if train.mixup:
         check_mixup(experiment)
@@ -58,11 +60,7 @@ def validate(experiment: Experiment) -> None:
             raise UserError(f"evaluate.{name} is not a vlp.tasks.base.Task; make its class a subclass")
     check_task_names(experiment.evaluate)
     check_stored_tasks(experiment.evaluate)
-    best = experiment.save.best
-    if best is not None and best.split("/")[0] not in experiment.evaluate:
-        raise UserError(
-            f"save.best={best!r} names no task of evaluate ({', '.join(experiment.evaluate) or 'there is none'})"
-        )
+    check_best(experiment)
     require(experiment.log)
 
 
@@ -91,6 +89,48 @@ def validate_tasks(experiment: Experiment) -> None:
     """
     for task in experiment.evaluate.values():
         task.validate(experiment.data)
+
+
+def check_rows(experiment: Experiment, processes: int) -> None:
+    """Check that every loss sees as many rows at once as it needs.
+
+    A contrastive loss of a single pair is 0, and its gradient too.
+
+    Raises:
+        UserError: If an objective sees too few.
+    """
+    train = experiment.train
+    rows = experiment.data.batch_size // train.backward_passes
+    size = "data.batch_size" if train.backward_passes == 1 else "data.batch_size / train.accumulation"
+    for name, objective in experiment.objectives.items():
+        seen, where = (
+            (rows, size) if objective.row_scope == "global" else (rows // processes, f"{size} / {processes} processes")
+        )
+        if seen < objective.min_rows:
+            raise UserError(
+                f"objectives.{name} compares at least {objective.min_rows} samples with each other and sees {seen} at once "
+                f"({where}); raise data.batch_size or lower train.accumulation"
+            )
+
+
+def check_best(experiment: Experiment) -> None:
+    """Check that an evaluation of the experiment measures the metric that selects the best checkpoint.
+
+    Raises:
+        UserError: If not, as far as it is known before the evaluation.
+    """
+    best = experiment.save.best
+    if best is None:
+        return
+    name, _, metric = best.partition("/")
+    if name not in experiment.evaluate:
+        raise UserError(
+            f"save.best={best!r} names no task of evaluate ({', '.join(experiment.evaluate) or 'there is none'})"
+        )
+    known = experiment.evaluate[name].metric_names()
+    if not metric or (known is not None and metric not in known):
+        names = list(known or filter(None, [experiment.evaluate[name].headline]))
+        raise UserError(f"save.best={best!r}: {name} has no metric {metric!r}{suggest(metric, names)}")
 
 
 def check_mixup(experiment: Experiment) -> None:

@@ -37,7 +37,8 @@ def best(folder: Path) -> dict | None:
     """Return {"step", "metric", "value"} of the best checkpoint, or None if none is marked."""
     try:
         found = json.loads(read_regular(folder / "best.json", MAX_JSON))
-        return found if isinstance(found["step"], int) and isinstance(found["value"], (int, float)) else None
+        types = {"step": int, "metric": str, "value": (int, float)}
+        return found if all(isinstance(found[key], kind) for key, kind in types.items()) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
