@@ -70,7 +70,7 @@ CONFIG = {
     "text for a number": (["optim.lr=fast"], "optim.lr takes a number, not 'fast'"),
     "number for true or false": (["train.compile=1"], "takes true or false"),
     "misspelt choice": (["train.precision=bf61"], "'fp32', 'bf16', not 'bf61'; did you mean 'bf16'?"),
-    "misspelt optional choice": (["train.engine=dpd"], "one of 'single', 'ddp', 'deepspeed' or none"),
+    "misspelt optional choice": (["train.engine=dpd"], "one of 'single', 'ddp', 'deepspeed', 'fsdp2' or none"),
     "misspelt schedule": (["schedule.kind=cosin"], "use cosine, linear or constant"),
     "batch larger than the data": (["data.batch_size=64"], "larger than the data (50 samples"),
     "batch that does not divide": (["train.accumulation=3"], "not a multiple of train.accumulation=3"),
