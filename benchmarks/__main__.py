@@ -14,6 +14,7 @@ MEASURES = (
     "decode",
     "seek",
     "shards_a_node",
+    "pack_memory",
     "clip_flops",
     "contrastive_memory",
     "uniformity_memory",

@@ -8,6 +8,8 @@ import importlib.util
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -140,17 +142,24 @@ def read_regular(path: str | Path, max_bytes: int | None = None) -> bytes:
     return data
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write the whole file or nothing: a temporary file in the same folder is synced and renamed."""
+@contextmanager
+def writing_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Open a file of which either everything or nothing is written: a temporary file is synced and renamed at the end."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write the whole file or nothing, see `writing_atomically`."""
+    with writing_atomically(path) as file:
+        file.write(data)
 
 
 def file_hash(path: Path) -> str:

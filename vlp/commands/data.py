@@ -51,7 +51,7 @@ def run_pack(options: argparse.Namespace) -> int:
     if options.image_root and not options.image_root.is_dir():
         raise UserError(f"--image-root {options.image_root} is not a folder; give the one that image paths start from")
     packing = Packing(options.shard_samples, options.max_side)
-    pairs = list(read_pairs(options.annotations, options.image_root, options.format, options.split))
+    pairs = read_pairs(options.annotations, options.image_root, options.format, options.split)
     with progress_bar("packing") as progress:
         manifest = pack(pairs, options.folder, packing, options.workers, progress)
     print(f"{manifest['samples']:,} samples in {len(manifest['shards'])} shards in {options.folder}")

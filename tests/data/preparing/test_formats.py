@@ -2,10 +2,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import vlp.data.preparing.formats as formats
 from vlp.data.preparing.formats import Pair, read_pairs
-from vlp.data.reading.shards import make_key
+from vlp.data.reading.shards import short_key
 from vlp.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
@@ -66,24 +68,24 @@ def test_every_form_states_the_same_pairs(tmp_path, name):
 def test_paths_are_relative_to_the_file_or_the_root(tmp_path):
     file = write(tmp_path, "x.csv", "image,caption\nsub/a.jpg,A dog\n/abs/b.jpg,A cat\n")
     assert [p.image for p in read_pairs(file)] == [str(tmp_path / "sub/a.jpg"), "/abs/b.jpg"]
-    assert next(read_pairs(file, image_root="/photos")).image == "/photos/sub/a.jpg"
+    assert next(iter(read_pairs(file, image_root="/photos"))).image == "/photos/sub/a.jpg"
 
 
 def test_further_fields_become_extra_and_the_line_becomes_source(tmp_path):
     file = write(tmp_path, "x.csv", "image,caption,photographer,index\na.jpg,A dog,Ann,5\na.jpg,B,Bob,6\n")
-    pair = next(read_pairs(file))
+    pair = next(iter(read_pairs(file)))
     assert pair.extra == {"photographer": "Ann"}  # not index: the shards have one of their own
     assert pair.source == "x.csv:2"
     karpathy = list(read_pairs(write(tmp_path, "k.json", KARPATHY)))
     assert [p.extra for p in karpathy] == [{"cocoid": 7}, {"cocoid": 8}] and karpathy[1].source == "k.json:images[1]"
-    assert next(read_pairs(write(tmp_path, "c.json", COCO))).extra == {"image_id": 1}
+    assert next(iter(read_pairs(write(tmp_path, "c.json", COCO)))).extra == {"image_id": 1}
     albef = write(tmp_path, "a.json", [{"image": "a.jpg", "caption": "A", "image_id": "coco_1"}])
-    assert next(read_pairs(albef)).extra == {"image_id": "coco_1"}
+    assert next(iter(read_pairs(albef))).extra == {"image_id": "coco_1"}
 
 
 def test_karpathys_filepath_is_a_folder(tmp_path):
     record = KARPATHY["images"][0] | {"filepath": "val2014"}
-    pair = next(read_pairs(write(tmp_path, "k.json", {"images": [record]})))
+    pair = next(iter(read_pairs(write(tmp_path, "k.json", {"images": [record]}))))
     assert pair.image == str(tmp_path / "val2014" / "a.jpg") and pair.key == "val2014_a"
 
 
@@ -101,9 +103,9 @@ def test_a_folder_with_its_annotation_file_is_read(tmp_path):
     with pytest.raises(UserError, match="holds none; name the file"):
         list(read_pairs(tmp_path))
     write(tmp_path, "train.jsonl", '{"image": "images/a.jpg", "caption": "A dog"}')
-    assert next(read_pairs(tmp_path)).image == str(tmp_path / "images" / "a.jpg")
+    assert next(iter(read_pairs(tmp_path))).image == str(tmp_path / "images" / "a.jpg")
     write(tmp_path, "val.jsonl", '{"image": "images/b.jpg", "caption": "A cat"}')
-    assert next(read_pairs(tmp_path, split="val")).captions == ("A cat",)
+    assert next(iter(read_pairs(tmp_path, split="val"))).captions == ("A cat",)
     with pytest.raises(UserError, match="train.jsonl, val.jsonl; name the file"):
         list(read_pairs(tmp_path))
 
@@ -122,15 +124,15 @@ def test_blank_captions_are_left_out(tmp_path):
     assert [p.captions for p in read_pairs(file)] == [("A dog",), ()]
 
 
-def test_keys_are_safe_unique_and_stable():
-    taken: set[str] = set()
+def test_keys_are_safe_unique_and_stable(tmp_path):
     images = ["a.b.jpg", "d/é x.JPEG", "x.jpg", "x.png", "d/y.jpg", "d_y.jpg", "/abs/z.webp", "ß.jpg", "ü.jpg", "." * 3]
-    keys = [make_key(image, taken) for image in images]
+    file = write(tmp_path, "x.jsonl", "\n".join(json.dumps({"image": image, "caption": "x"}) for image in images))
+    keys = [pair.key for pair in read_pairs(file)]
     assert keys[:3] == ["a_b", "d_x", "x"] and keys[4] == "d_y" and keys[6] == "abs_z" and keys[3].startswith("x-")
-    assert len(set(keys)) == len(images) == len(taken)
+    assert len(set(keys)) == len(images)
     assert all(k and all(c.isascii() and (c.isalnum() or c in "_-") for c in k) for k in keys)
-    assert keys == [make_key(image, again) for again in [set()] for image in images]
-    assert len(make_key("long/" * 100 + "name.jpg", set())) <= 100
+    assert keys == [pair.key for pair in read_pairs(file)]
+    assert len(short_key("long/" * 100 + "name.jpg")) <= 100
 
 
 BAD = {
@@ -318,3 +320,33 @@ def test_flickr8k_is_read_whole():
     assert len(pairs) == len({p.key for p in pairs}) == 6000
     assert all(len(p.captions) == 5 and Path(p.image).is_file() for p in pairs)
     assert isinstance(pairs[0], Pair) and pairs[0].key == "images_1000268201_693b08cb0e"
+
+
+def many_rows(tmp_path, rng) -> tuple[Path, list[tuple[str, str]]]:
+    """A file in which the captions of an image are far from each other, between blank and broken lines."""
+    rows = [(f"{rng.integers(40)}.jpg", f"caption {n}") for n in range(300)]
+    lines = [json.dumps({"image": image, "caption": caption}) for image, caption in rows]
+    for n in range(20):
+        lines.insert(int(rng.integers(len(lines))), "" if n % 2 else "{")
+    return write(tmp_path, "x.jsonl", "\n".join(lines)), rows
+
+
+def test_captions_of_an_image_are_joined_wherever_they_are(tmp_path):
+    file, rows = many_rows(tmp_path, np.random.default_rng(0))
+    expected: dict[str, list[str]] = {}
+    for image, caption in rows:
+        expected.setdefault(image, []).append(caption)
+    pairs = read_pairs(file)
+    good = [pair for pair in pairs if not pair.problem]
+    assert {p.listed: list(p.captions) for p in good} == expected and [p.listed for p in good] == list(expected)
+    assert len(pairs) == len(expected) + 10 == len(list(pairs)) and list(pairs) == list(pairs)
+
+
+def test_images_with_the_same_hash_stay_apart(tmp_path, monkeypatch):
+    file, _ = many_rows(tmp_path, np.random.default_rng(1))
+    expected = {(p.listed, p.captions) for p in read_pairs(file)}
+    monkeypatch.setattr(formats, "_hash", lambda text: len(text) % 3)
+    pairs = list(read_pairs(file))
+    assert {(p.listed, p.captions) for p in pairs} == expected
+    good = [p.key for p in pairs if not p.problem]
+    assert len(set(good)) == len(good)

@@ -6,30 +6,37 @@ writes to quarantine.jsonl.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from vlp.data.reading.shards import IMAGE_FILE, make_key
+import numpy as np
+
+from vlp.data.reading.shards import IMAGE_FILE, long_key, short_key
 from vlp.data.reading.tables import (
     DELIMITERS,
     Columns,
-    Lines,
-    Table,
+    Record,
+    TableForm,
     as_text,
     first_line,
     first_lines,
     is_json_lines,
+    parse_object,
     read_json,
+    read_records,
     split_cells,
 )
 from vlp.errors import BadSample, UserError
-from vlp.files import local_path, relative_to
+from vlp.files import local_path, open_regular, relative_to
 
 IMAGE_NAMES = (
     "image",
@@ -46,6 +53,9 @@ IMAGE_NAMES = (
 CAPTION_NAMES = ("captions", "caption", "title", "text", "sentences", "sentence", "description", "comment", "name")
 CAPTION_NUMBER = r"#\d+$"  # Flickr8k's and Flickr30k's x.jpg#0 is x.jpg
 RESERVED = ("captions", "index", "source")  # fields that the json of a shard defines
+NO_SPLIT, UNKNOWN_SPLIT, OWN_SPLIT, OTHER_SPLIT = range(4)  # kinds of rows; the second is of rows that cannot be read
+MOST_SPLITS = 100  # that a message names
+HASH_PARTS = 16
 
 
 @dataclass(frozen=True)
@@ -83,10 +93,155 @@ class Row:
     problem: str = ""
 
 
+class Rows(Protocol):
+    """Rows of an annotation file, which are read again on each iteration."""
+
+    def __iter__(self) -> Iterator[Row]: ...
+
+    def reader(self, indices: np.ndarray) -> Callable[[int], Row]:
+        """Return a function that reads the n-th of the rows at ``indices``, which are sorted."""
+
+
+@dataclass(frozen=True)
+class LineRows:
+    """Rows of a file with one record per line, of which one is in memory at a time.
+
+    Args:
+        parse: Function from a record to its row.
+        quoted: Delimiter of a table whose quoted cells may contain line breaks.
+        header: Number of lines above the first row.
+    """
+
+    path: Path
+    parse: Callable[[Record], Row]
+    quoted: str | None = None
+    header: int = 0
+
+    def _records(self) -> Iterator[Record]:
+        return islice(read_records(self.path, self.quoted), self.header, None)
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self.parse, self._records())
+
+    def reader(self, indices: np.ndarray) -> Callable[[int], Row]:
+        places, wanted = np.empty((len(indices), 3), dtype=np.int64), iter(indices.tolist())
+        found, index = 0, next(wanted, None)
+        for number, record in enumerate(self._records() if len(indices) else ()):
+            if number == index:
+                places[found] = record[:3]
+                found, index = found + 1, next(wanted, None)
+        file = open_regular(self.path)
+
+        def read(n: int) -> Row:
+            begin, end, line = places[n].tolist()
+            text = os.pread(file.fileno(), end - begin, begin).decode().rstrip("\r\n")
+            return self.parse(Record(begin, end, line, text))
+
+        return read
+
+
+class DocumentRows(list[Row]):
+    """Rows of one JSON document, which is in memory as a whole."""
+
+    def reader(self, indices: np.ndarray) -> Callable[[int], Row]:
+        return lambda n: self[indices[n]]
+
+
+class Pairs:
+    """Pairs of an annotation file in the order of the file. Rows about the same image are one pair.
+
+    The file is read twice or three times, and again on each iteration. Between the readings about 20 bytes a row are in
+    memory.
+    """
+
+    def __init__(self, file: Path, rows: Rows, root: Path, split: str | None):
+        self._file, self._rows, self._root = file, rows, root
+        images, keys, kept = self._scan(split)
+        later, first = _repeated(images, kept)  # rows about an image of an earlier row, and that row
+        self._is_first = kept
+        self._is_first[later] = False
+        self._has_long_key = np.zeros(len(kept), dtype=bool)
+        self._has_long_key[_repeated(keys, self._is_first)[0]] = True
+        order = np.lexsort((later, first))
+        self._later, self._first = later[order], first[order]
+        self._sorted = np.sort(later)
+        self._read_later = rows.reader(self._sorted)
+
+    def _scan(self, split: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return (rows,) 64 bits of a hash of each row's image, and of its short key; and whether it is of the split."""
+        images, keys, kinds = array("Q"), array("Q"), bytearray()
+        wanted, found = set((split or "").split("+")), set()
+        for row in self._rows:
+            # a row with a problem is reported independently of others about its image
+            images.append(_hash(f"\0{row.where}" if row.problem else image_path(self._root, row.image)))
+            keys.append(_hash(short_key(self._name(row))))
+            if row.split is None:
+                kinds.append(UNKNOWN_SPLIT if row.problem else NO_SPLIT)
+            else:
+                kinds.append(OWN_SPLIT if row.split in wanted else OTHER_SPLIT)
+                if len(found) < MOST_SPLITS:
+                    found.add(row.split)
+        kind = np.frombuffer(kinds, dtype=np.uint8)
+        if split is None or not found and self._file.stem == split:  # a file without splits that is named after one
+            kept = np.ones(len(kind), dtype=bool)
+        else:
+            kept = (kind == OWN_SPLIT) | (kind == UNKNOWN_SPLIT)
+            if not (kind == OWN_SPLIT).any():
+                there = ", ".join(sorted(found)) or "none"
+                raise UserError(f"{self._file} has no rows of split {split!r}; its splits: {there}")
+        return np.frombuffer(images, dtype=np.uint64), np.frombuffer(keys, dtype=np.uint64), kept
+
+    def _name(self, row: Row) -> str:
+        return row.image or f"{self._file.name}-{row.where}"
+
+    def __len__(self) -> int:
+        return int(self._is_first.sum())
+
+    def __iter__(self) -> Iterator[Pair]:
+        at = 0  # in the repeated rows, which are sorted by their first row
+        for index, row in enumerate(self._rows):
+            if not self._is_first[index]:
+                continue
+            end = at
+            while end < len(self._first) and self._first[end] == index:
+                end += 1
+            places = np.searchsorted(self._sorted, self._later[at:end]) if end > at else ()
+            others = map(self._read_later, places)
+            at = end
+            # two images with the same hash, which is improbable, are two pairs
+            for n, merged in enumerate(merge([row, *others], self._root)):
+                yield self._pair(merged, n > 0 or bool(self._has_long_key[index]))
+
+    def _pair(self, row: Row, has_long_key: bool) -> Pair:
+        captions = tuple(c for c in (caption.strip() for caption in row.captions) if c)
+        extra = {name: value for name, value in row.extra.items() if name not in RESERVED}
+        key = (long_key if has_long_key else short_key)(self._name(row))
+        source = f"{self._file.name}:{row.where}"
+        return Pair(image_path(self._root, row.image), captions, key, source, extra, row.problem, row.image)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _repeated(hashes: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the kept rows whose hash an earlier kept row has, and the first such row of each."""
+    parts = hashes.view(np.uint8)[:: hashes.itemsize] % HASH_PARTS  # compared part by part, to need less memory
+    later, first = [], []
+    for part in range(HASH_PARTS):
+        rows = np.flatnonzero(kept & (parts == part))
+        _, index, inverse = np.unique(hashes[rows], return_index=True, return_inverse=True)
+        first_row = rows[index[inverse]]
+        is_later = first_row != rows
+        later.append(rows[is_later])
+        first.append(first_row[is_later])
+    return np.concatenate(later), np.concatenate(first)
+
+
 def read_pairs(
     path: str | Path, image_root: str | Path | None = None, format: str | None = None, split: str | None = None
-) -> Iterator[Pair]:
-    """Yield the pairs of an annotation file in the order of the file. Rows about the same image become one pair.
+) -> Pairs:
+    """Read the pairs of an annotation file.
 
     Args:
         path: The file, or a folder with one annotation file next to the images (or several, one named after ``split``).
@@ -103,14 +258,7 @@ def read_pairs(
     reader = READERS.get(format or sniff(file))
     if reader is None:
         raise UserError(f"there is no format {format!r}; use one of {', '.join(READERS)}")
-    root = local_path(image_root) if image_root is not None else file.parent
-    keys: set[str] = set()
-    for row in merge(select(list(reader(file)), file, split), root):
-        captions = tuple(c for c in (caption.strip() for caption in row.captions) if c)
-        extra = {name: value for name, value in row.extra.items() if name not in RESERVED}
-        key = make_key(row.image or f"{file.name}-{row.where}", keys)
-        source = f"{file.name}:{row.where}"
-        yield Pair(image_path(root, row.image), captions, key, source, extra, row.problem, row.image)
+    return Pairs(file, reader(file), local_path(image_root) if image_root is not None else file.parent, split)
 
 
 def image_path(root: Path, image: str) -> str:
@@ -159,18 +307,6 @@ def sniff(file: Path) -> str:
     if any(name in keys for name in IMAGE_NAMES) and len(first_lines(file, 2)) == 1:
         return "jsonl"
     raise UserError(f"{file} is none of the known json forms; expected ALBEF's list, COCO's or Karpathy's object")
-
-
-def select(rows: list[Row], file: Path, split: str | None) -> list[Row]:
-    """Keep the rows of a split. A file without splits that is named after the split is that split."""
-    found = {row.split for row in rows if row.split is not None}
-    if split is None or not found and file.stem == split:
-        return rows
-    wanted = split.split("+")
-    if not found.intersection(wanted):
-        there = ", ".join(sorted(found)) or "none"
-        raise UserError(f"{file} has no rows of split {split!r}; its splits: {there}")
-    return [row for row in rows if row.split in wanted or row.problem and row.split is None]
 
 
 def merge(rows: Iterable[Row], root: Path) -> list[Row]:
@@ -239,29 +375,36 @@ def _captions_of(record: dict) -> tuple[list[str], str]:
     return captions, names[0]
 
 
-def read_jsonl(file: Path) -> Iterator[Row]:
+def read_jsonl(file: Path) -> Rows:
     """Read one object per line: image; captions, caption or text; optionally split; further fields become extra."""
-    lines = Lines(file)
-    for index, number in enumerate(lines.numbers):
-        try:
-            yield row_of(lines.record(index), str(number))
-        except BadSample as e:
-            yield Row("", [], str(number), problem=str(e))
+    return LineRows(file, partial(_parse_line, parse_object))
 
 
-def read_albef(file: Path) -> Iterator[Row]:
+def _parse_line(read: Callable[[str], dict], record: Record) -> Row:
+    """Return the row of a line, with a problem if ``read`` raises BadSample."""
+    try:
+        return row_of(read(record.text), str(record.line))
+    except BadSample as e:
+        return Row("", [], str(record.line), problem=str(e))
+
+
+def read_albef(file: Path) -> Rows:
     """Read ALBEF's pre-training and retrieval lists: ``[{"image": path, "caption": text or list, "image_id": ...}]``."""
     content = read_json(file)
     if not isinstance(content, list):
         raise UserError(f"{file}: expected a list of objects with image and caption")
-    for number, record in enumerate(content):
-        yield row_of(record, f"[{number}]")
+    return DocumentRows(row_of(record, f"[{number}]") for number, record in enumerate(content))
 
 
-def read_karpathy(file: Path) -> Iterator[Row]:
-    """Read Karpathy's splits: ``images[]`` of filepath, filename, sentences[].raw, split, cocoid."""
+def read_document(rows_of: Callable[[Any, Path], Iterator[Row]], file: Path) -> Rows:
+    """Read a JSON document."""
+    return DocumentRows(rows_of(read_json(file), file))
+
+
+def karpathy_rows(content: Any, file: Path) -> Iterator[Row]:
+    """Yield the rows of Karpathy's splits: ``images[]`` of filepath, filename, sentences[].raw, split, cocoid."""
     expected = "Karpathy's images[] with filename and sentences[].raw"
-    for number, image in enumerate(_list_of(read_json(file), "images", file, expected)):
+    for number, image in enumerate(_list_of(content, "images", file, expected)):
         where = f"images[{number}]"
         try:
             name = "/".join(part for part in (image.get("filepath"), image["filename"]) if part)
@@ -274,10 +417,9 @@ def read_karpathy(file: Path) -> Iterator[Row]:
         yield row_of({"image": name, "captions": captions, **extra}, where)
 
 
-def read_coco(file: Path) -> Iterator[Row]:
-    """Read COCO's captions: ``images[]`` of id and file_name, ``annotations[]`` of image_id and caption."""
+def coco_rows(content: Any, file: Path) -> Iterator[Row]:
+    """Yield the rows of COCO's captions: ``images[]`` of id and file_name, ``annotations[]`` of image_id and caption."""
     expected = "COCO's images[] with id and file_name, annotations[] with image_id and caption"
-    content = read_json(file)
     images, annotations = (_list_of(content, name, file, expected) for name in ("images", "annotations"))
     captions: dict[Any, list[Any]] = {}
     named: list[tuple[int, dict]] = []  # images with an id
@@ -313,28 +455,27 @@ def _lacks(error: Exception) -> str:
     return f"there is no {error}" if isinstance(error, KeyError) else f"its structure differs ({error})"
 
 
-def read_table(file: Path, delimiter: str) -> Iterator[Row]:
+def read_table(file: Path, delimiter: str) -> Rows:
     """Read a table with a header that names the columns, or one of an image and a caption in either order without it.
 
     Args:
         delimiter: The delimiter to try first.
     """
-    table = Table(
+    form = TableForm.detect(
         file,
         _columns_of,
         f"a header with an image column ({', '.join(IMAGE_NAMES)}) and a caption column ({', '.join(CAPTION_NAMES)}), or "
         "two columns of which one is an image file",
         delimiter,
     )
-    for index, number in enumerate(table.lines.numbers):
-        try:
-            row = row_of(table.record(index), str(number))
-        except BadSample as e:
-            yield Row("", [], str(number), problem=str(e))
-            continue
+
+    def parse(record: Record) -> Row:
+        row = _parse_line(form.parse, record)
         row.image = re.sub(CAPTION_NUMBER, "", row.image)
         row.split = row.split or None
-        yield row
+        return row
+
+    return LineRows(file, parse, form.quoted, int(form.is_header))
 
 
 def _is_table(file: Path) -> bool:
@@ -358,7 +499,7 @@ READERS = {
     "csv": partial(read_table, delimiter=","),
     "tsv": partial(read_table, delimiter="\t"),
     "jsonl": read_jsonl,
-    "karpathy": read_karpathy,
-    "coco": read_coco,
+    "karpathy": partial(read_document, karpathy_rows),
+    "coco": partial(read_document, coco_rows),
     "albef": read_albef,
 }

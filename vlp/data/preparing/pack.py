@@ -13,10 +13,11 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import count, islice
 from pathlib import Path
 
 from PIL import Image
@@ -27,7 +28,7 @@ from vlp.data.reading.locations import locked
 from vlp.data.reading.shards import ShardIndex, index_path
 from vlp.data.workers import end_with_parent, most_workers
 from vlp.errors import BadSample, UserError
-from vlp.files import read_regular, why_not_local, write_atomically
+from vlp.files import read_regular, why_not_local, write_atomically, writing_atomically
 
 PLAN_BYTES = 1 << 28
 
@@ -169,6 +170,8 @@ def pack(
     ``quarantine.jsonl``.
 
     Args:
+        pairs: Pairs that can be iterated over more than once, as `vlp.data.preparing.formats.read_pairs` returns them, are
+            not kept in memory. Others become a list.
         workers: Number of processes, of which no more are started than there are shards or `most_workers` allows.
         progress: Called with (packed pairs, pairs) after each shard.
 
@@ -176,47 +179,69 @@ def pack(
         UserError: if there is no pair, none is usable, the folder contains other shards, or it cannot be written (no
             permission, disk full).
     """
-    pairs, packing = list(pairs), packing or Packing()
+    pairs, packing = pairs if isinstance(pairs, Sized) else list(pairs), packing or Packing()
     if workers < 1:
         raise UserError(f"{workers} worker processes cannot pack; give at least 1")
-    if not pairs:
+    if not len(pairs):
         raise UserError("no pair to pack: the annotations name no image (of this split); check the file and --split")
-    chunks = [pairs[i : i + packing.shard_samples] for i in range(0, len(pairs), packing.shard_samples)]
-    plans = {folder / f"shard-{n:06d}.tar": _plan(chunk, packing) for n, chunk in enumerate(chunks)}
     try:
         with locked(folder / ".pack.lock"):  # a second run waits for the first, and then keeps its shards
-            for shard in sorted(folder.glob("*.tar")):
-                if shard not in plans or _read_plan(shard).get("plan") != plans[shard]:
-                    raise UserError(f"{shard} contains other pairs than these; pack into another folder, or remove it")
+            _check_shards(folder, pairs, packing)
             for left in folder.glob(".*shard-*.tmp"):  # of a run that was killed
                 left.unlink()
-            shards = _write_all(plans, chunks, packing, workers, progress)
-            bad = [b for s in shards for b in s.bad]
-            if len(bad) == len(pairs):
-                for shard in plans:
-                    for path in (shard, index_path(shard), _plan_path(shard)):
-                        path.unlink(missing_ok=True)
+            shards, captions = _write_all(folder, pairs, packing, workers, progress)
+            if not any(shard.samples for shard in shards):
+                first = next(_bad(folder, shards))
+                for path in (folder / shard.shard for shard in shards):
+                    for written in (path, index_path(path), _plan_path(path)):
+                        written.unlink(missing_ok=True)
                 raise UserError(
-                    f"none of the {len(pairs)} pairs is usable; the first: {bad[0]['image']!r}: {bad[0]['reason']}; "
+                    f"none of the {len(pairs)} pairs is usable; the first: {first['image']!r}: {first['reason']}; "
                     "check the annotations and --image-root"
                 )
-            return _write_manifest(folder, pairs, packing, shards, bad)
+            return _write_manifest(folder, packing, shards, captions)
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space and run it again: it continues" if full else "check the folder and its permissions"
         raise UserError(f"cannot write {folder}: {e.strerror or e}; {advice}") from None
 
 
-def _write_manifest(
-    folder: Path, pairs: list[Pair], packing: Packing, shards: list[PackedShard], bad: list[dict]
-) -> dict:
-    left_out = {b["key"] for b in bad}
-    write_atomically(folder / "quarantine.jsonl", b"".join(json.dumps(b).encode() + b"\n" for b in bad))
+def _chunks(folder: Path, pairs: Iterable[Pair], packing: Packing) -> Iterator[tuple[Path, int, list[Pair]]]:
+    """Yield the path of each shard, the number of its first pair, and its pairs."""
+    iterator = iter(pairs)
+    for number in count():
+        if not (chunk := list(islice(iterator, packing.shard_samples))):
+            return
+        yield folder / f"shard-{number:06d}.tar", number * packing.shard_samples, chunk
+
+
+def _check_shards(folder: Path, pairs: Iterable[Pair], packing: Packing) -> None:
+    """Raise UserError if the folder contains shards of other pairs."""
+    others = set(folder.glob("*.tar"))
+    if others:
+        for shard, _, chunk in _chunks(folder, pairs, packing):
+            if shard in others and _read_plan(shard).get("plan") == _plan(chunk, packing):
+                others.remove(shard)
+    if others:
+        raise UserError(f"{min(others)} contains other pairs than these; pack into another folder, or remove it")
+
+
+def _bad(folder: Path, shards: Iterable[PackedShard]) -> Iterator[dict]:
+    """Yield the quarantine entries of all shards, which are stored with their plans."""
+    return (entry for shard in shards for entry in _read_plan(folder / shard.shard)["done"]["bad"])
+
+
+def _write_manifest(folder: Path, packing: Packing, shards: list[PackedShard], captions: int) -> dict:
+    left_out = 0
+    with writing_atomically(folder / "quarantine.jsonl") as file:
+        for entry in _bad(folder, shards):
+            file.write(json.dumps(entry).encode() + b"\n")
+            left_out += 1
     manifest = {
         "format": "webdataset",
         "samples": sum(s.samples for s in shards),
-        "captions": sum(1 for p in pairs if p.key not in left_out for c in p.captions if c.strip()),
-        "left_out": len(bad),
+        "captions": captions,
+        "left_out": left_out,
         "packing": asdict(packing),
         "shards": [{k: v for k, v in asdict(s).items() if k != "bad"} for s in shards],
     }
@@ -225,27 +250,49 @@ def _write_manifest(
 
 
 def _write_all(
-    plans: dict[Path, str],
-    chunks: list[list[Pair]],
+    folder: Path,
+    pairs: Collection[Pair],
     packing: Packing,
     workers: int,
     progress: Callable[[int, int], None],
-) -> list[PackedShard]:
-    shards = {n: done for n, (path, plan) in enumerate(plans.items()) if (done := _finished(path, plan))}
-    packed, total = sum(len(chunks[n]) for n in shards), sum(map(len, chunks))
-    progress(packed, total)
-    with ProcessPoolExecutor(most_workers(workers, len(plans) - len(shards)), initializer=end_with_parent) as pool:
-        waiting = {
-            pool.submit(_write_shard, path, chunks[n], n * packing.shard_samples, plan, packing): n
-            for n, (path, plan) in enumerate(plans.items())
-            if n not in shards
-        }
+) -> tuple[list[PackedShard], int]:
+    """Write the shards that are not there yet.
+
+    Returns:
+        All shards, without their quarantine entries, and the number of captions in them.
+    """
+    shards: dict[str, PackedShard] = {}
+    packed, captions, total = 0, 0, len(pairs)
+
+    def finish(done: PackedShard, chunk: list[Pair]) -> None:
+        nonlocal packed, captions
+        left_out = {bad["key"] for bad in done.bad}
+        captions += sum(1 for p in chunk if p.key not in left_out for caption in p.captions if caption.strip())
+        shards[done.shard] = replace(done, bad=())
+        packed += len(chunk)
+
+    waiting: dict[Future[PackedShard], list[Pair]] = {}
+
+    def await_one() -> None:
+        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+            finish(future.result(), waiting.pop(future))
+            progress(packed, total)
+
+    most = most_workers(workers, -(-total // packing.shard_samples))
+    with ProcessPoolExecutor(most, initializer=end_with_parent) as pool:
         try:
-            for future in as_completed(waiting):
-                n = waiting[future]
-                shards[n] = future.result()
-                packed += len(chunks[n])
-                progress(packed, total)
+            progress(0, total)
+            for path, first, chunk in _chunks(folder, pairs, packing):
+                plan = _plan(chunk, packing)
+                if done := _finished(path, plan):
+                    finish(done, chunk)
+                    progress(packed, total)
+                    continue
+                if len(waiting) == 2 * most:
+                    await_one()
+                waiting[pool.submit(_write_shard, path, chunk, first, plan, packing)] = chunk
+            while waiting:
+                await_one()
         except BrokenProcessPool:
             raise UserError(
                 "a packing process was killed, perhaps because memory ran out; run it again with fewer --workers: it continues"
@@ -253,4 +300,4 @@ def _write_all(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return [shards[n] for n in range(len(chunks))]
+    return [shards[name] for name in sorted(shards, key=lambda name: (len(name), name))], captions

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vlp.data.reading.locations import is_remote
-from vlp.data.reading.shards import ShardReader, make_key
+from vlp.data.reading.shards import ShardReader, long_key, short_key
 from vlp.errors import BadSample, UserError
 from vlp.files import local_path, read_regular, relative_to, resolve, why_not_local
 
@@ -68,9 +68,8 @@ class ShardImages:
 
     def read(self, name: str) -> bytes:
         found = self._rows.get(name)
-        if found is None:  # of x.jpg and x.png the second has a longer key, which is tried first
-            packed = make_key(name, set())
-            found = self._rows.get(make_key(name, {packed}), self._rows.get(packed))
+        if found is None:  # of x.jpg and x.png the second has the long key
+            found = self._rows.get(long_key(name), self._rows.get(short_key(name)))
         if found is None:
             raise BadSample(f"no image {name!r} in {self.reader.location}")
         return self.reader.read(*found).image

@@ -23,9 +23,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from vlp.data.order import GROUP_SAMPLES
 from vlp.data.reading.locations import (
@@ -41,6 +39,9 @@ from vlp.data.reading.locations import (
 from vlp.data.reading.tables import as_text, parse_object
 from vlp.errors import BadSample, UserError
 from vlp.files import CHUNK, open_regular, read_regular, write_atomically
+
+if TYPE_CHECKING:  # packing needs no torch, which takes 0.5 GB
+    from torch import Tensor
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("json", "txt")
@@ -61,13 +62,14 @@ Member = tuple[int, int, int]  # offset in the tar, bytes, CRC-32
 Counted = dict[str, tuple[int, str]]  # reason -> number of members or keys, the first of them
 
 
-def make_key(image: str, taken: set[str]) -> str:
-    """Return a key for the members of an image, and add it to ``taken``: its path without extension, in safe characters."""
-    key = re.sub(r"[^A-Za-z0-9_-]+", "_", IMAGE_FILE.sub("", image)).strip("_")[-100:] or "image"
-    if key in taken:  # x.jpg and x.png, or a/b.jpg and a_b.jpg
-        key = f"{key}-{hashlib.sha256(image.encode(errors='replace')).hexdigest()[:16]}"
-    taken.add(key)
-    return key
+def short_key(image: str) -> str:
+    """Return the key of an image's members if no other image has it: its path without extension, in safe characters."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", IMAGE_FILE.sub("", image)).strip("_")[-100:] or "image"
+
+
+def long_key(image: str) -> str:
+    """Return the key of an image whose `short_key` is taken, as that of x.png by x.jpg, or of a_b.jpg by a/b.jpg."""
+    return f"{short_key(image)}-{hashlib.sha256(image.encode(errors='replace')).hexdigest()[:16]}"
 
 
 def content_id(data: bytes) -> int:

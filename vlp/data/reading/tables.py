@@ -13,10 +13,11 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -40,8 +41,9 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with that of
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+BLANKS = " \t\n\r\x0b\x0c"  # characters of a blank line
 VISIBLE = np.ones(256, dtype=bool)  # bytes that make a line more than blank
-VISIBLE[list(b" \t\n\r\x0b\x0c")] = False
+VISIBLE[list(BLANKS.encode())] = False
 QUOTED = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
 LINES_TO_TRY = 100  # of a table, in search of its columns
 MAX_RESTARTS = 20  # after quotation marks that are never closed
@@ -158,6 +160,113 @@ def read_lines(path: Path) -> list[str]:
     return [lines[index].strip() for index in range(len(lines))]
 
 
+class Record(NamedTuple):
+    """Record of a text file: a line, or several lines with a quoted line break.
+
+    Args:
+        begin: First byte in the file.
+        end: Byte after the last one.
+        line: Line of the file at which it begins, from 1.
+        text: Its text without the last line's end.
+    """
+
+    begin: int
+    end: int
+    line: int
+    text: str
+
+
+def read_records(path: Path, quoted: str | None = None) -> Iterator[Record]:
+    """Yield the records of a UTF-8 text file that are not blank. One record is in memory at a time.
+
+    Args:
+        quoted: Delimiter of a table whose quoted cells may contain line breaks.
+
+    Raises:
+        UserError: if the file cannot be read, or is not UTF-8.
+    """
+    if quoted is not None and _has_quotes(path):
+        yield from _join_quoted(path, _read_lines(path), quoted)
+        return
+    for record in _read_lines(path):
+        if record.text.strip(BLANKS):
+            yield record._replace(text=record.text.rstrip("\r\n"))
+
+
+def _read_lines(path: Path) -> Iterator[Record]:
+    """Yield all lines, with their ends."""
+    try:
+        with open_regular(path) as file:
+            start = file.read(4096)
+            _check_start(path, start)
+            begin = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
+            file.seek(begin)
+            for number, line in enumerate(_split_lines(file), 1):
+                try:
+                    yield Record(begin, begin + len(line), number, line.decode())
+                except UnicodeDecodeError:
+                    raise _not_utf8(path, number, probable_encoding(start, line)) from None
+                begin += len(line)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror})") from None
+
+
+def _split_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of an open file with their ends: a line feed, or carriage returns in a file without line feeds."""
+    begin, has_line_feed = file.tell(), False
+    while not has_line_feed and (chunk := file.read(CHUNK)):
+        has_line_feed = b"\n" in chunk
+    file.seek(begin)
+    if has_line_feed:
+        yield from file
+        return
+    rest = b""
+    while chunk := file.read(CHUNK):
+        *lines, rest = (rest + chunk).split(b"\r")
+        yield from (line + b"\r" for line in lines)
+    if rest:
+        yield rest
+
+
+def _has_quotes(path: Path) -> bool:
+    with open_regular(path) as file:
+        return any(b'"' in chunk for chunk in iter(partial(file.read, CHUNK), b""))
+
+
+def _join_quoted(path: Path, lines: Iterator[Record], delimiter: str) -> Iterator[Record]:
+    """Join the lines that one record of a table extends over."""
+    waiting: list[Record] = []  # lines of the current record, and lines that are read again
+    restarts = 0
+
+    def texts() -> Iterator[str]:
+        yield from (line.text for line in waiting)
+        for line in lines:
+            waiting.append(line)
+            yield line.text
+
+    while True:
+        reader = csv.reader(texts(), delimiter=delimiter, strict=True)
+        try:
+            is_blank, taken = not any(cell.strip() for cell in next(reader)), reader.line_num
+        except StopIteration:
+            return
+        except csv.Error as e:  # this line is bad, and the lines that its quotation mark swallowed are read again
+            is_blank, taken = False, 1
+            # the mark is closed neither in the rest of the file nor in the longest cell that is allowed
+            further = list(islice(lines, 1))
+            waiting += further
+            restarts += not further or "field limit" in str(e)
+            if restarts > MAX_RESTARTS:
+                raise UserError(
+                    f"{path}:{waiting[0].line} has a quotation mark that is never closed, as have {MAX_RESTARTS} lines "
+                    "before it; are the cells quoted as spreadsheets do it?"
+                ) from None
+        if not is_blank:
+            joined = "".join(line.text for line in waiting[:taken])
+            yield Record(waiting[0].begin, waiting[taken - 1].end, waiting[0].line, joined.rstrip("\r\n"))
+        del waiting[:taken]
+
+
 class Lines:
     """Lines of a UTF-8 text file that are not blank, by index.
 
@@ -184,9 +293,9 @@ class Lines:
         except OSError as e:
             raise UserError(f"{path} cannot be read ({e.strerror})") from None
         if quoted and has_quotes:
-            spans = np.array(list(self._records(bounds, quoted)), dtype=np.int64).reshape(-1, 2)
-            self.bounds = np.stack([bounds[spans[:, 0], 0], bounds[spans[:, 1], 1]], 1)
-            self.numbers = spans[:, 0] + 1
+            places = [(record.begin, record.end, record.line) for record in read_records(path, quoted)]
+            self.bounds, self.numbers = np.split(np.array(places, dtype=np.int64).reshape(-1, 3), [2], 1)
+            self.numbers = self.numbers[:, 0]
         else:
             self.bounds, self.numbers = bounds[visible], np.flatnonzero(visible) + 1
 
@@ -236,29 +345,6 @@ class Lines:
         file.seek(max(0, position - 100))
         around = file.read(200)
         return _not_utf8(self.path, lines, probable_encoding(start, around.replace(b"\n", b"")))
-
-    def _records(self, bounds: np.ndarray, delimiter: str) -> Iterator[tuple[int, int]]:
-        """Yield first and last line of each record of a table with quoted cells."""
-        first, restarts = 0, 0
-        while first < len(bounds):
-            begin = first
-            lines = (self._decode(*bounds[n]) for n in range(begin, len(bounds)))
-            reader = csv.reader(lines, delimiter=delimiter, strict=True)
-            try:
-                for cells in reader:
-                    last = begin + reader.line_num - 1
-                    if any(cell.strip() for cell in cells):
-                        yield first, last
-                    first = last + 1
-            except csv.Error:  # this line is bad, and the lines that its quotation mark swallowed are read again
-                yield first, first
-                first += 1
-                restarts += begin + reader.line_num == len(bounds)
-                if restarts > MAX_RESTARTS:
-                    raise UserError(
-                        f"{self.path}:{first} has a quotation mark that is never closed, as have {MAX_RESTARTS} lines "
-                        "before it; are the cells quoted as spreadsheets do it?"
-                    ) from None
 
     def _decode(self, begin: int, end: int) -> str:
         return os.pread(self._file.fileno(), int(end) - int(begin), int(begin)).decode(errors="replace")
@@ -330,13 +416,88 @@ class Columns(NamedTuple):
     is_header: bool
 
 
-class Table:
-    """Rows of a delimited table, by index. The delimiter is the one with which the first line has the expected columns.
-
-    A table without a header may begin with malformed rows: then its columns are those of the first line that has them.
+@dataclass(frozen=True)
+class TableForm:
+    """Delimiter and columns of a table.
 
     Tables with commas, semicolons or vertical bars are quoted as spreadsheets do it (RFC 4180). In a table with tabs a
     quotation mark is an ordinary character, unless a cell is completely and correctly quoted.
+
+    Args:
+        delimiter: One of `DELIMITERS`.
+        names: Names of the columns; empty for an empty file.
+        is_header: Whether the first line contains them.
+    """
+
+    delimiter: str
+    names: tuple[str, ...]
+    is_header: bool
+
+    @classmethod
+    def detect(
+        cls, path: Path, columns_of: Callable[[list[str]], Columns | None], expected: str, delimiter: str | None = None
+    ) -> TableForm:
+        """Find the delimiter with which the first line has the expected columns.
+
+        A table without a header may begin with malformed rows: then its columns are those of the first line that has them.
+
+        Args: as `Table`.
+
+        Raises:
+            UserError: if the file cannot be read, or has other columns.
+        """
+        delimiter = delimiter or ("\t" if path.suffix.lower() in (".tsv", ".txt") else ",")
+        candidates = tuple(dict.fromkeys([delimiter, *DELIMITERS]))
+        lines = first_lines(path, LINES_TO_TRY)
+        if not lines:
+            return cls(delimiter, (), False)
+        first = lines[0]
+        found = cls._find(lines[:1], candidates, columns_of)
+        if found is None:  # a malformed row has another number of cells
+            found = cls._find(lines[1:], candidates, columns_of)
+            if found and (found.is_header or len(split_cells(first, found.delimiter) or ()) == len(found.names)):
+                found = None
+        if found is None:  # the message names the delimiter that the line has
+            delimiter = max(candidates, key=first.count)
+            shown = ", ".join(map(repr, first.split(delimiter)))[:200]
+            how = f"separated by {DELIMITERS[delimiter]}" if delimiter in first else "in one column"
+            line = next(read_records(path)).line
+            raise UserError(f"{path}:{line}: expected {expected}; found {shown}, {how}")
+        return found
+
+    @classmethod
+    def _find(
+        cls, lines: list[str], delimiters: Sequence[str], columns_of: Callable[[list[str]], Columns | None]
+    ) -> TableForm | None:
+        for delimiter in delimiters:
+            for line in lines:
+                if (cells := split_cells(line, delimiter)) and (columns := columns_of(cells)):
+                    return cls(delimiter, tuple(columns.names), columns.is_header)
+        return None
+
+    @property
+    def quoted(self) -> str | None:
+        """The delimiter if cells may contain line breaks, else None."""
+        return None if self.delimiter == "\t" else self.delimiter
+
+    def parse(self, text: str) -> dict[str, str]:
+        """Return the cells of a row by column.
+
+        Raises:
+            BadSample: if the row is not quoted correctly, or has another number of cells.
+        """
+        cells = split_cells(text, self.delimiter)
+        if cells is None:
+            raise BadSample("not a row of a table: a quotation mark is not closed, or not followed by a delimiter")
+        if len(cells) != len(self.names):
+            lines = text.count("\n")
+            swallowed = f" (it extends over {lines + 1} lines: is a quotation mark missing?)" if lines else ""
+            raise BadSample(f"{len(cells)} columns; expected {len(self.names)}: {', '.join(self.names)}{swallowed}")
+        return dict(zip(self.names, cells))
+
+
+class Table:
+    """Rows of a delimited table, by index.
 
     Args:
         path: The file.
@@ -355,62 +516,17 @@ class Table:
         expected: str,
         delimiter: str | None = None,
     ):
-        self.path, self.names = path, []
-        self.delimiter = delimiter or ("\t" if path.suffix.lower() in (".tsv", ".txt") else ",")
-        first, *further = first_lines(path, LINES_TO_TRY) or [""]
-        candidates = tuple(dict.fromkeys([self.delimiter, *DELIMITERS]))
-        found = self._find_columns([first], candidates, columns_of)
-        if (
-            found is None
-        ):  # without a header, the first line may be a malformed row: then it has another number of cells
-            found = self._find_columns(further, candidates, columns_of)
-            if found and (found[1].is_header or len(split_cells(first, found[0]) or ()) == len(found[1].names)):
-                found = None
-        columns = None
-        if found:
-            self.delimiter, columns = found
-            self.names = columns.names
-        else:  # the message names the delimiter that the line has
-            self.delimiter = max(candidates, key=first.count)
-        self.lines = Lines(path, quoted=None if self.delimiter == "\t" else self.delimiter)
-        if not len(self.lines):
-            return
-        if columns is None:
-            shown = ", ".join(map(repr, first.split(self.delimiter)))[:200]
-            how = f"separated by {DELIMITERS[self.delimiter]}" if self.delimiter in first else "in one column"
-            raise UserError(f"{path}:{self.lines.numbers[0]}: expected {expected}; found {shown}, {how}")
-        if columns.is_header:
+        self.path, self.form = path, TableForm.detect(path, columns_of, expected, delimiter)
+        self.lines = Lines(path, quoted=self.form.quoted)
+        if self.form.is_header:
             self.lines.keep(np.arange(1, len(self.lines)))
-
-    @staticmethod
-    def _find_columns(
-        lines: list[str], delimiters: Sequence[str], columns_of: Callable[[list[str]], Columns | None]
-    ) -> tuple[str, Columns] | None:
-        """Return the first delimiter with which one of the lines has the expected columns, and these."""
-        for delimiter in delimiters:
-            for line in lines:
-                if (cells := split_cells(line, delimiter)) and (columns := columns_of(cells)):
-                    return delimiter, columns
-        return None
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def record(self, index: int) -> dict[str, str]:
-        """Return the cells of a row by column.
-
-        Raises:
-            BadSample: if the row is not quoted correctly, or has another number of cells.
-        """
-        text = self.lines[index]
-        cells = split_cells(text, self.delimiter)
-        if cells is None:
-            raise BadSample("not a row of a table: a quotation mark is not closed, or not followed by a delimiter")
-        if len(cells) != len(self.names):
-            lines = text.count("\n")
-            swallowed = f" (it extends over {lines + 1} lines: is a quotation mark missing?)" if lines else ""
-            raise BadSample(f"{len(cells)} columns; expected {len(self.names)}: {', '.join(self.names)}{swallowed}")
-        return dict(zip(self.names, cells))
+        """Return the cells of a row by column. Raises BadSample as `TableForm.parse`."""
+        return self.form.parse(self.lines[index])
 
 
 def split_cells(text: str, delimiter: str) -> list[str] | None:
