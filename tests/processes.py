@@ -37,6 +37,23 @@ class Done:
     errors: list[str]
 
 
+def engine_environment(engine: str) -> dict[str, str]:
+    """Return what `accelerate launch` adds to the environment for an engine: "ddp", "fsdp2", or "zeroN"; "deepspeed" is
+    "zero2"."""
+    if engine == "fsdp2":
+        return {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    if engine == "ddp":
+        return {}
+    config = ROOT / "launch" / f"{engine.replace('deepspeed', 'zero2')}.json"
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "DS_ACCELERATOR": "cpu",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config),
+        "ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file,zero3_init_flag",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    }
+
+
 class Running:
     """Several connected processes that run ``function(*arguments)``, whose result is the exit code."""
 
@@ -47,15 +64,7 @@ class Running:
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
         shared["LOCAL_WORLD_SIZE"] = str(world)
         shared = (shared if world > 1 or engine != "ddp" else {}) | (environment or {})
-        if engine == "deepspeed":
-            shared |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
-            shared |= {
-                "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "launch" / "zero2.json"),
-                "ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file,zero3_init_flag",
-                "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
-            }
-        if engine == "fsdp2":
-            shared |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+        shared |= engine_environment(engine)
         self.processes = []
         for rank in range(world):
             own = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if "WORLD_SIZE" in shared else {})

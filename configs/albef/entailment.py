@@ -13,7 +13,7 @@ Differs: an image whose sentence says left or right is not mirrored. The warm-up
     overflow in uint8.
 Cost: the paper used 8 A100, 256 hypotheses a step, 5 epochs. Not run here.
 Command: vlp data annotations snli-ve snli_ve_train.jsonl annotations/snli_ve_train.jsonl     # also dev
-    accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/albef/entailment.py
+    accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/albef/entailment.py
     vlp eval runs/albef-snli-ve classification data=annotations/snli_ve_dev.jsonl
 """
 

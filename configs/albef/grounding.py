@@ -11,7 +11,7 @@ Differs: an image whose phrase says left or right is not mirrored. The map is av
 Cost: the paper used 8 A100, 256 phrases a step, 5 epochs. Not run here.
 Command: vlp data annotations refcoco refcoco+_train.json data/refcoco-train.jsonl
     vlp data annotations refcoco refcoco+_val.json "refs(unc).p" instances.json dets.json data/refcoco-val.jsonl     # also test
-    accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/albef/grounding.py
+    accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/albef/grounding.py
     vlp eval runs/albef-refcoco-plus grounding data=data/refcoco-val.jsonl images=images split=val layer=2
     vlp eval runs/albef-refcoco-plus grounding data=data/refcoco-test.jsonl images=images split=testA layer=2     # also testB
 """

@@ -16,9 +16,9 @@ Differs: the momentum encoder starts from the loaded weights; the published code
     have no weight decay. AutoContrast and Sharpness of RandAugment do not overflow in uint8.
 Cost: the paper used 8 A100: 1 epoch of 512 texts a step for text assignment, 10 epochs of 128 sentences a step for
     NLVR2. Not run here.
-Command: accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/albef/nlvr2.py:assignment
+Command: accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/albef/nlvr2.py:assignment
     vlp data annotations nlvr2 nlvr2/data/train.json annotations/nlvr2_train.jsonl     # also dev
-    accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/albef/nlvr2.py
+    accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/albef/nlvr2.py
     vlp eval runs/albef-nlvr2 classification data=annotations/nlvr2_dev.jsonl
 """
 

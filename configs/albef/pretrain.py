@@ -24,8 +24,8 @@ Differs: the learning rate falls with every step, not once an epoch, and warms u
     processes. Pixels are normalised as DeiT was trained. Texts have up to 30 tokens. bfloat16, gradients clipped at
     norm 1.
 Cost: the paper used 8 A100, 512 captions a step, 30 epochs. Not run here.
-Command: accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/albef/pretrain.py
-    accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/albef/pretrain.py:recommended_14m
+Command: accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/albef/pretrain.py
+    accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/albef/pretrain.py:recommended_14m
 """
 
 from dataclasses import replace

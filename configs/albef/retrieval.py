@@ -18,11 +18,11 @@ Differs: the queue starts empty, the published one with the last keys of the pre
 Cost: the paper used 8 A100 and 256 pairs a step, for 5 epochs of 566,747 pairs (COCO) or 10 of 145,000 (Flickr30k). Not
     run here.
 Command: vlp data pack dataset_coco.json shards/coco-train --image-root coco --split train     # also restval, val, test
-    accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/albef/retrieval.py
+    accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/albef/retrieval.py
     vlp eval runs/albef-retrieval-coco rerank data=shards/coco-test k=256
     vlp eval runs/albef-retrieval-coco rerank data=shards/flickr30k-test k=128     # the published zero-shot numbers
     vlp data pack dataset_flickr30k.json shards/flickr30k-train --image-root flickr30k --split train     # also val, test
-    accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/albef/retrieval.py:flickr30k
+    accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/albef/retrieval.py:flickr30k
     vlp eval runs/albef-retrieval-flickr30k rerank data=shards/flickr30k-test k=128
 """
 

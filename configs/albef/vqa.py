@@ -45,7 +45,7 @@ def config() -> Experiment:
     Command: vlp data annotations albef-vqa vqa_train.json vqa_val.json vg_qa.json data/vqa.jsonl
         vlp data annotations vqa2 QUESTIONS.json ANNOTATIONS.json data/vqa.jsonl     # instead: the official files of a split
         vlp data annotations albef-vqa vqa_test.json data/vqa-test.jsonl
-        accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/albef/vqa.py
+        accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/albef/vqa.py
         vlp eval runs/albef-vqa-v2 vqa data=data/vqa-test.jsonl answers=answer_list.json submission=results.json
     """
     return Experiment(

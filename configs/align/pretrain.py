@@ -37,7 +37,7 @@ def config() -> Experiment:
         or right is not mirrored.
     Cost: the paper used 1,024 TPU cores. Not run here.
     Command: vlp data tokenizer shards/train tokenizer --vocab-size 100000
-        accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/align/pretrain.py
+        accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/align/pretrain.py
     """
     return Experiment(
         name="align_b7_bert_base",

@@ -12,10 +12,10 @@ Differs: the paper does not state the learning-rate schedule; here it falls line
     norm 1; the paper states neither. The captions of an image are positives of each other, and one of them is sampled
     an epoch.
 Cost: the paper used TPUs. Not run here.
-Command: accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/align/retrieval.py
+Command: accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/align/retrieval.py
     vlp eval runs/align_b7_bert_base retrieval data=shards/coco-test     # zero-shot
     vlp eval runs/align-retrieval-coco retrieval data=shards/coco-test     # fine-tuned
-    accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/align/retrieval.py:flickr30k
+    accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/align/retrieval.py:flickr30k
     vlp eval runs/align-retrieval-flickr30k retrieval data=shards/flickr30k-test
 """
 

@@ -8,7 +8,7 @@ As published: 32,768 pairs a step, 32 epochs, AdamW at 5e-4 with betas 0.9 and 0
 Differs: bfloat16; the paper uses float16. Crops are open_clip's, of 0.9 or more of the image; the paper's are random
     squares of the resized image. Class token and position embeddings have no weight decay.
 Cost: 4,096 pairs a GPU on 8 GPUs; with less memory set data.batch_size. Not run here.
-Command: accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/clip/pretrain.py data.train=shards/train data.val=shards/val
+Command: accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/clip/pretrain.py data.train=shards/train data.val=shards/val
 """
 
 from vlp.config import Data, Experiment, Saving, Training

@@ -29,7 +29,7 @@ def config() -> Experiment:
         today: AdamW, a learning rate for each layer, mixup and CutMix, label smoothing, an EMA of the weights;
         bfloat16, gradients clipped at norm 1.
     Cost: 8 GPUs. Not run here.
-    Command: accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/imagenet/finetune.py
+    Command: accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/imagenet/finetune.py
         vlp eval runs/imagenet-align image-accuracy data=imagenet split=val
     """
     return Experiment(

@@ -24,7 +24,7 @@ def config() -> Experiment:
     As published: rows of the bank move by half, as in the published code.
     Differs: biases and BatchNorm's scales have no weight decay. Hues turn by 0.1 instead of 0.4.
     Cost: 8 GPUs of 16 GB, of each 0.7 GB for the bank of 1.28 M rows. Not run here.
-    Command: accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/instance/pretrain.py data.train=shards/train
+    Command: accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/instance/pretrain.py data.train=shards/train
     """
     view = RandomResizedCrop(scale=(0.2, 1.0), then=(ColourDistortion(strength=0.5, probability=1.0),))
     return Experiment(

@@ -30,7 +30,7 @@ def config() -> Experiment:
     Differs: a table of relative positions in each layer, as in timm's model, where the paper shares one. The tokenizer
         reads the tower's image at half its size, where the paper resizes the original. bfloat16.
     Cost: 16 GPUs, about five days (the paper's own figure, 32 GB V100). Not run here.
-    Command: accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/mim/pretrain.py
+    Command: accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/mim/pretrain.py
         vlp eval runs/mim-beit-base probe data=imagenet
     """
     return Experiment(

@@ -46,7 +46,7 @@ def config() -> Experiment:
     Differs: 512 tokens throughout, where the paper has 128 for nine tenths of the steps. No next-sentence prediction.
         Random tokens are never special ones. bfloat16, gradients clipped at norm 1.
     Cost: 8 GPUs of 80 GB, about a day: 1e6 steps x 131,072 tokens x 0.7 GFLOP at 1 PFLOP/s. Not run here.
-    Command: accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/mlm/pretrain.py data.train=passages.txt
+    Command: accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/mlm/pretrain.py data.train=passages.txt
         vlp eval runs/mlm-bert-base masked data=held_out.txt
     """
     return Experiment(

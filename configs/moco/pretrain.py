@@ -7,8 +7,8 @@ Paper: He et al. 2020, arXiv:1911.05722 (v1): linear head to 128, temperature 0.
 Data: ImageNet's images as your own shards. Starts from random weights.
 Differs: biases and BatchNorm's scales have no weight decay. In v1 hues turn by 0.1 instead of 0.4.
 Cost: 8 GPUs of 16 GB; 53 hours on 8 V100 in the paper. Not run here.
-Command: accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/moco/pretrain.py data.train=shards/train
-    accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/moco/pretrain.py:v2 data.train=shards/train
+Command: accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/moco/pretrain.py data.train=shards/train
+    accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/moco/pretrain.py:v2 data.train=shards/train
 """
 
 from dataclasses import replace

@@ -7,7 +7,7 @@ Differs: BERT with mean pooling instead of a text tower of the ViT's own kind, A
     4,096.
 Cost: 8 GPUs of 40 GB or more. Not run here.
 Command: vlp data tokenizer shards/train tokenizer --vocab-size 32000
-    accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/siglip/pretrain.py data.train=shards/train data.val=shards/val
+    accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/siglip/pretrain.py data.train=shards/train data.val=shards/val
 """
 
 from vlp.config import Data, Experiment, Saving, Training

@@ -24,7 +24,7 @@ def config() -> Experiment:
     Differs: BatchNorm normalises the rows of one process instead of those of all. bfloat16; the paper does not state
         its precision.
     Cost: 8 GPUs of 80 GB or more: 512 images, 1,024 views, a GPU. Not run here.
-    Command: accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/simclr/pretrain.py data.train=shards/train
+    Command: accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/simclr/pretrain.py data.train=shards/train
     """
     return Experiment(
         name="simclr-resnet50",

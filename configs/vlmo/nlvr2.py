@@ -11,7 +11,7 @@ Differs: an image whose sentence says left or right is not mirrored. bfloat16, w
     RandAugment do not overflow in uint8.
 Cost: 128 sentences a step, 10 epochs. Not run here.
 Command: vlp data annotations nlvr2 nlvr2/data/train.json annotations/nlvr2_train.jsonl     # also dev
-    accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/vlmo/nlvr2.py
+    accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/vlmo/nlvr2.py
     vlp eval runs/vlmo-nlvr2 classification data=annotations/nlvr2_dev.jsonl
 """
 

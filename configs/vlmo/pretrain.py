@@ -28,8 +28,8 @@ Differs: the gradient of ITC is that of the whole batch; the published code comp
     of timm.
 Cost: the paper used 64 V100 for about two days (base) or 128 for about three (large): 1,024 captions a step, 200,000
     steps. Not run here.
-Command: accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/vlmo/pretrain.py
-    accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/vlmo/pretrain.py:large
+Command: accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/vlmo/pretrain.py
+    accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/vlmo/pretrain.py:large
 """
 
 from dataclasses import replace

@@ -15,10 +15,10 @@ Differs: captions of the same image are positives of each other; the published c
     as published.
 Cost: a batch of 3,072 pairs over all processes. Not run here.
 Command: vlp data pack dataset_coco.json shards/coco-train --image-root coco --split train     # also restval, val, test
-    accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/vlmo/retrieval.py
+    accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/vlmo/retrieval.py
     vlp eval runs/vlmo-retrieval-coco retrieval data=shards/coco-test
     vlp data pack dataset_flickr30k.json shards/flickr30k-train --image-root flickr30k --split train     # also val, test
-    accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/vlmo/retrieval.py:flickr30k
+    accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/vlmo/retrieval.py:flickr30k
     vlp eval runs/vlmo-retrieval-flickr30k retrieval data=shards/flickr30k-test
 """
 

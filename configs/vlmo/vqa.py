@@ -15,7 +15,7 @@ Differs: an image whose question or answer mentions left or right is not mirrore
 Cost: 128 questions a step, 10 epochs. Not run here.
 Command: vlp data annotations vqa2 QUESTIONS.json ANNOTATIONS.json data/vqa-train.jsonl     # also val and test-dev
     vlp data answers data/vqa-train.jsonl data/vqa-val.jsonl data/vqa-answers.txt --field multiple_choice_answer --normalise --min-count 9 --order appearance
-    accelerate launch --config_file launch/gpu8.yaml -m vlp.train configs/vlmo/vqa.py
+    accelerate launch --config_file launch/ddp_gpu8.yaml -m vlp.train configs/vlmo/vqa.py
     vlp eval runs/vlmo-vqa-v2 vqa data=data/vqa-test.jsonl mode=classify submission=results.json
 """
 

@@ -75,12 +75,12 @@ def test_failed_check_is_exit_code_1(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_engine_trains_a_step_and_one_that_cannot_start_is_named(monkeypatch, tmp_path):
-    good = doctor.LAUNCH / "cpu2.yaml"
-    (tmp_path / "cpu2.yaml").write_text(good.read_text())
+    good = doctor.LAUNCH / "ddp_cpu2.yaml"
+    (tmp_path / "ddp_cpu2.yaml").write_text(good.read_text())
     (tmp_path / "odd_cpu2.yaml").write_text(good.read_text().replace("MULTI_GPU", "TELEPATHY"))
     monkeypatch.setattr(doctor, "LAUNCH", tmp_path)
     trained, odd = doctor.engines()
-    assert trained.advice == "" and trained.name == "one step, cpu2"
+    assert trained.advice == "" and trained.name == "one step, ddp_cpu2"
     assert odd.advice and "\n" not in odd.found
 
 

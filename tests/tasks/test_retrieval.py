@@ -114,7 +114,7 @@ def test_two_processes_write_the_file_of_one(world, tmp_path):
     assert done.codes == [0], done.errors
     path = folder / "eval" / "retrieval-shards.json"
     one = strip(path)
-    launcher = ("--config_file", str(ROOT / "launch" / "cpu2.yaml"), "--main_process_port", str(free_port()))
+    launcher = ("--config_file", str(ROOT / "launch" / "ddp_cpu2.yaml"), "--main_process_port", str(free_port()))
     done = vlp(*arguments, launch=launcher)
     assert done.returncode == 0, done.stderr
     assert strip(path) == one
