@@ -185,10 +185,10 @@ class Trainer:
                 self.run.writer.quarantine(agreed.bad)
                 finite = finite and all(map(math.isfinite, agreed.losses.values()))
                 if finite:
+                    f = bundles[-1]
+                    enqueued.append(self._enqueue(f))  # may run a network, so it precedes the end of the step's passes
                     with part("backward"):
                         self.accelerator.backward(total)
-                    f = bundles[-1]
-                    enqueued.append(self._enqueue(f))
             for name, value in agreed.losses.items():
                 losses[name] = losses.get(name, 0.0) + value / passes
         engine = self.run.engine

@@ -30,9 +30,9 @@ STEPS = 20
 ADAMW = AdamW()
 # The cell of the default tests: queues, a momentum encoder, an average, and two towers.
 QUICK = ("ITC, momentum queues (ALBEF)", "two towers (ALIGN, CLIP)")
-# Rows whose objectives draw random numbers, which differ between processes: masks, negatives, dropout, noise. On two
-# processes every engine draws the same.
-DRAWS = ("ITM", "MLM", "MIM", "SimCSE", "ESimCSE", "CERT", "instance", "ITC + ITM", "ITC by two heads")
+# Rows whose losses differ between one process and two, because they draw masks, negatives or noise, which depend on the
+# process, or have a BatchNorm (BYOL's heads), which is per process. On two processes every engine computes the same.
+DIFFERS = ("ITM", "MLM", "MIM", "instance", "ITC + ITM", "ITC by two heads", "BYOL")
 
 
 def cells() -> list[tuple[str, str]]:
@@ -147,11 +147,17 @@ def pool():
 
 def assert_engine_trains_as_ddp(pool, engine: str, ddp: dict, *cell) -> dict:
     found, other = pool(train_cell, 2, engine, *cell)
-    assert found["losses"] == other["losses"] == pytest.approx(ddp["losses"], abs=1e-5), engine
+    assert found["losses"] == other["losses"] == close_to(ddp["losses"]), engine
     assert found["averages"].keys() == ddp["averages"].keys()
     for name, average in ddp["averages"].items():
-        torch.testing.assert_close(found["averages"][name], average, atol=1e-6, rtol=0, msg=f"{engine}: {name}")
+        # Adam steps by up to the learning rate where a gradient is zero but for rounding, as that of a bias before a norm
+        atol = 1e-6 if cell[0] == QUICK[0] else 2e-5
+        torch.testing.assert_close(found["averages"][name], average, atol=atol, rtol=0, msg=f"{engine}: {name}")
     return found
+
+
+def close_to(losses: list[float]):
+    return pytest.approx(losses, abs=1e-5, rel=5e-6)  # a loss of 30 has a float32 resolution of 2e-6
 
 
 def test_fsdp2_trains_as_ddp_with_half_of_the_memory_in_each_process(pool):
@@ -189,8 +195,8 @@ def test_settings_do_not_change_what_fsdp2_computes(pool, changes):
 @pytest.mark.parametrize("row, column", cells())
 def test_every_objective_trains_on_every_engine(pool, row, column):
     ddp = pool(train_cell, 2, "ddp", row, column)[0]
-    if not row.startswith(DRAWS):
+    if not row.startswith(DIFFERS):
         one = train_cell(0, 1, "ddp", row, column)
-        assert ddp["losses"] == pytest.approx(one["losses"], abs=1e-5)
+        assert ddp["losses"] == close_to(one["losses"])
     for engine in ("fsdp2", "zero2"):
         assert_engine_trains_as_ddp(pool, engine, ddp, row, column)
