@@ -17,7 +17,9 @@ from vlp.weights.checkpoints import all_steps, read_state
 
 FAULTY = TOY.with_name("toy_faults.py")
 ALL_CHECKPOINTS = ("save.every=1", "save.keep=100")
-ENGINES = {"single": {"world": 1}, "ddp": {"world": 2}, "zero2": {"world": 2, "engine": "deepspeed"}}
+ENGINES = {"single": {"world": 1}, "ddp": {"world": 2}, "zero2": {"world": 2, "engine": "zero2"}}
+ENGINES["fsdp2"] = {"world": 2, "engine": "fsdp2"}
+SLOW = [pytest.param(engine, marks=pytest.mark.slow) for engine in ("zero2", "fsdp2")]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,7 @@ def steps_with(folder: Path, key: str) -> list[int]:
     return [n for n, batch in enumerate(samples(folder), 1) if key in batch]
 
 
-@pytest.mark.parametrize("engine", ["single", "ddp", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["single", "ddp", *SLOW])
 @pytest.mark.parametrize("fault", ["nan", "gradient"])
 def test_nonfinite_step_stops_all_processes_and_names_its_samples(world, output, plain, engine, fault):
     key = samples(plain)[6][5]  # a sample of step 7, which the second of two processes reads
@@ -136,7 +138,7 @@ def test_nonfinite_step_stops_all_processes_and_names_its_samples(world, output,
     assert len(losses(folder)) == before - 1
 
 
-@pytest.mark.parametrize("engine", ["single", "ddp", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["single", "ddp", *SLOW])
 @pytest.mark.parametrize("fault", ["nan", "gradient"])
 def test_skipped_step_is_counted_and_does_not_change_the_weights(world, output, plain, engine, fault):
     if engine == "zero2" and fault == "gradient":

@@ -22,17 +22,11 @@ from safetensors.torch import load_file
 
 from benchmarks.gpu.timing import DEVICE
 from tests.conftest import ROOT, TOY, make_world, toy_overrides
-from tests.processes import free_port
+from tests.processes import engine_environment, free_port
 
 STEPS, CUT = 6, 3
 TRAIN = "import torch, sys; torch.use_deterministic_algorithms(True, warn_only=True); from vlp.cli import main; sys.exit(main())"
 ONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-DEEPSPEED = {
-    "ACCELERATE_USE_DEEPSPEED": "true",
-    "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "launch" / "zero2.json"),
-    "ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file,zero3_init_flag",
-    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
-} | {"DS_ACCELERATOR": DEVICE}
 
 
 def checks(small: bool) -> dict[str, Callable[[], dict]]:
@@ -41,16 +35,18 @@ def checks(small: bool) -> dict[str, Callable[[], dict]]:
         "collectives with one process": collectives,
         "DDP with one process": lambda: same_losses("ddp"),
         "ZeRO-2 with one process": zero,
-        "FSDP2 with one process": fsdp2,
+        "FSDP2 with one process": lambda: same_losses("fsdp2"),
     }
 
 
 @cache
 def runs() -> dict[str, subprocess.CompletedProcess]:
     """The runs that do not need each other, all at once, in folders of their names."""
-    wanted = {"plain": {}, "again": {}, "ddp": ONE_PROCESS | {"MASTER_PORT": str(free_port())}}
-    if importlib.util.find_spec("deepspeed"):
-        wanted["zero"] = ONE_PROCESS | DEEPSPEED | {"MASTER_PORT": str(free_port())}
+    wanted = {"plain": {}, "again": {}}
+    for engine in ("ddp", "fsdp2", *(["zero2"] if importlib.util.find_spec("deepspeed") else [])):
+        wanted[engine] = ONE_PROCESS | {"MASTER_PORT": str(free_port())} | engine_environment(engine)
+        if "DS_ACCELERATOR" in wanted[engine]:
+            wanted[engine]["DS_ACCELERATOR"] = DEVICE
     started = {name: start(new(name), environment) for name, environment in wanted.items()}
     return {name: finished(process) for name, process in started.items()}
 
@@ -127,15 +123,9 @@ def same_losses(name: str, tolerance: float = 1e-5) -> dict:
 
 
 def zero() -> dict:
-    if "zero" not in runs():
+    if "zero2" not in runs():
         return {"not_run": "deepspeed is not installed here"}
-    return same_losses("zero")
-
-
-def fsdp2() -> dict:
-    if not list((ROOT / "launch").glob("fsdp2*")):
-        return {"not_run": "there is no launch config for FSDP2"}
-    raise NotImplementedError("start it here as the launch config does")
+    return same_losses("zero2")
 
 
 def collectives() -> dict:
