@@ -15,6 +15,7 @@ MEASURES = (
     "seek",
     "shards_a_node",
     "pack_memory",
+    "align_scale",
     "clip_flops",
     "contrastive_memory",
     "uniformity_memory",
