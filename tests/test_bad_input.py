@@ -184,7 +184,7 @@ def test_folder_of_a_run_is_not_overwritten(world, finished, capfd):
         (["data.batch_size=4", "seed=3"], "data.batch_size, seed"),
         (["model.text.dropout=0.3"], "model.text.dropout"),
         (["objectives.itc.label_smoothing=0.3"], "objectives.itc.label_smoothing"),
-        (["train.steps=99"], "train.steps"),
+        (["train.accumulation=2"], "train.accumulation"),
     ],
 )
 def test_resume_with_a_changed_experiment_names_the_keys(copied, capfd, overrides, named):

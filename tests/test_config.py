@@ -182,7 +182,14 @@ def test_changed_keys_are_dotted_and_complete(toy):
 
 def test_fields_that_may_change_on_resume(toy):
     free = ["name=x", "output=y", "data.workers=7", "train.processes=2", "train.engine=ddp", "train.threads=3"]
-    free += ["train.profile=true", "save.every=1", "save.keep=9", "save.best=none", "log.sample_keys=false", "log.geometry_every=0"]
+    free += [
+        "train.profile=true",
+        "save.every=1",
+        "save.keep=9",
+        "save.best=none",
+        "log.sample_keys=false",
+        "log.geometry_every=0",
+    ]
     assert changed_keys(toy, override(toy, free)) == []
     named = {assignment.partition("=")[0] for assignment in free}
     assert all(any(n == key or n.startswith(key + ".") for n in named) for key in FREE_ON_RESUME)

@@ -6,6 +6,7 @@ resumed and evaluated without the config file and without the weights that it st
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -230,6 +231,13 @@ FREE_ON_RESUME = (
     "train.profile",
     "save",
     "log",
+)
+
+
+# Keys that may also change by --resume RUN key=value, because `vlp.training.setup` then checks the new values: locations of
+# data that have moved, and the length of a run that is trained further.
+CHECKED_ON_RESUME = re.compile(
+    r"data\.train\.\d+\.(shards|path|images)|data\.val|evaluate\.[^.]+\.data|train\.(steps|epochs)"
 )
 
 

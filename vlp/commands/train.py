@@ -6,10 +6,14 @@ import argparse
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlp.commands.code import add_code_options, read_code
 from vlp.errors import UserError
 from vlp.files import local_path
+
+if TYPE_CHECKING:
+    from vlp.config import Experiment
 
 
 def add_parser(commands) -> None:
@@ -49,21 +53,30 @@ def start(options: argparse.Namespace, config: str, overrides: list[str]) -> int
 
 
 def resume(options: argparse.Namespace, folder: Path, config: str | None, overrides: list[str]) -> int:
-    from vlp.config import Experiment, changed_keys, load_json
+    from vlp.config import CHECKED_ON_RESUME, Experiment, changed_keys, load_json
     from vlp.specs.overrides import override
     from vlp.train import train
 
     given, code = load(options, config, Experiment) if config else (None, read_code(options, folder))
     saved = load_json(folder / "experiment.json", code.types)
     saved = replace(saved, name=folder.name, output=str(folder.parent))
-    wanted = override(given.resolved() if given else saved, overrides)
-    if changed := changed_keys(saved, wanted):
+    wanted = with_weights_of(saved, override(given.resolved() if given else saved, overrides))
+    if changed := [key for key in changed_keys(saved, wanted) if not CHECKED_ON_RESUME.fullmatch(key)]:
         raise UserError(
             f"{folder} was started with other values of {', '.join(changed[:8])}"
             f"{f' and {len(changed) - 8} more' if len(changed) > 8 else ''}; resume without changing them, "
             f"or start a new run with another name=..."
         )
     return train(replace(wanted, name=folder.name, output=str(folder.parent)), resume=True, code=code)
+
+
+def with_weights_of(saved: Experiment, wanted: Experiment) -> Experiment:
+    """Return ``wanted`` with the weights of the saved sources, which ``data.train=NEW`` drops."""
+    sources, before = wanted.data.train, saved.data.train
+    if len(sources) == len(before):
+        pairs = zip(sources, before)
+        sources = tuple(replace(new, weight=old.weight) if new.weight is None else new for new, old in pairs)
+    return replace(wanted, data=replace(wanted.data, train=sources))
 
 
 def load(options: argparse.Namespace, config: str, *kinds: type):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from vlp.optim.groups import describe_groups, parameter_groups, starts_with
 from vlp.specs.user_code import NO_CODE, UserCode
 from vlp.training.engines import Engine
 from vlp.training.launch import start_engine
+from vlp.training.logging import read_log
 from vlp.training.run import Run
 from vlp.training.run_lock import RunLock
 from vlp.training.run_writer import RunWriter
@@ -55,28 +58,32 @@ def set_up(experiment: Experiment, resume: bool, lock: RunLock, code: UserCode =
             lock.acquire()
     checkpoint = checkpoints.newest_whole(folder / "checkpoints") if resume else None
     accelerator.wait_for_everyone()  # every process has looked before one of them writes
-    validate_tasks(experiment)
+    with moved_data_hint(resume):
+        validate_tasks(experiment)
     if not resume:
         experiment = experiment.resolved()
     torch.manual_seed(experiment.seed)
     # a checkpoint contains every weight, so a resumed run does not need the files that it once started from
     model = experiment.build_model(load_weights=checkpoint is None)
     tokenizer = load_run_tokenizer(experiment, model, resume) if model.text is not None else None
-    dataset = TrainDataset(
-        data.train,
-        (data.augment, *data.views),
-        model.preprocess if has_images(data) else None,
-        tokenizer,
-        data.max_length,
-        data.max_pixels,
-        experiment.seed,
-        data.text_views,
-        data.readers,
-    )
+    with moved_data_hint(resume):
+        dataset = TrainDataset(
+            data.train,
+            (data.augment, *data.views),
+            model.preprocess if has_images(data) else None,
+            tokenizer,
+            data.max_length,
+            data.max_pixels,
+            experiment.seed,
+            data.text_views,
+            data.readers,
+        )
     if resume:
         check_same_data(folder, dataset)
     check_dataset(experiment, dataset)
     total_steps = count_steps(experiment, len(dataset))
+    if resume:
+        check_not_shorter(folder, total_steps)
     prepare_model(model, experiment.train, engine)
     if checkpoint is None and not experiment.train.random_frozen:
         check_frozen(model)
@@ -178,8 +185,33 @@ def check_same_data(folder: Path, dataset: TrainDataset) -> None:
             raise UserError(
                 f"the shards at {reader.location} are not the ones that {folder} was started with "
                 f"({before['samples']:,} samples in {before['shards']} shards then, {len(reader):,} in "
-                f"{len(reader.shards)} now); put them back, or start a new run"
+                f"{len(reader.shards)} now); name the same shards with data.train=LOCATION, or start a new run"
             )
+
+
+@contextmanager
+def moved_data_hint(resume: bool) -> Iterator[None]:
+    """Context in which an error about the data of a resumed run says how to name their new location."""
+    try:
+        yield
+    except UserError as e:
+        if not resume:
+            raise
+        raise UserError(f"{e}; if the data have moved, resume with data.train=NEW data.val=NEW") from None
+
+
+def check_not_shorter(folder: Path, total_steps: int) -> None:
+    """Check that a resumed run is as long as before, or longer.
+
+    Raises:
+        UserError: If not.
+    """
+    before = max((start.get("total_steps", 0) for start in read_log(folder / "starts.jsonl")), default=0)
+    if total_steps < before:
+        raise UserError(
+            f"{folder} is a run of {before:,} steps, and train.steps or train.epochs now gives {total_steps:,}; it may only "
+            f"become longer"
+        )
 
 
 def count_steps(experiment: Experiment, epoch_samples: int) -> int:
