@@ -246,6 +246,15 @@ def test_a_submission_in_an_experiment_is_refused(run, tmp_path, capfd):
     assert not target.parent.exists()
 
 
+def test_a_refused_submission_leaves_no_folder(run, tmp_path, capfd):
+    given = [{"image": "a.png", "text": "?", "answers": ["x"]}]  # without a question_id
+    (tmp_path / "a.png").write_bytes(b"")
+    data = write_lines(tmp_path / "x.jsonl", given)
+    target = tmp_path / "new" / "folder" / "r.json"
+    line = refused(capfd, "eval", run, "vqa", f"data={data}", f"submission={target}")
+    assert "a submission needs question_id" in line and not (tmp_path / "new").exists()
+
+
 class Server(http.server.BaseHTTPRequestHandler):
     asked: list[str] = []
 

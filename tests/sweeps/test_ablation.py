@@ -125,6 +125,7 @@ def test_unfinished_runs_are_trained_and_the_table_has_the_numbers_of_the_logs(w
         ]
     table = (ablation.folder / "table.md").read_text()
     assert table.count("\n| ") == 3 and "| smooth | 2 |" in table and "±" in table
+    assert "\n\nretrieval: 50 of its images are training images, so this is not a held-out result.\n" in table
     assert Image.open(ablation.folder / "plot.png").width > 300
 
     logged.clear()

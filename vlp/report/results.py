@@ -60,14 +60,10 @@ def read_results(folder: Path, notes: list[str] | None = None) -> list[dict[str,
     notes = [] if notes is None else notes
     for path in sorted((folder / "eval").glob("*.json")):
         try:
-            result = _checked(json.loads(read_regular(path, RESULT_BYTES)))
-        except (OSError, ValueError, RecursionError) as e:
-            notes.append(f"{path} is not a readable result ({getattr(e, 'strerror', None) or e}); it is left out")
+            result = read_result(path, notes)
+        except UserError as e:
+            notes.append(str(e))
             continue
-        metrics = {name: _interval(interval) for name, interval in result["metrics"].items()}
-        if wrong := [name for name, interval in metrics.items() if interval is None]:
-            notes.append(f"{path}: the metric {wrong[0][:80]!r} is not a number; it is left out")
-        result["metrics"] = {name: interval for name, interval in metrics.items() if interval}
         # one evaluation that was repeated under two names is one result
         values = tuple((name, interval.value) for name, interval in result["metrics"].items())
         same = ("task", "data_id", "data", "protocol", "checkpoint_sha256", "step")
@@ -75,6 +71,26 @@ def read_results(folder: Path, notes: list[str] | None = None) -> list[dict[str,
         if key not in results or results[key]["time"] <= result["time"]:
             results[key] = result
     return list(results.values())
+
+
+def read_result(path: Path, notes: list[str]) -> dict[str, Any]:
+    """Read a result. Metrics become Intervals.
+
+    Args:
+        notes: Receives a line if a metric is skipped.
+
+    Raises:
+        UserError: if the file is damaged, or is not a result.
+    """
+    try:
+        result = _checked(json.loads(read_regular(path, RESULT_BYTES)))
+    except (OSError, ValueError, RecursionError) as e:
+        reason = e.strerror if isinstance(e, OSError) else str(e)
+        raise UserError(f"{path} is not a readable result ({reason}); it is left out") from None
+    metrics = {name: _interval(interval) for name, interval in result["metrics"].items()}
+    if wrong := [name for name, interval in metrics.items() if interval is None]:
+        notes.append(f"{path}: the metric {wrong[0][:80]!r} is not a number; it is left out")
+    return result | {"metrics": {name: interval for name, interval in metrics.items() if interval}}
 
 
 def _checked(result: Any) -> dict[str, Any]:

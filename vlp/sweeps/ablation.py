@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,6 +18,7 @@ from vlp.config import Experiment, load_config
 from vlp.errors import UserError
 from vlp.files import local_path, write_atomically
 from vlp.report.figures import png
+from vlp.report.results import contamination, read_result
 from vlp.specs.overrides import override
 from vlp.specs.user_code import NO_CODE, UserCode
 from vlp.sweeps.run_queue import RunQueue, check_same, is_finished
@@ -174,9 +176,23 @@ def write_tables(ablation: Ablation) -> None:
         "Mean over seeds, with the half-width of its 95 % interval (Student's t). Minutes are those of one seed's training "
         "steps, with the wait for data and without evaluation."
     )
-    write_atomically(ablation.folder / "table.md", f"{table}\n\n{note}\n".encode())
+    parts = [table, note, *_contamination(ablation)]
+    write_atomically(ablation.folder / "table.md", ("\n\n".join(parts) + "\n").encode())
     write_atomically(ablation.folder / "table.json", json.dumps(results, indent=1).encode())
     write_atomically(ablation.folder / "plot.png", _plot(results, ablation.metrics[0]))
+
+
+def _contamination(ablation: Ablation) -> list[str]:
+    """Return a sentence for each task of the metrics that evaluated training images."""
+    folders = [e.folder for experiments in ablation.runs().values() for e in experiments if is_finished(e)]
+    found = {}
+    for task in dict.fromkeys(metric.partition("/")[0] for metric in ablation.metrics):
+        for folder in folders:
+            with suppress(UserError):
+                result = read_result(folder / "eval" / f"{task}.json", [])
+                if result["trained_on"]:
+                    found[task] = f"{task}: {contamination(result)}"
+    return list(found.values())
 
 
 def _minutes(chains: list[list[Experiment]]) -> str:

@@ -32,13 +32,24 @@ def check_stored_tasks(tasks: Mapping[str, Any]) -> None:
 
 
 def check_submission(path: str) -> None:
-    """Raise UserError if the file cannot be written. Called before the evaluation, which may take hours."""
+    """Check that a file can be written, before the evaluation, which may take hours. Nothing is left behind.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    folder, made = local_path(path).parent, []
     try:
-        local_path(path).parent.mkdir(parents=True, exist_ok=True)
+        for parent in reversed([folder, *folder.parents]):
+            if not parent.exists():
+                parent.mkdir()
+                made.append(parent)
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"cannot write into {folder}; choose another submission=FILE")
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}; choose another submission=FILE") from None
-    if not os.access(local_path(path).parent, os.W_OK):
-        raise UserError(f"cannot write into {local_path(path).parent}; choose another submission=FILE")
+    finally:
+        for parent in reversed(made):
+            parent.rmdir()
 
 
 def write_submission(path: str, text: str, bad: Sequence[dict]) -> None:
