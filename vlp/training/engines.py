@@ -202,7 +202,7 @@ class Fsdp2(Engine):
                 fully_shard(block, mesh=mesh)
             for part in network.modules():
                 if isinstance(part, TextTower):
-                    part.equal_passes = True
+                    part.equal_passes = dist.get_world_size() > 1
         if state.average:  # not part of a step, so its other weights are not gathered in one
             fully_shard(state.average.network, mesh=mesh)
         self.root = Root(self.accelerator, module, averages)
