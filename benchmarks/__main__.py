@@ -19,6 +19,7 @@ MEASURES = (
     "clip_flops",
     "contrastive_memory",
     "uniformity_memory",
+    "engine_memory",
     "queue_info_nce",
     "retrieval_memory",
     "vqa_ranking",

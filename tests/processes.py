@@ -54,6 +54,33 @@ def engine_environment(engine: str) -> dict[str, str]:
     }
 
 
+@contextlib.contextmanager
+def launched_with(engine: str, process: int, processes: int):
+    """Give this process, which is connected to the others already, the environment of a launcher for one engine.
+
+    Without this, accelerate would remember the engine that it started first.
+    """
+    from accelerate.state import AcceleratorState, GradientState
+
+    def forget() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    mine = {}
+    if processes > 1:
+        mine = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        mine |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}  # not used
+    before = dict(os.environ)
+    forget()
+    os.environ.update({name: str(value) for name, value in mine.items()} | engine_environment(engine))
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        forget()
+
+
 class Running:
     """Several connected processes that run ``function(*arguments)``, whose result is the exit code."""
 

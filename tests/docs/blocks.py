@@ -73,12 +73,13 @@ def check_command(line: str) -> None:
         UserError: If an override does not fit.
         SystemExit: If vlp's parser refuses it.
     """
-    program, *arguments = shlex.split(line)
+    program, *arguments = shlex.split(re.sub(r"^([A-Z]+=\S+ )+", "", line))  # without variables that it sets
     assert program in COMMANDS, f"unknown command: {line}"
     if program == "accelerate":
         assert arguments[:2] == ["launch", "--config_file"] and (ROOT / arguments[2]).is_file(), line
-        assert arguments[3] == "-m" and arguments[4] in ("vlp.train", "vlp.cli"), line
-        check_vlp(["train", *arguments[5:]] if arguments[4] == "vlp.train" else arguments[5:])
+        module, *given = arguments[arguments.index("-m") + 1 :]
+        assert module in ("vlp.train", "vlp.cli"), line
+        check_vlp(["train", *given] if module == "vlp.train" else given)
     elif program == "vlp":
         check_vlp(arguments)
     elif program == "python":

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.tensor import DTensor
 
-from tests.processes import engine_environment
+from tests.processes import launched_with
 from tests.test_matrix import COLUMNS, ROWS, ROWS_OF_TABLE, WORDS, documented_table, experiment
 from vlp.config import Experiment, Training
 from vlp.data.stream import Loaded
@@ -84,20 +82,8 @@ def train_cell(
     process: int, processes: int, engine_name: str, row: str, column: str, changes: dict | None = None
 ) -> dict:
     """Take ``STEPS`` steps of the training loop in this process; return losses, averages, and bytes held in it."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    mine = dict(zip(names, map(str, (process, process, processes, processes)))) if processes > 1 else {}
-    mine |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} if mine else {}  # connected already
-    before = dict(os.environ)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    try:
-        os.environ.update(mine | engine_environment(engine_name))
+    with launched_with(engine_name, process, processes):
         return _train_cell(spec_of(row, column, **changes or {}))
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
 
 
 def _train_cell(spec: Experiment) -> dict:

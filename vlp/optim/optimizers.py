@@ -75,8 +75,8 @@ class Lars:
 
     ``b <- momentum * b + trust ||w|| / (||g|| + weight_decay ||w||) * (g + weight_decay * w);  w -= lr * b``.
     Parameters without weight decay (biases, norms) take the steps of `Sgd`. The defaults are those of SimCLR for 4,096
-    images a step, with lr 0.3 for each 256. LARS needs whole parameters: under ZeRO or FSDP the norms would be those of
-    shards.
+    images a step, with lr 0.3 for each 256. LARS needs the norms of whole parameters, which torch's sharded tensors
+    (FSDP2) compute over all processes. ZeRO, which steps on flat pieces, refuses it.
     """
 
     lr: float = setting(4.8, least=0)
@@ -125,7 +125,7 @@ class LambOptimizer(torch.optim.Optimizer):
     names of torch's AdamW, so a checkpoint stores both optimizers in the same form. ``timm.optim.Lamb(max_grad_norm=None)``
     takes the same steps, but stores the step count in the group, in a form that depends on timm's version.
 
-    LAMB needs whole parameters: under ZeRO or FSDP the norms would be those of shards.
+    LAMB needs the norms of whole parameters, see `Lars`.
     """
 
     def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
