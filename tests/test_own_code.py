@@ -165,7 +165,13 @@ def test_variants_and_stages_are_trained_in_processes_of_their_own(folder, overr
 
 @pytest.mark.slow
 def test_two_launched_processes_find_the_code(folder, overrides):
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "ddp_cpu2.yaml")]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "launch" / "ddp_cpu2.yaml"),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [*launcher, "-m", "vlp.train", "cfg.py", *overrides, "name=launched"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)

@@ -18,7 +18,7 @@ from vlp.specs.names import NO_TYPES
 from vlp.specs.types import check_types
 from vlp.weights import checkpoints
 
-TRIES = 10  # to read a checkpoint before the training replaces it
+TRIES = 30  # to read a checkpoint before the training replaces it
 
 
 def select_checkpoint(folder: Path, name: str | None) -> Path:

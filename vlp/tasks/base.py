@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from vlp import __version__
 from vlp.config import Data
 from vlp.data.preprocess import Preprocess
-from vlp.distributed import rank
 from vlp.errors import UserError
 from vlp.files import write_atomically
 from vlp.models.base import Model
@@ -105,8 +104,7 @@ class Result:
         headline: `Task.headline`.
         lower_is_better: `Task.lower_is_better`.
         seconds: Duration of the evaluation.
-        data_id: Identity of the data, see `vlp.tasks.identity`. Results with different ones are not compared. Only in the
-            main process.
+        data_id: Identity of the data, see `vlp.tasks.identity`. Results with different ones are not compared.
         trained_on: Number of evaluated images that the run was trained on, None where it was not counted.
     """
 
@@ -180,7 +178,7 @@ class Task:
             headline=self.headline or next(iter(result.metrics), ""),
             lower_is_better=self.lower_is_better,
             seconds=seconds,
-            data_id=data_id(self.evaluated_images(model.data), result.data, result.split) if rank() == 0 else "",
+            data_id=data_id(self.evaluated_images(model.data), result.data, result.split),
         )
 
     def evaluate(self, model: EvalModel) -> Result:
