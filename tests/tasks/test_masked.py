@@ -14,6 +14,7 @@ from vlp.errors import UserError
 from vlp.models.base import Model
 from vlp.models.single import Single
 from vlp.objectives.masking import TextMasking
+from vlp.specs.fields import check_limits
 from vlp.tasks.masked import MaskedPrediction
 
 TEXTS = [
@@ -116,10 +117,15 @@ def test_mistakes_are_user_errors(folder, tokenizer):
         (MaskedPrediction(), "give data=FILE"),
         (MaskedPrediction(data="nowhere.txt"), "no such file"),
         (MaskedPrediction(data=str(folder / "empty.txt")), "has no text"),
-        (MaskedPrediction(data=str(folder / "texts.txt"), masking=TextMasking(probability=2.0)), "it is a share"),
+        (
+            MaskedPrediction(data=str(folder / "texts.txt"), masking=TextMasking(mask_share=0.8, random_share=0.5)),
+            "it is a share",
+        ),
     ):
         with pytest.raises(UserError, match=complaint):
             task.validate(data)
+    with pytest.raises(UserError, match="masking.probability is 2.0; set it to at most 1"):
+        check_limits(MaskedPrediction(masking=TextMasking(probability=2.0)))
     model = KnownPredictions(truth(tokenizer), tokenizer.vocab_size, 1.0)
     with pytest.raises(UserError, match="no token of"):
         evaluate(model, tokenizer, folder, masking=TextMasking(probability=0.0))
