@@ -10,7 +10,9 @@ from tests.processes import losses, records, resume, run, samples, tensors
 from vlp.weights.checkpoints import all_steps
 
 FILES = {"moco": ("model", "optimizer", "momentum", "memory"), "instance": ("model", "optimizer", "memory")}
-ENGINES = {"single": {"world": 1}, "ddp": {"world": 2}, "zero2": {"world": 2, "engine": "deepspeed"}}
+ENGINES = {"single": {"world": 1}, "ddp": {"world": 2}, "zero2": {"world": 2, "engine": "zero2"}}
+ENGINES["fsdp2"] = {"world": 2, "engine": "fsdp2"}
+SLOW = [pytest.param(engine, marks=pytest.mark.slow) for engine in ("zero2", "fsdp2")]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def trained(data: Path, output: Path, method: str, name: str, *overrides: str, *
     return output / name
 
 
-@pytest.mark.parametrize("engine", ["single", "ddp", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["single", "ddp", *SLOW])
 @pytest.mark.parametrize("method", FILES)
 def test_three_steps_and_three_resumed_steps_equal_six_bitwise(world, output, method, engine):
     how = ENGINES[engine]

@@ -145,3 +145,19 @@ def test_state_of_a_checkpoint_is_the_state_that_was_saved():
     for state in (saved, loaded):  # and goes on in the same way
         state.queues["moco"].push(torch.tensor([50, 51]), key=rows(2, 50))
     assert oldest_first(loaded.queues["moco"]) == oldest_first(saved.queues["moco"]) == [4, 5, 6, 50, 51]
+
+
+def check_queues(process: int, pushed: int) -> str:
+    """Push a row to a queue, another one on the second process if ``pushed``; return the complaint."""
+    state = TrainState(queues={"itc": Queue(4, {"key": 3}, CPU)})
+    state.queues["itc"].push(torch.arange(1), key=rows(1, start=process * pushed))
+    try:
+        state.check_replicas()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_queues_that_differ_between_processes_are_noticed(pair):
+    assert pair(check_queues, 0) == ["", ""]
+    assert pair(check_queues, 1) == ["the queue of objectives.itc differs between the processes"] * 2

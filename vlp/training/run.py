@@ -105,6 +105,7 @@ class Run:
         Args:
             optimizer: The optimizer that the engine steps.
         """
+        self.state.check_replicas()
         folder = self.folder / "checkpoints"
         optimizer_tensors = self.engine.optimizer_tensors(self.model, optimizer)
         files = {"model": self.model.state_dict(), "optimizer": optimizer_tensors, **self.state.files()}

@@ -5,10 +5,13 @@ K rows of a queue, n samples of the data, E embedding.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from vlp.distributed import gather_objects
 from vlp.objectives.queues import QueueLike
 from vlp.optim.ema import EMA
 
@@ -46,6 +49,19 @@ class TrainState:
             # the file keeps its earlier name, so that earlier checkpoints can be read
             files["memory"] = {f"{o}/{name}": t for o, m in self.queues.items() for name, t in m.tensors().items()}
         return files
+
+    def check_replicas(self) -> None:
+        """Check that all processes hold the same queues. The checkpoint has those of the main process.
+
+        Raises:
+            RuntimeError: If they do not, because the rows that some process pushed were not gathered from all.
+        """
+        for objective, queue in self.queues.items():
+            digest = hashlib.sha256()
+            for tensor in queue.tensors().values():
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            if len(set(gather_objects(digest.hexdigest()))) > 1:
+                raise RuntimeError(f"the queue of objectives.{objective} differs between the processes")
 
     def load(self, counters: dict, read) -> None:
         """Restore the state from the counters of a checkpoint and ``read(FILE) -> tensors``."""
