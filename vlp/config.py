@@ -67,9 +67,9 @@ class Data:
     text_views: tuple[Any, ...] = ()
     resize: Resize = field(default_factory=Resize)
     readers: int = setting(1, least=1)
-    workers: int = setting(1, least=0)
+    workers: int = setting(1, least=0, most=1024)
     max_bad_fraction: float = setting(0.01, least=0, most=1)
-    max_pixels: int = 64_000_000
+    max_pixels: int = setting(64_000_000, least=1)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Training:
     accumulation: int = setting(1, least=1)
     grad_cache: bool = False
     clip_norm: float | None = setting(1.0, above=0)
-    layer_decay: float = 1.0
+    layer_decay: float = setting(1.0, above=0)
     lr_scales: dict[str, float] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
     random_frozen: bool = False
@@ -119,9 +119,9 @@ class Training:
     compile: bool = False
     profile: bool = False
     nonfinite: Literal["stop", "skip"] = "stop"
-    processes: int | None = None
+    processes: int | None = setting(None, least=1)
     engine: Literal["single", "ddp", "deepspeed", "fsdp2"] | None = None
-    threads: int | None = setting(None, least=1)
+    threads: int | None = setting(None, least=1, most=1024)
 
     @property
     def backward_passes(self) -> int:

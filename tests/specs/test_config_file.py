@@ -106,9 +106,10 @@ def test_missing_argument_of_a_spec_is_one_line(write):
         call_config(write(text), [object])
 
 
-def test_other_type_errors_keep_their_traceback(write):
-    with pytest.raises(TypeError, match="unsupported operand"):
+def test_other_errors_name_the_line_and_keep_their_cause(write):
+    with pytest.raises(UserError, match=r"TypeError: unsupported operand .*:1 in config: ") as caught:
         call_config(write("def config(): return 1 + 'a'"), [object])
+    assert isinstance(caught.value.__cause__, TypeError)
 
 
 def test_spawned_data_worker_imports_the_class_of_a_config(write, tmp_path_factory):

@@ -57,6 +57,8 @@ def resume(options: argparse.Namespace, folder: Path, config: str | None, overri
     from vlp.specs.overrides import override
     from vlp.train import train
 
+    if folder.name in ("", ".."):  # of --resume . and the like, which would be a run without a name
+        folder = folder.resolve()
     given, code = load(options, config, Experiment) if config else (None, read_code(options, folder))
     saved = load_json(folder / "experiment.json", code.types)
     saved = replace(saved, name=folder.name, output=str(folder.parent))

@@ -23,6 +23,7 @@ from torch.nn.functional import grid_sample, interpolate
 from torchvision.transforms.v2 import functional as F
 
 from vlp.errors import UserError
+from vlp.specs.fields import setting
 
 GREY = 128.0
 
@@ -229,8 +230,8 @@ class RandomResizedCrop:
         then: Further steps.
     """
 
-    scale: tuple[float, float] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    scale: tuple[float, float] = setting((0.2, 1.0), above=0)
+    ratio: tuple[float, float] = setting((3 / 4, 4 / 3), above=0)
     flip: float = 0.5
     then: tuple[Step, ...] = ()
 

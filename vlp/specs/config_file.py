@@ -11,6 +11,8 @@ import importlib.util
 import inspect
 import re
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from importlib.machinery import SourceFileLoader
@@ -90,7 +92,9 @@ def call_config(config: str, kinds: Sequence[type]) -> Any:
         if needed := _required(function):
             raise UserError(f"{name}() of {path} needs {', '.join(needed)}; name a function that takes no arguments")
         result = function()
-    except TypeError as e:
+    except UserError:
+        raise
+    except Exception as e:
         raise UserError(f"{path}: {_explain(e)}") from e
     if not isinstance(result, tuple(kinds)):
         raise UserError(
@@ -122,13 +126,24 @@ def _names(kinds: Sequence[type]) -> str:
     return " or ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
 
 
-def _explain(error: TypeError) -> str:
-    """Return a message for a wrong or missing keyword of a dataclass. Any other TypeError is raised again."""
+def _user_line(error: Exception) -> str:
+    """Return the innermost line of the traceback outside of vlp and of installed packages, as FILE:LINE in FUNCTION."""
+    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
+    others = [Path(__file__).resolve().parents[1], *installed]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_file()]
+    own = [f for f in frames if not any(map(Path(f.filename).resolve().is_relative_to, others))]
+    frame = (own or frames)[-1]
+    return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
+
+
+def _explain(error: Exception) -> str:
+    """Return a message for a wrong or missing keyword of a dataclass, or the error with its line in the user's code."""
     found = re.match(r"(\w+)\.__init__\(\) (got an unexpected keyword argument '(\w+)'|missing .*)", str(error))
     caller = inspect.getinnerframes(error.__traceback__)[-1].frame
     called = {**caller.f_globals, **caller.f_locals}.get(found[1]) if found else None
     if not found or not inspect.isclass(called) or not is_dataclass(called):
-        raise error
+        message = " ".join(str(error).split())
+        return f"{type(error).__name__}: {message[:300]} ({_user_line(error)})"
     if found[3] is None:
         return f"{found[1]}: {found[2]}"
     return f"{found[1]} has no field {found[3]!r}{suggest(found[3], [f.name for f in dataclasses.fields(called)])}"

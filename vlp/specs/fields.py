@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any
 
 from vlp.errors import UserError
+
+LARGEST = 1 << 64  # no number of an experiment is this large, and torch and numpy take none
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ def check_limits(value: Any, key: str = "") -> None:
             check_limits(inner, name)
     elif isinstance(value, (dict, tuple)):
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(value, dict):
+                _check(f"{key}.{name}", inner, Setting())
             check_limits(inner, f"{key}.{name}")
 
 
@@ -93,6 +98,10 @@ def _check(key: str, value: Any, setting: Setting) -> None:
     for number in items:
         if number is None or not isinstance(number, (int, float)):
             continue
+        if isinstance(number, float) and not math.isfinite(number):
+            raise UserError(f"{key} {has} {number}; give a finite number")
+        if abs(number) >= LARGEST:
+            raise UserError(f"{key} {has} {number}; give a number below 2^64")
         if setting.least is not None and not number >= setting.least:
             raise UserError(f"{key} {has} {number}; set it to at least {setting.least:g}")
         if setting.most is not None and not number <= setting.most:

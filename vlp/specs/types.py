@@ -58,6 +58,8 @@ def check_types(value: Any, key: str = "") -> None:
     Raises:
         UserError: For the first value of a wrong type.
     """
+    if isinstance(value, type):
+        raise UserError(f"{key} is the class {value.__name__}; write {value.__name__}(...), which makes an instance")
     if is_dataclass(value):
         hints = type_hints(type(value))
         for field, inner in field_values(value).items():

@@ -18,6 +18,8 @@ from vlp.tasks.submission import check_stored_tasks
 from vlp.training import detached
 from vlp.training.logging import require
 
+LONGEST_NAME = 200  # bytes; a file system allows 255, and an ablation adds a suffix
+
 
 def validate(experiment: Experiment) -> None:
     """Check the values of an experiment: their types, their limits, and whether they are compatible.
@@ -28,8 +30,7 @@ def validate(experiment: Experiment) -> None:
     check_types(experiment)
     _check_json(experiment)
     check_limits(experiment)
-    if not experiment.name:
-        raise UserError("the run has no name; set name=NAME, the name of its folder")
+    check_name(experiment.name)
     data, train = experiment.data, experiment.train
     if data.batch_size % train.accumulation:
         raise UserError(
@@ -89,6 +90,23 @@ def validate_tasks(experiment: Experiment) -> None:
     """
     for task in experiment.evaluate.values():
         task.validate(experiment.data)
+
+
+def check_name(name: str) -> None:
+    """Check that a run's name can be that of a folder in ``output``.
+
+    Raises:
+        UserError: If not.
+    """
+    if not name:
+        raise UserError("the run has no name; set name=NAME, the name of its folder")
+    is_text = name.isprintable() and len(name.encode(errors="replace")) <= LONGEST_NAME
+    if not is_text or "/" in name or name.startswith("."):
+        shown = ascii(name if len(name) < 40 else f"{name[:20]}...")
+        raise UserError(
+            f"name={shown} is not the name of a folder: at most {LONGEST_NAME} bytes without / and control characters, "
+            f"and no dot at the start; set name=NAME, and output=FOLDER for the folder that it is in"
+        )
 
 
 def check_rows(experiment: Experiment, processes: int) -> None:
