@@ -8,6 +8,7 @@ import os
 import sys
 
 from vlp.commands import ablate, configs, data, doctor, evaluate, gradcam, report, serve, show, train
+from vlp.data.workers import why_a_worker_ended
 from vlp.errors import UserError
 
 # in the order of `vlp --help`
@@ -39,6 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         where = f"{e.filename}: " if e.filename else ""
         print(f"vlp: {where}{e.strerror}; free some space, or choose a folder that you can write to", file=sys.stderr)
+        return 2
+    except RuntimeError as e:
+        if (reason := why_a_worker_ended(e)) is None:
+            raise
+        print(f"vlp: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("vlp: interrupted", file=sys.stderr)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from vlp.data.image import decode
 from vlp.data.order import MixtureOrder, SampleRef, SourceOrder, keyed_rng
 from vlp.data.reading.shards import RawSample, ShardReader
-from vlp.data.workers import end_with_parent
+from vlp.data.workers import end_if_a_batch_cannot_be_sent, end_with_parent
 from vlp.errors import BadSample, UserError
 from vlp.types import Answers, Batch
 
@@ -300,6 +300,7 @@ def _raise_errors(items: Iterable) -> Iterator:
 def _init_worker(worker: int) -> None:
     """Leave Ctrl-C and a scheduler's SIGTERM to the training process, which finishes its step with these workers."""
     end_with_parent((signal.SIGINT, signal.SIGTERM))
+    end_if_a_batch_cannot_be_sent()
 
 
 def _identity(item):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.queues
 import os
+import shutil
 import signal
 import threading
+
+CANNOT_SEND = 74  # exit code of a worker
 
 MAX_WORKERS_PER_CPU = 8  # they also wait for the disk
 
@@ -33,3 +37,24 @@ def end_with_parent(handled: tuple[signal.Signals, ...] = (signal.SIGINT,)) -> N
 def most_workers(wanted: int, tasks: int) -> int:
     """Return how many workers to start: no more than there are tasks, or than the machine can use."""
     return max(1, min(wanted, tasks, MAX_WORKERS_PER_CPU * (os.cpu_count() or 1)))
+
+
+def end_if_a_batch_cannot_be_sent() -> None:
+    """Make this worker end if it cannot hand over a batch, for which its parent would wait without end."""
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(CANNOT_SEND))
+
+
+def why_a_worker_ended(error: RuntimeError) -> str | None:
+    """Return what is wrong and what to do, if ``error`` is that of a DataLoader whose worker has ended; else None."""
+    message = str(error)
+    if not message.startswith("DataLoader worker"):
+        return None
+    # torch tells an exit code or a signal, or neither, depending on who notices first
+    if "exit code" in message and f"exit code {CANNOT_SEND}" not in message:
+        return None
+    disk = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
+    room = f" (/dev/shm has {disk.free >> 20:,} of {disk.total >> 20:,} MiB free)" if disk else ""
+    return (
+        f"a data worker was killed, or could not hand over a batch, as happens when the memory or the shared memory is full"
+        f"{room}; enlarge it, e.g. docker run --shm-size=8g, or lower data.workers or data.batch_size"
+    )
