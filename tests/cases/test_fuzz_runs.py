@@ -22,7 +22,7 @@ from vlp.report.comparison import write_comparison
 SEEDS, PER_TEST = 150, 15
 # the commands that read a file
 COMMANDS = {
-    "eval/retrieval.json": ("compare", "eval"),
+    "eval/retrieval.json": ("compare",),
     "log.jsonl": ("report",),
     "eval.jsonl": ("report",),
     "starts.jsonl": ("report",),
