@@ -184,6 +184,7 @@ def test_fields_that_may_change_on_resume(toy):
     free = ["name=x", "output=y", "data.workers=7", "train.processes=2", "train.engine=ddp", "train.threads=3"]
     free += [
         "train.profile=true",
+        "train.stall_timeout=9",
         "save.every=1",
         "save.keep=9",
         "save.best=none",

@@ -100,6 +100,8 @@ class Training:
         processes: Number of processes that the launcher must have started. None allows any number.
         engine: Engine that must run. None allows any.
         threads: CPU threads of each process. None follows torch.
+        stall_timeout: Seconds after which a process that does not answer, or for which the others wait, ends the run with a
+            message that names it. None leaves that to gloo and NCCL, which give up after half an hour.
     """
 
     steps: int | None = None
@@ -122,6 +124,7 @@ class Training:
     processes: int | None = setting(None, least=1)
     engine: Literal["single", "ddp", "deepspeed", "fsdp2"] | None = None
     threads: int | None = setting(None, least=1, most=1024)
+    stall_timeout: float | None = setting(600.0, above=0)
 
     @property
     def backward_passes(self) -> int:
@@ -228,6 +231,7 @@ FREE_ON_RESUME = (
     "train.processes",
     "train.engine",
     "train.threads",
+    "train.stall_timeout",
     "train.profile",
     "save",
     "log",

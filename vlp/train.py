@@ -35,6 +35,7 @@ from vlp.training.profile import part, profiled_steps
 from vlp.training.run import Run
 from vlp.training.run_lock import RunLock
 from vlp.training.setup import set_up
+from vlp.training.stall import StallWatch
 from vlp.types import Batch
 
 
@@ -120,6 +121,7 @@ class Trainer:
         attempt = Attempt(Pretrainer(run.model, run.experiment.objectives, graph_of(run.experiment.train)))
         self.attempt, self.optimizer = run.engine.prepare(attempt, run.model, run.optimizer, run.state)
         run.restore_optimizer(self.optimizer.optimizer)
+        self.watch = StallWatch(run.experiment.train.stall_timeout)
         self.waited = 0.0  # seconds of the step spent waiting for data
 
     def fit(self, interrupted: TrainingInterrupt) -> bool:
@@ -129,6 +131,7 @@ class Trainer:
             self.evaluate(run.resumed_from, interrupted)
         wanted = self.experiment.train.profile and self.accelerator.is_main_process
         with (
+            self.watch,
             closing(self.micro_batches()) as micro_batches,
             profiled_steps(run.model, run.folder, wanted) as step_ended,
         ):
@@ -211,8 +214,10 @@ class Trainer:
 
     def _next(self, micro_batches: Iterator[Loaded]) -> Loaded:
         asked = time.monotonic()
+        self.watch.beat()
         with part("loader"):
             loaded = next(micro_batches)
+        self.watch.beat()
         self.waited += time.monotonic() - asked
         self.run.writer.log_samples(loaded.batch.keys)
         self.run.state.truncated_captions += loaded.truncated_captions
