@@ -16,6 +16,7 @@ MEASURES = (
     "shards_a_node",
     "pack_memory",
     "align_scale",
+    "remote_shards",
     "clip_flops",
     "contrastive_memory",
     "uniformity_memory",

@@ -13,7 +13,8 @@ import numpy as np
 
 from benchmarks.common import main
 from vlp.data.order import MixtureOrder, SourceOrder
-from vlp.data.reading.shards import ShardIndex, ShardReader, index_path
+from vlp.data.reading.index import ShardIndex, index_path
+from vlp.data.reading.shards import ShardReader
 
 SIZES = {"shards": 1000, "samples": 1000}
 SMALL = {"shards": 3, "samples": 4}

@@ -181,7 +181,15 @@ def test_changed_keys_are_dotted_and_complete(toy):
 
 
 def test_fields_that_may_change_on_resume(toy):
-    free = ["name=x", "output=y", "data.workers=7", "train.processes=2", "train.engine=ddp", "train.threads=3"]
+    free = [
+        "name=x",
+        "output=y",
+        "data.workers=7",
+        "data.prefetch_shards=0",
+        "train.processes=2",
+        "train.engine=ddp",
+        "train.threads=3",
+    ]
     free += [
         "train.profile=true",
         "train.stall_timeout=9",

@@ -50,6 +50,8 @@ class Data:
         readers: Canonical readers of the training stream, to which the shards are dealt in each epoch. On any number of
             processes that divides it, every process reads its own part of the shards, and the order of the samples stays
             the same. It must divide the micro-batch. With 1, every process reads every shard.
+        prefetch_shards: Remote shards that each training process downloads before it needs them, to the folder $VLP_CACHE.
+            0 downloads a shard when its first sample is read.
         workers: Data-loading processes of each training process.
         max_bad_fraction: Fraction of all samples. The run stops if more than these are unusable.
         max_pixels: Images with more pixels are unusable.
@@ -67,6 +69,7 @@ class Data:
     text_views: tuple[Any, ...] = ()
     resize: Resize = field(default_factory=Resize)
     readers: int = setting(1, least=1)
+    prefetch_shards: int = setting(8, least=0, most=10_000)
     workers: int = setting(1, least=0, most=1024)
     max_bad_fraction: float = setting(0.01, least=0, most=1)
     max_pixels: int = setting(64_000_000, least=1)
@@ -228,6 +231,7 @@ FREE_ON_RESUME = (
     "name",
     "output",
     "data.workers",
+    "data.prefetch_shards",
     "train.processes",
     "train.engine",
     "train.threads",

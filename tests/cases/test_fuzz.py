@@ -31,9 +31,10 @@ from vlp.data.preparing.formats import Pair, read_pairs
 from vlp.data.preparing.inspect import check
 from vlp.data.preparing.pack import pack
 from vlp.data.reading.annotated import Annotated
+from vlp.data.reading.index import ShardIndex, index_path
 from vlp.data.reading.labelled import NO_CLASS, BadLine, read_labelled
 from vlp.data.reading.sentences import Sentences
-from vlp.data.reading.shards import ShardIndex, ShardReader, index_path
+from vlp.data.reading.shards import ShardReader
 from vlp.errors import BadSample, UserError
 
 SEEDS, PER_TEST = 500, 25

@@ -13,7 +13,8 @@ from tests.conftest import ROOT, environment
 from vlp.config import Data
 from vlp.data.augment import Resize
 from vlp.data.preprocess import Preprocess
-from vlp.data.reading.shards import ShardIndex, ShardReader, Source
+from vlp.data.reading.index import ShardIndex
+from vlp.data.reading.shards import ShardReader, Source
 from vlp.data.stream import EvalDataset, evaluation_batches
 from vlp.tasks.contamination import contaminated_images
 from vlp.tasks.retrieval import Retrieval

@@ -17,9 +17,10 @@ from tests.tasks.fakes import ColourModel, eval_model
 from vlp.data.preparing.formats import Pair, read_pairs
 from vlp.data.preparing.inspect import check, stats
 from vlp.data.preparing.pack import pack
+from vlp.data.reading.index import ShardIndex, index_path
 from vlp.data.reading.locations import list_shards
 from vlp.data.reading.sentences import Sentences
-from vlp.data.reading.shards import ShardIndex, ShardReader, Source, index_path
+from vlp.data.reading.shards import ShardReader, Source
 from vlp.data.stream import TrainDataset
 from vlp.errors import UserError
 from vlp.files import resolve, split_locations

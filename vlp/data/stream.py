@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, zip_longest
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vlp.data.download import downloading_ahead, remote_shards
 from vlp.data.image import decode
 from vlp.data.order import MixtureOrder, SampleRef, SourceOrder, keyed_rng
 from vlp.data.reading.shards import RawSample, ShardReader
@@ -255,24 +257,39 @@ def training_loader(
     world: int,
     workers: int,
     pin_memory: bool = False,
+    prefetch_shards: int = 0,
 ) -> Iterator[Loaded]:
     """Yield this process's part of the micro-batches of ``size`` samples from position ``start`` to ``stop``.
 
     The loader must not be prepared by Accelerate: the positions are already those of this process.
 
+    Args:
+        prefetch_shards: Remote shards to download before they are needed, see `vlp.data.download`.
+
     Raises:
         UserError: for an error in a worker that no replacement can avoid.
     """
+    positions = Positions(start, stop, size, rank, world, dataset.order.readers)
     loader = DataLoader(
         dataset,
-        batch_sampler=Positions(start, stop, size, rank, world, dataset.order.readers),
+        batch_sampler=positions,
         num_workers=workers,
         worker_init_fn=_init_worker,
         collate_fn=_identity,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )
-    return _raise_errors(loader)
+    remote = remote_shards(dataset.readers) if prefetch_shards else {}
+    if not remote:
+        return _raise_errors(loader)
+    return _with_downloads(loader, downloading_ahead(remote, dataset.order, positions, prefetch_shards))
+
+
+def _with_downloads(loader: Iterable[Loaded | UserError], downloads: AbstractContextManager) -> Iterator[Loaded]:
+    with downloads as taken:
+        for item in _raise_errors(loader):
+            yield item
+            taken.value += 1
 
 
 def evaluation_batches(dataset: Dataset, batch_size: int, workers: int, rank: int = 0, world: int = 1) -> Iterator:

@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image
 
 from vlp.data.image import decode
+from vlp.data.reading.index import peek_index
 from vlp.data.reading.locations import list_shards
 from vlp.data.reading.named_images import NamedImages, open_images
-from vlp.data.reading.shards import ShardReader, peek_index
+from vlp.data.reading.shards import ShardReader
 from vlp.errors import BadSample, UserError
 from vlp.files import local_path
 from vlp.report.figures import label

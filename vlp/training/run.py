@@ -97,6 +97,7 @@ class Run:
             world=accelerator.num_processes,
             workers=data.workers,
             pin_memory=accelerator.device.type == "cuda",
+            prefetch_shards=data.prefetch_shards,
         )
 
     def save(self, optimizer) -> Path:

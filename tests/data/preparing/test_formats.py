@@ -7,7 +7,7 @@ import pytest
 
 import vlp.data.preparing.formats as formats
 from vlp.data.preparing.formats import Pair, read_pairs
-from vlp.data.reading.shards import short_key
+from vlp.data.reading.index import short_key
 from vlp.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"

@@ -12,7 +12,7 @@ from PIL import Image
 from tests.conftest import draw_pairs
 from vlp.data.preparing.inspect import Check, all_captions, check, stats, to_lines
 from vlp.data.preparing.pack import Packing, pack
-from vlp.data.reading.shards import ShardIndex, index_path
+from vlp.data.reading.index import ShardIndex, index_path
 from vlp.errors import UserError
 
 

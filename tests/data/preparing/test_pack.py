@@ -21,7 +21,8 @@ from tests.conftest import ROOT, command, draw_pairs, environment, vlp
 from vlp.data.image import decode
 from vlp.data.preparing.formats import Pair
 from vlp.data.preparing.pack import Packing, pack
-from vlp.data.reading.shards import ShardIndex, ShardReader, index_path
+from vlp.data.reading.index import ShardIndex, index_path
+from vlp.data.reading.shards import ShardReader
 from vlp.errors import UserError
 
 TEN = Packing(shard_samples=10)

@@ -23,7 +23,8 @@ from PIL import Image
 from tests.conftest import draw_pairs
 from vlp.data.preparing.inspect import check
 from vlp.data.preparing.pack import Packing, pack
-from vlp.data.reading.shards import ShardIndex, ShardReader, index_path, open_index
+from vlp.data.reading.index import ShardIndex, index_path, open_index
+from vlp.data.reading.shards import ShardReader
 from vlp.errors import BadSample, UserError
 
 

@@ -26,9 +26,10 @@ from PIL import Image
 
 from vlp.data.image import decode
 from vlp.data.reading.annotated import AnnotatedReader
+from vlp.data.reading.index import IMAGES
 from vlp.data.reading.labelled import IMAGE_SUFFIXES
 from vlp.data.reading.locations import is_remote
-from vlp.data.reading.shards import IMAGES, ShardReader
+from vlp.data.reading.shards import ShardReader
 from vlp.errors import BadSample, UserError
 from vlp.files import local_path, read_regular
 

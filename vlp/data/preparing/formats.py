@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vlp.data.reading.shards import IMAGE_FILE, long_key, short_key
+from vlp.data.reading.index import IMAGE_FILE, long_key, short_key
 from vlp.data.reading.tables import (
     DELIMITERS,
     Columns,
@@ -124,16 +124,16 @@ class LineRows:
         return map(self.parse, self._records())
 
     def reader(self, indices: np.ndarray) -> Callable[[int], Row]:
-        places, wanted = np.empty((len(indices), 3), dtype=np.int64), iter(indices.tolist())
-        found, index = 0, next(wanted, None)
+        begins, sizes, lines = (np.empty(len(indices), dtype) for dtype in (np.int64, np.uint32, np.int64))
+        found = 0
         for number, record in enumerate(self._records() if len(indices) else ()):
-            if number == index:
-                places[found] = record[:3]
-                found, index = found + 1, next(wanted, None)
+            if found < len(indices) and number == indices[found]:
+                begins[found], sizes[found], lines[found] = record.begin, record.end - record.begin, record.line
+                found += 1
         file = open_regular(self.path)
 
         def read(n: int) -> Row:
-            begin, end, line = places[n].tolist()
+            begin, end, line = int(begins[n]), int(begins[n]) + int(sizes[n]), int(lines[n])
             text = os.pread(file.fileno(), end - begin, begin).decode().rstrip("\r\n")
             return self.parse(Record(begin, end, line, text))
 
@@ -158,14 +158,16 @@ class Pairs:
         self._file, self._rows, self._root = file, rows, root
         images, keys, kept = self._scan(split)
         later, first = _repeated(images, kept)  # rows about an image of an earlier row, and that row
+        del images
         self._is_first = kept
         self._is_first[later] = False
         self._has_long_key = np.zeros(len(kept), dtype=bool)
         self._has_long_key[_repeated(keys, self._is_first)[0]] = True
-        order = np.lexsort((later, first))
-        self._later, self._first = later[order], first[order]
-        self._sorted = np.sort(later)
-        self._read_later = rows.reader(self._sorted)
+        del keys
+        self._order = np.argsort(first, kind="stable").astype(first.dtype)
+        self._first = first[self._order]  # sorted, as rows are read in this order
+        del first
+        self._read_later = rows.reader(later)
 
     def _scan(self, split: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (rows,) 64 bits of a hash of each row's image, and of its short key; and whether it is of the split."""
@@ -205,8 +207,7 @@ class Pairs:
             end = at
             while end < len(self._first) and self._first[end] == index:
                 end += 1
-            places = np.searchsorted(self._sorted, self._later[at:end]) if end > at else ()
-            others = map(self._read_later, places)
+            others = map(self._read_later, self._order[at:end])
             at = end
             # two images with the same hash, which is improbable, are two pairs
             for n, merged in enumerate(merge([row, *others], self._root)):
@@ -225,17 +226,19 @@ def _hash(text: str) -> int:
 
 
 def _repeated(hashes: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the kept rows whose hash an earlier kept row has, and the first such row of each."""
+    """Return the kept rows whose hash an earlier kept row has, sorted, and the first such row of each."""
     parts = hashes.view(np.uint8)[:: hashes.itemsize] % HASH_PARTS  # compared part by part, to need less memory
     later, first = [], []
+    dtype = np.min_scalar_type(len(hashes))
     for part in range(HASH_PARTS):
         rows = np.flatnonzero(kept & (parts == part))
         _, index, inverse = np.unique(hashes[rows], return_index=True, return_inverse=True)
         first_row = rows[index[inverse]]
         is_later = first_row != rows
-        later.append(rows[is_later])
-        first.append(first_row[is_later])
-    return np.concatenate(later), np.concatenate(first)
+        later.append(rows[is_later].astype(dtype))
+        first.append(first_row[is_later].astype(dtype))
+    order = np.argsort(np.concatenate(later))
+    return np.concatenate(later)[order], np.concatenate(first)[order]
 
 
 def read_pairs(

@@ -17,8 +17,9 @@ from PIL import Image
 
 from vlp.data.image import decode
 from vlp.data.order import keyed_rng
+from vlp.data.reading.index import Counted, ShardIndex
 from vlp.data.reading.locations import Listing, list_shards
-from vlp.data.reading.shards import Counted, ShardIndex, ShardReader
+from vlp.data.reading.shards import ShardReader
 from vlp.errors import BadSample, UserError
 
 

@@ -24,8 +24,8 @@ from PIL import Image
 
 from vlp.data.image import FORMATS, decode
 from vlp.data.preparing.formats import Pair
+from vlp.data.reading.index import ShardIndex, index_path
 from vlp.data.reading.locations import locked
-from vlp.data.reading.shards import ShardIndex, index_path
 from vlp.data.workers import end_with_parent, most_workers
 from vlp.errors import BadSample, UserError
 from vlp.files import read_regular, why_not_local, write_atomically, writing_atomically

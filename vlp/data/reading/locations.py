@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import math
 import os
+import random
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from braceexpand import UnbalancedBracesError, braceexpand
@@ -33,6 +34,11 @@ SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 BRACE_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
 MAX_SHARDS = 1_000_000  # that one location may name
 MANIFEST_BYTES = 1 << 28
+TRIES = 6  # of an access to a remote file that fails
+TRIES_OF_CONTENT = 3  # of a download that has other bytes than expected
+FIRST_WAIT = 0.5  # seconds before the second try; each further wait is twice as long
+PERMANENT = (FileNotFoundError, NotADirectoryError, PermissionError, NotImplementedError, ImportError, UserError)
+T = TypeVar("T")
 LEAST_SAMPLE_BYTES = 512  # of a tar: the header of a link
 ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".rar", ".parquet", ".arrow")
 SHARD_NAME = re.compile(r"[^/\0\ud800-\udfff]+\.tar")
@@ -41,6 +47,29 @@ SHARD_NAME = re.compile(r"[^/\0\ud800-\udfff]+\.tar")
 def cache_folder() -> Path:
     """Return the folder of remote shards' copies and read-only shards' indexes: $VLP_CACHE, or ~/.cache/vlp."""
     return local_path(os.environ.get("VLP_CACHE") or "~/.cache/vlp")
+
+
+class OtherContent(Exception):
+    """Downloaded bytes that are not those of the file."""
+
+
+def retry(action: Callable[[], T]) -> T:
+    """Call ``action`` until it succeeds, with growing pauses.
+
+    Raises:
+        Exception: that of the last try. A file that is missing or forbidden is not tried again.
+    """
+    for attempt in range(1, TRIES):
+        try:
+            return action()
+        except PERMANENT:
+            raise
+        except Exception as e:  # every file system has its own errors
+            if isinstance(e, OtherContent) and attempt == TRIES_OF_CONTENT:
+                raise
+        # processes that failed at the same time try again at different times
+        time.sleep(FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+    return action()
 
 
 @contextmanager
@@ -101,7 +130,7 @@ def read_manifest(folder: str) -> Manifest:
     try:
         if is_remote(folder):
             fs, path = fsspec.core.url_to_fs(f"{folder}/manifest.json")
-            data = fs.cat_file(path)
+            data = retry(lambda: fs.cat_file(path))
         else:
             data = read_regular(f"{folder or '.'}/manifest.json", MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
@@ -242,7 +271,7 @@ def _matches(pattern: str, manifests: _Manifests) -> tuple[list[str], list[str]]
         return sum((s for s, _ in folders), shards), sum((u for _, u in folders), unread)
     fs, path = fsspec.core.url_to_fs(pattern)
     if any(c in path for c in "*["):
-        return [fs.unstrip_protocol(p) for p in fs.glob(path)], []
+        return [fs.unstrip_protocol(p) for p in retry(lambda: fs.glob(path))], []
     # whether each of a thousand shards exists would take minutes to ask: a missing one shows when it is fetched
     if ".tar" in os.path.basename(path):
         return [fs.unstrip_protocol(path)], []
@@ -254,7 +283,7 @@ def _folder(fs: fsspec.AbstractFileSystem, path: str, manifests: _Manifests) -> 
     local = isinstance(fs, LocalFileSystem)
     listed = list(manifests[path if local else fs.unstrip_protocol(path)].shards)
     try:
-        shards, unread = _sort(fs.ls(path, detail=False))
+        shards, unread = _sort(retry(lambda: fs.ls(path, detail=False)))
     except FileNotFoundError:  # a server without listings
         if not listed:
             raise _missing(path) from None
@@ -269,26 +298,6 @@ def _sort(files: list[str]) -> tuple[list[str], list[str]]:
     visible = [file for file in files if not os.path.basename(file.rstrip("/")).startswith(".")]
     shards = [file for file in visible if file.lower().endswith(".tar")]
     return shards, [file for file in visible if file.lower().endswith(ARCHIVES)]
-
-
-def fetch(shard: str) -> Path:
-    """Return the local file of a shard. A remote one is copied to the cache folder, once for all processes."""
-    if not is_remote(shard):
-        return Path(shard)
-    name = os.path.basename(shard.partition("?")[0])
-    local = cache_folder() / "shards" / hashlib.sha256(shard.encode()).hexdigest()[:16] / name
-    if local.exists():
-        return local
-    try:
-        with locked(local.with_name(name + ".lock")):
-            if not local.exists():
-                fs, path = fsspec.core.url_to_fs(check_scheme(shard))
-                temporary = local.with_name(name + ".tmp")
-                fs.get_file(path, str(temporary))
-                os.replace(temporary, local)
-    except Exception as e:  # every file system has its own errors
-        raise UserError(f"cannot fetch {shard} to {local.parent}: {reason_of(e)}") from None
-    return local
 
 
 def reason_of(error: Exception) -> str:

@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+from vlp.data.reading.index import long_key, short_key
 from vlp.data.reading.locations import is_remote
-from vlp.data.reading.shards import ShardReader, long_key, short_key
+from vlp.data.reading.shards import ShardReader
 from vlp.errors import BadSample, UserError
 from vlp.files import local_path, read_regular, relative_to, resolve, why_not_local
 
