@@ -163,9 +163,13 @@ class ShardReader:
         return fetch(self.shards[shard], self.listed[shard])
 
     def _index(self, shard: int) -> ShardIndex:
-        self._handle(shard)  # keeps a copy until it is indexed
-        local, listed = self.local(shard), self.listed[shard]
-        index = open_index(local)
+        if not is_remote(self.shards[shard]):
+            return self._index_of(Path(self.shards[shard]), shard)
+        with open_copy(self.shards[shard], self.listed[shard]):  # the copy stays until it is indexed
+            return self._index_of(self.local(shard), shard)
+
+    def _index_of(self, local: Path, shard: int) -> ShardIndex:
+        index, listed = open_index(local), self.listed[shard]
         if listed and listed.sha256 != index.sha256:  # one of the two is wrong
             index = build_index(local)
             if listed.sha256 != index.sha256:
