@@ -135,6 +135,49 @@ def test_run_is_resumed_with_its_config_or_its_copy_of_the_code(folder, override
     assert losses(moved) == losses(trained)
 
 
+def test_changed_code_of_a_resumed_run_is_said_and_the_earlier_text_is_kept(folder, overrides, moved, tmp_path):
+    shutil.rmtree(moved / "checkpoints" / "step-00000004")
+    for name in ("cfg.py", "dcl.py"):
+        shutil.copy(folder / name, tmp_path / name)
+    changed = DCL.replace(".mean()", ".mean() * 2")
+    (tmp_path / "dcl.py").write_text(changed)
+    done = run("train", "--resume", moved, "--config", tmp_path / "cfg.py")
+    assert done.codes == [0], done.errors
+    assert "dcl.py has changed since the run was started" in done.errors[0]
+    assert (moved / "code" / "dcl.py").read_text() == changed
+    assert (moved / "code" / "dcl.until-step-2.py").read_text() == DCL
+    assert not (moved / "code" / "cfg.until-step-2.py").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_parameter_that_no_loss_reaches_is_named(folder, overrides, processes):
+    arguments = [*overrides, "train.steps=1", f"name=unread-{processes}"]
+    (folder / "only.py").write_text(
+        "from dataclasses import replace\n\nfrom cfg import config as plain\n\n\n"
+        "def config():\n    return replace(plain(), objectives={'dcl': plain().objectives['dcl']})\n"
+    )
+    done = run("train", folder / "only.py", *arguments, world=processes)
+    said = "no loss reaches temperature; set train.frozen=temperature"
+    assert done.codes == [0 if processes == 1 else 2] * processes
+    assert any(said in errors for errors in done.errors)
+    if processes == 2:
+        done = run("train", folder / "only.py", *arguments, "train.frozen=temperature", "name=frozen", world=processes)
+        assert done.codes == [0, 0], done.errors
+
+
+def test_loss_that_is_no_scalar_is_named_with_its_shape(folder, overrides):
+    (folder / "rows.py").write_text(DCL.replace(".diagonal()).mean()", ".diagonal())"))
+    (folder / "many.py").write_text(
+        "from dataclasses import replace\n\nfrom cfg import config as plain\nfrom rows import Dcl\n\n\n"
+        "def config():\n    return replace(plain(), objectives={'dcl': Dcl()})\n"
+    )
+    done = run("train", folder / "many.py", *overrides, "name=rows")
+    assert done.codes == [2], done.errors
+    assert "objectives.dcl returned a tensor of shape (8,); a loss is a scalar" in done.errors[0].splitlines()[-1]
+    line = refused("train", folder / "many.py", *overrides, "name=rows")
+    assert "it has no checkpoint yet: remove" in line
+
+
 @pytest.mark.parametrize("how", ["--config", "--trust-code"])
 def test_run_is_evaluated_with_its_config_or_its_copy_of_the_code(folder, moved, how):
     option = ["--config", folder / "cfg.py"] if how == "--config" else ["--trust-code"]

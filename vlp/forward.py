@@ -18,7 +18,7 @@ from torch.autograd.profiler import record_function
 from torch.nn import functional as F
 
 from vlp.distributed import gather_with_gradient, rank, world_size
-from vlp.errors import NonFiniteLoss
+from vlp.errors import NonFiniteLoss, UserError
 from vlp.models.base import Model
 from vlp.types import Batch, Encoded, MaskedIds, Vocabulary
 
@@ -87,6 +87,7 @@ def compute_losses(objectives: Mapping[str, Any], f: Forward) -> dict[str, Tenso
     """Compute the losses of a bundle.
 
     Raises:
+        UserError: if a loss is not a scalar.
         NonFiniteLoss: the first one, after all losses have been computed. They communicate, and other processes, whose
             losses are finite, wait for this one.
     """
@@ -95,6 +96,11 @@ def compute_losses(objectives: Mapping[str, Any], f: Forward) -> dict[str, Tenso
         try:
             with record_function(f"vlp/loss {name}"):  # a part of `vlp.training.profile`
                 losses[name] = objective(f)
+            if losses[name].dim():
+                raise UserError(
+                    f"objectives.{name} returned a tensor of shape {tuple(losses[name].shape)}; a loss is a scalar, so average "
+                    f"over the rows"
+                )
         except NonFiniteLoss as error:
             complaints.append(error)
     if complaints:

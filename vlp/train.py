@@ -123,6 +123,7 @@ class Trainer:
         run.restore_optimizer(self.optimizer.optimizer)
         self.watch = StallWatch(run.experiment.train.stall_timeout)
         self.waited = 0.0  # seconds of the step spent waiting for data
+        self.reach_is_checked = False
 
     def fit(self, interrupted: TrainingInterrupt) -> bool:
         """Train to the last step, or to an interruption; return whether the last step was reached."""
@@ -192,6 +193,7 @@ class Trainer:
                     enqueued.append(self._enqueue(f))  # may run a network, so it precedes the end of the step's passes
                     with part("backward"):
                         self.accelerator.backward(total)
+                    self._check_reach()
             for name, value in agreed.losses.items():
                 losses[name] = losses.get(name, 0.0) + value / passes
         engine = self.run.engine
@@ -207,6 +209,24 @@ class Trainer:
         with part("averages and queues"):
             self.advance(enqueued, skipped=not (finite and math.isfinite(norm)))
         return self._record(losses, lr, norm, f, began)
+
+    def _check_reach(self) -> None:
+        """Check after the first backward pass that a loss reaches every trained parameter. DDP waits for all gradients.
+
+        Raises:
+            UserError: If a parameter has no gradient under DDP.
+        """
+        if self.reach_is_checked or self.run.engine.is_sharded:
+            return
+        self.reach_is_checked = True
+        missed = [name for name, p in self.run.model.named_parameters() if p.requires_grad and p.grad is None]
+        if not missed:
+            return
+        more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
+        problem = f"no loss reaches {', '.join(missed[:5])}{more}; set train.frozen={missed[0]}"
+        if self.accelerator.num_processes > 1:
+            raise UserError(problem)
+        self.run.writer.log(f"{problem} to train on several processes")
 
     def micro_batches(self) -> Iterator[Loaded]:
         """Yield the micro-batches of this process on its device."""

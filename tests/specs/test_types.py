@@ -139,3 +139,29 @@ class Unreadable:
 def test_hint_of_a_name_that_is_not_imported_is_one_line():
     with pytest.raises(UserError, match="hint of Unreadable cannot be read .*Decimal.*outside of TYPE_CHECKING"):
         check_types(Unreadable())
+
+
+@dataclass(frozen=True)
+class Base:
+    weight: float = 1.0
+
+    def __call__(self): ...
+
+
+def test_subclass_with_fields_must_be_a_dataclass_itself():
+    class OnlyBehaviour(Base):
+        name: typing.ClassVar[str] = "no field"
+
+        def __call__(self): ...
+
+    class Undecorated(Base):
+        margin: float = 0.1
+
+    class OwnInit(Base):
+        def __init__(self, margin):
+            super().__init__()
+
+    check_types(OnlyBehaviour())
+    for spec in (Undecorated(), OwnInit(0.1)):
+        with pytest.raises(UserError, match=f"{type(spec).__name__} has fields of its own; write @dataclass"):
+            check_types(spec)

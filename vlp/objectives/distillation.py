@@ -29,5 +29,5 @@ class DistilledObjective(Objective):
             require_momentum(experiment, f"distill in {type(self).__name__}")
 
     def teacher_share(self, f: Forward) -> float:
-        """Return a at the present progress of the run."""
+        """Return a, the share of the soft targets, which grows linearly from 0 to ``distill`` over ``ramp_epochs``."""
         return self.distill * f.context.ramp(self.ramp_epochs)

@@ -23,6 +23,7 @@ from typing import Any
 from vlp.errors import UserError
 from vlp.files import local_path
 from vlp.specs.overrides import suggest
+from vlp.specs.types import is_decorated
 
 
 class ConfigLoader(SourceFileLoader):
@@ -146,4 +147,6 @@ def _explain(error: Exception) -> str:
         return f"{type(error).__name__}: {message[:300]} ({_user_line(error)})"
     if found[3] is None:
         return f"{found[1]}: {found[2]}"
+    if not is_decorated(called):
+        return f"{found[1]} has fields of its own; write @dataclass(frozen=True) above its class"
     return f"{found[1]} has no field {found[3]!r}{suggest(found[3], [f.name for f in dataclasses.fields(called)])}"

@@ -62,6 +62,10 @@ def check_types(value: Any, key: str = "") -> None:
         raise UserError(f"{key} is the class {value.__name__}; write {value.__name__}(...), which makes an instance")
     if is_dataclass(value):
         hints = type_hints(type(value))
+        if not is_decorated(type(value)):
+            raise UserError(
+                f"{type(value).__name__} has fields of its own; write @dataclass(frozen=True) above its class"
+            )
         for field, inner in field_values(value).items():
             name = f"{key}.{field}".lstrip(".")
             if not fits(inner, hints[field]):
@@ -70,6 +74,14 @@ def check_types(value: Any, key: str = "") -> None:
     elif isinstance(value, (dict, tuple)):
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
             check_types(inner, f"{key}.{name}")
+
+
+def is_decorated(cls: type) -> bool:
+    """Return whether a subclass of a dataclass is one itself, or has neither fields nor an ``__init__`` of its own."""
+    own = vars(cls)
+    names = own.get("__annotations__", {}).items()
+    fields = [name for name, hint in names if "ClassVar" not in str(hint)]
+    return "__dataclass_params__" in own or not (fields or "__init__" in own)
 
 
 def fits(value: Any, hint: Any) -> bool:

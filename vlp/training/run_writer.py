@@ -87,7 +87,7 @@ class RunWriter:
                 try:
                     if not resume:
                         self._write_new(tokenizer, fingerprints, parameters)
-                    self._copy_code(code)
+                    remarks = self._copy_code(code)
                     # last, because a folder with an experiment.json is a run
                     write_atomically(self.folder / "experiment.json", dump(self.experiment).encode())
                     for name in ("log.jsonl", "eval.jsonl", *(p.name for p in self.folder.glob("samples.*.jsonl"))):
@@ -98,6 +98,8 @@ class RunWriter:
                         f"cannot write {self.folder}: {e.strerror or e}; set output=FOLDER to one that can be written"
                     ) from None
                 self.run_log = RunLog(self.experiment, self.state.step, total_steps)
+                for remark in remarks:
+                    self.log(remark)
         if self.experiment.log.sample_keys:
             path = self.folder / f"samples.{self.accelerator.process_index}.jsonl"
             self.sample_file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close()
@@ -110,12 +112,20 @@ class RunWriter:
         write_atomically(self.folder / "data.json", json.dumps(fingerprints, indent=1).encode())
         write_atomically(self.folder / "parameters.txt", parameters.encode())
 
-    def _copy_code(self, code: UserCode) -> None:
+    def _copy_code(self, code: UserCode) -> list[str]:
+        """Copy the user's modules, keep the earlier text of those that have changed, and return a line about each of these."""
+        changed = []
         for inside, path in code.files().items():
             target = self.folder / "code" / inside
-            if target.resolve() != path:  # a run resumed with --trust-code runs the copy itself
-                target.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(target, path.read_bytes())
+            if target.resolve() == path:  # a run resumed with --trust-code runs the copy itself
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists() and target.read_bytes() != path.read_bytes():
+                earlier = target.with_name(f"{target.stem}.until-step-{self.state.step}{target.suffix}")
+                target.rename(earlier)
+                changed.append(f"{path} has changed since the run was started; its earlier text is {earlier}")
+            write_atomically(target, path.read_bytes())
+        return changed
 
     def _write_start(self, total_steps: int) -> None:
         """Record how the run was started or continued. The report shows the command."""

@@ -116,7 +116,10 @@ def check_new(folder: Path) -> None:
         UserError: If it is.
     """
     if (folder / "experiment.json").exists():
-        raise UserError(f"{folder} already holds a run; continue it with --resume {folder}, or set another name=...")
+        advice = f"continue it with --resume {folder}, or set another name=..."
+        if not (folder / "checkpoints").is_dir():
+            advice = f"it has no checkpoint yet: remove {folder} to start again, or set another name=..."
+        raise UserError(f"{folder} already holds a run; {advice}")
 
 
 def load_run_tokenizer(experiment: Experiment, model: Model, resume: bool) -> Tokenizer:
@@ -241,7 +244,8 @@ def configure_model(model: Model, train: Training) -> None:
     for prefix in train.frozen:
         frozen = [p for name, p in model.named_parameters() if starts_with(name, prefix)]
         if not frozen:
-            children = ", ".join(dict(model.named_children()))
+            own = dict(model.named_parameters(recurse=False))
+            children = ", ".join([*dict(model.named_children()), *own])
             raise UserError(f"train.frozen: no parameter starts with {prefix!r}; they start with {children}")
         for p in frozen:
             p.requires_grad_(False)
