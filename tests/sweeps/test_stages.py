@@ -126,11 +126,11 @@ def test_single_stage_without_its_start_weights_is_refused(world, capfd, tmp_pat
 def test_refused_run_prints_one_line(tmp_path, capfd):
     from tests.fixtures.toy import config as toy
 
-    broken = replace(toy(), output=str(tmp_path))  # its tokenizer is missing
+    broken = replace(toy(), output=str(tmp_path))  # its data are missing
     with RunQueue() as queue, pytest.raises(SystemExit, match="2"):
         queue.train(broken)
     found = capfd.readouterr().err
-    assert "no such file or folder" in found and found.count("\n") == 1
+    assert "no shards at shards: it does not exist" in found and found.count("\n") == 1
 
 
 # --- running them -----------------------------------------------------------------------------------------------------
