@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,13 +13,23 @@ from torch.distributed.tensor import DTensor
 
 from tests.processes import launched_with
 from tests.test_matrix import COLUMNS, ROWS, ROWS_OF_TABLE, WORDS, documented_table, experiment
-from vlp.config import Experiment, Training
+from vlp import objectives
+from vlp.config import Data, Experiment, Training
+from vlp.data.augment import Resize
 from vlp.data.stream import Loaded
+from vlp.data.text_views import Same
 from vlp.distributed import full_tensor, local_shard, rank, world_size
+from vlp.forward import StepContext
+from vlp.objectives.answer import AnswerGeneration, Captioning
+from vlp.objectives.assignment import TextAssignment
+from vlp.objectives.base import Objective
+from vlp.objectives.cutoff import Cutoff
+from vlp.objectives.pairwise import NPair, PairContrast, Tuplet
+from vlp.optim.ema import EMA, MomentumConfig
 from vlp.optim.groups import parameter_groups
 from vlp.optim.optimizers import AdamW, Lamb, Lars, Sgd
-from vlp.testing import ProcessPool, part_of
-from vlp.train import Trainer
+from vlp.testing import LENGTH, ProcessPool, part_of, small_batches, small_model
+from vlp.train import Pretrainer, Trainer
 from vlp.training.launch import start_engine
 from vlp.training.run import Run
 from vlp.training.setup import configure_model, initial_state
@@ -26,11 +38,21 @@ from vlp.types import Batch, Vocabulary
 
 STEPS = 20
 ADAMW = AdamW()
+# Objectives outside of the table, with the small models of `vlp.testing`.
+MORE = {
+    "answers": AnswerGeneration(),
+    "captions": Captioning(),
+    "text assignment": TextAssignment(),
+    "Cutoff": Cutoff(),
+    "contrast of pairs": PairContrast(),
+    "tuplets": Tuplet(num_negatives=3),
+    "N pairs": NPair(),
+}
 # The cell of the default tests: queues, a momentum encoder, an average, and two towers.
 QUICK = ("ITC, momentum queues (ALBEF)", "two towers (ALIGN, CLIP)")
 # Rows whose losses differ between one process and two, because they draw masks, negatives or noise, which depend on the
 # process, or have a BatchNorm (BYOL's heads), which is per process. On two processes every engine computes the same.
-DIFFERS = ("ITM", "MLM", "MIM", "instance", "ITC + ITM", "ITC by two heads", "BYOL")
+DIFFERS = ("ITM", "MLM", "MIM", "instance", "ITC + ITM", "ITC by two heads", "BYOL", "text assignment")
 
 
 def cells() -> list[tuple[str, str]]:
@@ -42,16 +64,28 @@ def cells() -> list[tuple[str, str]]:
             column for column in accepted if ROWS_OF_TABLE[row].fuses and ("ALBEF" in column or "experts" in column)
         ]
         found += [(row, column) for column in fused or accepted[:1]]
-    return found
+    return found + [(name, "small model") for name in MORE]
 
 
 def spec_of(row: str, column: str, optim=ADAMW, **train) -> Experiment:
-    spec = experiment(ROWS_OF_TABLE[row], COLUMNS[column])
+    if row in MORE:
+        data = Data(train=(), views=(Resize(),), text_views=(Same(),), batch_size=ROWS, max_length=LENGTH)
+        spec = Experiment("cell", small_model(MORE[row]), {"loss": MORE[row]}, data, momentum=MomentumConfig(0.9))
+    else:
+        spec = experiment(ROWS_OF_TABLE[row], COLUMNS[column])
+        validate(spec)
     return replace(spec, optim=optim, train=Training(steps=STEPS, clip_norm=1.0, ema_decay=0.9, **train)).resolved()
 
 
 def batch(spec: Experiment, model, step: int) -> Batch:
     """Return random rows, of which two show the same image. Lengths of texts differ in each half."""
+    if "loss" in spec.objectives:
+        given = small_batches(step + 1)[step].map(lambda x: x.float() if x.dtype == torch.float64 else x)
+        images = [
+            (x.image * 40 + 128).clamp(0, 255).byte() if model.preprocess else None for x in (given, *given.views)
+        ]
+        first, second = (replace(x, image=image) for x, image in zip((given, *given.views), images))
+        return replace(first, views=(second,), keys=("",) * ROWS)
     generator = torch.Generator().manual_seed(step)
 
     def view() -> Batch:
@@ -86,12 +120,25 @@ def train_cell(
         return _train_cell(spec_of(row, column, **changes or {}))
 
 
+def freeze_unused(model, spec: Experiment) -> None:
+    """Freeze the heads of a small model that its objective does not read, which DDP would wait for."""
+    given = batch(spec, model, 0)
+    images = [model.preprocess.normalise(x.image) if model.preprocess else None for x in (given, *given.views)]
+    first, second = (replace(x, image=image) for x, image in zip((given, *given.views), images))
+    momentum = EMA(model, 0.9).network
+    Pretrainer(model, spec.objectives)([replace(first, views=(second,))], momentum, StepContext())[1].backward()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+
+
 def _train_cell(spec: Experiment) -> dict:
-    validate(spec)
     engine = start_engine(spec.train, spec.micro_batch_size)
     engine.check(spec)
     torch.manual_seed(0)
     model = spec.build_model(load_weights=False)
+    if "loss" in spec.objectives:
+        freeze_unused(model, spec)
     configure_model(model, spec.train)
     engine.place(model)
     state = initial_state(spec, model, 20, engine.accelerator.device)
@@ -176,6 +223,18 @@ def test_settings_do_not_change_what_fsdp2_computes(pool, changes):
     """LARS and LAMB need the norms of whole weights, which sharded weights know."""
     row = "ITC, softmax (ALIGN, CLIP)", QUICK[1], changes
     assert_engine_trains_as_ddp(pool, "fsdp2", pool(train_cell, 2, "ddp", *row)[0], *row)
+
+
+def test_every_objective_of_vlp_has_a_row():
+    for module in pkgutil.iter_modules(objectives.__path__, "vlp.objectives."):
+        importlib.import_module(module.name)
+    classes, bases = set(), [Objective]
+    while bases:
+        found = [c for c in bases.pop().__subclasses__() if c.__module__.startswith("vlp.")]
+        classes |= {c for c in found if not c.__subclasses__()}
+        bases += found
+    tried = [o for row in ROWS_OF_TABLE.values() for o in row.objectives.values()] + list(MORE.values())
+    assert classes == {type(objective) for objective in tried}
 
 
 @pytest.mark.slow
