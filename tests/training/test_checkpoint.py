@@ -10,7 +10,9 @@ import shutil
 import signal
 import time
 import warnings
+import weakref
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import safetensors.torch
@@ -208,6 +210,33 @@ def test_written_file_has_the_bytes_of_safetensors(tmp_path):
     checkpoint.save_file(tensors, tmp_path / "own.safetensors")
     safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "reference.safetensors")
     assert (tmp_path / "own.safetensors").read_bytes() == (tmp_path / "reference.safetensors").read_bytes()
+
+
+class ShardedRows:
+    """A tensor that is whole only while somebody holds the result of `full_tensor`."""
+
+    shape, dtype = torch.Size([4, 3]), torch.float32
+    alive: ClassVar[list] = []
+    most_alive = 0
+
+    def __init__(self, value: float):
+        self.value = value
+
+    def full_tensor(self) -> torch.Tensor:
+        whole = torch.full(self.shape, self.value)
+        self.alive.append(weakref.ref(whole))
+        ShardedRows.most_alive = max(self.most_alive, sum(each() is not None for each in self.alive))
+        return whole
+
+
+def test_sharded_tensors_are_gathered_one_after_the_other(tmp_path):
+    """Once the next tensor is gathered, only the one before may still be in memory."""
+    sharded = {f"layer.{n}": ShardedRows(float(n)) for n in range(6)}
+    saved = checkpoint.save(tmp_path, 1, {"model": sharded}, {"step": 1})
+    found = checkpoints.read(saved, "model")
+    assert all(torch.equal(found[name], torch.full((4, 3), each.value)) for name, each in sharded.items())
+    checkpoint.gather({"model": sharded})
+    assert len(ShardedRows.alive) == 12 and ShardedRows.most_alive <= 2
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), OSError(errno.EDQUOT, "Quota exceeded")])
