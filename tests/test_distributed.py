@@ -78,7 +78,7 @@ def gradients(rank: int, world: int, objective, real: bool) -> tuple[float, dict
     called = DistributedDataParallel(pretrainer, find_unused_parameters=True) if world > 1 else pretrainer
     losses, total, _ = called([part_of(batch, part)], None, StepContext())
     total.backward()
-    mean = all_reduce_sum([losses["loss"].item()], torch.device("cpu"))[0] / world
+    mean = all_reduce_sum([losses["loss"].item()])[0] / world
     return mean, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -118,15 +118,14 @@ def test_gathered_rows_are_in_the_order_of_the_processes_and_get_the_gradient_of
 def test_one_process_gathers_itself():
     x = torch.randn(3, 2, requires_grad=True)
     assert gather_with_gradient(x) is x and gather(x) is x
-    assert gather_objects("a") == ["a"] and all_reduce_sum([1.5], torch.device("cpu")) == [1.5]
+    assert gather_objects("a") == ["a"] and all_reduce_sum([1.5]) == [1.5]
 
 
 def agreements(rank: int) -> tuple:
     tensors = [torch.full((2,), float(rank + 5)), torch.tensor(rank)]
     broadcast_from_main(tensors)
-    device = torch.device("cpu")
     return (
-        all_reduce_sum([1.0, math.nan if rank else 0.0, float(rank)], device),
+        all_reduce_sum([1.0, math.nan if rank else 0.0, float(rank)]),
         gather_objects({"rank": rank}),
         [t.tolist() for t in tensors],
     )

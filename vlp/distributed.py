@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -74,13 +75,33 @@ def gather_objects(x: object) -> list:
     return parts
 
 
-def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
-    """Sum a few numbers over all processes with one all-reduce."""
+def all_reduce_sum(values: list[float]) -> list[float]:
+    """Sum a few numbers of the host over all processes. Nothing waits for a device."""
     if world_size() == 1:
         return values
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total, group=_host_group(dist.group.WORLD))
     return total.tolist()
+
+
+def any_process(flag: bool) -> bool:
+    """Return whether the flag of any process is set."""
+    return all_reduce_sum([float(flag)])[0] > 0
+
+
+@cache
+def _host_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Return a group of all processes that can send numbers of the host: NCCL sends those of a device only."""
+    return world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """Return the mean of a tensor over all processes, on its device."""
+    if world_size() == 1:
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total / world_size()
 
 
 def full_tensor(x: Tensor) -> Tensor:

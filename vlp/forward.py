@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.profiler import record_function
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from vlp.distributed import gather_with_gradient, rank, world_size
 from vlp.errors import NonFiniteLoss, UserError
 from vlp.models.base import Model
-from vlp.types import Batch, Encoded, MaskedIds, Vocabulary
+from vlp.types import Batch, Encoded, MaskedIds, Vocabulary, keep_host_copy, on_host
 
 Scope = Literal["global", "local"]
 """Whose rows are compared: those of all processes, or those of this process only."""
@@ -38,12 +39,14 @@ class StepContext:
         vocabulary: Vocabulary of the run's tokenizer, or None without texts.
         progress: Progress of the run in epochs, for ramps.
         step: Optimizer steps done.
+        max_text_length: Tokens of the longest text of a run, so that processes can pad texts equally. None if unknown.
     """
 
     queues: Mapping[Any, Any] = field(default_factory=dict)
     vocabulary: Vocabulary | None = None
     progress: float = 0.0
     step: int = 0
+    max_text_length: int | None = None
 
     def ramp(self, epochs: float) -> float:
         """Return a factor that grows linearly from 0 to 1 over the first ``epochs``, or 1 if ``epochs`` is 0."""
@@ -174,8 +177,8 @@ class Bundle:
         """All views of the texts, encoded in one pass. Each row has its own dropout: two equal texts are two views."""
         views = [self.batch, *self.batch.views]
         longest = max(view.input_ids.shape[1] for view in views)
-        ids = torch.cat([_pad(view.input_ids, longest) for view in views])  # (views * B, L)
-        mask = torch.cat([_pad(view.attention_mask, longest) for view in views])
+        ids = _joined([view.input_ids for view in views], longest)  # (views * B, L)
+        mask = _joined([view.attention_mask for view in views], longest)
         return _split(self.encode("text_views", self.model.encode_text, ids, mask), len(views))
 
     @cached_property
@@ -452,5 +455,9 @@ def _split(encoded: Encoded, views: int) -> tuple[Encoded, ...]:
     return tuple(encoded[i * size : (i + 1) * size] for i in range(views))
 
 
-def _pad(rows: Tensor, length: int) -> Tensor:
-    return F.pad(rows, (0, length - rows.shape[1]))
+def _joined(parts: Sequence[Tensor], length: int) -> Tensor:
+    """Pad the rows of several (B, <= L) tensors with zeros to L and join them. The result has a copy on the host too."""
+    joined = torch.cat([F.pad(part, (0, length - part.shape[1])) for part in parts])
+    return keep_host_copy(
+        joined, np.concatenate([np.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in map(on_host, parts)])
+    )

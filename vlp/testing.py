@@ -172,7 +172,7 @@ def run_steps(
                 total.backward()
                 with torch.no_grad():
                     enqueued = {} if queue is None else objective.enqueue(bundles[-1])
-            loss = all_reduce_sum([losses["loss"].item()], torch.device("cpu"))[0] / processes
+            loss = all_reduce_sum([losses["loss"].item()])[0] / processes
             results.append(StepResult(loss, _mean_gradients(student), enqueued))
             student.zero_grad()
             if queue is not None:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from vlp.config import Experiment, Training
 from vlp.data.order import keyed_rng
 from vlp.data.stream import Loaded
-from vlp.distributed import all_reduce_sum, gather_objects
+from vlp.distributed import all_reduce_mean, all_reduce_sum, gather_objects
 from vlp.errors import NonFiniteLoss, UserError
 from vlp.forward import SINGLE_GRAPH, Forward, Graph, MicroBatches, StepContext
 from vlp.losses.geometry import alignment, modality_gap, uniformity
+from vlp.losses.inputs import DeferredChecks, deferred_checks
 from vlp.models.base import Model
 from vlp.objectives.base import Objective
 from vlp.optim.schedule import set_lr
@@ -80,7 +81,7 @@ class Pretrainer(nn.Module):
 
 
 class Attempt(nn.Module):
-    """A pretrainer whose refusals are returned, as the one module that DDP or DeepSpeed wraps.
+    """A pretrainer whose checks wait for nobody and whose refusals are returned, as the one module that DDP or DeepSpeed wraps.
 
     DDP counts the passes that return. A process whose pass raises would communicate at other points than the others.
     """
@@ -89,26 +90,31 @@ class Attempt(nn.Module):
         super().__init__()
         self.pretrainer = pretrainer
 
-    def forward(self, *inputs) -> tuple[dict[str, Tensor], Tensor, MicroBatches | None, str]:
-        """Return the result of the pretrainer and "", or NaN losses, no bundles, and the complaint of a loss."""
+    def forward(self, *inputs) -> tuple[dict[str, Tensor], Tensor, MicroBatches | None, DeferredChecks | str]:
+        """Return the result of the pretrainer and the checks of its losses; the total is NaN if one of them fails.
+
+        If a loss refuses its input, return NaN losses, no bundles, and the complaint.
+        """
         try:
-            return *self.pretrainer(*inputs), ""
+            with deferred_checks() as checks:
+                losses, total, bundles = self.pretrainer(*inputs)
+            return losses, checks.applied_to(total), bundles, checks
         except NonFiniteLoss as e:
-            nan = torch.tensor(math.nan, device=next(self.parameters()).device)
+            nan = torch.full((), math.nan, device=next(self.parameters()).device)
             return dict.fromkeys(self.pretrainer.objectives, nan), nan, None, str(e)
 
 
 @dataclass
 class StepConsensus:
-    """What all processes agree on before a backward pass, by one all-reduce.
+    """What all processes agree on before a backward pass, by one all-reduce of the host.
 
     Args:
-        losses: Means over the processes, ``loss`` the total. Not finite if that of any process is not.
+        refused: A loss of any process has refused its input.
         stop: Any process was asked to stop.
         bad: Samples that the loaders of all processes skipped.
     """
 
-    losses: dict[str, float]
+    refused: bool
     stop: bool
     bad: list[dict]
 
@@ -164,12 +170,11 @@ class Trainer:
     def step(self, micro_batches: Iterator[Loaded], interrupted: TrainingInterrupt) -> dict:
         """Take one optimizer step and return its record for the log."""
         experiment, state = self.experiment, self.run.state
-        passes = experiment.train.backward_passes
+        passes, engine = experiment.train.backward_passes, self.run.engine
         began = time.monotonic()
         self.waited = 0.0
         lr = set_lr(self.run.optimizer, experiment.schedule, experiment.optim.lr, state.step, self.run.total_steps)
-        losses: dict[str, float] = {}
-        finite, keys, complaints, f, enqueued = True, [], [], None, []
+        refused, losses, keys, checks, f, enqueued = False, [], [], [], None, []
         for number in range(passes):
             loaded = [self._next(micro_batches) for _ in range(experiment.train.accumulation // passes)]
             with part("prepare"):
@@ -181,34 +186,60 @@ class Trainer:
             with self.accelerator.accumulate(self.attempt):
                 momentum = state.momentum.network if state.momentum else None
                 with part("forward"):
-                    own, total, bundles, complaint = self.attempt(batches, momentum, self.context())
-                complaints += [complaint] if complaint else []
+                    own, total, bundles, checked = self.attempt(batches, momentum, self.context())
+                checks.append(checked)
+                losses.append(torch.stack([loss.detach().double() for loss in (*own.values(), total)]))
                 bad = [sample for each in loaded for sample in each.bad]
-                agreed = self.agree({**own, "loss": total}, bad, interrupted)
+                agreed = self.agree(isinstance(checked, str), bad, interrupted)
                 interrupted.agreed |= agreed.stop
                 self.run.writer.quarantine(agreed.bad)
-                finite = finite and all(map(math.isfinite, agreed.losses.values()))
-                if finite:
+                refused |= agreed.refused or (engine.steps_in_backward and not self._is_finite(total))
+                if not refused:
                     f = bundles[-1]
                     enqueued.append(self._enqueue(f))  # may run a network, so it precedes the end of the step's passes
                     with part("backward"):
                         self.accelerator.backward(total)
                     self._check_reach()
-            for name, value in agreed.losses.items():
-                losses[name] = losses.get(name, 0.0) + value / passes
-        engine = self.run.engine
         with part("gradient norm"):
-            norm = engine.clip_gradients(self.attempt, experiment.train.clip_norm) if finite else math.nan
-        if not (finite and math.isfinite(norm)):
-            self._nonfinite(losses, keys, norm if finite else None, complaints)
+            gradient_norm = None if refused else engine.clip_gradients(self.attempt, experiment.train.clip_norm)
+        numbers = self._read(losses, gradient_norm, f)
+        finite = not refused and all(math.isfinite(numbers[name]) for name in ("loss", *experiment.objectives))
+        norm = numbers["gradient_norm"] if finite else math.nan
+        skipped = not math.isfinite(norm)
+        if skipped:
+            self._nonfinite(numbers["loss"], keys, norm if finite else None, checks)
             engine.abandon_step()
         else:
             with part("optimizer"):
                 self.optimizer.step()
         self.optimizer.zero_grad()
         with part("averages and queues"):
-            self.advance(enqueued, skipped=not (finite and math.isfinite(norm)))
-        return self._record(losses, lr, norm, f, began)
+            self.advance(enqueued, skipped)
+        return self._record(numbers, lr, norm, began)
+
+    def _is_finite(self, total: Tensor) -> bool:
+        """Return whether the total is finite on all processes. The host waits for the device."""
+        return math.isfinite(all_reduce_mean(total.detach()).item())
+
+    @torch.no_grad()
+    def _read(self, losses: list[Tensor], norm: Tensor | None, f: Forward | None) -> dict[str, float]:
+        """Read the numbers of a step from the device, all at once: the only time that the host waits for it.
+
+        Args:
+            losses: Losses and total of each backward pass on this process.
+            norm: Norm of the gradient, None if there is none.
+            f: Bundle of a micro-batch, whose embeddings are measured if a measurement is due.
+
+        Returns:
+            Means over passes and processes of each loss and of the total, ``loss``; the norm, and the measurements.
+        """
+        names = [*self.experiment.objectives, "loss"]
+        means = all_reduce_mean(torch.stack(losses).mean(0))
+        every, step = self.experiment.log.geometry_every, self.run.state.step + 1
+        measured = geometry(f) if f is not None and every and step % every == 0 and len(f.batch) > 1 else {}
+        norm = torch.full_like(means[0], math.nan) if norm is None else norm
+        numbers = torch.cat([means, torch.stack([x.to(means) for x in (norm, *measured.values())])]).tolist()
+        return dict(zip((*names, "gradient_norm", *measured), numbers))
 
     def _check_reach(self) -> None:
         """Check after the first backward pass that a loss reaches every trained parameter. DDP waits for all gradients.
@@ -260,36 +291,37 @@ class Trainer:
     def context(self) -> StepContext:
         state = self.run.state
         queues = {self.experiment.objectives[name]: queue for name, queue in state.queues.items()}
-        return StepContext(queues, self.run.vocabulary, state.position / self.run.epoch_samples, state.step)
+        progress, longest = state.position / self.run.epoch_samples, self.experiment.data.max_length
+        return StepContext(queues, self.run.vocabulary, progress, state.step, longest)
 
     @torch.no_grad()
     def _enqueue(self, f: Forward) -> dict[str, dict[str, Tensor]]:
         """Return what each queue gets. It is pushed after the step: a skipped step leaves no trace, and micro-batches do not
         read each other's rows from the queue."""
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), deferred_checks():
             return {name: self.experiment.objectives[name].enqueue(f) for name in self.run.state.queues}
 
-    def agree(self, losses: dict[str, Tensor], bad: list[dict], interrupted: TrainingInterrupt) -> StepConsensus:
-        """Reach the same decisions on every process. Engines differ in how they treat a NaN on one process."""
-        own = [float(loss.detach()) for loss in losses.values()]
-        *sums, stop, num_bad = all_reduce_sum([*own, interrupted.asked, len(bad)], self.accelerator.device)
+    def agree(self, refused: bool, bad: list[dict], interrupted: TrainingInterrupt) -> StepConsensus:
+        """Reach the same decisions on every process: a backward pass communicates."""
+        refusals, stop, num_bad = all_reduce_sum([refused, interrupted.asked, len(bad)])
         all_bad = [sample for part in gather_objects(bad) for sample in part] if num_bad else []
-        means = {name: total / self.accelerator.num_processes for name, total in zip(losses, sums)}
-        return StepConsensus(means, stop > 0, all_bad)
+        return StepConsensus(refusals > 0, stop > 0, all_bad)
 
-    def _nonfinite(self, losses: dict[str, float], keys: list[str], norm: float | None, complaints: list[str]) -> None:
+    def _nonfinite(
+        self, loss: float, keys: list[str], norm: float | None, checks: Sequence[DeferredChecks | str]
+    ) -> None:
         """Record the samples of the step, and raise unless it may be skipped. The optimizer has not stepped.
 
         Args:
-            complaints: Messages of the losses that refused a micro-batch of this process. The first one of all processes
-                is the cause that is named.
+            norm: Norm of the gradient; None if the losses are not finite.
+            checks: Of each pass of this process, its checks, or the message of a loss that refused it. The first one of
+                all processes that fails is the cause that is named.
         """
+        complaints = [] if norm is not None else list(filter(None, map(complaint_of, checks)))
         parts = gather_objects((list(keys), complaints))
         all_keys = [key for part, _ in parts for key in part]
         first = next((complaint for _, each in parts for complaint in each), "")
-        what = first.removesuffix(" is not finite") or (
-            f"gradient norm {norm}" if norm is not None else f"loss {losses.get('loss')}"
-        )
+        what = first.removesuffix(" is not finite") or (f"gradient norm {norm}" if norm is not None else f"loss {loss}")
         self.run.writer.log_nonfinite(what, all_keys)
         too_late = norm is not None and self.run.engine.steps_after_nonfinite_gradient
         if self.experiment.train.nonfinite == "stop" or too_late:
@@ -314,11 +346,11 @@ class Trainer:
             for name, rows in rows_of.items():
                 state.queues[name].push(**rows)
 
-    def _record(self, losses: dict, lr: float, norm: float, f: Forward | None, began: float) -> dict:
+    def _record(self, numbers: dict[str, float], lr: float, norm: float, began: float) -> dict:
         state, experiment = self.run.state, self.experiment
         seconds = time.monotonic() - began
-        record = {"step": state.step, "loss": losses.pop("loss")}
-        record |= {f"loss/{name}": value for name, value in losses.items()}
+        record = {"step": state.step, "loss": numbers["loss"]}
+        record |= {f"loss/{name}": numbers[name] for name in experiment.objectives}
         record |= {"lr": lr, **self.run.model.scalars()}
         record |= {
             "gradient_norm": norm,
@@ -328,23 +360,33 @@ class Trainer:
             "data_wait": self.waited / seconds,
             "memory_mib": peak_memory_mib(self.accelerator.device),
         }
-        every = experiment.log.geometry_every
-        if f is not None and every and state.step % every == 0 and len(f.batch) > 1:
-            record |= geometry(f)
-        return record
+        measured = {name: value for name, value in numbers.items() if name.startswith("geometry/")}
+        return record | {name: value for name, value in measured.items() if math.isfinite(value)}
+
+
+def complaint_of(checks: DeferredChecks | str) -> str:
+    """Return the message of the first check that fails, or "" if none does."""
+    if isinstance(checks, str):
+        return checks
+    try:
+        checks.raise_first()
+        return ""
+    except NonFiniteLoss as e:
+        return str(e)
 
 
 @torch.no_grad()
-def geometry(f: Forward) -> dict[str, float]:
-    """Measure the embeddings of a step: uniformity of each kind, alignment and modality gap of the first two.
+def geometry(f: Forward) -> dict[str, Tensor]:
+    """Measure the embeddings of a step: uniformity of each kind, alignment and modality gap of the first two, () each.
 
     The two must be of one space: a model without contrast gives first tokens of different widths.
     """
     embeds = {name: embed.detach() for name, embed in f.cached_embeddings().items()}
-    record = {f"geometry/uniformity_{name}": float(uniformity(embed)) for name, embed in embeds.items()}
     x, y, *_ = [*embeds.values(), None, None]
-    if y is not None and x.shape == y.shape:
-        record |= {"geometry/alignment": float(alignment(x, y)), "geometry/modality_gap": float(modality_gap(x, y))}
+    with deferred_checks():
+        record = {f"geometry/uniformity_{name}": uniformity(embed) for name, embed in embeds.items()}
+        if y is not None and x.shape == y.shape:
+            record |= {"geometry/alignment": alignment(x, y), "geometry/modality_gap": modality_gap(x, y)}
     return record
 
 

@@ -9,8 +9,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def keep_host_copy(tensor: Tensor, host: np.ndarray) -> Tensor:
+    """Attach the values of ``tensor`` on the host, which `on_host` returns without waiting for the device."""
+    tensor.host_copy = host  # type: ignore[attr-defined]
+    return tensor
+
+
+def on_host(tensor: Tensor) -> np.ndarray:
+    """Return the values of a tensor on the host.
+
+    The texts of a batch keep a copy on the host, see `Batch.to`. Reading any other tensor costs one host-device sync.
+    """
+    copy = vars(tensor).get("host_copy")
+    return tensor.detach().cpu().numpy() if copy is None else copy
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device, asynchronously if its memory is pinned. Small ones keep a copy on the host."""
+    moved = tensor.to(device, non_blocking=True)
+    if tensor.dim() > 2:
+        return moved
+    copy = tensor.numpy() if tensor.device.type == "cpu" else vars(tensor).get("host_copy")
+    return moved if copy is None else keep_host_copy(moved, copy)
 
 
 @dataclass
@@ -67,8 +92,11 @@ class Batch:
     keys: Sequence[str] = ()
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device. The copy is asynchronous if the memory is pinned."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        """Return the batch on a device. The copy is asynchronous if the memory is pinned.
+
+        All but images keep a copy on the host, see `on_host`.
+        """
+        return self.map(lambda tensor: _move(tensor, device))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with a function applied to each tensor, also of the views and the answers."""
@@ -102,7 +130,11 @@ class Vocabulary:
     continues: Tensor
 
     def to(self, device: torch.device) -> Vocabulary:
-        return replace(self, special=self.special.to(device), continues=self.continues.to(device))
+        return replace(self, special=_move(self.special, device), continues=_move(self.continues, device))
+
+    def on_host(self) -> Vocabulary:
+        special, continues = (torch.from_numpy(on_host(x)) for x in (self.special, self.continues))
+        return replace(self, special=special, continues=continues)
 
 
 @dataclass

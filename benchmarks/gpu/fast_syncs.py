@@ -2,14 +2,13 @@
 backward pass no wait is wanted, as it leaves the device idle.
 
 On a GPU torch tells each wait (`torch.cuda.set_sync_debug_mode`); on a CPU the operators are counted that would wait on a GPU,
-as far as they can be told: numbers read from a tensor, and shapes that depend on values.
+as far as they can be told: see `tests.syncs`.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,14 +19,13 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.albef_step import OBJECTIVES
 from benchmarks.gpu.timing import DEVICE
 from benchmarks.models import TINY_CLIP, clip
-from tests.conftest import ROOT, make_world, toy_overrides
+from tests.conftest import make_world, toy_overrides
 from tests.fixtures import toy, toy_stages, toy_vlmo_stages
+from tests.syncs import place, watching
 from vlp.config import Experiment, Training
 from vlp.objectives.itc import ImageTextContrast
 from vlp.optim.ema import MomentumConfig
@@ -37,8 +35,6 @@ from vlp.training.interrupts import TrainingInterrupt
 from vlp.training.run_lock import RunLock
 from vlp.training.setup import set_up
 
-aten = torch.ops.aten
-WAITING = {aten._local_scalar_dense, aten.nonzero, aten.equal, aten.is_nonzero, aten.masked_select}
 WARM_UP = 2
 
 
@@ -75,7 +71,7 @@ def watched(experiment: Experiment) -> dict:
     with closing(trainer.micro_batches()) as micro_batches:
         for _ in range(WARM_UP):
             trainer.step(micro_batches, interrupted)
-        with watching(trainer) as waits:
+        with waits_of(trainer) as waits:
             trainer.step(micro_batches, interrupted)
     run.close(together=True)
     return {
@@ -86,7 +82,7 @@ def watched(experiment: Experiment) -> dict:
 
 
 @contextmanager
-def watching(trainer: Trainer) -> Iterator[Counter]:
+def waits_of(trainer: Trainer) -> Iterator[Counter]:
     """(phase, line) -> waits of a step."""
     waits: Counter = Counter()
     phase = "before"
@@ -114,17 +110,9 @@ def watching(trainer: Trainer) -> Iterator[Counter]:
     with (
         patch.object(trainer, "prepare", begin(trainer.prepare)),
         patch.object(accelerator, "backward", end(accelerator.backward)),
-        told_by_torch(note) if DEVICE == "cuda" else told_by_operators(note),
+        told_by_torch(note) if DEVICE == "cuda" else watching(note),
     ):
         yield waits
-
-
-def place() -> str:
-    """The innermost line of vlp that is running, as FILE:LINE in FUNCTION."""
-    for frame in reversed(traceback.extract_stack()):
-        if frame.filename.startswith(str(ROOT / "vlp")):
-            return f"{Path(frame.filename).relative_to(ROOT)}:{frame.lineno} in {frame.name}"
-    return "elsewhere"
 
 
 @contextmanager
@@ -143,21 +131,3 @@ def told_by_torch(note: Callable[[], None]) -> Iterator[None]:
             yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
-
-@contextmanager
-def told_by_operators(note: Callable[[], None]) -> Iterator[None]:
-    class Waits(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.overloadpacket in WAITING:
-                note()
-            return function(*args, **(kwargs or {}))
-
-    to_list = Tensor.tolist
-
-    def counted(tensor: Tensor):
-        note()
-        return to_list(tensor)
-
-    with patch.object(Tensor, "tolist", counted), Waits():
-        yield

@@ -1,9 +1,10 @@
 """Packed tokens, padded rows, and selected tokens are the same tokens at other positions."""
 
+import numpy as np
 import pytest
 import torch
 
-from vlp.encoders.ragged import RaggedBatch
+from vlp.encoders.ragged import RaggedBatch, bound_lengths
 
 CPU = torch.device("cpu")
 LENGTHS, P, L = (3, 6, 1), 5, 7
@@ -84,7 +85,26 @@ def test_selected_tokens_pad_to_their_columns_and_back(lengths, patches):
 
 def test_selected_rows_keep_their_tokens_and_the_width_of_all():
     batch, states = RaggedBatch(LENGTHS, P, CPU), torch.randn(sum(LENGTHS) + 3 * P, 2)
-    kept = torch.tensor([True, False, True])
+    kept = np.array([True, False, True])
     some, positions = batch.select_rows(kept)
     assert (some.rows, some.width, some.lengths) == (2, 6, (3, 1))
-    assert torch.equal(some.pad(states[positions]), batch.pad(states)[kept])
+    assert torch.equal(some.pad(states[positions]), batch.pad(states)[torch.from_numpy(kept)])
+
+
+def test_bounds_of_lengths_take_the_place_of_lengths_that_only_the_device_knows():
+    mask = torch.arange(L) < torch.tensor(LENGTHS)[:, None]
+    states, texts = torch.randn(3, L, 2), torch.tensor([0, 1, 2, 0])
+    own = RaggedBatch.of_texts(mask)
+    pairs = RaggedBatch.of_pairs(mask, bound_lengths(texts, np.array([3, 6, 6, 3])))
+    assert pairs.lengths == (3, 6, 6, 3) and pairs.width == 6
+    assert torch.equal(pairs.mask, mask[texts][:, :6])
+    padded = pairs.pad(own.pack(states[:, : own.width])[own.tokens_of(texts, pairs)])
+    assert torch.equal(padded[pairs.mask], states[texts][mask[texts]])
+    some, positions = pairs.select_rows(np.array([False, True, True, False]))
+    packed = pairs.pack(padded)
+    assert torch.equal(some.pad(packed[positions])[some.mask], padded[1:3][pairs.mask[1:3]])
+
+
+def test_real_tokens_are_the_first_ones_of_each_text():
+    batch = RaggedBatch(LENGTHS, 0, CPU)
+    assert batch.real_tokens(np.array([2, 6, 0])).tolist() == [0, 1, 3, 4, 5, 6, 7, 8]

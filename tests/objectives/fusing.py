@@ -130,7 +130,7 @@ def step(
     with drawn_by_row():
         losses, total, bundles = called(batches, momentum, context)
         total.backward()
-    means = all_reduce_sum([loss.item() for loss in losses.values()], CPU)
+    means = all_reduce_sum([loss.item() for loss in losses.values()])
     with torch.no_grad():
         kept = {name: o.enqueue(bundles[0]) for name, o in objectives.items() if o in context.queues}
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

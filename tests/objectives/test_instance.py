@@ -90,7 +90,8 @@ def test_enqueue_returns_rows_embeddings_and_the_first_estimate_of_z():
 def test_z_is_estimated_again_every_partition_every_steps():
     objective = replace(NOISE, partition_every=3)
     queues = queues_of(objective, Wide)
-    queues[objective].partition.fill_(4.0)
+    bank = queues[objective]
+    bank.load(bank.tensors() | {"partition": torch.tensor([4.0])})
     estimated = []
     for done in range(9):
         f = forward_of(objective, views(others=0), queues=queues, step=done)

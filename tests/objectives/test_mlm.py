@@ -139,7 +139,7 @@ def step(rank, world, objective):
     part = part_of(given, slice(rank * 8 // world, (rank + 1) * 8 // world))
     losses, total, _ = called([part], None, StepContext(vocabulary=VOCABULARY))
     total.backward()
-    mean = all_reduce_sum([losses["mlm"].item()], torch.device("cpu"))[0] / world
+    mean = all_reduce_sum([losses["mlm"].item()])[0] / world
     return mean, {name: p.grad for name, p in model.named_parameters()}
 
 

@@ -229,7 +229,7 @@ def gradients(rank: int, world: int, name: str) -> tuple:
     total.backward()
     with torch.no_grad():
         rows = objective.enqueue(f) if context.queues else {}
-    mean = all_reduce_sum([losses["o"].item()], torch.device("cpu"))[0] / world
+    mean = all_reduce_sum([losses["o"].item()])[0] / world
     return mean, {n: p.grad for n, p in model.named_parameters()}, rows
 
 

@@ -94,7 +94,7 @@ def step(rank: int, world: int, objective, norm: bool = False) -> tuple[float, d
     torch.manual_seed(7)
     losses, total, (f,) = called([batch], momentum, StepContext(queues))
     total.backward()
-    mean = all_reduce_sum([losses["loss"].item()], CPU)[0] / world
+    mean = all_reduce_sum([losses["loss"].item()])[0] / world
     with torch.no_grad():
         enqueued = objective.enqueue(f) if queues else {}
     return mean, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, enqueued

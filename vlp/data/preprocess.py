@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -44,7 +45,13 @@ class Preprocess:
         """
         if image.dtype != torch.uint8:
             raise ValueError(f"normalise takes uint8 images, not {image.dtype}")
-        std = torch.tensor(self.std, device=image.device).view(3, 1, 1)
-        mean = torch.tensor(self.mean, device=image.device).view(3, 1, 1)
+        factor, shift = _constants(self.mean, self.std, image.device)
         # one multiplication and one subtraction, in place: the batch is copied once, by float()
-        return image.float().mul_(1 / (255 * std)).sub_(mean / std)
+        return image.float().mul_(factor).sub_(shift)
+
+
+@cache  # copying numbers to a device makes the host wait
+def _constants(mean: Triple, std: Triple, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (3, 1, 1) factor and shift with which uint8 images are normalised."""
+    means, stds = (torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1) for values in (mean, std))
+    return 1 / (255 * stds), means / stds

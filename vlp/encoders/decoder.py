@@ -22,7 +22,8 @@ from vlp.encoders.base import LayerSizes, TextTower
 from vlp.encoders.fusion import CROSS, CrossAttentionCache, Fusion
 from vlp.encoders.fusion_layer import FusionLayer, merge_heads
 from vlp.encoders.heads import VocabularyHead
-from vlp.encoders.ragged import RaggedBatch
+from vlp.encoders.ragged import RaggedBatch, text_lengths
+from vlp.types import keep_host_copy, on_host
 from vlp.weights import reading
 from vlp.weights.reading import LoadReport
 
@@ -264,14 +265,13 @@ class AnswerDecoder(nn.Module):
         cache: KVCache = EMPTY,
     ) -> Predicted:
         """Predict every token of (n, L) texts but the first from the tokens before it. Arguments as those of `read`."""
-        follows = mask[:, 1:]  # (n, L - 1) whether a real token follows
+        follows = keep_host_copy(mask[:, 1:], on_host(mask)[:, 1:])  # (n, L - 1) whether a real token follows
         decoded = self.read(input_ids[:, :-1], follows, source, rows, cache)
         batch = decoded.batch
         text = torch.arange(len(mask), device=mask.device)[:, None].expand_as(follows)
-        targets = torch.stack([follows, input_ids[:, 1:], text], 2)  # (n, L - 1, 3)
-        is_real, labels, text = batch.pack(targets[:, : batch.width]).unbind(1)  # (T,) each
-        # a text of one token keeps a state that nothing follows, and without packing padding has states, too
-        kept = is_real.bool()
+        targets = torch.stack([input_ids[:, 1:], text], 2)  # (n, L - 1, 2)
+        labels, text = batch.pack(targets[:, : batch.width]).unbind(1)  # (T,) each
+        kept = batch.real_tokens(text_lengths(follows))  # (M,)
         return Predicted(self.words(decoded.states[kept]), labels[kept], text[kept])
 
     def _step(self, part, *inputs):

@@ -52,8 +52,7 @@ class Fusion:
         hidden_size: Of the feed-forward part, or None likewise.
         dropout: Rate, for hidden states and attention alike, or None likewise.
         eps: Of the norms, or None likewise.
-        pack: Linear layers process real tokens only. On a GPU that costs a host-device sync per pass, two with ``texts``. On
-            a CPU it is free. False processes all L positions, without a sync.
+        pack: Linear layers process real tokens only. False processes all L positions.
     """
 
     layers: int = setting(6, least=1)
@@ -325,7 +324,7 @@ class FusionEncoder(nn.Module):
         own = pairs = RaggedBatch.of_texts(mask, pack=pack)
         states = self._step(self.layers[0].read_text, own.pack(tokens[:, : own.width]), own)  # of the A texts
         if texts is not None:
-            pairs = RaggedBatch.of_texts(mask[texts], pack=pack)
+            pairs = RaggedBatch.of_pairs(mask, texts, pack=pack)
             states = states[own.tokens_of(texts, pairs)]  # (T, D) of the n pairs
         outputs, length = None, mask.shape[1]
         if at is not None:

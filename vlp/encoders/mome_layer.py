@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlp.encoders.ragged import OutputPositions, RaggedBatch
+from vlp.encoders.ragged import OutputPositions, RaggedBatch, upload
 
 Expert = Literal["image", "text", "vl"]
 
@@ -186,17 +187,18 @@ class MomeLayer(nn.Module):
         kept, factor = self._draw_kept_rows(batch)
         if kept.all() and factor == 1:
             return branch
-        return (factor * kept.to(branch.dtype)).to(branch.device)[outputs.row, None] * branch
+        factors = upload(factor * kept, branch.device).to(branch.dtype)  # (n,)
+        return factors[outputs.row, None] * branch
 
-    def _draw_kept_rows(self, batch: RaggedBatch) -> tuple[Tensor, float]:
+    def _draw_kept_rows(self, batch: RaggedBatch) -> tuple[np.ndarray, float]:
         """Draw (n,) bool on the host, the rows that take a branch, and the factor that makes up for the others.
 
         If all rows skip the branch, one is computed with factor 0: every process needs a gradient for every parameter.
         """
         rate = self.drop_path if self.training else 0.0
         if not rate:
-            return torch.ones(batch.rows, dtype=torch.bool), 1.0
-        kept = torch.rand(batch.rows) >= rate
+            return np.ones(batch.rows, dtype=bool), 1.0
+        kept = torch.rand(batch.rows).numpy() >= rate
         if not kept.any():
-            return torch.arange(len(kept)) == 0, 0.0
+            return np.arange(len(kept)) == 0, 0.0
         return kept, 1 / (1 - rate)

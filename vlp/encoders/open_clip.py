@@ -274,7 +274,7 @@ class ClipTextTower(PooledTextTower):
         whole = F.pad(input_ids.masked_fill(~attention_mask, pad), (0, self.text.context_length - length), value=pad)
         return self.text(whole)[:, None]
 
-    def _encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         # the forward pass of open_clip.TextTransformer, which itself refuses texts shorter than its context
         tower, length = self.text, input_ids.shape[1]
         x = tower.token_embedding(input_ids) + tower.positional_embedding[:length]  # (b, l, D)

@@ -12,9 +12,43 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from vlp.types import on_host
+
+
+def text_lengths(mask: Tensor) -> np.ndarray:
+    """Return the (n,) positions after the last real token of texts with an (n, L) mask, 0 for a text without any.
+
+    Free for the masks of a batch, see `vlp.types.on_host`.
+    """
+    host = on_host(mask)
+    return (host * np.arange(1, host.shape[1] + 1)).max(1, initial=0)
+
+
+def bound_lengths(texts: Tensor, bounds: np.ndarray) -> Tensor:
+    """Attach upper bounds of lengths to texts that the device has chosen, so that nothing waits for their lengths.
+
+    Args:
+        texts: (n, L) mask of the texts, or (n,) positions of texts in another batch.
+        bounds: (n,) upper bounds of the lengths.
+    """
+    texts.length_bounds = bounds  # type: ignore[attr-defined]
+    return texts
+
+
+def length_bounds(texts: Tensor) -> np.ndarray | None:
+    """Return what `bound_lengths` attached, or None."""
+    return vars(texts).get("length_bounds")
+
+
+def upload(values: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to a device. The host does not wait for the copy."""
+    host = torch.from_numpy(values)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 @dataclass(frozen=True)
@@ -24,14 +58,15 @@ class RaggedBatch:
     The host knows all sizes, so that nothing here waits for the device.
 
     Args:
-        lengths: n numbers of text tokens, 0 without texts. None for texts that are not packed, see `of_texts`.
+        lengths: n numbers of text tokens, 0 without texts.
         patches: P, 0 without images.
         device: Of the tokens.
         least_width: Lower bound of W.
-        padding_mask: (n, W) bool of the real tokens, only where ``lengths`` is None.
+        padding_mask: (n, W) bool of the real tokens, where ``lengths`` are upper bounds: padding up to them counts as tokens
+            of the linear layers, and only attention masks it. None if all tokens are real.
     """
 
-    lengths: tuple[int, ...] | None
+    lengths: tuple[int, ...]
     patches: int
     device: torch.device
     least_width: int = 0
@@ -46,16 +81,23 @@ class RaggedBatch:
         Args:
             mask: (n, L) bool, padding on the right.
             patches: P.
-            pack: On a GPU packing costs one host-device sync, for the lengths. False treats all L positions as tokens of
-                the linear layers, and masks padding in attention only.
+            pack: False treats all L positions as tokens of the linear layers, and masks padding in attention only.
         """
+        bounds = length_bounds(mask)
         if not pack:
-            mask = mask.clone()
-            mask[:, 0] = True
-            return cls(None, patches, mask.device, padding_mask=mask)
-        positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        lengths = (mask * positions).amax(1).clamp(min=1).tolist()
-        return cls(tuple(lengths), patches, mask.device)
+            bounds = np.full(len(mask), mask.shape[1])
+        if bounds is None:
+            return cls(tuple(text_lengths(mask).clip(1).tolist()), patches, mask.device)
+        mask = mask[:, : bounds.max()].clone()
+        mask[:, 0] = True
+        return cls(tuple(bounds.tolist()), patches, mask.device, padding_mask=mask)
+
+    @classmethod
+    def of_pairs(cls, mask: Tensor, texts: Tensor, patches: int = 0, pack: bool = True) -> RaggedBatch:
+        """Describe pairs, like `of_texts`, by the (n,) int64 text of each pair among those of an (A, L) mask."""
+        chosen = mask[texts]
+        bounds = length_bounds(texts)
+        return cls.of_texts(chosen if bounds is None else bound_lengths(chosen, bounds), patches, pack)
 
     @classmethod
     def of_images(cls, rows: int, patches: int, device: torch.device) -> RaggedBatch:
@@ -65,26 +107,26 @@ class RaggedBatch:
     @cached_property
     def rows(self) -> int:
         """n."""
-        return len(self.padding_mask if self.lengths is None else self.lengths)
+        return len(self.lengths)
 
     @cached_property
     def width(self) -> int:
         """W, 0 without texts."""
-        return self.padding_mask.shape[1] if self.lengths is None else max(*self.lengths, self.least_width)
+        return max(*self.lengths, self.least_width)
 
     @cached_property
     def text_tokens(self) -> int:
         """T."""
-        return self.rows * self.width if self.lengths is None else sum(self.lengths)
+        return sum(self.lengths)
 
     @cached_property
     def mask(self) -> Tensor | None:
         """(n, W) bool, True at real text tokens. None if all are."""
-        if self.lengths is None:
+        if self.padding_mask is not None:
             return self.padding_mask
         if min(self.lengths) == self.width:
             return None
-        return (torch.arange(self.width) < torch.tensor(self.lengths)[:, None]).to(self.device)
+        return upload(np.arange(self.width) < np.array(self.lengths)[:, None], self.device)
 
     @cached_property
     def attention_mask(self) -> Tensor | None:
@@ -94,26 +136,22 @@ class RaggedBatch:
     @cached_property
     def index(self) -> Tensor | None:
         """(T,) int64 positions of the packed text tokens in the flattened (n * W). None if they are all, in order."""
-        if self.lengths is None or min(self.lengths) == self.width:
+        if min(self.lengths) == self.width:
             return None
-        lengths = torch.tensor(self.lengths)
-        row = torch.repeat_interleave(lengths)
-        column = torch.arange(self.text_tokens) - (lengths.cumsum(0) - lengths)[row]
-        return (row * self.width + column).to(self.device)
+        return upload(np.flatnonzero(np.arange(self.width) < np.array(self.lengths)[:, None]), self.device)
 
     @cached_property
     def starts(self) -> Tensor:
         """(n,) int64 positions of the first token of each row among the packed ones."""
         if self.index is None:
             return torch.arange(self.rows, device=self.device) * (self.width or self.patches)
-        lengths = torch.tensor(self.lengths)
-        return (lengths.cumsum(0) - lengths).to(self.device)
+        return upload(np.cumsum(self.lengths) - self.lengths, self.device)
 
     @cached_property
-    def owner(self) -> Tensor:
-        """(S,) int64 row of each packed token, on the host."""
-        text = torch.repeat_interleave(torch.tensor(self.lengths))
-        return torch.cat([text, torch.arange(self.rows).repeat_interleave(self.patches)])
+    def owner(self) -> np.ndarray:
+        """(S,) row of each packed token, on the host."""
+        rows = np.arange(self.rows)
+        return np.concatenate([rows.repeat(self.lengths), rows.repeat(self.patches)])
 
     def pad(self, packed: Tensor) -> Tensor:
         """Pad (S, C) packed tokens to (n, N, C) rows, zero at padding."""
@@ -142,9 +180,14 @@ class RaggedBatch:
             (T',) int64 in the order of the packed tokens of ``pairs``.
         """
         flat = torch.arange(pairs.text_tokens, device=self.device) if pairs.index is None else pairs.index
-        return self.starts[texts[flat // pairs.width]] + flat % pairs.width
+        text, column = texts[flat // pairs.width], flat % pairs.width
+        if (
+            pairs.padding_mask is not None
+        ):  # padding of a pair may be beyond the text here; its last token stands for it
+            column = column.minimum(upload(np.array(self.lengths), self.device)[text] - 1)
+        return self.starts[text] + column
 
-    def select_rows(self, kept: Tensor) -> tuple[RaggedBatch, Tensor]:
+    def select_rows(self, kept: np.ndarray) -> tuple[RaggedBatch, Tensor]:
         """Return a batch of some of the rows, as wide as all of them.
 
         Args:
@@ -153,9 +196,17 @@ class RaggedBatch:
         Returns:
             The batch, and (S',) int64 positions of its tokens among the S.
         """
-        lengths = tuple(length for length, keep in zip(self.lengths, kept.tolist()) if keep)
-        positions = kept[self.owner].nonzero()[:, 0].to(self.device)
-        return RaggedBatch(lengths, self.patches, self.device, self.width), positions
+        mask, lengths = self.padding_mask, tuple(np.array(self.lengths)[kept].tolist())
+        if mask is not None:
+            mask = mask[upload(np.flatnonzero(kept), self.device)]
+        positions = upload(np.flatnonzero(kept[self.owner]), self.device)
+        return RaggedBatch(lengths, self.patches, self.device, self.width, mask), positions
+
+    def real_tokens(self, lengths: np.ndarray) -> Tensor:
+        """Return the (M,) int64 packed positions of the first tokens of each text, as many as ``lengths`` (n,) says."""
+        starts = np.cumsum(self.lengths) - self.lengths
+        offsets = np.arange(lengths.sum()) - (np.cumsum(lengths) - lengths).repeat(lengths)
+        return upload(starts.repeat(lengths) + offsets, self.device)
 
     def first_tokens(self) -> OutputPositions:
         """Select the first token of each row."""

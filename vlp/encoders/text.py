@@ -20,8 +20,10 @@ from torch.nn import functional as F
 
 from vlp.encoders.activation_checkpointing import Checkpointing, checkpoint_blocks
 from vlp.encoders.base import LayerSizes, TextTower, TextTowerSpec
+from vlp.encoders.ragged import length_bounds, text_lengths, upload
 from vlp.errors import UserError
 from vlp.specs.fields import setting
+from vlp.types import on_host
 from vlp.weights import reading
 from vlp.weights.reading import LoadReport
 from vlp.weights.run import is_run, read_run, tower_spec
@@ -43,6 +45,8 @@ HEADS = (
     *("discriminator_predictions", "generator_predictions", "generator_lm_head"),
     *("embeddings.position_ids", "embeddings.token_type_ids"),
 )
+# Model types whose encoders take a mask that `create_bidirectional_mask` has prepared. Others may use the mask for more.
+TAKE_PREPARED_MASKS = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet", "distilbert", "albert"}
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
 
 
@@ -190,7 +194,7 @@ def _layers_from(number: int, state: Iterable[str]) -> tuple[str, ...]:
     return tuple(layer for layer, layer_number in found.items() if layer_number >= number)
 
 
-def by_length(lengths: Sequence[int], groups: int, exactly: bool = False) -> list[Tensor]:
+def by_length(lengths: Sequence[int] | np.ndarray, groups: int, exactly: bool = False) -> list[np.ndarray]:
     """Split rows into at most ``groups`` groups of similar length with the least padding in total.
 
     Exact: dynamic programming over the U distinct lengths, U^2 * groups steps.
@@ -201,7 +205,7 @@ def by_length(lengths: Sequence[int], groups: int, exactly: bool = False) -> lis
         exactly: Return as many groups as there are rows for, even if fewer have the same padding.
 
     Returns:
-        Index tensors (int64, on the CPU), shortest group first, together a permutation of all rows.
+        Positions of the rows of each group, shortest first, together a permutation of all rows.
     """
     lengths = np.asarray(lengths)
     order = np.argsort(lengths, kind="stable")
@@ -219,11 +223,11 @@ def by_length(lengths: Sequence[int], groups: int, exactly: bool = False) -> lis
     parts, end = [], len(distinct)
     for cut in reversed(cuts):
         start = cut[end - 1]
-        parts.append(torch.from_numpy(order[ends[start] : ends[end]]))
+        parts.append(order[ends[start] : ends[end]])
         end = start
     while exactly and len(parts) < min(groups, len(lengths)):
         number = max(range(len(parts)), key=lambda i: len(parts[i]))
-        parts[number : number + 1] = parts[number].tensor_split(2)[::-1]
+        parts[number : number + 1] = np.array_split(parts[number], 2)[::-1]
     return parts[::-1]
 
 
@@ -237,11 +241,10 @@ def run_by_length(
 ) -> Tensor:
     """Call ``encode`` on groups of rows of similar length, each truncated to its longest row.
 
-    Value and gradient equal those of one call at full length wherever padding cannot change a row, dropout aside. On a
-    GPU it costs one host-device sync, for the lengths, which ``groups=1`` avoids.
+    Value and gradient equal those of one call at full length wherever padding cannot change a row, dropout aside.
 
     Args:
-        encode: Takes (b, l) ids and mask, and (b, l, ...) others, and returns (b, l', D), where row i depends on row i
+        encode: Takes (b, l) ids and mask, which is None if there is no padding, and (b, l, ...) others, and returns (b, l', D), where row i depends on row i
             only and l' grows with l.
         input_ids: (B, L) int64.
         attention_mask: (B, L) bool, padding on the right.
@@ -252,16 +255,18 @@ def run_by_length(
     Returns:
         (B, L', D) in the order of the input rows, zero after the end of a row's group.
     """
-    inputs = (input_ids, attention_mask, *others)
     if groups == 1 or len(input_ids) == 1:
-        return encode(*inputs)
-    positions = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
-    lengths = (attention_mask * positions).amax(1).tolist()
+        return encode(input_ids, attention_mask, *others)
+    bounds = length_bounds(attention_mask)
+    lengths = text_lengths(attention_mask) if bounds is None else bounds
     rows = by_length(lengths, groups, exactly)
-    longest = [max(lengths[part[-1]], 1) for part in rows]
-    order = torch.cat(rows).to(input_ids.device)  # (B,)
-    parts = order.split([len(part) for part in rows])
-    outputs = [encode(*(each[part, :n] for each in inputs)) for part, n in zip(parts, longest)]
+    order = upload(np.concatenate(rows), input_ids.device)  # (B,)
+    outputs = []
+    for part, row in zip(order.split([len(row) for row in rows]), rows):
+        longest = max(lengths[row[-1]], 1)
+        is_full = bounds is None and on_host(attention_mask)[row, :longest].all()
+        mask = None if is_full else attention_mask[part, :longest]
+        outputs.append(encode(input_ids[part, :longest], mask, *(each[part, :longest] for each in others)))
     width = max(out.shape[1] for out in outputs)
     padded = torch.cat([F.pad(out, (0, 0, 0, width - out.shape[1])) for out in outputs])  # (B, L', D) by group
     return padded[order.argsort()]
@@ -337,18 +342,31 @@ class BertTower(TextTower):
         """Encode texts with a part of the embedding layer's output, positions and norm included, set to zero."""
         return self(input_ids, attention_mask, keep)
 
-    def _encode(self, input_ids: Tensor, attention_mask: Tensor, words: Tensor, keep: Tensor | None = None) -> Tensor:
+    def _encode(
+        self, input_ids: Tensor, attention_mask: Tensor | None, words: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
         # a hook, since no model takes the output of its embedding layer: `inputs_embeds` enters before the norm
         zeroed = nullcontext()
         if keep is not None:
             zeroed = self.model.embeddings.register_forward_hook(lambda module, inputs, out: out * keep)
         with zeroed:
-            tokens = self.model(inputs_embeds=words, attention_mask=attention_mask).last_hidden_state  # (b, l, D)
+            mask = self._prepared(words, attention_mask)
+            tokens = self.model(inputs_embeds=words, attention_mask=mask).last_hidden_state  # (b, l, D)
         if self.pool == "cls":
             return tokens
+        if attention_mask is None:
+            return torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
         weight = attention_mask[:, :, None].to(tokens.dtype)
         mean = (tokens * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)  # (b, 1, D)
         return torch.cat([mean, tokens], dim=1)
+
+    def _prepared(self, words: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Return the mask as the attention layers take it. From a 2-d mask transformers reads whether it has padding."""
+        from transformers.masking_utils import create_bidirectional_mask
+
+        if mask is None or self.model.config.model_type not in TAKE_PREPARED_MASKS:
+            return mask
+        return create_bidirectional_mask(self.model.config, words, mask, allow_is_bidirectional_skip=False)
 
     def token_mask(self, attention_mask: Tensor) -> Tensor:
         """Return the mask of the output tokens. The mean in front, if there is one, counts as a token."""

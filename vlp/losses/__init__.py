@@ -9,9 +9,9 @@ from vlp.losses.classification import one_hot, sigmoid_cross_entropy, softmax_cr
 from vlp.losses.divergence import jensen_shannon
 from vlp.losses.geometry import alignment, modality_gap, uniformity
 from vlp.losses.masked import masked_cross_entropy, masked_pixel_loss
-from vlp.losses.nce import draw_noise, instance_softmax_loss, log_partition, nce_loss
+from vlp.losses.nce import draw_noise, instance_softmax_loss, log_partition, log_partition_sum, nce_loss
 from vlp.losses.npair import n_pair_loss, tuplet_loss
-from vlp.losses.pairwise import contrastive_loss, hardest_triplets, semi_hard_triplets, triplet_loss
+from vlp.losses.pairwise import contrastive_loss, hardest_triplets, mined_triplet_loss, semi_hard_triplets, triplet_loss
 from vlp.losses.sigmoid import sigmoid_loss
 from vlp.losses.softmax import id_targets, info_nce, soft_info_nce
 from vlp.losses.tiled import queue_info_nce, tiled_info_nce, tiled_sigmoid_loss
@@ -27,8 +27,10 @@ __all__ = [
     "instance_softmax_loss",
     "jensen_shannon",
     "log_partition",
+    "log_partition_sum",
     "masked_cross_entropy",
     "masked_pixel_loss",
+    "mined_triplet_loss",
     "modality_gap",
     "n_pair_loss",
     "nce_loss",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial, wraps
 from typing import ParamSpec
 
 import torch
@@ -33,16 +35,77 @@ def in_float32(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return widened
 
 
+class DeferredChecks:
+    """Checks of losses that wait for nobody, see `deferred_checks`."""
+
+    def __init__(self) -> None:
+        self._checks: list[tuple[Tensor, Callable[[], None]]] = []
+
+    def add(self, outcome: Tensor, check: Callable[[], None]) -> None:
+        """Add a check.
+
+        Args:
+            outcome: A number on the device, finite if the check passes.
+            check: Raises the error of the check if it fails.
+        """
+        self._checks.append((outcome, check))
+
+    def applied_to(self, loss: Tensor) -> Tensor:
+        """Return a () loss if all checks pass, and otherwise NaN. The gradient does not change."""
+        if not self._checks:
+            return loss
+        outcomes = torch.cat([outcome.double().view(1) for outcome, _ in self._checks])
+        return loss + (0 * outcomes.sum()).to(loss.dtype)
+
+    def raise_first(self) -> None:
+        """Raise the error of the first check that fails, if any. Each check costs a host-device sync."""
+        for _, check in self._checks:
+            check()
+
+
+_deferred: ContextVar[DeferredChecks | None] = ContextVar("deferred", default=None)
+
+
+@contextmanager
+def deferred_checks() -> Iterator[DeferredChecks]:
+    """Collect the checks of losses within, instead of waiting for the result of each."""
+    checks = DeferredChecks()
+    token = _deferred.set(checks)
+    try:
+        yield checks
+    finally:
+        _deferred.reset(token)
+
+
 def check_finite(loss: Tensor, **inputs: Tensor | float) -> Tensor:
     """Return ``loss`` if it is finite, and otherwise raise an error that names the row of ``inputs`` at fault.
 
-    A NaN or infinity in any row reaches the loss, so only the () loss is checked: one host-device sync per loss.
+    A NaN or infinity in any row reaches the loss, so only the () loss is checked: one host-device sync per loss, or none
+    within `deferred_checks`.
 
     Raises:
         NonFiniteLoss: naming the input and its first row that is not finite, or the overflow if every row is finite.
     """
+    checks, value = _deferred.get(), loss.detach()
+    if checks is None:
+        _require_finite(value, inputs)
+    else:
+        largest = {name: _largest(rows) for name, rows in inputs.items()}  # to name the row, without keeping the input
+        checks.add(value, partial(_require_finite, value, largest))
+    return loss
+
+
+def _largest(rows: Tensor | float) -> Tensor | float:
+    """Return the largest magnitude in each row of a (B, ...) tensor, (B,), NaN if the row has one."""
+    if not isinstance(rows, Tensor):
+        return rows
+    rows = rows.detach()
+    return rows if rows.dim() < 2 else torch.linalg.vector_norm(rows.flatten(1), torch.inf, dim=1)
+
+
+def _require_finite(loss: Tensor, inputs: Mapping[str, Tensor | float]) -> None:
     if torch.isfinite(loss):
-        return loss
+        return
     for name, value in inputs.items():
         rows = torch.atleast_1d(torch.as_tensor(value))
         bad = ~torch.isfinite(rows).flatten(1).all(1) if rows.dim() > 1 else ~torch.isfinite(rows)
@@ -52,7 +115,18 @@ def check_finite(loss: Tensor, **inputs: Tensor | float) -> Tensor:
 
 
 def check_every_row(is_valid: Tensor, problem: str) -> None:
-    """Raise ValueError ``row i PROBLEM`` for the first i where ``is_valid`` (B,) bool is False."""
+    """Raise ValueError ``row i PROBLEM`` for the first i where ``is_valid`` (B,) bool is False.
+
+    It costs one host-device sync, or none within `deferred_checks`.
+    """
+    checks = _deferred.get()
+    if checks is None:
+        _require_every_row(is_valid, problem)
+    else:
+        checks.add(torch.where(is_valid.all(), 0.0, torch.nan), partial(_require_every_row, is_valid, problem))
+
+
+def _require_every_row(is_valid: Tensor, problem: str) -> None:
     if not is_valid.all():
         raise ValueError(f"row {first(~is_valid)} {problem}")
 

@@ -7,6 +7,8 @@ B rows, E embedding, M candidates, T triplets.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -109,13 +111,9 @@ def semi_hard_triplets(
     distance, is_positive, is_negative = _pairs(anchors, candidates, anchor_ids, candidate_ids, allowed)
     if distance.numel() == 0:
         return distance.nonzero().new_empty(3, 0).unbind()
-    # Each anchor's negatives in order of distance. A search then finds the first one beyond each positive, and the (B, M, M)
-    # triplets never exist.
-    negatives, order = distance.masked_fill(~is_negative, torch.inf).sort(dim=1)
-    beyond = torch.searchsorted(negatives, distance, right=True).clamp(max=distance.shape[1] - 1)  # (B, M)
-    nearest = negatives.gather(1, beyond)
-    anchor, positive = (is_positive & (distance < nearest) & (nearest < distance + margin)).nonzero(as_tuple=True)
-    return anchor, positive, order[anchor, beyond[anchor, positive]]
+    is_semi_hard, negative = _semi_hard(distance, is_positive, is_negative, margin)
+    anchor, positive = is_semi_hard.nonzero(as_tuple=True)
+    return anchor, positive, negative[anchor, positive]
 
 
 @torch.no_grad()
@@ -138,10 +136,56 @@ def hardest_triplets(
     distance, is_positive, is_negative = _pairs(anchors, candidates, anchor_ids, candidate_ids, allowed)
     if distance.numel() == 0:
         return distance.nonzero().new_empty(3, 0).unbind()
-    anchor = (is_positive.any(1) & is_negative.any(1)).nonzero().squeeze(1)
+    has_triplet, farthest, nearest = _hardest(distance, is_positive, is_negative)
+    anchor = has_triplet.nonzero().squeeze(1)
+    return anchor, farthest[anchor], nearest[anchor]
+
+
+@in_float32
+def mined_triplet_loss(
+    anchors: Tensor,
+    candidates: Tensor,
+    anchor_ids: Tensor,
+    candidate_ids: Tensor,
+    margin: float = 0.2,
+    mining: Literal["semi_hard", "hardest"] = "semi_hard",
+) -> Tensor:
+    """`triplet_loss` of the triplets of `semi_hard_triplets` or `hardest_triplets`, whose number the host need not know.
+
+    Returns:
+        () mean over all triplets. If there is none, 0 with a gradient of 0.
+
+    Raises:
+        NonFiniteLoss: naming the row, if an embedding is not finite.
+    """
+    distance, is_positive, is_negative = _pairs(anchors, candidates, anchor_ids, candidate_ids, None)
+    if distance.numel() == 0:
+        return distance.sum()
+    if mining == "hardest":
+        is_triplet, positive, negative = (x[:, None] for x in _hardest(distance.detach(), is_positive, is_negative))
+        near, far = distance.gather(1, positive), distance.gather(1, negative)  # (B, 1)
+    else:
+        is_triplet, negative = _semi_hard(distance.detach(), is_positive, is_negative, margin)
+        near, far = distance, distance.gather(1, negative)  # (B, M)
+    hinge = (near - far + margin).clamp(min=0).where(is_triplet, 0)
+    return hinge.sum() / is_triplet.sum().clamp(min=1)
+
+
+def _semi_hard(distance: Tensor, is_positive: Tensor, is_negative: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Return the (B, M) bool mask of the pairs with a semi-hard negative, and the (B, M) int64 nearest one."""
+    # Each anchor's negatives in order of distance. A search then finds the first one beyond each positive, and the (B, M, M)
+    # triplets never exist.
+    negatives, order = distance.masked_fill(~is_negative, torch.inf).sort(dim=1)
+    beyond = torch.searchsorted(negatives, distance, right=True).clamp(max=distance.shape[1] - 1)  # (B, M)
+    nearest = negatives.gather(1, beyond)
+    return is_positive & (distance < nearest) & (nearest < distance + margin), order.gather(1, beyond)
+
+
+def _hardest(distance: Tensor, is_positive: Tensor, is_negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return which of the B anchors have a triplet, their farthest positives, and their nearest negatives."""
     farthest = distance.masked_fill(~is_positive, -torch.inf).argmax(1)
     nearest = distance.masked_fill(~is_negative, torch.inf).argmin(1)
-    return anchor, farthest[anchor], nearest[anchor]
+    return is_positive.any(1) & is_negative.any(1), farthest, nearest
 
 
 def _pairs(anchors, candidates, anchor_ids, candidate_ids, allowed) -> Triplets:

@@ -41,13 +41,12 @@ def tiled_info_nce(
     spread = label_smoothing / (num_keys * num_rows)
 
     def tile_loss(rows: slice, logits: Tensor) -> Tensor:
-        row, column = (query_ids[rows, None] == key_ids).nonzero(as_tuple=True)
-        target = share[rows][row]
-        aligned = (target * logits[row, column]).sum() + (spread * logits.sum() if spread else 0)
+        positive, target = query_ids[rows, None] == key_ids, share[rows, None]  # (R, M), (R, 1)
+        aligned = (target * logits.where(positive, 0)).sum() + (spread * logits.sum() if spread else 0)
         log_total = _softmax_(logits, 1 / num_rows)
         if spread:
             logits.sub_(spread)
-        logits[row, column] -= target
+        logits.sub_(target * positive)
         return log_total.sum() / num_rows - aligned
 
     loss = _tiled_loss(queries, keys, scale, None, tile_loss, tile_rows)
@@ -94,15 +93,17 @@ def queue_info_nce(
     """
     check_ids(queries, keys, query_ids, key_ids)
     check_ids(queries, queue, query_ids, queue_ids)
+    if tile_keys < 1:
+        raise ValueError(f"tile_keys is {tile_keys}, at least 1 is needed")
     queue = queue.detach()
     scaled, queue_sum = scale * queries, queue.sum(0)
     products = scaled @ keys.T  # (B, M)
     allowed = torch.ones_like(products, dtype=torch.bool) if allowed is None else allowed
     positive = (query_ids[:, None] == key_ids) & allowed
-    row, column = _equal_ids(query_ids, queue_ids)  # positives in the queue
-    count = positive.sum(1) + row.bincount(minlength=len(queries))
+    queue_positives, queue_count = _sum_of_positives(query_ids, queue_ids, queue, tile_keys)  # (B, E), (B,)
+    count = positive.sum(1) + queue_count
     check_every_row(count > 0, "has no positive: no allowed key and no queue row has its id")
-    aligned = products.where(positive, 0).sum(1).index_add(0, row, (scaled[row] * queue[column]).sum(1)) / count
+    aligned = (products.where(positive, 0).sum(1) + (scaled * queue_positives).sum(1)) / count
     logits = products.masked_fill(~allowed, -torch.inf)
     log_total = torch.cat([logits, _queue_log_totals(scaled, queue, tile_keys)[:, None]], dim=1).logsumexp(1)
     loss = log_total - (1 - label_smoothing) * aligned
@@ -129,12 +130,10 @@ def tiled_sigmoid_loss(
     num_rows = len(queries)
 
     def tile_loss(rows: slice, logits: Tensor) -> Tensor:
-        positives = (query_ids[rows, None] == key_ids).nonzero(as_tuple=True)
-        logits.neg_()
-        logits[positives] *= -1  # the margins z_ij (scale q_i . k_j + bias)
+        z = torch.where(query_ids[rows, None] == key_ids, 1, -1).to(logits.dtype)  # (R, M)
+        logits.mul_(z)  # the margins z_ij (scale q_i . k_j + bias)
         loss = -F.logsigmoid(logits).sum() / num_rows
-        logits.neg_().sigmoid_().div_(num_rows)
-        logits[positives] *= -1
+        logits.neg_().sigmoid_().div_(-num_rows).mul_(z)
         return loss
 
     loss = _tiled_loss(queries, keys, scale, bias, tile_loss, tile_rows)
@@ -205,8 +204,6 @@ def _tiles(queries: Tensor, keys: Tensor, scale: Tensor, tile_rows: int):
 
 def _queue_log_totals(scaled: Tensor, queue: Tensor, tile_keys: int) -> Tensor:
     """Return (B,) log-sum-exp of ``scaled @ queue.T``, -inf for an empty queue."""
-    if tile_keys < 1:
-        raise ValueError(f"tile_keys is {tile_keys}, at least 1 is needed")
     return _QueueLogTotals.apply(scaled if torch.is_grad_enabled() else scaled.detach(), queue, tile_keys)
 
 
@@ -242,15 +239,16 @@ class _QueueLogTotals(torch.autograd.Function):
         return mean * grad_output[:, None], None, None
 
 
-def _equal_ids(query_ids: Tensor, key_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows and columns where ``query_ids[:, None] == key_ids``, without the (B, M) matrix where few keys match."""
-    if len(query_ids) == 0:
-        return query_ids, query_ids
-    ordered = query_ids.sort().values
-    place = torch.searchsorted(ordered, key_ids).clamp(max=len(ordered) - 1)
-    matched = (ordered[place] == key_ids).nonzero().squeeze(1)
-    row, column = (query_ids[:, None] == key_ids[matched]).nonzero(as_tuple=True)
-    return row, matched[column]
+def _sum_of_positives(query_ids: Tensor, queue_ids: Tensor, queue: Tensor, tile_keys: int) -> tuple[Tensor, Tensor]:
+    """Return the (B, E) sums and the (B,) numbers of the rows of the queue with the id of each query."""
+    total = queue.new_zeros(len(query_ids), queue.shape[1])
+    count = torch.zeros_like(query_ids)
+    for start in range(0, len(queue), tile_keys):
+        rows = slice(start, start + tile_keys)
+        is_positive = query_ids[:, None] == queue_ids[rows]  # (B, tile_keys)
+        total.addmm_(is_positive.to(queue.dtype), queue[rows])
+        count += is_positive.sum(1)
+    return total, count
 
 
 def _softmax_(logits: Tensor, weight: float) -> Tensor:

@@ -316,16 +316,20 @@ class VlmoModel(Model):
         Returns:
             (n, D) first tokens, or (M, D) tokens at the positions.
         """
-        inputs, mask = (text.inputs, text.mask) if texts is None else (text.inputs[texts], text.mask[texts])
+        patches = image.shape[1]
+        if texts is None:
+            inputs, rows = text.inputs, RaggedBatch.of_texts(text.mask, patches)
+        else:
+            inputs, rows = text.inputs[texts], RaggedBatch.of_pairs(text.mask, texts, patches)
         drawn = 0 if images is None else len(images)
-        if (len(mask) - drawn) % len(image):
+        if (len(inputs) - drawn) % len(image):
             raise ValueError(
-                f"{len(mask) - drawn} texts in the order of {len(image)} images: give a multiple of that many texts"
+                f"{len(inputs) - drawn} texts in the order of {len(image)} images: give a multiple of that many texts"
             )
-        rounds = image.repeat((len(mask) - drawn) // len(image), 1, 1)  # (n - m, P, D)
+        rounds = image.repeat((len(inputs) - drawn) // len(image), 1, 1)  # (n - m, P, D)
         image = rounds if images is None else torch.cat([rounds, image[images]])  # (n, P, D)
-        rows = RaggedBatch.of_texts(mask, image.shape[1])
-        outputs = rows.first_tokens() if at is None else rows.tokens_at(at // mask.shape[1], at % mask.shape[1])
+        length = inputs.shape[1]
+        outputs = rows.first_tokens() if at is None else rows.tokens_at(at // length, at % length)
         return self.encoder(rows, inputs, image, joint=True, outputs=outputs)
 
     def match(self, image: Tensor, text: Encoded, texts: Tensor | None = None, images: Tensor | None = None) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vlp.config import Experiment
@@ -42,7 +41,7 @@ class AnswerGeneration(DistilledObjective):
         predicted = f.model.answer(f, answers)  # logits (T, V)
         teacher = f.momentum.model.answer(f.momentum, answers).logits if self.distill else None
         weight = answers.weight[predicted.text]  # (T,)
-        count = torch.tensor(float(len(f.batch)), device=weight.device)
+        count = weight.new_full((), float(len(f.batch)))
         share = self.teacher_share(f)
         return masked_cross_entropy(predicted.logits, predicted.labels, teacher, share, count, weight)
 

@@ -71,7 +71,8 @@ class TextAssignment(Objective):
         further = others & (torch.arange(len(ids), device=ids.device) != first[:, None])
         second = sample_hard_negatives(similarity, further)
         labels = (torch.rand(len(own), device=own.device) < 0.5).long()
-        labels[(torch.rand(len(own), device=own.device) < self.neither) & further.any(1)] = 2
+        without = (torch.rand(len(own), device=own.device) < self.neither) & further.any(1)
+        labels = labels.masked_fill(without, 2)
         first = torch.where(others.any(1), first, own)
         images = [torch.where(labels == 0, own, first), torch.stack([first, own, second]).gather(0, labels[None])[0]]
         return torch.stack(images), labels
@@ -79,4 +80,5 @@ class TextAssignment(Objective):
     def _projected(self, f: Forward, candidates: Gathered, rows: Tensor) -> Any:
         if candidates.is_own_rows:
             return f.projected[rows]
-        return f.model.project(gather_encodings(candidates, lambda bundle: bundle.image, rows))
+        patches = f.image.fusible.shape[1]
+        return f.model.project(gather_encodings(candidates, lambda bundle: bundle.image, rows, patches))

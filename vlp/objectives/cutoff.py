@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlp.config import Experiment
+from vlp.encoders.ragged import bound_lengths, text_lengths
 from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.losses.divergence import jensen_shannon
@@ -68,7 +69,9 @@ class Cutoff(Objective):
             columns = torch.rand(len(mask), width, device=mask.device).argsort(1)  # (B, W)
             return (columns >= int(self.ratio * width))[:, None], mask
         kept = (keep_tokens if self.cut == "token" else keep_outside_span)(mask, self.ratio)  # (B, L)
-        return kept[:, :, None], mask & kept if self.cut == "span" else mask
+        if self.cut == "token":
+            return kept[:, :, None], mask
+        return kept[:, :, None], bound_lengths(mask & kept, text_lengths(mask))
 
 
 def keep_tokens(mask: Tensor, ratio: float) -> Tensor:

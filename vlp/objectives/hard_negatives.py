@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlp.distributed import gather, world_size
+from vlp.encoders.ragged import bound_lengths
 from vlp.forward import Bundle, Gathered
 from vlp.losses.inputs import in_float32
 from vlp.types import Encoded
@@ -48,21 +51,28 @@ def sample_hard_negatives(
     return (scores + gumbel).masked_fill(~candidates, -torch.inf).argmax(1)
 
 
-def gather_encodings(candidates: Gathered, encoded: Callable[[Bundle], Encoded], rows: Tensor) -> Encoded:
+def gather_encodings(
+    candidates: Gathered, encoded: Callable[[Bundle], Encoded], rows: Tensor, longest: int | None
+) -> Encoded:
     """Collect encodings of rows that other micro-batches or processes may have computed, with gradient.
 
-    Only the tokens that fusion reads are collected, `Encoded.fusible`. Across processes, texts are padded to the longest
-    of all, which costs one host-device sync.
+    Only the tokens that fusion reads are collected, `Encoded.fusible`, padded to ``longest``.
 
     Args:
         candidates: The rows that can be drawn.
         encoded: Selects the encodings of a bundle: ``lambda bundle: bundle.text``.
         rows: (n,) int64 positions among the candidates.
+        longest: N, at least that of the encodings of every process. None finds the largest, at the cost of one host-device
+            sync.
 
     Returns:
         n rows.
     """
-    longest = int(candidates.gather(lambda bundle: rows.new_tensor([encoded(bundle).fusible.shape[1]])).max())
+    own = max(encoded(bundle).fusible.shape[1] for bundle in candidates.bundles)
+    if candidates.scope == "local" or world_size() == 1:
+        longest = own
+    elif longest is None:
+        longest = int(gather(torch.tensor([own], device=rows.device)).max())
 
     def tokens(bundle: Bundle) -> Tensor:
         x = encoded(bundle).fusible
@@ -76,7 +86,7 @@ def gather_encodings(candidates: Gathered, encoded: Callable[[Bundle], Encoded],
     early_fusion = any(encoded(bundle).inputs is not None for bundle in candidates.bundles)
     return Encoded(
         fusible,
-        candidates.gather(mask)[rows].bool(),
+        bound_lengths(candidates.gather(mask)[rows].bool(), np.full(len(rows), longest)),
         candidates.gather(lambda bundle: encoded(bundle).embed)[rows],
         fusible if early_fusion else None,
     )

@@ -76,7 +76,7 @@ class InstanceDiscrimination(Objective):
     def _estimates(self, f: Forward) -> bool:
         """Return whether this step estimates Z."""
         every = self.partition_every
-        return bool(f.context.queues[self].partition == 0) or every > 0 and f.context.step % every == 0
+        return not f.context.queues[self].has_partition or every > 0 and f.context.step % every == 0
 
     def _log_partition(self, f: Forward) -> Tensor:
         """Return (1,) log Z, equal on all processes."""

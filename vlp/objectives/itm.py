@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vlp.config import Experiment
 from vlp.distributed import gather
+from vlp.encoders.ragged import bound_lengths, text_lengths
 from vlp.errors import UserError
 from vlp.forward import Forward, Gathered, Scope
 from vlp.losses.inputs import check_finite, in_float32
@@ -101,9 +103,14 @@ class ImageTextMatching(Objective):
         """Score pairs, then images with the (B,) ``texts``, then texts with the (B,) ``images``: (3B, 2)."""
         if candidates.is_own_rows:
             own = torch.arange(len(texts), device=texts.device)
-            return f.model.match(f.projected, f.text, torch.cat([own, texts, own]), images)
-        other_texts = gather_encodings(candidates, lambda bundle: bundle.text, texts)
-        other_images = gather_encodings(candidates, lambda bundle: bundle.image, images)
+            lengths = text_lengths(f.batch.attention_mask)
+            longest = np.full(len(lengths), lengths.max())  # only the device knows which texts were sampled
+            bounds = np.concatenate([lengths, longest, lengths]).clip(1)
+            text_of = bound_lengths(torch.cat([own, texts, own]), bounds)  # (3B,)
+            return f.model.match(f.projected, f.text, text_of, images)
+        other_texts = gather_encodings(candidates, lambda bundle: bundle.text, texts, f.context.max_text_length)
+        patches = f.image.fusible.shape[1]
+        other_images = gather_encodings(candidates, lambda bundle: bundle.image, images, patches)
         pairs = (f.model.match(f.projected, text) for text in (f.text, other_texts))
         return torch.cat([*pairs, f.model.match(f.model.project(other_images), f.text)])
 

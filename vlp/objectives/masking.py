@@ -1,7 +1,7 @@
 """Random choices of a step: which tokens and which patches are masked.
 
-Every draw uses torch's generator on the device of its inputs, which the trainer seeds for each step. Nothing causes a
-host-device sync unless its docstring says so.
+Draws use torch's generators, which the trainer seeds for each step: that of the CPU for texts, and that of the device for
+patches. Nothing causes a host-device sync.
 
 B texts or images, L tokens, V vocabulary, P = h x w patches, M predicted positions.
 """
@@ -12,13 +12,15 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from vlp.encoders.ragged import upload
 from vlp.errors import UserError
 from vlp.losses.masked import IGNORED
 from vlp.specs.fields import setting
-from vlp.types import MaskedIds, Vocabulary
+from vlp.types import MaskedIds, Vocabulary, on_host
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class TextMasking:
         random_from: Tokens that another token is drawn from, evenly: "words" are all that are not special, "all" is the
             whole vocabulary, as published by BERT, ALBEF and others.
         capacity: Share of the (B, L) positions, padding included, that can be predicted. The number of positions is then
-            fixed and nothing waits for the device. Chosen tokens beyond it are left unchanged. None predicts exactly the
-            chosen tokens, at the cost of one host-device sync.
+            fixed, which compiled heads need. Chosen tokens beyond it are left unchanged. None predicts exactly the chosen
+            tokens.
     """
 
     probability: float = setting(0.15, least=0, most=1)
@@ -63,11 +65,20 @@ class TextMasking:
     ) -> MaskedIds:
         """Mask (B, L) int64 ids with their (B, L) bool attention mask.
 
+        The tokens are drawn on the host, so that their number is known there.
+
+        Args:
+            generator: On the CPU. None uses the default generator.
+
         Raises:
             UserError: if the tokenizer has no ``[MASK]``.
         """
-        if vocabulary.mask_id is None:
+        mask_id = vocabulary.mask_id
+        if mask_id is None:
             raise UserError("masked language modelling needs a tokenizer with [MASK]; use BERT's, or train one")
+        device = input_ids.device
+        input_ids, attention_mask = (torch.from_numpy(on_host(x)) for x in (input_ids, attention_mask))
+        vocabulary = vocabulary.on_host()
         if self.exclude == "special":
             maskable = attention_mask & ~vocabulary.special[input_ids]
         else:
@@ -78,16 +89,18 @@ class TextMasking:
         if self.capacity is not None:
             chosen &= (chosen.flatten().cumsum(0) <= size).view_as(chosen)
         others = self._draw_tokens(input_ids, vocabulary, generator)
-        masked = input_ids.masked_fill(chosen & (fate < self.mask_share), vocabulary.mask_id)
+        masked = input_ids.masked_fill(chosen & (fate < self.mask_share), mask_id)
         is_random = chosen & (fate >= self.mask_share) & (fate < self.mask_share + self.random_share)
         masked = torch.where(is_random, others, masked)
         if self.capacity is None:
-            positions = chosen.flatten().nonzero()[:, 0]  # (M,)
-            return MaskedIds(masked, positions, input_ids.flatten()[positions])
-        positions = chosen.flatten().byte().argsort(descending=True, stable=True)[:size]
-        filler = ~chosen.flatten()[positions]  # (M,) positions that only fill up
-        labels = input_ids.flatten()[positions].masked_fill(filler, IGNORED)
-        return MaskedIds(masked, positions.masked_fill(filler, 0), labels)
+            positions = torch.from_numpy(np.flatnonzero(chosen.numpy()))  # (M,)
+            labels = input_ids.flatten()[positions]
+        else:
+            positions = chosen.flatten().byte().argsort(descending=True, stable=True)[:size]
+            filler = ~chosen.flatten()[positions]  # (M,) positions that only fill up
+            labels = input_ids.flatten()[positions].masked_fill(filler, IGNORED)
+            positions = positions.masked_fill(filler, 0)
+        return MaskedIds(*(upload(x.numpy(), device) for x in (masked, positions, labels)))
 
     def _choose(
         self, input_ids: Tensor, maskable: Tensor, vocabulary: Vocabulary, generator: torch.Generator | None

@@ -18,7 +18,7 @@ from vlp.config import Experiment
 from vlp.errors import UserError
 from vlp.forward import Forward
 from vlp.losses.npair import n_pair_loss, tuplet_loss
-from vlp.losses.pairwise import contrastive_loss, hardest_triplets, semi_hard_triplets, triplet_loss
+from vlp.losses.pairwise import contrastive_loss, mined_triplet_loss
 from vlp.objectives.base import Objective
 from vlp.objectives.geometry import Sides, all_of, pooled, require_sides, sides_of
 from vlp.specs.fields import setting
@@ -45,14 +45,8 @@ class Triplet(Objective):
     def __call__(self, f: Forward) -> Tensor:
         # The number of triplets differs between processes, so every process computes the mean over all of them.
         x, y = all_of(f, self.sides)
-        return (self._loss(x, y, f.all.image_id) + self._loss(y, x, f.all.image_id)) / 2
-
-    def _loss(self, anchors: Tensor, candidates: Tensor, ids: Tensor) -> Tensor:
-        if self.mining == "hardest":
-            anchor, positive, negative = hardest_triplets(anchors, candidates, ids, ids)
-        else:
-            anchor, positive, negative = semi_hard_triplets(anchors, candidates, ids, ids, self.margin)
-        return triplet_loss(anchors[anchor], candidates[positive], candidates[negative], self.margin)
+        mined = (f.all.image_id, f.all.image_id, self.margin, self.mining)
+        return (mined_triplet_loss(x, y, *mined) + mined_triplet_loss(y, x, *mined)) / 2
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ class MemoryBank:
         bound = (3 / width) ** 0.5
         self.rows = ((2 * torch.rand(size, width, generator=generator) - 1) * bound).to(device)
         self.partition = torch.zeros(1, device=device)  # Z of the NCE loss; 0 until it is estimated
+        self.has_partition = False
         self.momentum = momentum
 
     def __len__(self) -> int:
@@ -114,11 +115,12 @@ class MemoryBank:
         """
         order = torch.arange(len(dataset_row), device=dataset_row.device)
         last = torch.full((len(self),), -1, device=order.device).scatter_reduce(0, dataset_row, order, "amax")  # (n,)
-        kept = last[dataset_row] == order
-        row, embed = dataset_row[kept], embed[kept].detach().to(self.rows.dtype)
-        self.rows[row] = F.normalize(self.momentum * self.rows[row] + (1 - self.momentum) * embed, dim=1)
+        embed = embed[last[dataset_row]].detach().to(self.rows.dtype)  # equal for equal rows
+        updated = self.momentum * self.rows[dataset_row] + (1 - self.momentum) * embed
+        self.rows[dataset_row] = F.normalize(updated, dim=1)
         if partition is not None:
             self.partition.copy_(partition)
+            self.has_partition = True
 
     def tensors(self) -> dict[str, Tensor]:
         return {"rows": self.rows, "partition": self.partition}
@@ -126,3 +128,4 @@ class MemoryBank:
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.rows.copy_(tensors["rows"])
         self.partition.copy_(tensors["partition"])
+        self.has_partition = bool(self.partition != 0)

@@ -59,7 +59,7 @@ class SimCse(Objective):
         rows = torch.arange(len(queries), device=logits.device)
         for negatives in range(1, keys.shape[1]):
             own = (rows, negatives * total + f.all.rows)
-            logits = logits.index_put(own, logits.new_tensor(self.hard_negative), accumulate=True)
+            logits = logits.index_put(own, logits.new_full((), self.hard_negative), accumulate=True)
         ids = F.pad(f.all.image_id, (0, logits.shape[1] - total), value=-1)  # no sentence has the id -1
         return soft_info_nce(logits, id_targets(f.batch.image_id, ids))
 

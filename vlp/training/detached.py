@@ -16,7 +16,6 @@ passes over pairs are large, as VLMo's, and not where fusion is small compared t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
@@ -26,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from vlp.config import Experiment
-from vlp.distributed import all_reduce_sum
+from vlp.distributed import any_process
 from vlp.errors import NonFiniteLoss, UserError
 from vlp.forward import Forward, Graph, compute_losses, weighted_sum
+from vlp.losses.inputs import check_finite
 from vlp.models.base import Model
 from vlp.objectives.base import Objective
 from vlp.types import Encoded
@@ -94,7 +94,7 @@ class DetachedGraph(Graph):
         return self._add_segment(value, lambda x: x.requires_grad and not x.is_leaf)
 
     def _encode_without_graph(self, encode: Callable[..., Encoded], *inputs: Tensor) -> Encoded:
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, ()).numpy())
 
         def run() -> Encoded:
             with seeded(seed, inputs[0].device):
@@ -156,15 +156,14 @@ class DetachedGraph(Graph):
 
 
 def _finite_losses(group: Mapping[str, Objective], f: Forward) -> dict[str, Tensor]:
-    """Compute the losses of ``group``; raise NonFiniteLoss on all processes if one is not finite on any."""
-    losses, complaint, device = {}, "", f.batch.image_id.device
-    total = torch.tensor(math.nan, device=device)
+    """Compute the losses of ``group``; raise NonFiniteLoss on all processes if a check fails on any."""
+    losses, complaint = {}, ""
     try:
         losses = compute_losses(group, f)
-        total = weighted_sum(group, losses)
+        check_finite(weighted_sum(group, losses))
     except NonFiniteLoss as error:
         complaint = str(error)
-    if all_reduce_sum([not torch.isfinite(total)], device)[0]:
+    if any_process(bool(complaint)):
         raise NonFiniteLoss(complaint or f"the loss of {', '.join(group)}, here or on another process,")
     return losses
 

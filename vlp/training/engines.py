@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import nn
+from torch import Tensor, nn
 
 from vlp.config import Experiment, Training
 from vlp.distributed import broadcast_from_main, full_tensor
@@ -36,10 +36,12 @@ class Engine:
         name: Value of ``train.engine`` that demands this engine.
         is_sharded: Whether a checkpoint is gathered from all processes.
         steps_after_nonfinite_gradient: Whether the optimizer has stepped by the time that the norm is known.
+        steps_in_backward: Whether the optimizer steps within the backward pass, so that the losses must be read before it.
     """
 
     is_sharded = False
     steps_after_nonfinite_gradient = False
+    steps_in_backward = False
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -87,10 +89,10 @@ class Engine:
         """
         return self.accelerator.prepare(module, optimizer)
 
-    def clip_gradients(self, module: nn.Module, limit: float | None) -> float:
-        """Scale the gradient down to the norm ``limit`` unless that is None, and return its norm before."""
+    def clip_gradients(self, module: nn.Module, limit: float | None) -> Tensor:
+        """Scale the gradient down to the norm ``limit`` unless that is None, and return its () norm before."""
         norm = self.accelerator.clip_grad_norm_(module.parameters(), limit or math.inf)
-        return math.nan if norm is None else float(full_tensor(norm))
+        return torch.as_tensor(math.nan if norm is None else full_tensor(norm), device=self.accelerator.device)
 
     def abandon_step(self) -> None:
         """Prepare for the next step after one whose forward or backward pass did not complete."""
@@ -115,6 +117,7 @@ class Zero(Engine):
     name = "deepspeed"
     is_sharded = True
     steps_after_nonfinite_gradient = True
+    steps_in_backward = True
 
     @property
     def description(self) -> str:
