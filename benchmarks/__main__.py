@@ -17,6 +17,7 @@ MEASURES = (
     "pack_memory",
     "align_scale",
     "remote_shards",
+    "plan_accuracy",
     "clip_flops",
     "contrastive_memory",
     "uniformity_memory",

@@ -16,6 +16,7 @@ ORDER = (
     "sweeps",
     "report",
     "testing",
+    "planning",
     "train",
     "training",
     "loading",

@@ -5,13 +5,15 @@ B batch, N tokens, P image tokens, L text tokens, D width, E embedding, H and W 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def keep_host_copy(tensor: Tensor, host: np.ndarray) -> Tensor:
@@ -27,6 +29,13 @@ def on_host(tensor: Tensor) -> np.ndarray:
     """
     copy = vars(tensor).get("host_copy")
     return tensor.detach().cpu().numpy() if copy is None else copy
+
+
+@contextmanager
+def computing_on_host() -> Iterator[None]:
+    """Compute with values on the host, as a context or a decorator, even while a step is traced with tensors that have none."""
+    with _disable_current_modes():
+        yield
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

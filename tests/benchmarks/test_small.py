@@ -14,7 +14,15 @@ from tests.conftest import ROOT, environment
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there: captions and photos to measure with")
 WITHOUT_DATA = ("seek", "contrastive_memory", "uniformity_memory", "queue_info_nce", "retrieval_memory", "vqa_ranking")
-WITHOUT_DATA += ("data_wait", "shards_a_node", "pack_memory", "align_scale", "remote_shards", "engine_memory")
+WITHOUT_DATA += (
+    "data_wait",
+    "shards_a_node",
+    "pack_memory",
+    "align_scale",
+    "remote_shards",
+    "engine_memory",
+    "plan_accuracy",
+)
 SLOW = ("data_wait", "albef_step")
 
 

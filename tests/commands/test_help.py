@@ -23,7 +23,7 @@ def test_help_imports_no_heavy_package(arguments):
     assert done.stdout.startswith("usage: vlp") and done.stdout.endswith("loaded []\n")
 
 
-COMMANDS = ("train", "eval", "gradcam", "ablate", "report", "serve", "show", "configs", "data", "doctor")
+COMMANDS = ("train", "eval", "gradcam", "ablate", "report", "serve", "show", "configs", "data", "plan", "doctor")
 ACTIONS = ("pack", "check", "stats", "tokenizer", "demo", "annotations", "answers", "dedup", "triples", "paraphrase")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlp.encoders.ragged import OutputPositions, RaggedBatch, upload
+from vlp.types import computing_on_host
 
 Expert = Literal["image", "text", "vl"]
 
@@ -190,6 +191,7 @@ class MomeLayer(nn.Module):
         factors = upload(factor * kept, branch.device).to(branch.dtype)  # (n,)
         return factors[outputs.row, None] * branch
 
+    @computing_on_host()
     def _draw_kept_rows(self, batch: RaggedBatch) -> tuple[np.ndarray, float]:
         """Draw (n,) bool on the host, the rows that take a branch, and the factor that makes up for the others.
 

@@ -20,7 +20,7 @@ from vlp.encoders.ragged import upload
 from vlp.errors import UserError
 from vlp.losses.masked import IGNORED
 from vlp.specs.fields import setting
-from vlp.types import MaskedIds, Vocabulary, on_host
+from vlp.types import MaskedIds, Vocabulary, computing_on_host, on_host
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class TextMasking:
         if (total := self.mask_share + self.random_share) > 1:
             raise UserError(f"{name}.mask_share + random_share is {total:g}; it is a share of the chosen, at most 1")
 
+    @computing_on_host()
     def __call__(
         self,
         input_ids: Tensor,

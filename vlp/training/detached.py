@@ -31,7 +31,7 @@ from vlp.forward import Forward, Graph, compute_losses, weighted_sum
 from vlp.losses.inputs import check_finite
 from vlp.models.base import Model
 from vlp.objectives.base import Objective
-from vlp.types import Encoded
+from vlp.types import Encoded, computing_on_host
 
 Value = TypeVar("Value")
 
@@ -94,7 +94,8 @@ class DetachedGraph(Graph):
         return self._add_segment(value, lambda x: x.requires_grad and not x.is_leaf)
 
     def _encode_without_graph(self, encode: Callable[..., Encoded], *inputs: Tensor) -> Encoded:
-        seed = int(torch.randint(2**62, ()).numpy())
+        with computing_on_host():
+            seed = int(torch.randint(2**62, ()).numpy())
 
         def run() -> Encoded:
             with seeded(seed, inputs[0].device):
