@@ -97,7 +97,7 @@ class Training:
             the next one, which needs less memory.
         activation_checkpointing: Activations to recompute in the backward pass instead of storing them: "cheap" for the
             operations between matrix products, "full" for whole blocks. See `vlp.encoders.activation_checkpointing`.
-        compile: Whether to run the towers through torch.compile.
+        compile: Whether to run the blocks of the towers through torch.compile.
         profile: Whether to profile five steps, the sixth to the tenth after the start: see `vlp.training.profile`.
         nonfinite: What to do if a loss or the gradient is not finite: "stop" and name the samples, or "skip" the step.
         processes: Number of processes that the launcher must have started. None allows any number.

@@ -22,7 +22,7 @@ from vlp.objectives.requirements import has_images
 from vlp.optim.ema import EMA
 from vlp.optim.groups import describe_groups, parameter_groups, starts_with
 from vlp.specs.user_code import NO_CODE, UserCode
-from vlp.training.engines import Engine
+from vlp.training.engines import Engine, repeated_blocks
 from vlp.training.launch import start_engine
 from vlp.training.logging import read_log
 from vlp.training.run import Run
@@ -263,8 +263,25 @@ def prepare_model(model: Model, train: Training, engine: Engine) -> None:
     configure_model(model, train)
     engine.place(model)
     if train.compile:
-        for tower in filter(None, (model.image, model.text)):
-            tower.compile()
+        compile_blocks(model)
+
+
+def compile_blocks(model: Model, backend: str = "inductor") -> None:
+    """Compile the repeated blocks of the image and the text tower, such as those of a ViT and the layers of BERT.
+
+    A block has no branches that depend on data, so it is one graph. What runs between blocks, such as the grouping of texts by
+    length, stays in Python.
+
+    Raises:
+        UserError: If the towers have no such blocks.
+    """
+    blocks = [block for tower in (model.image, model.text) if tower is not None for block in repeated_blocks(tower)]
+    if not blocks:
+        raise UserError(
+            "train.compile compiles blocks of an image and a text tower, and the model has none; set it to false"
+        )
+    for block in blocks:
+        block.compile(backend=backend)
 
 
 def check_frozen(model: Model) -> None:
