@@ -16,6 +16,7 @@ from vlp.data.reading.annotated import AnnotatedReader
 from vlp.data.stream import TrainDataset
 from vlp.data.text import Tokenizer, load_tokenizer
 from vlp.distributed import refuse_together
+from vlp.encoders.mome_layer import MomeLayer
 from vlp.errors import UserError
 from vlp.models.base import Model
 from vlp.objectives.requirements import has_images
@@ -275,7 +276,10 @@ def compile_blocks(model: Model, backend: str = "inductor") -> None:
     Raises:
         UserError: If the towers have no such blocks.
     """
-    blocks = [block for tower in (model.image, model.text) if tower is not None for block in repeated_blocks(tower)]
+    found = [block for tower in (model.image, model.text) if tower is not None for block in repeated_blocks(tower)]
+    blocks = [
+        block for block in found if not isinstance(block, MomeLayer)
+    ]  # packs texts by lengths that the host knows
     if not blocks:
         raise UserError(
             "train.compile compiles blocks of an image and a text tower, and the model has none; set it to false"
