@@ -130,20 +130,24 @@ def measure(
     locations.FIRST_WAIT = 0.1
     with tempfile.TemporaryDirectory() as name:
         total = make_shards(Path(name), shards, samples)
-        results = {}
-        for ahead, count in ((0, readers), (8, readers), (8, 1)):
+        local = str(Path(name) / "shards")
+        results = {
+            "local shards": _epoch(local, Path(name) / "none", shards * samples, batch, nodes, readers, 0, step_seconds)
+        }
+        budget = cached_shards * total // shards  # holds a shard a reader, those ahead, and a few more
+        for ahead in (0, readers):
             with serve(Path(name) / "shards", latency, bytes_a_second, failures) as (url, sent):
-                folder = Path(name) / f"cache-{ahead}-{count}"
-                os.environ |= {"VLP_CACHE": str(folder), "VLP_CACHE_BYTES": str(cached_shards * total // shards)}
-                found = _epoch(url, folder, shards * samples, batch, nodes, count, ahead, step_seconds)
+                folder = Path(name) / f"cache-{ahead}"
+                os.environ |= {"VLP_CACHE": str(folder), "VLP_CACHE_BYTES": str(budget)}
+                found = _epoch(url, folder, shards * samples, batch, nodes, readers, ahead, step_seconds)
                 found["downloaded_share"] = round(sum(sent.values()) / total, 3)
-            results[f"prefetch_shards={ahead}, readers={count}"] = found
+            results[f"prefetch_shards={ahead}"] = found
     return {
         "shards": shards,
         "bytes": total,
         "nodes": nodes,
         "failing_answers": failures,
-        "budget": cached_shards * total // shards,
+        "budget": budget,
         "node_share": 1 / nodes,
     } | results
 

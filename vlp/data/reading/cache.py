@@ -1,7 +1,8 @@
 """Copies of remote shards on the local disk, shared by the processes of a machine.
 
-The folder ``$VLP_CACHE/shards`` has one folder for each shard: the shard, its index, and a lock file. A process that reads
-a shard holds a shared lock on the file, and one that downloads it an exclusive lock on the lock file. With
+The folder ``$VLP_CACHE/shards`` has one folder for each shard, with the shard and its index, and lock files that are never
+removed. A process that reads a shard holds a shared lock on the shard, and one that downloads or removes it an exclusive
+lock on its lock file. With
 ``$VLP_CACHE_BYTES`` the least recently opened shards that nobody has locked are removed before a download.
 """
 
@@ -67,7 +68,7 @@ def fetch(shard: str, listed: Listed | None = None) -> Path:
     if local.exists():
         return local
     try:
-        with locked(local.parent / ".lock"):
+        with locked(_lock_of(local.parent)):
             if not local.exists():  # no other process was faster
                 _download(shard, local, listed)
     except OSError as e:
@@ -166,10 +167,14 @@ def _local(shard: str) -> Path:
     return cache_folder() / "shards" / sha256(shard.encode()).hexdigest()[:16] / name
 
 
+def _lock_of(folder: Path) -> Path:
+    return folder.parent / ".locks" / folder.name
+
+
 def evict(limit: int) -> None:
     """Remove the least recently opened copies that nobody uses, until the others have at most ``limit`` bytes."""
     found = []
-    for folder in (cache_folder() / "shards").iterdir():
+    for folder in (cache_folder() / "shards").glob("[!.]*"):
         with suppress(OSError):  # it may be removed or written at this moment
             size = sum(file.stat().st_size for file in folder.iterdir())
             found.append((folder.stat().st_mtime, size, folder))
@@ -183,7 +188,7 @@ def evict(limit: int) -> None:
 
 def _remove(folder: Path) -> bool:
     """Remove the folder of a copy unless a process downloads or reads it."""
-    with suppress(OSError), open(folder / ".lock", "a") as lock:  # BlockingIOError if it is locked
+    with suppress(OSError), open(_lock_of(folder), "a") as lock:  # BlockingIOError if it is locked
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for file in folder.iterdir():
             if not file.name.startswith(".") and not file.name.endswith(INDEX_SUFFIX):

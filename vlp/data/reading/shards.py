@@ -152,8 +152,8 @@ class ShardReader:
         # the order alternates between the shards of a group: keep as many indexes as that, about 100 MB at most
         mean = max(1, len(self) // len(self.shards))
         self.index = lru_cache(maxsize=2 + 2 * GROUP_SAMPLES // mean)(self._index)
-        # copies of remote shards cannot be removed while they are open
-        self._handle = lru_cache(maxsize=16 if any(map(is_remote, self.shards)) else 128)(self._open)
+        # a copy of a remote shard cannot be removed while it is open, so only the latest is kept open
+        self._handle = lru_cache(maxsize=1 if any(map(is_remote, self.shards)) else 128)(self._open)
 
     def _open(self, shard: int) -> BinaryIO:
         return open_copy(self.shards[shard], self.listed[shard])
