@@ -115,7 +115,7 @@ class Running:
             time.sleep(0.02)
             if time.monotonic() > end or any(p.exitcode for p in self.processes):
                 for process in self.processes:  # a failing process has time to write its error
-                    process.join(1)
+                    process.join(5)
                 self.signal(signal.SIGKILL)
         for process in self.processes:
             process.join(10)
