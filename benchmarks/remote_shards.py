@@ -158,6 +158,8 @@ def _epoch(
     preprocess = Preprocess((16, 16), (0.5,) * 3, (0.5,) * 3, "bilinear")
     source = Source(url)
     dataset = TrainDataset([source], (Resize(mode="squash"),), preprocess, None, 1, 10_000, 0, readers=readers)
+    for order in dataset.order.orders:
+        order.group_samples = readers * max(order.shard_sizes)  # a shard after the other, as of larger data
     began, waited, largest, stop = time.monotonic(), 0.0, 0, threading.Event()
 
     def watch() -> None:
