@@ -210,10 +210,21 @@ class Experiment:
         return self.data.batch_size // self.train.accumulation
 
     def build_model(self, load_weights: bool = True) -> Model:
-        """Build the model with the heads that the objectives ask for."""
-        model = self.model.build(load_weights)
-        for objective in self.objectives.values():
-            model.add_heads(objective.heads())
+        """Build the model with the heads that the objectives ask for.
+
+        Raises:
+            UserError: If it cannot be built, or does not fit into memory.
+        """
+        try:
+            model = self.model.build(load_weights)
+            for objective in self.objectives.values():
+                model.add_heads(objective.heads())
+        except (RuntimeError, MemoryError) as e:
+            if isinstance(e, MemoryError) or "allocate" in str(e):
+                raise UserError(
+                    f"the model does not fit into memory; lower its sizes ({' '.join(str(e).split())[:200]})"
+                ) from e
+            raise
         return model
 
     @property

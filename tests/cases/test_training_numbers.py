@@ -50,6 +50,12 @@ def test_number_beyond_reason_is_refused(world, tmp_path, capfd, key):
         assert not (tmp_path / "runs").exists()
 
 
+def test_model_that_fits_into_no_memory_is_refused(world, tmp_path, capfd):
+    overrides = [*toy_overrides(world, tmp_path / "runs"), f"model.embed_size={10**13}"]
+    assert "the model does not fit into memory; lower its sizes" in refused(capfd, "train", TOY, *overrides)
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("epochs", ["nan", "inf", "-1", "0"])
 def test_epochs_beyond_reason_are_refused(world, tmp_path, capfd, epochs):
     overrides = [*toy_overrides(world, tmp_path / "runs"), "train.steps=none", f"train.epochs={epochs}"]
