@@ -223,7 +223,7 @@ class Trainer:
 
     @torch.no_grad()
     def _read(self, losses: list[Tensor], norm: Tensor | None, f: Forward | None) -> dict[str, float]:
-        """Read the numbers of a step from the device, all at once: the only time that the host waits for it.
+        """Read the numbers of a step from the device, all at once, as the host waits for it.
 
         Args:
             losses: Losses and total of each backward pass on this process.
@@ -321,12 +321,12 @@ class Trainer:
         parts = gather_objects((list(keys), complaints))
         all_keys = [key for part, _ in parts for key in part]
         first = next((complaint for _, each in parts for complaint in each), "")
-        what = first.removesuffix(" is not finite") or (f"gradient norm {norm}" if norm is not None else f"loss {loss}")
-        self.run.writer.log_nonfinite(what, all_keys)
+        cause = first or (f"gradient norm {norm} is not finite" if norm is not None else f"loss {loss} is not finite")
+        self.run.writer.log_nonfinite(cause, all_keys)
         too_late = norm is not None and self.run.engine.steps_after_nonfinite_gradient
         if self.experiment.train.nonfinite == "stop" or too_late:
             raise UserError(
-                f"step {self.run.state.step + 1}: {what} is not finite; its {len(all_keys)} samples are in "
+                f"step {self.run.state.step + 1}: {cause}; its {len(all_keys)} samples are in "
                 f"{self.experiment.folder}/nonfinite.jsonl. The last checkpoint is untouched; lower optim.lr or remove the "
                 f"samples and resume, or set train.nonfinite=skip"
             )
@@ -371,7 +371,7 @@ def complaint_of(checks: DeferredChecks | str) -> str:
     try:
         checks.raise_first()
         return ""
-    except NonFiniteLoss as e:
+    except ValueError as e:  # a row that is not finite, or a target that no loss can use
         return str(e)
 
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType
 
 from vlp.config import Training
+from vlp.distributed import any_process
 from vlp.errors import UserError
 from vlp.training.engines import Engine, Fsdp2, Zero
 from vlp.training.environment import PRECISIONS, check_settings, find_processes, number_of
@@ -57,6 +58,7 @@ def start_engine(train: Training, micro_batch: int) -> Engine:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if dist.is_available() and dist.is_initialized():
         dist.barrier()  # a process that exits in the checks below would interrupt others that are still connecting
+        _connect_hosts()
     engine = (Zero if deepspeed else Fsdp2 if fsdp else Engine)(accelerator)
     _check_launch(engine, train)
     if micro_batch % accelerator.num_processes:
@@ -66,6 +68,21 @@ def start_engine(train: Training, micro_batch: int) -> Engine:
         )
     engine.configure(train, micro_batch)
     return engine
+
+
+def _connect_hosts() -> None:
+    """Connect the hosts over gloo, which numbers of the host are exchanged by, next to NCCL.
+
+    Raises:
+        UserError: If they cannot be connected.
+    """
+    try:
+        any_process(False)
+    except RuntimeError as e:
+        raise UserError(
+            f"the processes cannot exchange numbers over gloo ({' '.join(str(e).split())[:150]}); set GLOO_SOCKET_IFNAME to the "
+            f"network interface that connects the machines"
+        ) from None
 
 
 def _is_set(variable: str) -> bool:

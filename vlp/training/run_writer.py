@@ -122,7 +122,8 @@ class RunWriter:
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists() and target.read_bytes() != path.read_bytes():
                 earlier = target.with_name(f"{target.stem}.until-step-{self.state.step}{target.suffix}")
-                target.rename(earlier)
+                if not earlier.exists():  # changed twice without a step: the first text is the one that was trained
+                    target.rename(earlier)
                 changed.append(f"{path} has changed since the run was started; its earlier text is {earlier}")
             write_atomically(target, path.read_bytes())
         return changed
@@ -184,13 +185,14 @@ class RunWriter:
         """Record the samples of a step whose loss or gradient is not finite.
 
         Args:
-            cause: The number that is not finite, e.g. "gradient norm inf".
+            cause: Why the step cannot be taken, e.g. "gradient norm inf is not finite".
             keys: Keys of the samples of all processes.
         """
         if self.accelerator.is_main_process:
             with open(self.folder / "nonfinite.jsonl", "a") as f:
-                f.write(json.dumps({"step": self.state.step + 1, "cause": cause, "samples": keys}) + "\n")
-            self.log(f"step {self.state.step + 1}: {cause} is not finite; its samples are in nonfinite.jsonl")
+                line = {"step": self.state.step + 1, "cause": cause.removesuffix(" is not finite"), "samples": keys}
+                f.write(json.dumps(line) + "\n")
+            self.log(f"step {self.state.step + 1}: {cause}; its samples are in nonfinite.jsonl")
 
     def log_evaluation(self, results: dict[str, Result], model: EvalModel) -> None:
         """Write each task's result to eval/TASK.json, and the metrics of all tasks as one line of eval.jsonl."""

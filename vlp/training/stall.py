@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -67,12 +68,14 @@ class StallWatch:
             self.thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
-        """End the watch. From here on other processes may end before this one."""
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
+        """End the watch. From here on other processes may end before this one, unless an error ends it: others then wait in vain."""
         if self.thread is not None:
             self.closed.set()
             self.thread.join()
-            self._publish(ENDED)
+            if error is None:
+                with suppress(RuntimeError):  # the process of the store has ended
+                    self._publish(ENDED)
 
     def beat(self) -> None:
         """Note progress: this process is about to load a batch, or has loaded it."""

@@ -5,9 +5,12 @@ import os
 import pickle
 import random
 import threading
+from pathlib import Path
 
+import fsspec
 import pytest
 
+import vlp.data.reading.cache as reading_cache
 import vlp.data.reading.locations as locations
 from benchmarks.remote_shards import cached_bytes, make_shards, serve
 from vlp.data.augment import Resize
@@ -106,6 +109,29 @@ def test_copies_stay_within_the_limit(made, cache, monkeypatch):
                 assert cached_bytes(cache) <= limit
     # the shards of the first round were removed before the second
     assert sum(count for name, count in sent.items() if name.endswith(".tar")) == 2 * SHARDS * size
+
+
+def test_a_download_counts_as_a_whole_while_it_runs(made, cache, monkeypatch):
+    folder, size = made
+    seen = []
+    monkeypatch.setattr(reading_cache, "evict", lambda limit: seen.append(limit))
+    monkeypatch.setenv("VLP_CACHE_BYTES", str(10 * size))
+    with serve(folder) as (url, _):
+        shard = ShardReader(url).shards[0]
+        whole = (folder / "shard-000000.tar").stat().st_size
+        copy = type(fsspec.filesystem("http")).get_file
+
+        def get_file(fs, path, local, **more):
+            evict(0)  # of another process: it must not take the running download for an empty one
+            held = sum(file.stat().st_size for file in Path(local).parent.iterdir() if file.suffix != ".tmp")
+            assert held >= whole
+            copy(fs, path, local, **more)
+            assert Path(local).stat().st_size == whole
+
+        monkeypatch.setattr(type(fsspec.filesystem("http")), "get_file", get_file)
+        fetch(shard)
+    assert seen == [10 * size - whole]
+    assert not list(cache.rglob("*.room")) and not list(cache.rglob("*.tmp"))
 
 
 def test_the_least_recently_opened_copies_are_removed_and_those_in_use_are_not(made, cache):

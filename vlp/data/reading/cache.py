@@ -78,17 +78,22 @@ def fetch(shard: str, listed: Listed | None = None) -> Path:
 
 @contextmanager
 def _reserved(temporary: Path, size: int | None) -> Iterator[None]:
-    """Make room for a download, and remove what is left of it at the end."""
+    """Make room for a download, and remove what is left of it at the end.
+
+    A sparse file of the whole size stands for the download, which starts empty, while other processes make room.
+    """
+    room = temporary.with_suffix(".room")
     with locked(cache_folder() / "shards" / ".lock"):
         limit = cache_bytes()
         if limit is not None:
             evict(limit - (size or 0))
-        with open(temporary, "wb") as file:
-            file.truncate(size or 0)  # other processes count the whole file
+        with open(room, "wb") as file:
+            file.truncate(size or 0)
     try:
         yield
     finally:
         temporary.unlink(missing_ok=True)
+        room.unlink(missing_ok=True)
 
 
 def _download(shard: str, local: Path, listed: Listed | None) -> None:
@@ -99,7 +104,7 @@ def _download(shard: str, local: Path, listed: Listed | None) -> None:
         if limit is not None and size is not None and size > limit:
             raise UserError(f"{shard} has {size:,} bytes, more than VLP_CACHE_BYTES={limit:,}; raise the limit")
         local.parent.mkdir(parents=True, exist_ok=True)  # another process may have made room meanwhile
-        for left in local.parent.glob(".*.tmp"):  # of a process that was killed
+        for left in (*local.parent.glob(".*.tmp"), *local.parent.glob(".*.room")):  # of a process that was killed
             left.unlink(missing_ok=True)
         index = _download_index(fs, path, local)
         temporary = local.with_name(f".{local.name}.{os.getpid()}.tmp")
@@ -122,7 +127,7 @@ def _download_index(fs: fsspec.AbstractFileSystem, path: str, local: Path) -> Pa
     """Copy the index that is stored next to a remote shard, or return None."""
     index = local.with_name(local.name + INDEX_SUFFIX)
     try:
-        data = fs.cat_file(path + INDEX_SUFFIX, end=INDEX_BYTES)
+        data = retry(lambda: fs.cat_file(path + INDEX_SUFFIX, end=INDEX_BYTES))
     except Exception:  # without one the copy is indexed; every file system has its own errors
         return None
     index.write_bytes(data)
@@ -176,7 +181,7 @@ def evict(limit: int) -> None:
     found = []
     for folder in (cache_folder() / "shards").glob("[!.]*"):
         with suppress(OSError):  # it may be removed or written at this moment
-            size = sum(file.stat().st_size for file in folder.iterdir())
+            size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix != ".tmp")  # room stands for it
             found.append((folder.stat().st_mtime, size, folder))
     total = sum(size for _, size, _ in found)
     for _, size, folder in sorted(found):
@@ -204,6 +209,6 @@ def peek_remote_index(shard: str) -> Head | None:
     """Read the head of the index that is stored next to a remote shard. Return None if there is none."""
     try:
         fs, path = fsspec.core.url_to_fs(check_scheme(shard))
-        return parse_head(fs.cat_file(path + INDEX_SUFFIX, start=0, end=HEAD_BYTES))
+        return parse_head(retry(lambda: fs.cat_file(path + INDEX_SUFFIX, start=0, end=HEAD_BYTES)))
     except Exception:  # every file system has its own errors; the shard itself is read instead
         return None
