@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from vlp.objectives import itm, pairwise
+from vlp.losses import pairwise
+from vlp.objectives import itm
 
 MAKERS = (torch.rand, torch.randn, torch.randint, torch.randperm)
-CHOICES = ((itm, "sample_hard_negatives"), (pairwise, "semi_hard_triplets"), (pairwise, "hardest_triplets"))
+CHOICES = ((itm, "sample_hard_negatives"), (pairwise, "_semi_hard"), (pairwise, "_hardest"))
 
 
 class DrawsOnCpu(TorchFunctionMode):
