@@ -11,6 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+from torch.profiler import ProfilerActivity, profile
+
 from vlp.data.text import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +44,18 @@ def text_tokenizer(clean: bool = False) -> Tokenizer:
 def resident_mib(field: str) -> float:
     """Resident memory of this process: VmRSS now, VmHWM at its peak (Linux)."""
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
+
+
+def allocated_peak(function: Callable[[], object]) -> int:
+    """Return the peak of the bytes that torch allocates on the CPU while the function runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
 
 
 def in_fresh_process(function, *arguments):

@@ -6,10 +6,9 @@ Operations are those that torch counts, memory is the peak of what torch allocat
 from __future__ import annotations
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import main
+from benchmarks.common import allocated_peak, main
 from benchmarks.models import albef, tiny_albef
 from vlp.config import Data, Experiment, Training
 from vlp.data.reading.shards import Source
@@ -42,7 +41,7 @@ def measure(image_size: int, pairs: int, tokens: int) -> dict:
     with FlopCounterMode(display=False) as flops:
         losses().backward()
     losses.attempt.zero_grad()
-    peak = allocated_peak(losses)
+    peak = allocated_peak(lambda: losses().backward())
     operations = sum(traced.operations.values())
     return {
         "image_size": image_size,
@@ -55,18 +54,6 @@ def measure(image_size: int, pairs: int, tokens: int) -> dict:
         "memory_ratio": round(traced.peak / peak, 3),
         "goal": "within 10 %",
     }
-
-
-def allocated_peak(losses: StepLosses) -> int:
-    """Return the peak of the bytes that torch allocates in a forward and a backward pass."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        losses().backward()
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.common import allocated_peak
 from tests import test_matrix as matrix
 from vlp.config import Experiment, Training
 from vlp.optim.optimizers import AdamW
@@ -34,18 +34,6 @@ def real_step(spec: Experiment, rows: int = matrix.ROWS) -> StepLosses:
     model = spec.build_model(load_weights=False)
     configure_model(model, spec.train)
     return StepLosses(spec, model, initial_state(spec, model, 20, CPU), rows, LENGTH)
-
-
-def allocated_peak(function) -> int:
-    """Return the peak of the bytes that torch allocates while the function runs."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=" | ".join)
