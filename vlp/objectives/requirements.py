@@ -5,7 +5,6 @@ from __future__ import annotations
 from vlp.config import Data, Experiment
 from vlp.data.reading.annotated import Annotated
 from vlp.data.reading.sentences import Sentences
-from vlp.data.reading.shards import Source
 from vlp.errors import UserError
 from vlp.forward import Head
 
@@ -64,12 +63,11 @@ def require_labels(experiment: Experiment, who: str, soft: bool = False) -> None
     for source in experiment.data.train:
         if soft and isinstance(source, Annotated) and source.answers and source.classes:
             continue
-        location = source.shards if isinstance(source, Source) else source.path
         if not source.label:
-            raise UserError(f"{who} needs labels of {classes} classes; set label of the source {location}")
+            raise UserError(f"{who} needs labels of {classes} classes; set label of the source {source.location}")
         if isinstance(source, Sentences) and len(source.classes) != classes:
             raise UserError(
-                f"{who} needs labels of {classes} classes, and the source {location} has {len(source.classes)}; set its "
+                f"{who} needs labels of {classes} classes, and the source {source.location} has {len(source.classes)}; set its "
                 f"classes, or model.classes"
             )
 

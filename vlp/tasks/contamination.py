@@ -44,7 +44,7 @@ def has_training_data(run: Path, data: Data) -> bool:
 
 
 def _is_remote(source: Source | Annotated | Sentences) -> bool:
-    return is_remote(source.shards if isinstance(source, Source) else source.path)
+    return is_remote(source.location)
 
 
 def contaminated_images(task: Task, data: Data, allow: bool) -> int | None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from vlp.data.reading.locations import is_remote
-from vlp.data.reading.shards import Source
 from vlp.errors import UserError
 from vlp.files import local_path, read_regular
 from vlp.specs.fields import setting_of
@@ -90,9 +89,7 @@ def protocol_name(model: EvalModel, location: str, setting: str | None) -> str:
             e.g. on its split train, and unstated elsewhere: data in another folder may still be the same data.
     """
     sources = model.data.train if model.has_training_data else ()
-    trained_on = set().union(
-        *(_roots(source.shards if isinstance(source, Source) else source.path) for source in sources)
-    )
+    trained_on = set().union(*(_roots(source.location) for source in sources))
     if setting is None and _roots(location) <= trained_on:
         setting = "fine-tuned"
     return f"{data_name(location, GENERIC)}-{setting or 'unstated'}@{model.name or 'unnamed'}"

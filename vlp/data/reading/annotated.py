@@ -66,6 +66,11 @@ class Annotated:
         """The file and the split, for reports."""
         return f"{self.path}, split {self.split}" if self.split else self.path
 
+    @property
+    def location(self) -> str:
+        """The file, under the name that all kinds of sources have for their data."""
+        return self.path
+
     def at(self, location: str) -> Annotated:
         """Return a source of another file with the same columns."""
         return replace(self, path=location)

@@ -41,6 +41,11 @@ class Sentences:
     classes: tuple[str, ...] = ()
     weight: float | None = None
 
+    @property
+    def location(self) -> str:
+        """The file, under the name that all kinds of sources have for their data."""
+        return self.path
+
     def at(self, location: str) -> Sentences:
         """Return a source of another file with the same columns."""
         return replace(self, path=location)

@@ -87,6 +87,11 @@ class Source:
     weight: float | None = None
     label: str | None = None
 
+    @property
+    def location(self) -> str:
+        """The shards, under the name that all kinds of sources have for their data."""
+        return self.shards
+
     def at(self, location: str) -> Source:
         """Return a source of other shards. The weight belongs to these shards, so it is dropped."""
         return Source(location, label=self.label)
