@@ -21,7 +21,7 @@ from vlp.data.order import keyed_rng
 from vlp.data.stream import Loaded
 from vlp.distributed import all_reduce_mean, all_reduce_sum, gather_objects
 from vlp.errors import NonFiniteLoss, UserError
-from vlp.forward import SINGLE_GRAPH, Forward, Graph, MicroBatches, StepContext
+from vlp.forward import SINGLE_GRAPH, Forward, Graph, MicroBatches, StepContext, mark_part
 from vlp.losses.geometry import alignment, modality_gap, uniformity
 from vlp.losses.inputs import DeferredChecks, deferred_checks
 from vlp.models.base import Model
@@ -32,7 +32,7 @@ from vlp.training.detached import DetachedGraph
 from vlp.training.interrupts import Stopped, TrainingInterrupt
 from vlp.training.logging import peak_memory_mib
 from vlp.training.prefetch import on_device
-from vlp.training.profile import part, profiled_steps
+from vlp.training.profile import profiled_steps
 from vlp.training.run import Run
 from vlp.training.run_lock import RunLock
 from vlp.training.setup import set_up
@@ -90,18 +90,19 @@ class Attempt(nn.Module):
         super().__init__()
         self.pretrainer = pretrainer
 
-    def forward(self, *inputs) -> tuple[dict[str, Tensor], Tensor, MicroBatches | None, DeferredChecks | str]:
+    def forward(self, *inputs) -> tuple[dict[str, Tensor], Tensor, MicroBatches | None, DeferredChecks]:
         """Return the result of the pretrainer and the checks of its losses; the total is NaN if one of them fails.
 
-        If a loss refuses its input, return NaN losses, no bundles, and the complaint.
+        If a loss refuses its input, return NaN losses, no bundles, and checks with the refusal.
         """
-        try:
-            with deferred_checks() as checks:
+        with deferred_checks() as checks:
+            try:
                 losses, total, bundles = self.pretrainer(*inputs)
-            return losses, checks.applied_to(total), bundles, checks
-        except NonFiniteLoss as e:
-            nan = torch.full((), math.nan, device=next(self.parameters()).device)
-            return dict.fromkeys(self.pretrainer.objectives, nan), nan, None, str(e)
+            except NonFiniteLoss as e:
+                checks.refusal = str(e)
+                nan = torch.full((), math.nan, device=next(self.parameters()).device)
+                return dict.fromkeys(self.pretrainer.objectives, nan), nan, None, checks
+        return losses, checks.applied_to(total), bundles, checks
 
 
 @dataclass
@@ -177,7 +178,7 @@ class Trainer:
         refused, losses, keys, checks, f, enqueued = False, [], [], [], None, []
         for number in range(passes):
             loaded = [self._next(micro_batches) for _ in range(experiment.train.accumulation // passes)]
-            with part("prepare"):
+            with mark_part("prepare"):
                 batches = [self.prepare(each) for each in loaded]
             keys += [key for batch in batches for key in batch.keys]
             # Dropout and masks depend only on (seed, step, process), so no random state has to be saved.
@@ -185,22 +186,22 @@ class Trainer:
             torch.manual_seed(int(rng.integers(2**62)))
             with self.accelerator.accumulate(self.attempt):
                 momentum = state.momentum.network if state.momentum else None
-                with part("forward"):
+                with mark_part("forward"):
                     own, total, bundles, checked = self.attempt(batches, momentum, self.context())
                 checks.append(checked)
                 losses.append(torch.stack([loss.detach().double() for loss in (*own.values(), total)]))
                 bad = [sample for each in loaded for sample in each.bad]
-                agreed = self.agree(isinstance(checked, str), bad, interrupted)
+                agreed = self.agree(bool(checked.refusal), bad, interrupted)
                 interrupted.agreed |= agreed.stop
                 self.run.writer.quarantine(agreed.bad)
                 refused |= agreed.refused or (engine.steps_in_backward and not self._is_finite(total))
                 if not refused:
                     f = bundles[-1]
                     enqueued.append(self._enqueue(f))  # may run a network, so it precedes the end of the step's passes
-                    with part("backward"):
+                    with mark_part("backward"):
                         self.accelerator.backward(total)
                     self._check_reach()
-        with part("gradient norm"):
+        with mark_part("gradient norm"):
             gradient_norm = None if refused else engine.clip_gradients(self.attempt, experiment.train.clip_norm)
         numbers = self._read(losses, gradient_norm, f)
         finite = not refused and all(math.isfinite(numbers[name]) for name in ("loss", *experiment.objectives))
@@ -210,10 +211,10 @@ class Trainer:
             self._nonfinite(numbers["loss"], keys, norm if finite else None, checks)
             engine.abandon_step()
         else:
-            with part("optimizer"):
+            with mark_part("optimizer"):
                 self.optimizer.step()
         self.optimizer.zero_grad()
-        with part("averages and queues"):
+        with mark_part("averages and queues"):
             self.advance(enqueued, skipped)
         return self._record(numbers, lr, norm, began)
 
@@ -266,7 +267,7 @@ class Trainer:
     def _next(self, micro_batches: Iterator[Loaded]) -> Loaded:
         asked = time.monotonic()
         self.watch.beat()
-        with part("loader"):
+        with mark_part("loader"):
             loaded = next(micro_batches)
         self.watch.beat()
         self.waited += time.monotonic() - asked
@@ -307,17 +308,14 @@ class Trainer:
         all_bad = [sample for part in gather_objects(bad) for sample in part] if num_bad else []
         return StepConsensus(refusals > 0, stop > 0, all_bad)
 
-    def _nonfinite(
-        self, loss: float, keys: list[str], norm: float | None, checks: Sequence[DeferredChecks | str]
-    ) -> None:
+    def _nonfinite(self, loss: float, keys: list[str], norm: float | None, checks: Sequence[DeferredChecks]) -> None:
         """Record the samples of the step, and raise unless it may be skipped. The optimizer has not stepped.
 
         Args:
             norm: Norm of the gradient; None if the losses are not finite.
-            checks: Of each pass of this process, its checks, or the message of a loss that refused it. The first one of
-                all processes that fails is the cause that is named.
+            checks: Those of each pass of this process. The first one of all processes that fails is the cause that is named.
         """
-        complaints = [] if norm is not None else list(filter(None, map(complaint_of, checks)))
+        complaints = [] if norm is not None else [complaint for each in checks if (complaint := each.complaint())]
         parts = gather_objects((list(keys), complaints))
         all_keys = [key for part, _ in parts for key in part]
         first = next((complaint for _, each in parts for complaint in each), "")
@@ -362,17 +360,6 @@ class Trainer:
         }
         measured = {name: value for name, value in numbers.items() if name.startswith("geometry/")}
         return record | {name: value for name, value in measured.items() if math.isfinite(value)}
-
-
-def complaint_of(checks: DeferredChecks | str) -> str:
-    """Return the message of the first check that fails, or "" if none does."""
-    if isinstance(checks, str):
-        return checks
-    try:
-        checks.raise_first()
-        return ""
-    except ValueError as e:  # a row that is not finite, or a target that no loss can use
-        return str(e)
 
 
 @torch.no_grad()

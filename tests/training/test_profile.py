@@ -9,7 +9,8 @@ from torch import nn
 
 from tests.conftest import TOY, toy_overrides
 from vlp.cli import main
-from vlp.training.profile import Times, marked, part, table, times_by_part
+from vlp.forward import mark_part
+from vlp.training.profile import Times, marked, table, times_by_part
 
 
 def event(name: str, micros: float, parent=None, kernels=()):
@@ -43,7 +44,7 @@ def test_kernels_belong_to_the_part_that_launched_them_and_those_of_the_autograd
 def test_module_is_marked_while_it_is_profiled_only():
     layer = nn.Linear(2, 2)
     with torch.profiler.profile() as profiler:
-        with marked(layer, "layer"), part("forward"):
+        with marked(layer, "layer"), mark_part("forward"):
             layer(torch.ones(1, 2))
             with pytest.raises(RuntimeError):
                 layer(torch.ones(1, 3))

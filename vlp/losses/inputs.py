@@ -36,9 +36,14 @@ def in_float32(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 
 class DeferredChecks:
-    """Checks of losses that wait for nobody, see `deferred_checks`."""
+    """Checks of losses that wait for nobody, see `deferred_checks`.
+
+    Attributes:
+        refusal: Message of a loss that has refused its input at once, or "".
+    """
 
     def __init__(self) -> None:
+        self.refusal = ""
         self._checks: list[tuple[Tensor, Callable[[], None]]] = []
 
     def add(self, outcome: Tensor, check: Callable[[], None]) -> None:
@@ -56,6 +61,16 @@ class DeferredChecks:
             return loss
         outcomes = torch.cat([outcome.double().view(1) for outcome, _ in self._checks])
         return loss + (0 * outcomes.sum()).to(loss.dtype)
+
+    def complaint(self) -> str:
+        """Return the refusal, or else the message of the first check that fails, or ""."""
+        if self.refusal:
+            return self.refusal
+        try:
+            self.raise_first()
+        except ValueError as e:  # a row that is not finite, or a target that no loss can use
+            return str(e)
+        return ""
 
     def raise_first(self) -> None:
         """Raise the error of the first check that fails, if any. Each check costs a host-device sync."""

@@ -130,8 +130,7 @@ class DetachedGraph(Graph):
         """Compute the losses, without graphs, and a total whose backward pass gives the gradient found on the way.
 
         Raises:
-            NonFiniteLoss: On all processes, if a loss of any process is not finite, because their backward passes
-                communicate.
+            NonFiniteLoss: On all processes, if a loss of any process raises it, because their backward passes communicate.
         """
         gradients = Gradients(self.parameters)
         found: dict[str, list[Tensor]] = {name: [] for name in objectives}
@@ -157,7 +156,10 @@ class DetachedGraph(Graph):
 
 
 def _finite_losses(group: Mapping[str, Objective], f: Forward) -> dict[str, Tensor]:
-    """Compute the losses of ``group``; raise NonFiniteLoss on all processes if a check fails on any."""
+    """Compute the losses of ``group``; raise NonFiniteLoss on all processes if a loss of any raises it.
+
+    Within `deferred_checks` only a loss that refuses its input at once does.
+    """
     losses, complaint = {}, ""
     try:
         losses = compute_losses(group, f)

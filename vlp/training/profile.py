@@ -19,16 +19,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from vlp.files import write_atomically
+from vlp.forward import PART, mark_part
 from vlp.models.base import Model
 
 SKIPPED, WARM_UP, PROFILED = 3, 2, 5  # steps: the first ones compile and allocate
-PREFIX = "vlp/"
 COMMUNICATION = ("c10d::", "record_param_comms", "gloo:", "nccl:")
-
-
-def part(name: str) -> record_function:
-    """Mark the operations of a part of a step for the profile. Costs some microseconds if none is running."""
-    return record_function(PREFIX + name)
 
 
 @contextmanager
@@ -59,7 +54,7 @@ def marked(module: nn.Module, name: str) -> Iterator[None]:
     running: list[record_function] = []
 
     def begin(*_: object) -> None:
-        running.append(part(name))
+        running.append(mark_part(name))
         running[-1].__enter__()
 
     def end(*_: object) -> None:
@@ -107,8 +102,8 @@ def times_by_part(events: Sequence[Any]) -> dict[str, Times]:
 
 def part_of(event: Any) -> str | None:
     """Return the part that an event begins, or None."""
-    if event.name.startswith(PREFIX):
-        return event.name.removeprefix(PREFIX)
+    if event.name.startswith(PART):
+        return event.name.removeprefix(PART)
     return "communication" if event.name.startswith(COMMUNICATION) else None
 
 
