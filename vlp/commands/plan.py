@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vlp.commands.code import add_code_options
 from vlp.errors import UserError
+from vlp.planning import budget
 
 if TYPE_CHECKING:
     from vlp.config import Experiment
@@ -24,8 +25,8 @@ def add_parser(commands) -> None:
     plan.add_argument("config", help="a Python config, FILE.py:NAME for another function of it, or an experiment.json")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="before the options, e.g. data.batch_size=256")
     plan.add_argument("--devices", type=int, default=1, metavar="N", help="processes, one a device (default: 1)")
-    plan.add_argument("--device", default="h100", help="h200, h100, a100, a100-40, l40s or rtx4090 (default: h100)")
-    plan.add_argument("--engine", default="ddp", help="ddp, zero1, zero2, zero3 or fsdp2 (default: ddp)")
+    plan.add_argument("--device", default="h100", help=f"{', '.join(budget.DEVICES)} (default: %(default)s)")
+    plan.add_argument("--engine", default="ddp", help=f"{', '.join(budget.ENGINES)} (default: %(default)s)")
     plan.add_argument(
         "--utilisation", type=float, default=0.4, help="share of the device's published figure (default: %(default)s)"
     )
@@ -60,12 +61,10 @@ def run(options: argparse.Namespace) -> int:
 
 def check_options(options: argparse.Namespace) -> None:
     """Raise UserError for an option out of range."""
-    from vlp.planning.budget import DEVICES, ENGINES
-
-    if options.device not in DEVICES:
-        raise UserError(f"--device {options.device} is not known; give one of {', '.join(DEVICES)}")
-    if options.engine not in ENGINES:
-        raise UserError(f"--engine {options.engine} is not known; give one of {', '.join(ENGINES)}")
+    if options.device not in budget.DEVICES:
+        raise UserError(f"--device {options.device} is not known; give one of {', '.join(budget.DEVICES)}")
+    if options.engine not in budget.ENGINES:
+        raise UserError(f"--engine {options.engine} is not known; give one of {', '.join(budget.ENGINES)}")
     if not 0 < options.utilisation <= 1:
         raise UserError(f"--utilisation {options.utilisation} is not a share; give a number above 0 and at most 1")
     for name in ("devices", "tokens", "samples"):
@@ -75,8 +74,6 @@ def check_options(options: argparse.Namespace) -> None:
 
 def describe(experiment: Experiment, options: argparse.Namespace) -> list[str]:
     """Return the lines of the plan."""
-    from vlp.planning import budget
-
     device, train = budget.DEVICES[options.device], experiment.train
     trace = trace_with(experiment, options)
     memory = budget.memory(trace, options.engine, options.devices)
@@ -124,8 +121,6 @@ def duration(experiment: Experiment, options: argparse.Namespace, seconds: float
 
 def remedies(experiment: Experiment, options: argparse.Namespace) -> list[str]:
     """Return a line for each setting that lowers the memory, with the memory that it leads to."""
-    from vlp.planning import budget
-
     lines = []
     for setting, changed, engine in alternatives(experiment, options):
         try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from vlp.planning.trace import Trace
+if TYPE_CHECKING:  # the command line reads the tables of this module, and the trace imports torch
+    from vlp.planning.trace import Trace
 
 GIB = 1 << 30
 

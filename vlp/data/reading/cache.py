@@ -1,9 +1,9 @@
 """Copies of remote shards on the local disk, shared by the processes of a machine.
 
 The folder ``$VLP_CACHE/shards`` has one folder for each shard, with the shard and its index, and lock files that are never
-removed. A process that reads a shard holds a shared lock on the shard, and one that downloads or removes it an exclusive
-lock on its lock file. With
-``$VLP_CACHE_BYTES`` the least recently opened shards that nobody has locked are removed before a download.
+removed. A process that reads a shard holds a shared lock on the shard. One that downloads or removes it holds an exclusive
+lock on its lock file. With ``$VLP_CACHE_BYTES`` the least recently opened shards that nobody has locked are removed before a
+download.
 """
 
 from __future__ import annotations
