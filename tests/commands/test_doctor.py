@@ -65,6 +65,17 @@ def test_reading_speed_of_shards_is_measured_and_missing_shards_fail(tmp_path):
     assert "vlp data check" in doctor.reading(str(tmp_path / "nowhere")).advice
 
 
+def test_damaged_sample_fails_the_check_of_the_data_in_one_line(tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    pack([Pair(str(tmp_path / "a.png"), ("a",), key="a")], tmp_path / "shards")
+    shard = tmp_path / "shards" / "shard-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[data.index(b"IDAT") + 8] ^= 255
+    shard.write_bytes(data)
+    found = doctor.reading(str(tmp_path / "shards"))
+    assert "vlp data check" in found.advice and "\n" not in found.found
+
+
 def test_failed_check_is_exit_code_1(monkeypatch, capsys):
     monkeypatch.setattr(
         doctor, "checks", lambda options: [doctor.Check("disk", "full", "free some"), doctor.Check("a", "b")]

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlp.errors import UserError
+from vlp.errors import BadSample, UserError
 from vlp.files import local_path
 
 GIB = 1 << 30
@@ -217,6 +217,8 @@ def reading(location: str) -> Check:
                 break
     except UserError as e:
         return Check("data", str(e), "run `vlp data check` on it")
+    except BadSample as e:
+        return Check("data", f"a sample of {location} is damaged: {e}", "run `vlp data check` on it")
     seconds = time.monotonic() - began
     rate = f"{samples / seconds:,.0f} samples/s, {size / seconds / 1e6:,.0f} MB/s by one process"
     return Check("data", f"{len(reader):,} samples in {len(reader.shards)} shards; {rate}")
