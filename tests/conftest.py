@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -64,22 +63,31 @@ def forget_configs():
 
 
 @pytest.fixture(autouse=True)
-def forget_modules_of_temporary_folders():
-    """Remove modules of temporary folders, so that two tests can write modules of the same name."""
+def forget_modules_of_tests(tmp_path_factory):
+    """Remove modules that a test wrote, so that the next one can write modules of the same name."""
     yield
-    temporary = tempfile.gettempdir()
+    written = str(tmp_path_factory.getbasetemp()) + os.sep
     for name, module in list(sys.modules.items()):
-        if str(vars(module).get("__file__")).startswith(temporary):
+        if str(vars(module).get("__file__")).startswith(written):
             del sys.modules[name]
 
 
 @pytest.fixture(scope="session")
-def pair():
-    """Return two connected processes that all tests share."""
-    import tests.processes  # noqa: F401, which sets what is imported before processes are forked
-    from vlp.testing import two_processes
+def fork_server():
+    """Start the process that others are forked from, with the modules of `tests.preload`.
+
+    A `ProcessPool` that comes first would start it with fewer modules, and each later process would import the rest.
+    """
+    import tests.processes  # noqa: F401, which sets what is imported
 
     forkserver.ensure_running()
+
+
+@pytest.fixture(scope="session")
+def pair(fork_server):
+    """Return two connected processes that all tests share."""
+    from vlp.testing import two_processes
+
     return two_processes()
 
 

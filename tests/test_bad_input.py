@@ -266,6 +266,8 @@ def test_output_inside_a_file_is_refused(world, tmp_path, capfd):
 
 def without_permission(arguments: list[str]) -> int:
     """Run `command_line` as a user without write permission."""
+    import tests.preload  # noqa: F401, now: the other user may not be able to read the interpreter's files
+
     if os.getuid() == 0:
         os.setgroups([])
         os.setgid(65534)

@@ -345,7 +345,7 @@ def unpicklable(rank: int):
 
 
 @pytest.fixture(scope="module")
-def pool():
+def pool(fork_server):
     pool = ProcessPool(timeout_seconds=60, grace_seconds=0.5)
     yield pool
     pool.close()

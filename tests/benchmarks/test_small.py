@@ -37,6 +37,7 @@ def marked(name: str):
     return pytest.param(name, marks=[needs_data] * (name not in WITHOUT_DATA) + [pytest.mark.slow] * (name in SLOW))
 
 
+@pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize("name", map(marked, MEASURES))
 def test_program_runs_small(name, monkeypatch):
     program = importlib.import_module(f"benchmarks.{name}")

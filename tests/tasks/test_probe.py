@@ -183,7 +183,7 @@ def evaluate(rank: int, folder: str) -> list[dict]:
     return [asdict(replace(task(model), seconds=0.0)) for task in tasks]
 
 
-def test_two_processes_give_the_result_of_one(labelled):
+def test_two_processes_give_the_result_of_one(labelled, fork_server):
     (labelled / "images" / "4.png").write_bytes(b"no picture")
     (labelled / "images" / "33.png").write_bytes(b"no picture")
     pair = ProcessPool()

@@ -152,7 +152,7 @@ def evaluate(rank: int, folder: str) -> dict:
     return asdict(replace(result, seconds=0.0))
 
 
-def test_two_processes_give_the_result_of_one(folder):
+def test_two_processes_give_the_result_of_one(folder, fork_server):
     pair = ProcessPool()
     try:
         first, second = pair(evaluate, str(folder))
