@@ -22,6 +22,7 @@ MEASURES = (
     "contrastive_memory",
     "uniformity_memory",
     "engine_memory",
+    "save_stop",
     "queue_info_nce",
     "retrieval_memory",
     "vqa_ranking",

@@ -144,6 +144,7 @@ class Trainer:
             profiled_steps(run.model, run.folder, wanted) as step_ended,
         ):
             while state.step < run.total_steps:
+                run.saver.check()
                 run.writer.log_step(self.step(micro_batches, interrupted))
                 step_ended()
                 last = state.step == run.total_steps
@@ -407,6 +408,7 @@ def _fit(run: Run, interrupted: TrainingInterrupt, code: UserCode) -> None:
         done = Trainer(run).fit(interrupted)
     except Stopped:
         done = False
+    run.wait_for_save()
     if done:
         run.writer.log(f"done: {folder}")
     else:

@@ -21,6 +21,7 @@ WITHOUT_DATA += (
     "align_scale",
     "remote_shards",
     "engine_memory",
+    "save_stop",
     "plan_accuracy",
 )
 SLOW = ("data_wait", "albef_step")

@@ -2,7 +2,8 @@
 
     step-00000500/ model.safetensors  optimizer.safetensors  average.safetensors  state.json  manifest.json
 
-The folder is written under a temporary name, synced, and renamed, so a folder with the final name is complete.
+The folder is written under a temporary name, synced, and renamed, so a folder with the final name is complete. Training
+waits only until the tensors are written: see `vlp.training.saver` for the rest.
 manifest.json has the SHA-256 of every file, which is checked before anything is loaded. Nothing is ever unpickled.
 """
 
@@ -13,7 +14,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -96,7 +98,14 @@ def gather(files: Files) -> None:
 
 
 def save(folder: Path, step: int, files: Files, state: dict) -> Path:
-    """Write the checkpoint ``folder/step-STEP``. Where tensors are sharded, the other processes must call `gather`.
+    """Write and complete the checkpoint ``folder/step-STEP``; return its folder. See `write` and `complete`."""
+    return complete(write(folder, step, files, state), folder, step)
+
+
+def write(folder: Path, step: int, files: Files, state: dict) -> Path:
+    """Write the tensors and counters of a checkpoint under a temporary name, without waiting for the disk.
+
+    From then on the tensors may change. Where tensors are sharded, the other processes must call `gather`.
 
     Args:
         folder: Folder of the checkpoints.
@@ -105,14 +114,13 @@ def save(folder: Path, step: int, files: Files, state: dict) -> Path:
         state: Counters for state.json.
 
     Returns:
-        The checkpoint's folder.
+        The temporary folder, which `complete` makes a checkpoint.
 
     Raises:
         UserError: If the folder cannot be written (disk full, no permission). An earlier checkpoint is not changed.
     """
-    final = step_path(folder, step)
-    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
-    try:
+    temporary = folder / f".{step_path(folder, step).name}.{os.getpid()}.tmp"
+    with _removed_on_error(temporary, step_path(folder, step)):
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".step-*.tmp"):  # of a process that was killed during a save
             shutil.rmtree(leftover, ignore_errors=True)
@@ -120,23 +128,57 @@ def save(folder: Path, step: int, files: Files, state: dict) -> Path:
         for name, tensors in files.items():
             save_file(tensors, temporary / f"{name}.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
+    return temporary
+
+
+def complete(temporary: Path, folder: Path, step: int) -> Path:
+    """Hash and sync the files of a checkpoint, add its manifest, and give it its final name.
+
+    Args:
+        temporary: The folder that `write` returned.
+        folder: Folder of the checkpoints.
+        step: Step of the checkpoint.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: If the disk is full or cannot be written. An earlier checkpoint is not changed.
+    """
+    final = step_path(folder, step)
+    with _removed_on_error(temporary, final):
         hashes = {path.name: file_hash(path) for path in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps({"step": step, "sha256": hashes}, indent=1))
         for path in temporary.iterdir():
             _sync(path)
         _sync(temporary)
-        if final.exists():
-            shutil.rmtree(final)
+        if final.exists():  # damaged, since the run was resumed from an earlier one
+            _remove(final)
         os.replace(temporary, final)
         _sync(folder)
-    except OSError as e:
+    return final
+
+
+@contextmanager
+def _removed_on_error(temporary: Path, final: Path) -> Iterator[None]:
+    """Context in which an error removes the temporary folder, and one of the disk becomes a UserError."""
+    try:
+        yield
+    except BaseException as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(e, OSError):
+            raise
         reason = e.strerror or str(e)
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space" if full else "check that the folder can be written"
         raise UserError(f"cannot save {final}: {reason}; {advice}, then resume the run") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint. It is renamed first, so that a partly removed one never has a final name."""
+    gone = checkpoint.with_name(f".{checkpoint.name}.{os.getpid()}.old.tmp")
+    os.replace(checkpoint, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def prune(folder: Path, keep: int, step: int) -> None:
@@ -147,10 +189,7 @@ def prune(folder: Path, keep: int, step: int) -> None:
     newest = [path for path in all_steps(folder) if step_of(path) <= step][:keep]
     for path in all_steps(folder):
         if path not in newest and path != best_path(folder):
-            # renamed first, so that a partly removed checkpoint never has a final name
-            gone = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            os.replace(path, gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            _remove(path)
 
 
 def mark_best(folder: Path, step: int, metric: str, value: float) -> None:

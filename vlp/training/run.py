@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from vlp.config import Experiment
 from vlp.data.stream import Loaded, TrainDataset, training_loader
 from vlp.data.text import Tokenizer
-from vlp.distributed import broadcast_from_main
+from vlp.distributed import broadcast_from_main, refuse_together
 from vlp.errors import UserError
 from vlp.models.base import Model
 from vlp.tasks.base import EvalModel, Result
@@ -22,6 +22,7 @@ from vlp.training import checkpoint
 from vlp.training.engines import Engine
 from vlp.training.logging import is_evaluated
 from vlp.training.run_writer import RunWriter
+from vlp.training.saver import Saver
 from vlp.training.state import TrainState
 from vlp.types import Vocabulary
 from vlp.weights import checkpoints
@@ -100,23 +101,40 @@ class Run:
             prefetch_shards=data.prefetch_shards,
         )
 
+    @cached_property
+    def saver(self) -> Saver:
+        return Saver(self.folder / "checkpoints", self.experiment.save.keep)
+
     def save(self, optimizer) -> Path:
-        """Write a checkpoint; return its folder. Every process must call it, because sharded tensors are gathered from all of them.
+        """Write a checkpoint, to be completed in the background; return the folder that it will have.
+
+        Every process must call it, because sharded tensors are gathered from all of them.
 
         Args:
             optimizer: The optimizer that the engine steps.
+
+        Raises:
+            UserError: If this checkpoint or the one before cannot be written.
         """
+        self.wait_for_save()
         self.state.check_replicas()
-        folder = self.folder / "checkpoints"
         optimizer_tensors = self.engine.optimizer_tensors(self.model, optimizer)
         files = {"model": self.model.state_dict(), "optimizer": optimizer_tensors, **self.state.files()}
         if not self.accelerator.is_main_process:
             checkpoint.gather(files)
         else:
-            checkpoint.save(folder, self.state.step, files, self.state.counters())
-            checkpoint.prune(folder, self.experiment.save.keep, self.state.step)
+            self.saver.save(self.state.step, files, self.state.counters())
         self.accelerator.wait_for_everyone()
-        return checkpoints.step_path(folder, self.state.step)
+        return checkpoints.step_path(self.folder / "checkpoints", self.state.step)
+
+    def wait_for_save(self) -> None:
+        """Wait on every process until the last checkpoint is complete.
+
+        Raises:
+            UserError: On every process, if it cannot be completed.
+        """
+        with refuse_together():
+            self.saver.wait()
 
     def restore_optimizer(self, optimizer) -> None:
         """Load the optimizer state of the checkpoint, after the engine has wrapped the optimizer and copied its weights."""
@@ -128,11 +146,12 @@ class Run:
         """Run every task on the weights of a checkpoint, averaged if the run has an average, and mark the best checkpoint.
 
         Args:
-            saved: The checkpoint that has just been saved.
+            saved: The last checkpoint, which may still be in the background.
 
         Raises:
-            UserError: If ``save.best`` names a metric that its task does not measure.
+            UserError: If ``save.best`` names a metric that its task does not measure, or the checkpoint cannot be completed.
         """
+        self.wait_for_save()
         averaged = self.state.average is not None
         model = EvalModel(
             self.state.average.network if averaged else self.model,
@@ -182,6 +201,7 @@ class Run:
                 others that still communicate with it abort. After an error the other processes may be elsewhere, and the
                 launcher ends them.
         """
+        self.saver.close()
         self.writer.close()
         if together:
             self.accelerator.wait_for_everyone()
