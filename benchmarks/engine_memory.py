@@ -1,4 +1,4 @@
-"""Bytes that a process of two holds under DDP and FSDP2, and the growth of its memory while it saves a checkpoint.
+"""Bytes that a process of two holds under DDP, FSDP2 and ZeRO-3, and the growth of its memory while it saves a checkpoint.
 
 The model is a stack of linear layers with an average of its weights, trained for one step by AdamW.
 """
@@ -52,10 +52,16 @@ def held(process: int, processes: int, engine_name: str, layers: int, width: int
         gradients = [p.grad for p in model.parameters()]
         prepared.step()
         state.average.update(model)
-        moments = [x for values in prepared.optimizer.state.values() for x in values.values() if x.ndim]
-        parts = {"weights": model.parameters(), "gradients": gradients, "moments": moments}
+        inner, parts = prepared.optimizer, {}
+        if (
+            engine_name == "zero3"
+        ):  # it has stepped already, and keeps a buffer of gradients and a float32 copy of the weights
+            gradients, parts["master"] = [inner.grad_partitions_flat_buffer], inner.fp32_partitioned_groups_flat
+            inner = inner.optimizer
+        moments = [x for values in inner.state.values() for x in values.values() if x.ndim]
+        parts |= {"weights": model.parameters(), "gradients": gradients, "moments": moments}
         parts["average"] = state.average.network.parameters()
-        found = {name: sum(local_shard(x.detach()).nbytes for x in tensors) / MIB for name, tensors in parts.items()}
+        found = {name: sum(local_shard(x).nbytes for x in tensors) / MIB for name, tensors in parts.items()}
         files = {"model": model.state_dict(), "optimizer": engine.optimizer_tensors(model, prepared.optimizer)}
         files |= state.files()
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
@@ -74,7 +80,7 @@ def measure(layers: int, width: int) -> dict:
     found["largest_tensor_mib"] = round(width * width * 4 / MIB, 2)
     pool = ProcessPool()
     pool(held, 2, "fsdp2", 2, 16)  # buffers of the processes that exist from the first save on
-    for engine in ("ddp", "fsdp2"):
+    for engine in ("ddp", "fsdp2", "zero3"):
         found[engine] = dict(zip(("process_0", "process_1"), pool(held, 2, engine, layers, width)))
     pool.close()
     return found

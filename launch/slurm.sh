@@ -5,7 +5,7 @@
 #   RUN=runs/demo ENGINE=fsdp2 sbatch --nodes 8 launch/slurm.sh configs/align/demo.py data.batch_size=16384
 #
 # Shortly before the time limit SLURM sends SIGUSR1 to this script. The run then saves a checkpoint and stops, and the job
-# requeues itself and resumes it. ENGINE is ddp (the default), fsdp2, zero1, zero2: the launch config ENGINE_gpu8.yaml.
+# requeues itself and resumes it. ENGINE is ddp (the default), fsdp2, zero1, zero2, zero3: the launch config ENGINE_gpu8.yaml.
 #SBATCH --job-name=vlp
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

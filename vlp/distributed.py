@@ -115,6 +115,8 @@ def full_tensor(x: Tensor) -> Tensor:
 def local_shard(x: Tensor) -> Tensor:
     """Return this process's part of a tensor that is sharded over processes, which shares its memory, and any other tensor
     as it is."""
+    if hasattr(x, "ds_tensor"):  # a parameter that DeepSpeed's ZeRO-3 has sharded
+        return x.ds_tensor
     return x.to_local() if isinstance(x, DTensor) else x
 
 

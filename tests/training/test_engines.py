@@ -1,4 +1,4 @@
-"""Training in one process, with DDP, with ZeRO-2 and with FSDP2 gives the same losses, also if the engine changes on resume. A
+"""Training in one process, with DDP, with ZeRO and with FSDP2 gives the same losses, also if the engine changes on resume. A
 launch that would silently run something else is refused."""
 
 import os
@@ -28,7 +28,7 @@ from tests.processes import (
 from vlp.weights.checkpoints import all_steps
 
 ENGINES = {"single": {"world": 1}, "ddp": {"world": 2}}
-ENGINES |= {engine: {"world": 2, "engine": engine} for engine in ("zero1", "zero2")}
+ENGINES |= {engine: {"world": 2, "engine": engine} for engine in ("zero1", "zero2", "zero3")}
 ENGINES |= {"fsdp2": {"world": 2, "engine": "fsdp2"}, "fsdp2-of-one": {"world": 1, "engine": "fsdp2"}}
 # Dropout differs between processes, so it is off. Clipping is on: the first gradient norms are above 1.
 SAME = ("model.text.dropout=0.0", "train.clip_norm=0.5", "train.ema_decay=0.9", "train.steps=20", "save.every=8")
@@ -79,7 +79,7 @@ def stopped(world, output):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("train.accumulation=2",)], ids=["plain", "accumulation"])
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_losses_of_twenty_steps_equal_those_of_one_process(trained, engine, more):
     one, two = trained("single", *more), trained(engine, *more)
     assert len(losses(one)) == 20
@@ -114,12 +114,13 @@ def test_resumed_zero2_run_equals_one_without_interruption(trained, stopped):
 
 
 @pytest.mark.slow
-def test_killed_fsdp2_run_continues_to_the_same_bits(world, output, trained):
-    whole, folder = trained("fsdp2"), output / "killed-fsdp2"
-    running = start("train", TOY, *toy_overrides(world, output), *SAME, f"name={folder.name}", **ENGINES["fsdp2"])
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_killed_run_with_sharded_weights_continues_to_the_same_bits(world, output, trained, engine):
+    whole, folder = trained(engine), output / f"killed-{engine}"
+    running = start("train", TOY, *toy_overrides(world, output), *SAME, f"name={folder.name}", **ENGINES[engine])
     wait_for_step(running, folder, STOP)
     running.kill()
-    resume(folder, **ENGINES["fsdp2"])
+    resume(folder, **ENGINES[engine])
     assert losses(folder) == losses(whole)
     for name in ("model", "optimizer", "average"):
         expected, found = tensors(whole, name), tensors(folder, name)
@@ -131,7 +132,7 @@ def test_run_continues_over_a_chain_of_engines(world, output, trained):
     """Same samples in each step, losses and moments to float32 rounding, however the state was sharded before."""
     whole, folder = trained("single"), output / "chain"
     arguments = (*toy_overrides(world, output), *SAME, f"name={folder.name}")
-    chain = ("ddp", "fsdp2-of-one", "zero2", "fsdp2", "single")
+    chain = ("ddp", "fsdp2-of-one", "zero3", "fsdp2", "single")
     for number, engine in enumerate(chain, start=1):
         # each engine takes four steps of the schedule of all twenty
         how = ENGINES[engine] | {"function": stops_after(4 * number)}
@@ -168,7 +169,9 @@ class stops_after:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "before, after", [("zero2", "ddp"), ("zero2", "single"), ("ddp", "zero2"), ("single", "zero2"), ("fsdp2", "single")]
+    "before, after",
+    [("zero2", "ddp"), ("zero2", "single"), ("ddp", "zero2"), ("single", "zero2"), ("fsdp2", "single")]
+    + [("zero3", "ddp"), ("zero2", "zero3")],
 )
 def test_checkpoint_of_one_engine_is_resumed_by_another(trained, stopped, before, after):
     folder = stopped(before, f"{before}-to-{after}")
@@ -183,11 +186,12 @@ def launched(name: str) -> tuple[str, ...]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher, engine",
-    [("cpu1.yaml", "single")] + [(f"{engine}_cpu2.yaml", engine) for engine in ("ddp", "zero1", "zero2", "fsdp2")],
+    [("cpu1.yaml", "single")]
+    + [(f"{engine}_cpu2.yaml", engine) for engine in ("ddp", "zero1", "zero2", "zero3", "fsdp2")],
 )
 def test_accelerate_launch_with_the_files_of_launch(world, output, trained, launcher, engine):
     """The command that users type. The other tests set the environment of the launcher themselves."""
-    engine_name = {"zero1": "deepspeed", "zero2": "deepspeed"}.get(engine, engine)
+    engine_name = "deepspeed" if "zero" in engine else engine
     arguments = [*toy_overrides(world, output), *SAME, f"name=launched-{engine}", f"train.engine={engine_name}"]
     done = vlp("train", TOY, *arguments, f"train.processes={ENGINES[engine]['world']}", launch=launched(launcher))
     assert done.returncode == 0, done.stderr
@@ -254,6 +258,11 @@ SILENTLY_WRONG = {
         "train.grad_cache=true differentiates with respect to whole weights",
     ),
     "compilation under FSDP2": ({"world": 2, "engine": "fsdp2"}, ("train.compile=true",), "train.compile compiles"),
+    "gradient caching under ZeRO-3": (
+        {"world": 2, "engine": "zero3"},
+        ("train.grad_cache=true", "train.accumulation=2"),
+        "which ZeRO-3 has only during a pass",
+    ),
     "batch that cannot be split": (
         {"world": 2},
         ("data.batch_size=6", "train.accumulation=2"),

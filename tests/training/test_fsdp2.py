@@ -1,16 +1,11 @@
-"""Which weights FSDP2 gathers for the passes of their block only, and ZeRO-3, which is refused."""
+"""Which weights FSDP2 and ZeRO-3 gather for the passes of their block only."""
 
-from types import SimpleNamespace
-
-import pytest
 from torch import nn
 
-from vlp.config import Training
-from vlp.errors import UserError
 from vlp.models.dual import Dual
 from vlp.models.vlmo import Vlmo
 from vlp.testing import ALBEF, IMAGE, MOME, TEXT
-from vlp.training.engines import Zero, repeated_blocks
+from vlp.training.engines import repeated_blocks
 
 
 def names(model: nn.Module) -> list[str]:
@@ -37,10 +32,3 @@ def test_blocks_that_share_a_parameter_stay_with_the_rest():
     assert names(nn.Sequential(first, second, third)) == ["0", "1", "2"]
     third.weight = first.weight
     assert names(nn.Sequential(first, second, third)) == ["1"]
-
-
-def test_zero_stage_3_is_refused_with_the_engine_that_shards_the_same():
-    plugin = SimpleNamespace(zero_stage=3)
-    engine = Zero(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
-    with pytest.raises(UserError, match="ZeRO stage 3 is not supported.*fsdp2"):
-        engine.configure(Training(), 8)

@@ -49,7 +49,7 @@ class EMA:
         If both are sharded over processes, each process averages its own part.
         """
         averaged = [local_shard(p) for p in self.network.parameters()]
-        current = [local_shard(p.detach()).float() for p in model.parameters()]
+        current = [local_shard(p).float() for p in model.parameters()]
         torch._foreach_lerp_(averaged, current, 1 - self.decay)
         for own, buffer in zip(self.network.buffers(), model.buffers()):
             own.copy_(buffer)

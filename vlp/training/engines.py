@@ -1,4 +1,4 @@
-"""What differs between the engines: one process and DDP (`Engine`), DeepSpeed's ZeRO (`Zero`), and FSDP2 (`Fsdp2`).
+"""What differs between the engines: one process and DDP (`Engine`), DeepSpeed's ZeRO (`Zero`, `Zero3`), and FSDP2 (`Fsdp2`).
 
 `vlp.training.launch` starts the engine that the launcher has set up. The training loop is the same for all.
 """
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from vlp.config import Experiment, Training
 from vlp.distributed import broadcast_from_main, full_tensor
@@ -128,8 +129,6 @@ class Zero(Engine):
         return self.accelerator.state.deepspeed_plugin.zero_stage
 
     def configure(self, train: Training, micro_batch: int) -> None:
-        if self.stage > 2:
-            raise UserError("ZeRO stage 3 is not supported; use launch/fsdp2_*.yaml, which shards the same")
         settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
         rows = micro_batch * train.accumulation // train.backward_passes  # of a backward pass
         settings["train_micro_batch_size_per_gpu"] = rows // self.accelerator.num_processes
@@ -157,6 +156,159 @@ class Zero(Engine):
         optimizer_state.load_zero(model, optimizer, tensors)
 
 
+class Zero3(Zero):
+    """DeepSpeed's ZeRO-3: every process holds its share of weights, gradients, moments and averages.
+
+    DeepSpeed shards the weights, reduces the gradients and steps the optimizer. Its hooks gather weights at the forward pass
+    of the module that holds them, and reuse the order of the first step. Models of vlp read weights outside of a forward
+    pass, and their order of passes depends on the batch. `Gathering` takes the place of these hooks.
+    """
+
+    def configure(self, train: Training, micro_batch: int) -> None:
+        super().configure(train, micro_batch)
+        plugin = self.accelerator.state.deepspeed_plugin
+        plugin.dschf = None  # or transformers would shard its models while it builds them, before they are copied
+        settings = plugin.deepspeed_config["zero_optimization"]
+        for option in ("offload_param", "offload_optimizer"):
+            if settings.get(option, {}).get("device", "none") != "none":
+                raise UserError(f"{option} is not supported with ZeRO-3; remove it from the DeepSpeed file")
+        settings["stage3_param_persistence_threshold"] = 1  # scalars stay whole, for the log
+
+    def check(self, experiment: Experiment) -> None:
+        super().check(experiment)
+        _check_whole_weights(experiment.train, "ZeRO-3")
+
+    def prepare(
+        self, module: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState
+    ) -> tuple[nn.Module, AcceleratedOptimizer]:
+        from deepspeed.runtime.zero import Init
+
+        averages = [average.network for average in (state.average, state.momentum) if average]
+        for network in averages:
+            broadcast_from_main(network.buffers())
+            Init(module=network)  # outside of the module that DeepSpeed wraps, which it casts with train.precision=bf16
+        self.gathering = {network: Gathering(network) for network in (model, *averages)}
+        in_step = [self.gathering[model]] + ([self.gathering[state.momentum.network]] if state.momentum else [])
+
+        def begin_step(*_) -> None:
+            for each in in_step:
+                each.begin_step()
+
+        def release(*_) -> None:
+            for each in in_step:
+                each.release()
+
+        module.register_forward_pre_hook(begin_step)
+        wrapped, prepared = self.accelerator.prepare(module, optimizer)
+        prepared.optimizer.parameter_offload.destroy()  # its hooks
+        for network in (model, *averages):
+            network.register_state_dict_post_hook(_with_shards)
+            for part in network.modules():
+                if isinstance(part, TextTower):
+                    part.equal_passes = dist.get_world_size() > 1
+        # DeepSpeed steps within the backward pass
+        prepared.optimizer.optimizer.register_step_pre_hook(release)
+        return wrapped, prepared
+
+    def abandon_step(self) -> None:
+        for each in self.gathering.values():
+            each.release()
+
+    @contextmanager
+    def unsharded(self, network: nn.Module) -> Iterator[None]:
+        with self.gathering[network].whole():
+            yield
+
+    def optimizer_tensors(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+        return optimizer_state.zero3_tensors(model, optimizer)
+
+    def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+        optimizer_state.load_zero3(model, optimizer, tensors)
+
+
+class Gathering:
+    """Gathers the weights of a network that ZeRO-3 has sharded.
+
+    The weights of a block are gathered for its passes only. All other weights are gathered for the whole step.
+
+    Args:
+        network: The network, before or after it is sharded.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.parameters = list(network.parameters())
+        self.blocks = {block: list(block.parameters()) for block in repeated_blocks(network)}
+        in_blocks = {id(p) for parameters in self.blocks.values() for p in parameters}
+        self.others = [p for p in self.parameters if id(p) not in in_blocks]
+        self.is_whole = False
+        self.last: list[nn.Parameter] = []  # weights of the block whose backward pass was the last to begin
+        for block in self.blocks:
+            block.register_forward_pre_hook(self._before_forward)
+            block.register_forward_hook(self._after_forward)
+
+    def begin_step(self) -> None:
+        """Gather the weights outside of blocks."""
+        self.release()  # gathered weights are old ones if a step was taken since
+        _gather_weights(self.others)
+
+    def release(self) -> None:
+        """Free all gathered weights. Each process keeps its shards."""
+        self.last = []
+        _release_weights(self.parameters)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Gather all weights, for passes whose number may differ between processes."""
+        self.release()
+        _gather_weights(self.parameters)
+        self.is_whole = True
+        try:
+            yield
+        finally:
+            self.is_whole = False
+            self.release()
+
+    def _before_forward(self, block: nn.Module, inputs: tuple) -> None:
+        if not self.is_whole:
+            (self._begin_backward if _in_backward() else _gather_weights)(self.blocks[block])
+
+    def _after_forward(self, block: nn.Module, inputs: tuple, outputs) -> None:
+        # activation checkpointing recomputes the block within its backward pass, which still needs the weights
+        if not self.is_whole and not _in_backward():
+            _release_weights(self.blocks[block])
+        for output in tree_leaves(outputs):
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(lambda _: self._begin_backward(self.blocks[block]))
+
+    def _begin_backward(self, parameters: list[nn.Parameter]) -> None:
+        """Gather the weights of a block. The block whose backward pass began before has completed it."""
+        if self.last is not parameters:
+            _release_weights(self.last)
+            self.last = parameters
+        _gather_weights(parameters)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _gather_weights(parameters: list[nn.Parameter]) -> None:
+    if parameters:
+        parameters[0].all_gather(parameters)  # skips those that are gathered already
+
+
+def _release_weights(parameters: list[nn.Parameter]) -> None:
+    released = [p for p in parameters if not p.ds_persist]
+    if released:
+        released[0].partition(released)
+
+
+def _with_shards(network: nn.Module, tensors: dict, prefix: str, metadata: dict) -> None:
+    """Put shards that know their whole tensor in the place of the empty weights of a state dict."""
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        tensors[prefix + name] = optimizer_state.Shard(parameter.ds_tensor, parameter.ds_shape)
+
+
 class Fsdp2(Engine):
     """torch's ``fully_shard``: every process holds its share of weights, gradients, moments and averages.
 
@@ -171,20 +323,7 @@ class Fsdp2(Engine):
         self.root: Root | None = None
 
     def check(self, experiment: Experiment) -> None:
-        train = experiment.train
-        for name, is_set in (
-            ("train.grad_cache=true", train.grad_cache),
-            ("train.backward=per_loss", train.backward == "per_loss"),
-        ):
-            if is_set:
-                raise UserError(
-                    f"{name} differentiates with respect to whole weights, which FSDP2 has only during a pass; use "
-                    f"launch/ddp_*.yaml or launch/zero2_*.yaml, or train.activation_checkpointing"
-                )
-        if train.compile:
-            raise UserError(
-                "train.compile compiles whole towers, and FSDP2 gathers weights between their blocks; set it to false"
-            )
+        _check_whole_weights(experiment.train, "FSDP2")
 
     def place(self, model: nn.Module) -> None:
         # `prepare` moves one block after the other, so that the device never holds the whole model. It takes only
@@ -246,6 +385,23 @@ class Fsdp2(Engine):
             for unit in units:
                 unit.reshard()
                 unit.set_reshard_after_forward(unit is not self.root, recurse=False)
+
+
+def _check_whole_weights(train: Training, engine: str) -> None:
+    """Raise UserError if a setting needs whole weights outside of a block's passes."""
+    for name, is_set in (
+        ("train.grad_cache=true", train.grad_cache),
+        ("train.backward=per_loss", train.backward == "per_loss"),
+    ):
+        if is_set:
+            raise UserError(
+                f"{name} differentiates with respect to whole weights, which {engine} has only during a pass; use "
+                f"launch/ddp_*.yaml or launch/zero2_*.yaml, or train.activation_checkpointing"
+            )
+    if train.compile:
+        raise UserError(
+            f"train.compile compiles whole towers, and {engine} gathers weights between their blocks; set it to false"
+        )
 
 
 class Root(nn.Module):

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from vlp.config import Training
 from vlp.distributed import any_process
 from vlp.errors import UserError
-from vlp.training.engines import Engine, Fsdp2, Zero
+from vlp.training.engines import Engine, Fsdp2, Zero, Zero3
 from vlp.training.environment import PRECISIONS, check_settings, find_processes, number_of
 
 
@@ -61,6 +61,8 @@ def start_engine(train: Training, micro_batch: int) -> Engine:
         _connect_hosts()
     engine = (Zero if deepspeed else Fsdp2 if fsdp else Engine)(accelerator)
     _check_launch(engine, train)
+    if deepspeed and engine.stage == 3:
+        engine = Zero3(accelerator)
     if micro_batch % accelerator.num_processes:
         raise UserError(
             f"a micro-batch of {micro_batch} (data.batch_size / train.accumulation) cannot be split over "

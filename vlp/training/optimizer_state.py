@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -106,3 +108,67 @@ def load_zero(model: nn.Module, optimizer, tensors: Tensors) -> None:
             safe_set_full_optimizer_state(p, by_parameter[name][key].to(p.device), key)
         if "master" in by_parameter.get(name, {}):
             safe_set_full_fp32_param(p, by_parameter[name]["master"].to(p.device))
+
+
+@dataclass
+class Shard:
+    """This process's shard of a tensor that is sharded as DeepSpeed's ZeRO-3 shards parameters.
+
+    The flat tensor is split into equal parts, the last of which is padded.
+
+    Args:
+        local: (ceil(numel / W),) part of this process of W.
+        shape: Shape of the whole tensor.
+    """
+
+    local: Tensor
+    shape: torch.Size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.local.dtype
+
+    @torch.no_grad()
+    def full_tensor(self) -> Tensor:
+        """Gather the tensor. Every process must call this."""
+        parts = [torch.empty_like(self.local) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, self.local.contiguous())
+        return torch.cat(parts)[: self.shape.numel()].view(self.shape)
+
+    @torch.no_grad()
+    def copy_(self, whole: Tensor) -> None:
+        """Copy the part of this process from a whole tensor."""
+        start = dist.get_rank() * len(self.local)
+        part = whole.reshape(-1)[start : start + len(self.local)]
+        self.local[: len(part)].copy_(part)
+
+
+def zero3_tensors(model: nn.Module, optimizer) -> dict[str, Tensor | Shard]:
+    """Return the state of every trained parameter of DeepSpeed's ZeRO-3 optimizer, sharded as the parameters are."""
+    state = next(iter(optimizer.optimizer.state.values()), {})
+    tensors = {}
+    for name, p in _trained(model):
+        for key, value in {"master": None, **state}.items():
+            tensors[f"{key}/{name}"] = _zero3_shard(optimizer, p, key) if value is None or value.ndim else value.clone()
+    return tensors
+
+
+def _zero3_shard(optimizer, parameter: nn.Parameter, key: str) -> Shard:
+    local = optimizer.get_local_fp32_param(parameter, None if key == "master" else key)
+    return Shard(local, parameter.ds_shape)
+
+
+def load_zero3(model: nn.Module, optimizer, tensors: Tensors) -> None:
+    """Load the state of DeepSpeed's ZeRO-3 optimizer."""
+    by_parameter = _by_parameter(tensors)
+    example = next(iter(by_parameter.values()), {})
+    for flat in optimizer.fp32_partitioned_groups_flat:  # ZeRO creates its state in the first step
+        optimizer.optimizer.state[flat] |= {
+            key: value.clone() if key == "step" else torch.zeros_like(flat)
+            for key, value in example.items()
+            if key != "master"
+        }
+    for name, p in _trained(model):
+        for key, value in by_parameter.get(name, {}).items():
+            if key != "step":
+                _zero3_shard(optimizer, p, key).copy_(value)
