@@ -70,6 +70,7 @@ def config() -> Experiment:
             add_sep=False,
             clean_captions=True,
             batch_size=512,
+            readers=64,
             max_length=25,
             augment=RandomResizedCrop(scale=(0.2, 1.0), flip=0.5, then=(RandAugment(n=2, magnitude=7),)),
             resize=Resize(mode="squash"),

@@ -53,6 +53,7 @@ def config() -> Experiment:
             val="shards/val",
             tokenizer="tokenizer",
             batch_size=16_384,
+            readers=64,
             max_length=64,
             augment=ResizeCrop(fraction=289 / 346),
             resize=Resize(mode="squash", fraction=289 / 346),

@@ -75,6 +75,7 @@ def config() -> Experiment:
             val="shards/flickr30k-val",
             tokenizer="weights/bert-base-uncased",
             batch_size=1024,
+            readers=64,
             max_length=40,
             augment=RandomResizedCrop(scale=(0.5, 1.0), flip=0.5, then=(RandAugment(n=2, magnitude=7),)),
             resize=Resize(mode="squash"),
