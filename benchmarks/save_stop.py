@@ -1,7 +1,7 @@
 """Time that a save stops the training, in the background and waiting for the whole checkpoint, and the growth of host memory.
 
-The tensors of a model, its average and two moments are saved in turn both ways. Memory grows by about nothing for tensors of
-the host, and by about the largest tensor where they are sharded or on a device (see `benchmarks.engine_memory`).
+The tensors of a model, its average and two moments are saved in turn both ways. Each tensor is made when it is saved, as one
+that is sharded over processes: `benchmarks.engine_memory` saves real ones.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def timed(layers: int, width: int, repeats: int) -> dict[str, float]:
     waiting, stopped = [], []
     with tempfile.TemporaryDirectory(dir=".") as folder:
         saver = Saver(Path(folder), keep=1)
-        checkpoint.save(Path(folder), 1, {"model": {"w": Gathered(width)}}, {})  # buffers of the first save
+        saver.save(1, {"model": {str(number): Gathered(width) for number in range(8)}}, {})  # buffers of the first save
+        saver.wait()
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = resident_mib("VmRSS")
         for step in range(2, 2 + 2 * repeats, 2):

@@ -144,11 +144,15 @@ class Saving:
         keep: Number of newest checkpoints to keep in addition to the best one.
         best: ``task/metric`` that selects the best checkpoint, e.g. ``retrieval/mean_recall``: its highest value, or the
             lowest of a metric such as perplexity. None selects no checkpoint.
+        copy_to: URL of a folder, such as ``s3://bucket/runs``, to which each complete checkpoint and the run's records are
+            copied in the background: see `vlp.training.store`. A value in an experiment.json is not used: name it again to
+            resume. None copies nothing.
     """
 
     every: int = setting(500, least=1)
     keep: int = setting(2, least=1)
     best: str | None = None
+    copy_to: str | None = None
 
 
 @dataclass(frozen=True)

@@ -402,17 +402,20 @@ def train(experiment: Experiment, resume: bool = False, code: UserCode = NO_CODE
 def _fit(run: Run, interrupted: TrainingInterrupt, code: UserCode) -> None:
     folder = run.experiment.folder
     if run.is_finished:
+        run.finish_saves()  # the copy may be behind
         run.writer.log(f"{folder} is already at its last step, {run.total_steps}")
         return
     try:
         done = Trainer(run).fit(interrupted)
     except Stopped:
         done = False
-    run.wait_for_save()
+    run.finish_saves()
     if done:
         run.writer.log(f"done: {folder}")
     else:
-        command = shlex.join(["vlp", "train", "--resume", str(folder), *code.options])
+        copy_to = run.experiment.save.copy_to
+        copied = [f"save.copy_to={copy_to}"] if copy_to else []
+        command = shlex.join(["vlp", "train", "--resume", str(folder), *copied, *code.options])
         run.writer.log(f"stopped at step {run.state.step} and saved; continue with: {command}")
 
 

@@ -29,7 +29,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "model",
         metavar="RUN_OR_WEIGHTS",
-        help="a run; a file of ALBEF or VLMo weights; a transformers folder (CLIP, ALIGN, SigLIP); open_clip:NAME/TAG_OR_FILE",
+        help="a run, or its copy at a URL; a file of ALBEF or VLMo weights; a transformers folder (CLIP, ALIGN, SigLIP); open_clip:NAME/TAG_OR_FILE",
     )
     parser.add_argument(
         "task",
@@ -76,7 +76,10 @@ def run(options: argparse.Namespace) -> int:
     from vlp.specs.overrides import override
     from vlp.tasks.contamination import contaminated_images, has_training_data
     from vlp.tasks.naming import result_path
+    from vlp.training.store import fetch_run, is_url
 
+    if is_url(options.model):
+        options.model = str(fetch_run(options.model, Path("runs")))
     name, assignments = options.task, options.overrides
     if name is not None and "=" in name:  # the task was left out
         name, assignments = None, [name, *assignments]

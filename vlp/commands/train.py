@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
+import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlp.commands.code import add_code_options, read_code
@@ -22,7 +23,9 @@ def add_parser(commands) -> None:
         "config", nargs="?", help="a Python config, FILE.py:NAME for another function of it, or an experiment.json"
     )
     train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.batch_size=256 optim.lr=5e-4")
-    train.add_argument("--resume", metavar="RUN", help="continue this run folder where it stopped")
+    train.add_argument(
+        "--resume", metavar="RUN", help="continue this run folder, or its copy at a URL, where it stopped"
+    )
     add_code_options(train)
     train.set_defaults(run=run)
 
@@ -33,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     if config and "=" in config:
         config, overrides = None, [config, *overrides]
     if options.resume is not None:
-        return resume(options, local_path(options.resume), config, overrides)
+        return resume(options, options.resume, config, overrides)
     if config is None:
         raise UserError("give a config to train, e.g. vlp train configs/align/demo.py, or --resume RUN")
     return start(options, config, overrides)
@@ -52,16 +55,26 @@ def start(options: argparse.Namespace, config: str, overrides: list[str]) -> int
     return 0
 
 
-def resume(options: argparse.Namespace, folder: Path, config: str | None, overrides: list[str]) -> int:
+def resume(options: argparse.Namespace, name: str, config: str | None, overrides: list[str]) -> int:
     from vlp.config import CHECKED_ON_RESUME, Experiment, changed_keys, load_json
     from vlp.specs.overrides import override
     from vlp.train import train
+    from vlp.training.store import check_url, fetch_run, is_url
 
+    # a run at a URL is copied back to where it came from
+    copy_to = check_url(name, "--resume").rpartition("/")[0] if is_url(name) else None
+    if copy_to is not None:
+        output = next((text.partition("=")[2] for text in overrides if text.startswith("output=")), "runs")
+        folder = fetch_run(name, local_path(output))
+    else:
+        folder = local_path(name)
     if folder.name in ("", ".."):  # of --resume . and the like, which would be a run without a name
         folder = folder.resolve()
     given, code = load(options, config, Experiment) if config else (None, read_code(options, folder))
     saved = load_json(folder / "experiment.json", code.types)
-    saved = replace(saved, name=folder.name, output=str(folder.parent))
+    saved = with_copy_to(replace(saved, name=folder.name, output=str(folder.parent)), copy_to)
+    if given is not None and copy_to is not None:
+        given = with_copy_to(given, copy_to)
     wanted = with_weights_of(saved, override(given.resolved() if given else saved, overrides))
     if changed := [key for key in changed_keys(saved, wanted) if not CHECKED_ON_RESUME.fullmatch(key)]:
         raise UserError(
@@ -70,6 +83,19 @@ def resume(options: argparse.Namespace, folder: Path, config: str | None, overri
             f"or start a new run with another name=..."
         )
     return train(replace(wanted, name=folder.name, output=str(folder.parent)), resume=True, code=code)
+
+
+def with_copy_to(experiment: Experiment, url: str | None) -> Experiment:
+    """Return the experiment of a JSON file with another ``save.copy_to``.
+
+    A folder that somebody sent must not cause uploads, so its own value counts only where the user names it again.
+    """
+    before = experiment.save.copy_to
+    if before and before != url and int(os.environ.get("RANK", 0)) == 0:
+        print(
+            f"vlp: save.copy_to={before!r} of the experiment.json is not used; name it again to copy", file=sys.stderr
+        )
+    return replace(experiment, save=replace(experiment.save, copy_to=url))
 
 
 def with_weights_of(saved: Experiment, wanted: Experiment) -> Experiment:
@@ -92,7 +118,7 @@ def load(options: argparse.Namespace, config: str, *kinds: type):
 
     if config.endswith(".json"):
         code = read_code(options, local_path(config).parent)
-        return load_config(config, own_types=code.types), code
+        return with_copy_to(load_config(config, own_types=code.types), None), code
     if options.code_config or options.trust_code:
         raise UserError(f"{config} has its classes itself; leave out --config and --trust-code")
     spec = load_config(config, *kinds)

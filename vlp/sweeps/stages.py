@@ -129,7 +129,7 @@ def _train_connected(missing: list[Experiment], command: str, log: Callable[[str
     log(f"{run.folder} (launched processes train one stage; run the same command again for the next)")
     if has_started(run):
         saved = load_json(run.folder / "experiment.json", code.types)
-        train(replace(saved, name=run.name, output=run.output), resume=True, code=code)
+        train(replace(saved, name=run.name, output=run.output, save=run.save), resume=True, code=code)
     else:
         train(run, code=code)
     if is_finished(run):

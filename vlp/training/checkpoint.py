@@ -153,7 +153,7 @@ def complete(temporary: Path, folder: Path, step: int) -> Path:
             _sync(path)
         _sync(temporary)
         if final.exists():  # damaged, since the run was resumed from an earlier one
-            _remove(final)
+            remove(final)
         os.replace(temporary, final)
         _sync(folder)
     return final
@@ -174,7 +174,7 @@ def _removed_on_error(temporary: Path, final: Path) -> Iterator[None]:
         raise UserError(f"cannot save {final}: {reason}; {advice}, then resume the run") from None
 
 
-def _remove(checkpoint: Path) -> None:
+def remove(checkpoint: Path) -> None:
     """Remove a checkpoint. It is renamed first, so that a partly removed one never has a final name."""
     gone = checkpoint.with_name(f".{checkpoint.name}.{os.getpid()}.old.tmp")
     os.replace(checkpoint, gone)
@@ -189,7 +189,7 @@ def prune(folder: Path, keep: int, step: int) -> None:
     newest = [path for path in all_steps(folder) if step_of(path) <= step][:keep]
     for path in all_steps(folder):
         if path not in newest and path != best_path(folder):
-            _remove(path)
+            remove(path)
 
 
 def mark_best(folder: Path, step: int, metric: str, value: float) -> None:

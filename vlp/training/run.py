@@ -24,6 +24,7 @@ from vlp.training.logging import is_evaluated
 from vlp.training.run_writer import RunWriter
 from vlp.training.saver import Saver
 from vlp.training.state import TrainState
+from vlp.training.store import RunCopy
 from vlp.types import Vocabulary
 from vlp.weights import checkpoints
 
@@ -103,7 +104,14 @@ class Run:
 
     @cached_property
     def saver(self) -> Saver:
-        return Saver(self.folder / "checkpoints", self.experiment.save.keep)
+        copy = self.copy.update if self.copy else None
+        return Saver(self.folder / "checkpoints", self.experiment.save.keep, copy)
+
+    @cached_property
+    def copy(self) -> RunCopy | None:
+        """Copy of the run in a store, which the main process writes."""
+        url = self.experiment.save.copy_to
+        return RunCopy(self.folder, url, self.writer.log) if url and self.accelerator.is_main_process else None
 
     def save(self, optimizer) -> Path:
         """Write a checkpoint, to be completed in the background; return the folder that it will have.
@@ -135,6 +143,15 @@ class Run:
         """
         with refuse_together():
             self.saver.wait()
+
+    def finish_saves(self) -> None:
+        """Wait on every process until the last checkpoint is complete and the run is copied.
+
+        Raises:
+            UserError: As `wait_for_save`.
+        """
+        with refuse_together():
+            self.saver.finish()
 
     def restore_optimizer(self, optimizer) -> None:
         """Load the optimizer state of the checkpoint, after the engine has wrapped the optimizer and copied its weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,10 +15,12 @@ class Saver:
     Args:
         folder: Folder of the checkpoints.
         keep: Number of newest checkpoints to keep in addition to the best one.
+        copy: Function that copies the run after each checkpoint. The next checkpoint is completed after it. None copies
+            nothing.
     """
 
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, copy: Callable[[], None] | None = None):
+        self.folder, self.keep, self.copy = folder, keep, copy
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self.completed: Future | None = None
 
@@ -29,6 +32,25 @@ class Saver:
         """
         temporary = checkpoint.write(self.folder, step, files, state)
         self.completed = self.pool.submit(self._complete, temporary, step)
+        self.start_copy()
+
+    def start_copy(self) -> Future | None:
+        """Start to copy the run after what the background does now."""
+        return self.pool.submit(self._copy_if_complete) if self.copy else None
+
+    def _copy_if_complete(self) -> None:
+        if self.completed is None or self.completed.exception() is None:
+            self.copy()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is complete, and copy the run a last time.
+
+        Raises:
+            UserError: As `check`.
+        """
+        self.wait()
+        if copied := self.start_copy():
+            copied.result()
 
     def _complete(self, temporary: Path, step: int) -> None:
         checkpoint.complete(temporary, self.folder, step)

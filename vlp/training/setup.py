@@ -101,10 +101,13 @@ def set_up(experiment: Experiment, resume: bool, lock: RunLock, code: UserCode =
     reports = [f"{part} weights: {report or 'random'}" for part, report in model.reports.items()]
     parameters = "\n".join([*reports, "", describe_groups(optimizer.param_groups)]) + "\n"
     with refuse_together():
+        if run.copy:
+            run.copy.check()
         if accelerator.is_main_process and not resume:
             lock.acquire()
             check_new(folder)  # which another process may have trained meanwhile
     writer.open(resume, tokenizer, [reader.fingerprint() for reader in dataset.readers], parameters, total_steps, code)
+    run.saver.start_copy()
     for line in (describe(run), *(reports if checkpoint is None else ())):
         writer.log(line)
     return run

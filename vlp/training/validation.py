@@ -17,6 +17,7 @@ from vlp.tasks.naming import check_task_names
 from vlp.tasks.submission import check_stored_tasks
 from vlp.training import detached
 from vlp.training.logging import require
+from vlp.training.store import check_url
 
 LONGEST_NAME = 200  # bytes; a file system allows 255, and an ablation adds a suffix
 
@@ -62,6 +63,8 @@ def validate(experiment: Experiment) -> None:
     check_task_names(experiment.evaluate)
     check_stored_tasks(experiment.evaluate)
     check_best(experiment)
+    if experiment.save.copy_to is not None:
+        check_url(experiment.save.copy_to, "save.copy_to")
     require(experiment.log)
 
 
