@@ -5,6 +5,7 @@ The model is a stack of linear layers with an average of its weights, trained fo
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class Stack(nn.Module):
 
 def held(process: int, processes: int, engine_name: str, layers: int, width: int) -> dict[str, float]:
     """Train one step and save in this process; return MiB by part, and the growth of the resident memory in the save."""
+    os.dup2(2, 1)  # DeepSpeed prints to the standard output, which is for the results
     with launched_with(engine_name, process, processes):
         engine = start_engine(Training(steps=1), processes)
         model = Stack(layers, width)
