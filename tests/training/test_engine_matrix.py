@@ -232,6 +232,13 @@ def test_settings_do_not_change_what_fsdp2_computes(pool, changes):
     assert_engine_trains_as_ddp(pool, "fsdp2", pool(train_cell, 2, "ddp", *row)[0], *row)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["cheap", "full"])
+def test_activation_checkpointing_does_not_change_what_zero3_computes(pool, mode):
+    row = "ITC, softmax (ALIGN, CLIP)", QUICK[1], {"activation_checkpointing": mode}
+    assert_engine_trains_as_ddp(pool, "zero3", pool(train_cell, 2, "ddp", *row)[0], *row)
+
+
 def test_every_objective_of_vlp_has_a_row():
     for module in pkgutil.iter_modules(objectives.__path__, "vlp.objectives."):
         importlib.import_module(module.name)

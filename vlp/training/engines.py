@@ -172,6 +172,8 @@ class Zero3(Zero):
         for option in ("offload_param", "offload_optimizer"):
             if settings.get(option, {}).get("device", "none") != "none":
                 raise UserError(f"{option} is not supported with ZeRO-3; remove it from the DeepSpeed file")
+        # DeepSpeed's own linear adds the bias in place, to a product that activation_checkpointing=cheap has stored
+        settings["memory_efficient_linear"] = False
         settings["stage3_param_persistence_threshold"] = 1  # scalars stay whole, for the log
 
     def check(self, experiment: Experiment) -> None:
@@ -186,7 +188,9 @@ class Zero3(Zero):
         averages = [average.network for average in (state.average, state.momentum) if average]
         for network in averages:
             broadcast_from_main(network.buffers())
-            Init(module=network)  # outside of the module that DeepSpeed wraps, which it casts with train.precision=bf16
+            Init(
+                module=network, mem_efficient_linear=False
+            )  # outside of the module that DeepSpeed wraps, which it casts with train.precision=bf16
         self.gathering = {network: Gathering(network) for network in (model, *averages)}
         in_step = [self.gathering[model]] + ([self.gathering[state.momentum.network]] if state.momentum else [])
 
