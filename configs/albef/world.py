@@ -69,6 +69,7 @@ def config() -> Experiment:
     return Experiment(
         name="albef-world",
         model=Albef(
+            grid_positions="none",
             image=TimmImage("test_resnet", image_size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
             text=BertText(config=SIZES, dropout=0.0),
             fusion=Fusion(layers=3),
@@ -116,6 +117,7 @@ def assignment() -> Experiment:
         base,
         name="albef-world-assignment",
         model=Albef(
+            grid_positions="none",
             image=base.model.image,
             text=base.model.text,
             fusion=Fusion(layers=3, images=2),
@@ -161,6 +163,7 @@ def pairs() -> Experiment:
         base,
         name="albef-world-pairs",
         model=Albef(
+            grid_positions="none",
             image=base.model.image,
             text=base.model.text,
             fusion=base.model.fusion,
@@ -200,6 +203,7 @@ def table1() -> Ablation:
         base,
         name="albef-table1",
         model=Albef(
+            grid_positions="none",
             image=replace(base.model.image, image_size=128),
             text=base.model.text,
             fusion=Fusion(layers=3),

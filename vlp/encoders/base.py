@@ -71,6 +71,7 @@ class ImageTower(Tower):
     | ``forward(image)`` | none | every model: (B, 3, H, W) normalised to (B, N, D), the pooled token first |
     | ``preprocess`` | none | the data: image size, mean, standard deviation, interpolation |
     | ``grid`` | None | Grad-CAM, masked image modelling: (h, w) of the tokens after the pooled one, row by row |
+    | ``grid_has_positions`` | True | fusion: False if grid tokens carry no position, as in a CNN; ALBEF then adds some |
     | ``position_grids()`` | empty | loading: position embeddings of a patch grid, resized to the image size |
     | ``can_mask_patches`` | False | masked image modelling: whether `forward_masked` works |
     | ``forward_masked(...)`` | raises UserError | masked image modelling |
@@ -78,6 +79,7 @@ class ImageTower(Tower):
 
     preprocess: Preprocess
     grid: tuple[int, int] | None = None
+    grid_has_positions: bool = True
     can_mask_patches: bool = False
 
     def forward(self, image: Tensor) -> Tensor:

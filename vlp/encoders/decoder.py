@@ -22,6 +22,7 @@ from vlp.encoders.base import LayerSizes, TextTower
 from vlp.encoders.fusion import CROSS, CrossAttentionCache, Fusion
 from vlp.encoders.fusion_layer import FusionLayer, merge_heads
 from vlp.encoders.heads import VocabularyHead
+from vlp.encoders.initialisation import init_std
 from vlp.encoders.ragged import RaggedBatch, text_lengths
 from vlp.types import keep_host_copy, on_host
 from vlp.weights import reading
@@ -93,9 +94,12 @@ class WordEmbeddings(nn.Module):
         token_types: Number of token types, of which only the first is used.
         dropout: Rate.
         eps: Of the norm.
+        std: Standard deviation of the random embeddings.
     """
 
-    def __init__(self, width: int, vocab_size: int, positions: int, token_types: int, dropout: float, eps: float):
+    def __init__(
+        self, width: int, vocab_size: int, positions: int, token_types: int, dropout: float, eps: float, std: float
+    ):
         super().__init__()
         self.word_embeddings = nn.Embedding(vocab_size, width)
         self.position_embeddings = nn.Embedding(positions, width)
@@ -103,7 +107,7 @@ class WordEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(width, eps=eps)
         self.dropout = nn.Dropout(dropout)
         for part in (self.word_embeddings, self.position_embeddings, self.token_type_embeddings):
-            nn.init.normal_(part.weight, std=0.02)
+            nn.init.normal_(part.weight, std=std)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Return (T, D) embeddings of (T,) ids at (T,) positions of their texts."""
@@ -187,16 +191,17 @@ class AnswerDecoder(nn.Module):
     def __init__(self, spec: Decoder, text: TextTower, sizes: LayerSizes, source_width: int):
         super().__init__()
         self.max_length: int = sizes.positions or text.max_length
+        std = init_std(spec.init, text.width)
         self.embeddings = WordEmbeddings(
-            text.width, text.vocab_size, self.max_length, sizes.token_types, spec.dropout, spec.eps
+            text.width, text.vocab_size, self.max_length, sizes.token_types, spec.dropout, spec.eps, std
         )
         layer = (text.width, source_width, spec.heads, spec.hidden_size, spec.dropout, spec.eps)
         self.layers = nn.ModuleList(DecoderLayer(*layer) for _ in range(spec.layers))
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):  # initialised as in BERT
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
-        self.head = VocabularyHead(text.width, self.embeddings.word_embeddings, sizes.eps)
+        self.head = VocabularyHead(text.width, self.embeddings.word_embeddings, sizes.eps, std)
         self.source, self.pack = spec.source, spec.pack
         self.checkpointing: Checkpointing = "none"
         self.report: LoadReport | None = None

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from vlp.encoders.activation_checkpointing import Checkpointing, checkpointed
 from vlp.encoders.base import TextTowerSpec
 from vlp.encoders.fusion_layer import Attend, FusionLayer
+from vlp.encoders.initialisation import Init, init_std
 from vlp.encoders.ragged import RaggedBatch
 from vlp.encoders.text import BertText, read_encoder
 from vlp.errors import UserError
@@ -53,6 +54,7 @@ class Fusion:
         dropout: Rate, for hidden states and attention alike, or None likewise.
         eps: Of the norms, or None likewise.
         pack: Linear layers process real tokens only. False processes all L positions.
+        init: Rule for random weights, see `vlp.encoders.initialisation`. "width" suits narrow layers.
     """
 
     layers: int = setting(6, least=1)
@@ -64,6 +66,7 @@ class Fusion:
     dropout: float | None = setting(None, least=0, below=1)
     eps: float | None = setting(None, above=0)
     pack: bool = True
+    init: Init = "published"
 
     def resolved(self, text: TextTowerSpec) -> Self:
         """Return the same spec with all sizes filled in, from ``weights`` or else from the text tower. Reads no weights.
@@ -222,7 +225,7 @@ class FusionEncoder(nn.Module):
         self.report: LoadReport | None = None
         for module in self.modules():
             if isinstance(module, nn.Linear):  # initialised as in BERT
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=init_std(spec.init, width))
                 nn.init.zeros_(module.bias)
 
     def project(self, tokens: Tensor) -> CrossAttentionCache:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlp.encoders.base import ImageTower, PatchTower, TextTower, TextTowerSpec
+from vlp.encoders.initialisation import Init, init_std
 from vlp.encoders.text import read_encoder
 from vlp.errors import UserError
 from vlp.weights import reading
@@ -34,14 +35,15 @@ class VocabularyHead(nn.Module):
         width: D of the states.
         words: The word embeddings, read for their sizes only.
         eps: Of the norm.
+        std: Standard deviation of the random weights.
     """
 
-    def __init__(self, width: int, words: nn.Embedding, eps: float = 1e-12):
+    def __init__(self, width: int, words: nn.Embedding, eps: float = 1e-12, std: float = 0.02):
         super().__init__()
         self.dense = nn.Linear(width, words.embedding_dim)
         self.norm = nn.LayerNorm(words.embedding_dim, eps=eps)
         self.bias = nn.Parameter(torch.zeros(words.num_embeddings))
-        nn.init.normal_(self.dense.weight, std=0.02)
+        nn.init.normal_(self.dense.weight, std=std)
         nn.init.zeros_(self.dense.bias)
         self.report: LoadReport | None = None
 
@@ -68,13 +70,16 @@ class VocabularyHead(nn.Module):
                 self.report = reading.load(self, found)
 
 
-def vocabulary_head(spec: TextTowerSpec, tower: TextTower, load_weights: bool = True) -> VocabularyHead:
+def vocabulary_head(
+    spec: TextTowerSpec, tower: TextTower, load_weights: bool = True, init: Init = "published"
+) -> VocabularyHead:
     """Build the head for masked words of a text tower, pre-trained where the tower's weights come with one.
 
     Args:
         spec: The spec of ``tower``.
         tower: The tower, whose word embeddings the head is tied to.
         load_weights: False leaves the head random.
+        init: Rule for random weights.
 
     Raises:
         UserError: if the tower has no word embeddings, or the weights do not fit.
@@ -82,7 +87,7 @@ def vocabulary_head(spec: TextTowerSpec, tower: TextTower, load_weights: bool = 
     words = tower.get_input_embeddings()
     if words is None:
         raise UserError(f"{type(tower).__name__} has no word embeddings to predict masked words with; set mlm to false")
-    head = VocabularyHead(tower.width, words, spec.layer_sizes().eps)
+    head = VocabularyHead(tower.width, words, spec.layer_sizes().eps, init_std(init, tower.width))
     if load_weights and (weights := spec.head_weights()):
         head.load(weights)
     return head

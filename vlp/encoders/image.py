@@ -222,6 +222,7 @@ class TimmTower(ImageTower):
         self.width: int = model.num_features
         stride = model.feature_info[-1]["reduction"]
         self.grid = tuple(-(-side // stride) for side in preprocess.size)
+        self.grid_has_positions = timm_attribute(self.model, "patch_embed") is not None  # False for a CNN
         # a ViT: every patch stays one token from its embedding to the last layer
         is_vit = timm_attribute(timm_attribute(model, "patch_embed"), "grid_size") is not None
         self.can_mask_patches = is_vit and timm_attribute(model, "num_prefix_tokens") is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from vlp.data.preprocess import Interpolation, Preprocess, Triple
 from vlp.encoders.activation_checkpointing import Checkpointing, checkpointed
+from vlp.encoders.initialisation import Init, init_std
 from vlp.encoders.mome_layer import Expert, MomeLayer
 from vlp.encoders.ragged import OutputPositions, RaggedBatch
 from vlp.encoders.relative_position import RelativePositions
@@ -48,6 +50,7 @@ class Mome:
         mean: Of the pixels, per channel.
         std: Of the pixels, per channel.
         interpolation: For resizing images.
+        init: Rule for random weights, see `vlp.encoders.initialisation`. "width" suits narrow layers.
     """
 
     width: int = setting(768, least=1)
@@ -68,6 +71,7 @@ class Mome:
     mean: Triple = (0.5, 0.5, 0.5)
     std: Triple = (0.5, 0.5, 0.5)
     interpolation: Interpolation = "bicubic"
+    init: Init = "published"
 
     def resolved(self) -> Mome:
         """Return the same spec with both sides of the images and the hidden size filled in."""
@@ -224,11 +228,12 @@ class MomeEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(spec.width, eps=1e-6)
         self.checkpointing: Checkpointing = "none"
-        self.apply(_initialise)
+        std = init_std(spec.init, spec.width)
+        self.apply(partial(_initialise, std=std))
         for parameter in (
             p for n, p in self.named_parameters() if n in ("image.cls_token", "image.positions", "text.kind")
         ):
-            nn.init.trunc_normal_(parameter, std=0.02)
+            nn.init.trunc_normal_(parameter, std=std)
 
     def _experts(self, spec: Mome, layer: int) -> list[Expert]:
         if not self.joint:
@@ -301,8 +306,8 @@ class MomeEncoder(nn.Module):
         self.checkpointing = mode
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialise(module: nn.Module, std: float) -> None:
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)

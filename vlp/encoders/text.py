@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from vlp.encoders.activation_checkpointing import Checkpointing, checkpoint_blocks
 from vlp.encoders.base import LayerSizes, TextTower, TextTowerSpec
+from vlp.encoders.initialisation import Init, init_std
 from vlp.encoders.ragged import length_bounds, text_lengths, upload
 from vlp.errors import UserError
 from vlp.specs.fields import setting
@@ -62,6 +63,8 @@ class BertText(TextTowerSpec):
         dropout: Rate, for hidden states and attention alike. None takes the config's.
         pool: "cls" pools by the state of the first token, "mean" by the mean over the real tokens.
         length_groups: Number of groups of similar length that a batch is split into, see `by_length`. 1 never splits.
+        init: Rule for random weights, see `vlp.encoders.initialisation`. "published" is the config's ``initializer_range``,
+            0.02 unless it is set.
     """
 
     weights: str | None = None
@@ -69,6 +72,7 @@ class BertText(TextTowerSpec):
     dropout: float | None = setting(None, least=0, below=1)
     pool: Literal["cls", "mean"] = "cls"
     length_groups: int = setting(4, least=1)
+    init: Init = "published"
 
     def resolved(self) -> BertText:
         """Return the same tower with its full architecture in ``config``. `build(load_weights=False)` then reads nothing."""
@@ -143,9 +147,12 @@ class BertText(TextTowerSpec):
                 hint = f"did you mean {close[0]}?" if close else "see transformers' documentation of its config"
                 raise UserError(f"a {model_type} config has no {name!r}; {hint}")
         try:
-            return AutoConfig.for_model(model_type, **given)
+            config = AutoConfig.for_model(model_type, **given)
         except Exception as error:  # transformers checks types with an error class of its own
             raise UserError(f"transformers refuses this {model_type} config: {_line(error)}") from error
+        if self.init == "width":
+            config.initializer_range = init_std(self.init, config.hidden_size)
+        return config
 
     def _config_of_weights(self) -> dict[str, Any]:
         from transformers import AutoConfig

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -18,6 +19,7 @@ from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.encoders.base import ImageTower, ImageTowerSpec, TextTower, TextTowerSpec
 from vlp.encoders.decoder import Decoder, Predicted
 from vlp.encoders.fusion import AlternatingImages, CrossAttentionCache, Fusion, ImageTokens, Outputs
+from vlp.encoders.grid_positions import sine_positions
 from vlp.encoders.heads import vocabulary_head
 from vlp.encoders.image import TimmImage
 from vlp.encoders.text import BertText
@@ -43,6 +45,7 @@ HEADS = (
     "assignment",
     "decoder",
     "heads",
+    "grid_positions",
 )
 # source of the initial weights of a decoder that the weights lack
 DECODER_START = {
@@ -74,6 +77,8 @@ class Albef(ModelSpec):
         temperature: Initial temperature; similarities are divided by it.
         temperature_min: Smallest temperature that takes effect. None leaves it unbounded.
         temperature_max: Largest temperature that takes effect. None leaves it unbounded.
+        grid_positions: 2-D positions that are added to the grid of an image tower whose tokens have none, such as a CNN:
+            fixed "sine" ones, or "learned" ones that start as these. "none" adds none, as in runs from before this field.
         weights: A checkpoint of ALBEF, see `vlp.weights.albef`, or the folder of a run. The whole model starts from it.
             Positions are resized to ``image.image_size``. Heads that it lacks are new. A decoder that it lacks starts as
             its fusion layers, word embeddings and head for masked tokens, as published.
@@ -92,6 +97,7 @@ class Albef(ModelSpec):
     temperature: float = setting(0.07, above=0)
     temperature_min: float | None = setting(0.001, above=0)
     temperature_max: float | None = setting(0.5, above=0)
+    grid_positions: Literal["none", "learned", "sine"] = "sine"
     weights: str | None = None
 
     @property
@@ -175,7 +181,7 @@ class AlbefModel(LearnedScale, Model):
         if spec.itm:
             self.itm = nn.Linear(text.width, 2)
         if spec.mlm:
-            self.mlm = vocabulary_head(spec.text, text, load_weights)
+            self.mlm = vocabulary_head(spec.text, text, load_weights, spec.fusion.init)
         if spec.classes:
             width = text.width
             self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, spec.classes))
@@ -185,6 +191,13 @@ class AlbefModel(LearnedScale, Model):
             source_width = text.width if answers else image.width
             decoder, sizes = spec.decoder.resolved(spec.text), spec.text.layer_sizes()
             self.decoder = decoder.build(text, sizes, source_width, load_weights)
+        positions = None
+        if spec.grid_positions != "none" and image.grid is not None and not image.grid_has_positions:
+            positions = sine_positions(image.grid, image.width)  # (P, image width)
+        if spec.grid_positions == "learned" and positions is not None:
+            self.grid_positions = nn.Parameter(positions)
+        else:
+            self.register_buffer("grid_positions", positions, persistent=False)
         self.report: LoadReport | None = None
 
     def load(self, student: Mapping[str, Tensor]) -> None:
@@ -264,6 +277,8 @@ class AlbefModel(LearnedScale, Model):
 
     def encode_image(self, image: Tensor) -> Encoded:
         tokens = self.image(image)  # (B, P, D)
+        if self.grid_positions is not None:  # none for the pooled token
+            tokens = torch.cat([tokens[:, :1], tokens[:, 1:] + self.grid_positions], 1)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return encoded_by_head(tokens, mask, self.image_projection(tokens[:, 0]))
 

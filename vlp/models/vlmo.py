@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vlp.data.preprocess import Preprocess
 from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.encoders.heads import PatchHead, VocabularyHead
+from vlp.encoders.initialisation import init_std
 from vlp.encoders.mome import Mome, MomeEncoder
 from vlp.encoders.ragged import RaggedBatch
 from vlp.errors import UserError
@@ -157,7 +158,7 @@ class ContrastHead(LearnedScale):
         self.text = nn.Linear(spec.encoder.width, spec.embed_size, bias=False)
         self.add_scale(spec.temperature, spec.temperature_min, spec.temperature_max, "logit_scale")
         for layer in (self.image, self.text):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.trunc_normal_(layer.weight, std=init_std(spec.encoder.init, spec.encoder.width))
 
     def project(self, pooled: Tensor, modality: Modality) -> Tensor:
         """Project (B, D) pooled states to (B, E)."""
@@ -167,11 +168,11 @@ class ContrastHead(LearnedScale):
 class Classifier(nn.Sequential):
     """Classifier of the (n, images * D) pooled states of a sample: linear, norm, GELU, linear."""
 
-    def __init__(self, width: int, images: int, classes: int):
+    def __init__(self, width: int, images: int, classes: int, std: float = 0.02):
         layers = nn.Linear(images * width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, classes)
         super().__init__(*layers)
         for layer in layers[::3]:
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.trunc_normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
 
@@ -188,6 +189,7 @@ class VlmoModel(Model):
 
     def __init__(self, spec: Vlmo, load_weights: bool = True):
         super().__init__()
+        std = init_std(spec.encoder.init, spec.encoder.width)
         width, joint = spec.encoder.width, "vl" in spec.encoder.experts
         alone = [name for name, reads in (("image", spec.itc or spec.mim), ("text", spec.itc)) if reads or not joint]
         together = joint and (spec.itm or spec.mlm or spec.classes is not None)
@@ -201,14 +203,14 @@ class VlmoModel(Model):
         if spec.itm:
             self.itm = nn.Linear(width, 2)
         if spec.classes is not None:
-            self.classifier = Classifier(width, spec.images, spec.classes)
+            self.classifier = Classifier(width, spec.images, spec.classes, std)
         if spec.mlm:
-            self.mlm = VocabularyHead(width, self.encoder.text.words)
+            self.mlm = VocabularyHead(width, self.encoder.text.words, std=std)
             self.words = None if spec.tie_words else nn.Linear(width, spec.encoder.vocab_size, bias=False)
         if spec.mim:
             self.mim = PatchHead(self.encoder, spec.mim.build(self.encoder, load_weights))
         for layer in filter(None, (self.pooler and self.pooler[0], self.itm, self.words)):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.trunc_normal_(layer.weight, std=std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
         self.report: LoadReport | None = None

@@ -105,6 +105,8 @@ RENAMED_VALUES: dict[tuple[str, str], dict[str, str]] = {
     ("MomentumContrast", "keys"): SCOPES,
 }
 
+# short class name -> field that files from before the field lack -> its value in them, where that is not the default
+ADDED_FIELDS: dict[str, dict[str, Any]] = {"Albef": {"grid_positions": "none"}}
 
 NO_TYPES: Mapping[str, type] = MappingProxyType({})
 
@@ -165,6 +167,7 @@ def current_fields(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
     for name in [base.__name__ for base in reversed(cls.__mro__)]:
         new_names = RENAMED_FIELDS.get(name, {})
         fields = {new_names.get(field, field): value for field, value in fields.items()}
+        fields = ADDED_FIELDS.get(name, {}) | fields
         for field, value in fields.items():
             if isinstance(value, str):
                 fields[field] = RENAMED_VALUES.get((name, field), {}).get(value, value)
