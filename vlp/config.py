@@ -6,6 +6,7 @@ resumed and evaluated without the config file and without the weights that it st
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -49,7 +50,7 @@ class Data:
         resize: Transform of evaluated images.
         readers: Canonical readers of the training stream, to which the shards are dealt in each epoch. On any number of
             processes that divides it, every process reads its own part of the shards, and the order of the samples stays
-            the same. It must divide the micro-batch. With 1, every process reads every shard.
+            the same. It must divide the micro-batch, and with sources that keep samples ``together``, their multiples. With 1, every process reads every shard.
         prefetch_shards: Remote shards that each training process downloads before it needs them, to the folder $VLP_CACHE.
             0 downloads a shard when its first sample is read.
         workers: Data-loading processes of each training process.
@@ -73,6 +74,11 @@ class Data:
     workers: int = setting(1, least=0, most=1024)
     max_bad_fraction: float = setting(0.01, least=0, most=1)
     max_pixels: int = setting(64_000_000, least=1)
+
+    @property
+    def together(self) -> int:
+        """Samples that each micro-batch of a process must be a multiple of, to keep the related samples of every source together."""
+        return math.lcm(*(source.together for source in self.train))
 
 
 @dataclass(frozen=True)

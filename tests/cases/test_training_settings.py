@@ -13,6 +13,7 @@ from tests.conftest import TOY, toy_overrides
 from tests.fixtures.toy import config as toy
 from tests.processes import command_line, resume, train
 from tests.processes import run as run_process
+from vlp.data.reading.shards import Source
 from vlp.errors import UserError
 from vlp.objectives.base import Objective
 from vlp.objectives.dcl import Dcl
@@ -27,7 +28,7 @@ from vlp.tasks.base import Result
 from vlp.tasks.masked import MaskedPrediction
 from vlp.tasks.metrics import Interval
 from vlp.training.run import Run
-from vlp.training.validation import check_best, check_rows, validate
+from vlp.training.validation import check_best, check_rows, check_together, validate
 from vlp.weights import checkpoints
 
 
@@ -81,6 +82,36 @@ def test_rows_of_all_processes_count_unless_the_loss_sees_its_own_only():
 
 
 # --- frozen, warm-up ---------------------------------------------------------------------------------------------------
+
+
+# --- related samples in the same batch -------------------------------------------------------------------------------
+
+
+def related(*together: int, batch_size: int, accumulation: int = 1, readers: int = 1):
+    experiment = toy()
+    sources = tuple(Source("shards", together=samples) for samples in together)
+    data = replace(experiment.data, train=sources, batch_size=batch_size, readers=readers)
+    return replace(experiment, data=data, train=replace(experiment.train, accumulation=accumulation))
+
+
+def test_related_samples_must_divide_the_micro_batch(world, tmp_path, capfd):
+    error = refused(capfd, *arguments(world, tmp_path / "runs", "data.train.0.together=3"))
+    assert "data.train keep 3 samples together, which does not divide the 8 samples of a micro-batch" in error
+    assert "make data.batch_size a multiple of 3" in error
+    error = refused(capfd, *arguments(world, tmp_path / "runs", "data.train.0.together=4", "train.accumulation=4"))
+    assert "make data.batch_size a multiple of 16" in error
+    error = refused(capfd, *arguments(world, tmp_path / "runs", "data.train.0.together=4"))  # 50 samples
+    assert "together=4 of " in error and "does not divide its 50 samples" in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_related_samples_of_several_sources_and_processes_must_divide_the_micro_batch():
+    check_together(related(2, 3, batch_size=24), 4)
+    with pytest.raises(UserError, match=r"6 samples together, .* the 4 samples .*/ 6 processes\); .* multiple of 36$"):
+        check_together(related(2, 3, batch_size=24), 6)
+    validate(related(2, batch_size=16, readers=4))
+    with pytest.raises(UserError, match="data.readers=16 does not divide the micro-batch of 8 groups of 2 samples"):
+        validate(related(2, batch_size=16, readers=16))
 
 
 @pytest.mark.parametrize("prefix", ["text.", "text", "image,text.model"])

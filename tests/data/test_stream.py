@@ -40,8 +40,8 @@ def open_stream(world):
     """A function of shards (default: the world's 50 samples in 5) that opens them for training."""
     tokenizer = load_tokenizer(str(world / "tokenizer"))
 
-    def opened(*sources: Source, transform=AUGMENT, seed=0, max_pixels=10_000, readers=1) -> TrainDataset:
-        sources = sources or (Source(str(world / "shards")),)
+    def opened(*sources: Source, transform=AUGMENT, seed=0, max_pixels=10_000, readers=1, together=1) -> TrainDataset:
+        sources = sources or (Source(str(world / "shards"), together=together),)
         return TrainDataset(sources, (transform,), PREPROCESS, tokenizer, 16, max_pixels, seed, readers=readers)
 
     return opened
@@ -77,33 +77,34 @@ def keys(batches: list) -> list[str]:
     return [key for batch in batches for key in batch[0]]
 
 
-@pytest.mark.parametrize("readers", [1, 4])
+@pytest.mark.parametrize("readers, together", [(1, 1), (4, 1), (1, 2), (4, 2)])
 @pytest.mark.parametrize("processes, workers", [(1, 1), (1, 2), (2, 0), (2, 2), (4, 0), (4, 2)])
-def test_batches_do_not_depend_on_processes_and_workers(open_stream, processes, workers, readers):
+def test_batches_do_not_depend_on_processes_and_workers(open_stream, processes, workers, readers, together):
     """5 shards for up to 8 workers; two epochs."""
-    dataset = open_stream(readers=readers)
+    dataset = open_stream(readers=readers, together=together)
     assert_same(load(dataset, 0, 96, 8), load(dataset, 0, 96, 8, processes, workers))
 
 
-@pytest.mark.parametrize("readers", [1, 5])
-def test_every_sample_exactly_once_an_epoch(open_stream, readers):
-    found = keys(load(open_stream(readers=readers), 0, 150, 10, 2, 1))
+@pytest.mark.parametrize("readers, together", [(1, 1), (5, 1), (1, 5), (5, 2)])
+def test_every_sample_exactly_once_an_epoch(open_stream, readers, together):
+    found = keys(load(open_stream(readers=readers, together=together), 0, 150, 10, 2, 1))
     everything = {f"0/{n}/{n:04d}" for n in range(50)}
     epochs = [found[i : i + 50] for i in (0, 50, 100)]
     assert all(len(set(epoch)) == 50 and set(epoch) == everything for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-@pytest.mark.parametrize("readers", [1, 8])
+@pytest.mark.parametrize("readers, together", [(1, 1), (8, 1), (4, 2)])
 @pytest.mark.parametrize("position", [8, 48, 56, 88])
-def test_start_in_the_middle_continues_the_same_stream(open_stream, position, readers):
-    whole = load(open_stream(readers=readers), 0, 96, 8)
-    assert_same(whole[position // 8 :], load(open_stream(readers=readers), position, 96, 8, 2, 1))
+def test_start_in_the_middle_continues_the_same_stream(open_stream, position, readers, together):
+    whole = load(open_stream(readers=readers, together=together), 0, 96, 8)
+    again = open_stream(readers=readers, together=together)
+    assert_same(whole[position // 8 :], load(again, position, 96, 8, 2, 1))
 
 
-@pytest.mark.parametrize("readers", [1, 4])
-def test_number_of_processes_may_change_during_a_run(open_stream, readers):
-    dataset = open_stream(readers=readers)
+@pytest.mark.parametrize("readers, together", [(1, 1), (4, 1), (1, 2), (4, 2)])
+def test_number_of_processes_may_change_during_a_run(open_stream, readers, together):
+    dataset = open_stream(readers=readers, together=together)
     parts = [(0, 24, 2), (24, 40, 1), (40, 64, 2), (64, 96, 4)]
     joined = sum((load(dataset, start, stop, 8, n) for start, stop, n in parts), [])
     assert_same(load(dataset, 0, 96, 8), joined)
@@ -112,6 +113,22 @@ def test_number_of_processes_may_change_during_a_run(open_stream, readers):
 def test_pickled_dataset_continues_identically(open_stream):
     dataset = open_stream()
     assert_same(load(dataset, 40, 64, 8), load(pickle.loads(pickle.dumps(dataset)), 40, 64, 8))
+
+
+@pytest.mark.parametrize("readers, processes", [(1, 1), (1, 2), (2, 4)])
+def test_related_samples_reach_the_same_process_in_the_same_batch(open_stream, readers, processes):
+    """Samples 2n and 2n + 1 of the source follow each other in every part of every batch, in each of two epochs."""
+    dataset = open_stream(readers=readers, together=2)
+    for rank in range(processes):
+        for loaded in training_loader(dataset, 0, 96, 8, rank, processes, 0):
+            rows = [int(key.split("/")[1]) for key in loaded.batch.keys]
+            assert [row % 2 for row in rows] == [0, 1] * (len(rows) // 2)
+            assert [row + 1 for row in rows[::2]] == rows[1::2]
+
+
+def test_related_samples_that_do_not_divide_the_source_are_one_line(open_stream):
+    with pytest.raises(UserError, match=r"^together=4 of \S+ does not divide its 50 samples; .* set together=1$"):
+        open_stream(together=4)
 
 
 def test_seed_changes_order_pixels_and_captions(open_stream):
@@ -225,9 +242,9 @@ def spoilt(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("processes, workers", [(1, 0), (2, 1), (1, 2)])
-def test_bad_samples_are_replaced_and_quarantined_with_a_reason(spoilt, open_stream, processes, workers):
-    dataset = open_stream(Source(str(spoilt)))
+@pytest.mark.parametrize("processes, workers, together", [(1, 0, 1), (2, 1, 1), (1, 2, 1), (1, 1, 7)])
+def test_bad_samples_are_replaced_and_quarantined_with_a_reason(spoilt, open_stream, processes, workers, together):
+    dataset = open_stream(Source(str(spoilt), together=together))
     assert len(dataset) == 35
     batches = load(dataset, 0, 70, 14, processes, workers)
     assert_same(load(dataset, 0, 70, 14), batches)

@@ -98,7 +98,15 @@ class TrainDataset(Dataset):
                 raise UserError(f"{reader.location} contains no usable sample; run `vlp data check` on it")
             if source.weight is not None and not 0 < source.weight < math.inf:
                 raise UserError(f"the weight of {reader.location} is {source.weight}; give a positive number")
-        orders = [SourceOrder(reader.sizes, seed, readers) for reader in self.readers]
+            if len(reader) % source.together:
+                raise UserError(
+                    f"together={source.together} of {reader.location} does not divide its {len(reader):,} samples; pack them "
+                    f"in whole groups, or set together=1"
+                )
+        orders = [
+            SourceOrder(reader.sizes, seed, readers, together=source.together)
+            for source, reader in zip(sources, self.readers)
+        ]
         self.order = MixtureOrder(orders, [source.weight for source in sources], seed)
         self.first_rows = [0, *accumulate(len(reader) for reader in self.readers)]
         self.transforms, self.preprocess = tuple(transforms), preprocess
@@ -228,14 +236,15 @@ class EvalDataset(Dataset):
 class Positions:
     """Batch sampler of one process: its part of every global micro-batch from ``start`` on.
 
-    Global micro-batch n covers positions [n * size, (n + 1) * size). Its positions are sorted by reader (position p belongs
-    to reader p mod R), and process r of W takes the r-th of W equal parts. If W divides R and R divides the size, a process
-    reads the positions of the same R / W readers in every micro-batch.
+    Global micro-batch n covers positions [n * size, (n + 1) * size). Its positions are sorted by reader (turn t of ``together``
+    positions belongs to reader t mod R), and process r of W takes the r-th of W equal parts. If W divides R and R * together
+    divides the size, a process reads the turns of the same R / W readers in every micro-batch, and no unit of related
+    samples is divided between processes or micro-batches.
     """
 
-    def __init__(self, start: int, stop: int, size: int, rank: int, world: int, readers: int = 1):
+    def __init__(self, start: int, stop: int, size: int, rank: int, world: int, readers: int = 1, together: int = 1):
         self.start, self.stop, self.size = start, stop, size
-        self.rank, self.world, self.readers = rank, world, readers
+        self.rank, self.world, self.readers, self.together = rank, world, readers, together
 
     def __len__(self) -> int:
         return (self.stop - self.start) // self.size
@@ -244,7 +253,7 @@ class Positions:
         part = self.size // self.world
         for begin in range(self.start, self.stop - self.size + 1, self.size):
             positions = np.arange(begin, begin + self.size)
-            by_reader = positions[np.argsort(positions % self.readers, kind="stable")]
+            by_reader = positions[np.argsort(positions // self.together % self.readers, kind="stable")]
             yield by_reader[self.rank * part : (self.rank + 1) * part].tolist()
 
 
@@ -269,7 +278,7 @@ def training_loader(
     Raises:
         UserError: for an error in a worker that no replacement can avoid.
     """
-    positions = Positions(start, stop, size, rank, world, dataset.order.readers)
+    positions = Positions(start, stop, size, rank, world, dataset.order.readers, dataset.order.together)
     loader = DataLoader(
         dataset,
         batch_sampler=positions,

@@ -30,7 +30,7 @@ from vlp.training.run import Run
 from vlp.training.run_lock import RunLock
 from vlp.training.run_writer import RunWriter
 from vlp.training.state import TrainState
-from vlp.training.validation import check_rows, validate, validate_tasks
+from vlp.training.validation import check_rows, check_together, validate, validate_tasks
 from vlp.weights import checkpoints
 
 
@@ -52,6 +52,7 @@ def set_up(experiment: Experiment, resume: bool, lock: RunLock, code: UserCode =
     accelerator = engine.accelerator
     engine.check(experiment)
     check_rows(experiment, accelerator.num_processes)
+    check_together(experiment, accelerator.num_processes)
     with refuse_together():
         if not resume:
             check_new(folder)

@@ -37,13 +37,14 @@ def validate(experiment: Experiment) -> None:
         raise UserError(
             f"data.batch_size={data.batch_size} is not a multiple of train.accumulation={train.accumulation}"
         )
-    if experiment.micro_batch_size % data.readers:
-        raise UserError(
-            f"data.readers={data.readers} does not divide the micro-batch of {experiment.micro_batch_size} samples "
-            "(data.batch_size / train.accumulation); give one that does"
-        )
     if not data.train:
         raise UserError("data.train names no data; set data.train=SHARDS")
+    check_together(experiment, 1)
+    if experiment.micro_batch_size % (data.readers * data.together):
+        raise UserError(
+            f"data.readers={data.readers} does not divide the micro-batch of {_micro_batch(experiment)} "
+            "(data.batch_size / train.accumulation); give one that does"
+        )
     if not experiment.objectives:
         raise UserError("the experiment has no objective; add one to objectives")
     objectives = list(experiment.objectives.values())
@@ -110,6 +111,27 @@ def check_name(name: str) -> None:
             f"name={shown} is not the name of a folder: at most {LONGEST_NAME} bytes without / and control characters, "
             f"and no dot at the start; set name=NAME, and output=FOLDER for the folder that it is in"
         )
+
+
+def check_together(experiment: Experiment, processes: int) -> None:
+    """Check that the micro-batch of a process contains only whole groups of related samples.
+
+    Raises:
+        UserError: If not.
+    """
+    together, rows = experiment.data.together, experiment.micro_batch_size
+    if rows // processes % together:
+        per_process = f" / {processes} processes" if processes > 1 else ""
+        raise UserError(
+            f"the sources of data.train keep {together} samples together, which does not divide the "
+            f"{rows // processes} samples of a micro-batch (data.batch_size / train.accumulation{per_process}); "
+            f"make data.batch_size a multiple of {together * experiment.train.accumulation * processes}"
+        )
+
+
+def _micro_batch(experiment: Experiment) -> str:
+    rows, together = experiment.micro_batch_size, experiment.data.together
+    return f"{rows} samples" if together == 1 else f"{rows // together} groups of {together} samples"
 
 
 def check_rows(experiment: Experiment, processes: int) -> None:

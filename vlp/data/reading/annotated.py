@@ -22,6 +22,7 @@ from vlp.data.reading.shards import RawSample, content_id
 from vlp.data.reading.tables import Lines, as_text, read_json, read_lines
 from vlp.errors import BadSample, UserError
 from vlp.files import resolve
+from vlp.specs.fields import setting
 
 UNREADABLE = object()
 
@@ -47,6 +48,7 @@ class Annotated:
         split: Keep lines whose field ``split_field`` has this value, or one of several joined by "+". None keeps all.
         split_field: Field of the split.
         weight: Share of the stream relative to the weights of other sources. None stands for the number of lines.
+        together: Consecutive lines that a batch contains together. It must divide the number of lines.
     """
 
     path: str
@@ -60,6 +62,7 @@ class Annotated:
     split: str | None = None
     split_field: str = "split"
     weight: float | None = None
+    together: int = setting(1, least=1)
 
     @property
     def described(self) -> str:

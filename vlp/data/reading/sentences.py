@@ -14,6 +14,7 @@ from vlp.data.reading.shards import RawSample, content_id
 from vlp.data.reading.tables import Columns, Lines, Table, as_text, has_columns
 from vlp.errors import BadSample, UserError
 from vlp.files import resolve
+from vlp.specs.fields import setting
 
 KINDS = (".txt", ".tsv", ".csv", ".jsonl")
 NLI_COLUMNS = ("label", "premise", "hypothesis")
@@ -31,6 +32,7 @@ class Sentences:
         label: Column of the class. None for texts without classes.
         classes: Values of that column. The index of a value is its class number.
         weight: Share of the stream relative to the weights of other sources. None stands for the number of rows.
+        together: Consecutive rows that a batch contains together. It must divide the number of rows.
     """
 
     path: str
@@ -40,6 +42,7 @@ class Sentences:
     label: str | None = None
     classes: tuple[str, ...] = ()
     weight: float | None = None
+    together: int = setting(1, least=1)
 
     @property
     def location(self) -> str:

@@ -28,6 +28,7 @@ from vlp.data.reading.index import IMAGES, Counted, Head, ShardIndex, build_inde
 from vlp.data.reading.locations import Listed, Listing, is_remote, list_shards
 from vlp.data.reading.tables import as_text, parse_object
 from vlp.errors import BadSample, UserError
+from vlp.specs.fields import setting
 
 COUNTING_THREADS = 16
 CAPTIONS = ("captions", "caption", "text")  # fields of a json with captions: ours, img2dataset's, others'
@@ -81,11 +82,14 @@ class Source:
         shards: Location, see `list_shards`.
         weight: Share of the stream relative to the weights of other sources. None stands for the number of samples.
         label: Field of a sample's json with its class number. None for samples without classes.
+        together: Consecutive samples that a batch contains together, in order of the shards' names: 2 for the minimal pairs
+            of ``vlp data world``. Hard negatives then include the related sample. It must divide the number of samples.
     """
 
     shards: str
     weight: float | None = None
     label: str | None = None
+    together: int = setting(1, least=1)
 
     @property
     def location(self) -> str:
@@ -94,7 +98,7 @@ class Source:
 
     def at(self, location: str) -> Source:
         """Return a source of other shards. The weight belongs to these shards, so it is dropped."""
-        return Source(location, label=self.label)
+        return Source(location, label=self.label, together=self.together)
 
     def open(self) -> ShardReader:
         """Open the shards. Raises UserError if there are none, or one is missing or damaged."""
