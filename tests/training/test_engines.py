@@ -97,8 +97,9 @@ def test_micro_batches_do_not_share_negatives(trained):
     assert losses_of_4[0] < losses_of_8[0] - 0.3  # about log 4 instead of log 8
 
 
-def test_bfloat16_losses_are_close_to_float32(trained):
-    exact, rounded = losses(trained("single")), losses(trained("single", "train.precision=bf16"))
+@pytest.mark.parametrize("engine", ["single", "fsdp2", "zero2", "zero3"])
+def test_bfloat16_losses_are_close_to_float32(trained, engine):
+    exact, rounded = losses(trained("single")), losses(trained(engine, "train.precision=bf16"))
     assert exact != rounded
     assert rounded == pytest.approx(exact, abs=0.05)
 

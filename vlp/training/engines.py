@@ -136,6 +136,8 @@ class Zero(Engine):
         settings["gradient_clipping"] = train.clip_norm or 0.0
         # the optimizers of vlp are not among those that DeepSpeed has tested
         settings["zero_allow_untested_optimizer"] = True
+        # DeepSpeed's bf16 casts weights, averages and none of the inputs; `prepare` casts per operation, as DDP does
+        settings["bf16"] = {"enabled": False}
 
     def check(self, experiment: Experiment) -> None:
         if isinstance(experiment.optim, (Lamb, Lars)):
@@ -148,6 +150,14 @@ class Zero(Engine):
 
     def place(self, model: nn.Module) -> None:
         model.to(self.accelerator.device)  # ZeRO sends weights as plain bytes, which loses the memory format
+
+    def prepare(
+        self, module: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState
+    ) -> tuple[nn.Module, AcceleratedOptimizer]:
+        is_bf16 = self.accelerator.mixed_precision == "bf16"
+        autocast = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=is_bf16)
+        module.forward = autocast(module.forward)
+        return self.accelerator.prepare(module, optimizer)
 
     def optimizer_tensors(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
         return optimizer_state.zero_tensors(model, optimizer)
@@ -188,9 +198,7 @@ class Zero3(Zero):
         averages = [average.network for average in (state.average, state.momentum) if average]
         for network in averages:
             broadcast_from_main(network.buffers())
-            Init(
-                module=network, mem_efficient_linear=False
-            )  # outside of the module that DeepSpeed wraps, which it casts with train.precision=bf16
+            Init(module=network, mem_efficient_linear=False)  # outside of the module that DeepSpeed wraps
         self.gathering = {network: Gathering(network) for network in (model, *averages)}
         in_step = [self.gathering[model]] + ([self.gathering[state.momentum.network]] if state.momentum else [])
 
@@ -203,7 +211,7 @@ class Zero3(Zero):
                 each.release()
 
         module.register_forward_pre_hook(begin_step)
-        wrapped, prepared = self.accelerator.prepare(module, optimizer)
+        wrapped, prepared = super().prepare(module, model, optimizer, state)
         prepared.optimizer.parameter_offload.destroy()  # its hooks
         for network in (model, *averages):
             network.register_state_dict_post_hook(_with_shards)
