@@ -61,6 +61,7 @@ MORE = [
     Cutoff(cut="span", copies=2),
     ImageTextContrast(tile_rows=3, label_smoothing=0.1),
     ImageTextMatching(candidates="global", keys="student"),
+    ImageTextMatching(hard_share=0.5, hard_ramp_epochs=2),
     MaskedText(masking=TextMasking(unit="span")),
     MaskedText(masking=TextMasking(unit="word", capacity=0.5)),
     MomentumContrast(queue_size=9, duplicates="negative", random_start=True),

@@ -67,6 +67,7 @@ def draws_by_row():
 
     with (
         patch.object(itm, "sample_hard_negatives", hardest),
+        patch.object(itm, "draw_hard", lambda similarity, share: similarity.sum(1) > 0),
         patch.object(assignment, "sample_hard_negatives", hardest),
         patch.object(TextMasking, "__call__", mask),
         patch.object(instance, "draw_noise", noise),
@@ -98,6 +99,7 @@ OBJECTIVES = [
     ImageTextMatching(candidates="global"),
     ImageTextMatching(candidates="global", keys="student", duplicates="negative"),
     ImageTextMatching(candidates="global", negatives="uniform"),
+    ImageTextMatching(candidates="global", hard_share=0.5, hard_ramp_epochs=2),
     InstanceDiscrimination(noise=4),
     InstanceDiscrimination(form="softmax"),
     MaskedImage(),

@@ -145,6 +145,33 @@ def test_uniform_negatives_read_no_embeddings_and_are_equally_frequent():
     assert not f.cached_embeddings()
 
 
+@pytest.mark.parametrize("progress, share", [(0.0, 0.0), (0.5, 0.2), (1.5, 0.6), (9.0, 0.6)])
+def test_share_of_hard_negatives_grows_to_its_value(progress, share):
+    itm = replace(ITM, hard_share=0.6, hard_ramp_epochs=1.5)
+    f = bundle(pairs(), {"itm": itm}, progress=progress)
+    candidates = f.scope("local")
+    allowed = itm.allowed(f, candidates)
+    i2t, t2i = f.image.embed @ f.momentum.text.embed.T, f.text.embed @ f.momentum.image.embed.T
+    hard = (f.scale * torch.stack([i2t, t2i])).masked_fill(~allowed, -torch.inf).softmax(2).detach()  # (2, B, B)
+    expected = share * hard + (1 - share) * allowed / allowed.sum(1, keepdim=True)
+    torch.manual_seed(0)
+    drawn = torch.stack([torch.stack(itm.sample(f, candidates, allowed)) for _ in range(4000)])  # (draws, 2, B)
+    found = F.one_hot(drawn, ROWS).double().mean(0)
+    assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / 4000).sqrt()).all()
+
+
+def test_share_of_one_draws_the_published_negatives():
+    f = bundle(pairs(), {"itm": ITM})
+    candidates = f.scope("local")
+    allowed = ITM.allowed(f, candidates)
+    torch.manual_seed(5)
+    found = torch.stack(ITM.sample(f, candidates, allowed))
+    i2t, t2i = f.image.embed @ f.momentum.text.embed.T, f.text.embed @ f.momentum.image.embed.T
+    torch.manual_seed(5)
+    expected = sample_hard_negatives((f.scale * torch.cat([i2t, t2i])).detach(), allowed.repeat(2, 1))
+    assert torch.equal(found.flatten(), expected)
+
+
 def test_every_network_runs_once():
     f = bundle(pairs(), {"itm": ITM})
     passes = []
@@ -199,3 +226,5 @@ def test_validate_names_the_missing_setting():
     ):
         with pytest.raises(UserError, match=message):
             ITM.validate(wrong)
+    with pytest.raises(UserError, match="hard_share and hard_ramp_epochs are of negatives=hard"):
+        replace(ITM, negatives="uniform", hard_share=0.5).validate(experiment)

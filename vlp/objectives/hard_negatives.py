@@ -51,6 +51,21 @@ def sample_hard_negatives(
     return (scores + gumbel).masked_fill(~candidates, -torch.inf).argmax(1)
 
 
+def draw_hard(similarity: Tensor, share: float) -> Tensor:
+    """Draw which rows sample their negative by similarity, each with probability ``share``, without a host-device sync.
+
+    Args:
+        similarity: (n, M).
+        share: From 0 to 1. At 0 and 1 no random numbers are drawn.
+
+    Returns:
+        (n,) bool.
+    """
+    if share in (0, 1):
+        return torch.full((len(similarity),), bool(share), device=similarity.device)
+    return torch.rand(len(similarity), device=similarity.device) < share
+
+
 def gather_encodings(
     candidates: Gathered, encoded: Callable[[Bundle], Encoded], rows: Tensor, longest: int | None
 ) -> Encoded:

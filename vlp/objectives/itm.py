@@ -20,7 +20,7 @@ from vlp.errors import UserError
 from vlp.forward import Forward, Gathered, Scope
 from vlp.losses.inputs import check_finite, in_float32
 from vlp.objectives.base import Objective
-from vlp.objectives.hard_negatives import detached_cosines, gather_encodings, sample_hard_negatives
+from vlp.objectives.hard_negatives import detached_cosines, draw_hard, gather_encodings, sample_hard_negatives
 from vlp.objectives.requirements import require_image, require_momentum, require_text
 from vlp.specs.fields import setting
 
@@ -33,6 +33,11 @@ class ImageTextMatching(Objective):
     Negatives are sampled with probability softmax(similarity) of the model's embedding to the keys. If all candidates show
     the same image, as in a batch of one, there are no negatives, and the mean is over the B pairs.
 
+    With hard negatives only, a small model that starts from random weights can stay at the loss of guessing. Lower
+    ``hard_share``, or let it grow from 0 by ``hard_ramp_epochs``. Samples that differ in one detail hardly ever meet in a
+    batch unless their source keeps them ``together``, see `vlp.data.reading.shards.Source`. They are then in the same
+    micro-batch of the same process, so "local" candidates include them.
+
     Args:
         negatives: "hard", or "uniform" over the candidates (the ablation of the paper's table 1).
         keys: Embeddings that the similarity is to: the "momentum" encoder's, as published, or the model's own ("student").
@@ -43,6 +48,9 @@ class ImageTextMatching(Objective):
         duplicates: Candidates that show the row's own image: "mask" excludes them, "negative" keeps all but the row itself,
             as in the published pre-training.
         epsilon: Added to the probabilities of the candidates (BLIP's is 1e-4).
+        hard_share: Share of the negatives that are sampled by similarity. The rest is uniform over the candidates. 1 is as
+            published.
+        hard_ramp_epochs: Epochs over which that share grows linearly from 0. At 0 it is constant.
     """
 
     min_rows: ClassVar[int] = 2
@@ -53,6 +61,8 @@ class ImageTextMatching(Objective):
     candidates: Scope = "local"
     duplicates: Literal["mask", "negative"] = "mask"
     epsilon: float = setting(0.0, least=0)
+    hard_share: float = setting(1.0, least=0, most=1)
+    hard_ramp_epochs: float = setting(0.0, least=0)
 
     @property
     def row_scope(self) -> Scope:
@@ -64,6 +74,8 @@ class ImageTextMatching(Objective):
         if not experiment.model.itm:
             raise UserError("ImageTextMatching needs a model that fuses, and a head for it; set model.itm=true")
         if self.negatives == "uniform":
+            if self.hard_share != 1 or self.hard_ramp_epochs:
+                raise UserError("hard_share and hard_ramp_epochs are of negatives=hard; remove them, or set that")
             return
         if not experiment.model.itc:
             raise UserError("hard negatives need embeddings; set model.itc=true, or negatives=uniform")
@@ -95,7 +107,8 @@ class ImageTextMatching(Objective):
             similarity = torch.cat(
                 [detached_cosines(f.image.embed, keys.text), detached_cosines(f.text.embed, keys.image)]
             )  # (2B, M)
-            similarity = f.scale.detach() * similarity
+            is_hard = draw_hard(similarity, self.hard_share * f.context.ramp(self.hard_ramp_epochs))  # (2B,)
+            similarity = (f.scale.detach() * similarity).masked_fill(~is_hard[:, None], 0)  # equal scores are uniform
         texts, images = sample_hard_negatives(similarity, allowed.repeat(2, 1), self.epsilon).chunk(2)
         return texts, images
 
