@@ -50,7 +50,8 @@ class Data:
         resize: Transform of evaluated images.
         readers: Canonical readers of the training stream, to which the shards are dealt in each epoch. On any number of
             processes that divides it, every process reads its own part of the shards, and the order of the samples stays
-            the same. It must divide the micro-batch, and with sources that keep samples ``together``, their multiples. With 1, every process reads every shard.
+            the same. It must divide the micro-batch, and with sources that keep samples ``together``, their multiples. With 1,
+            every process reads every shard.
         prefetch_shards: Remote shards that each training process downloads before it needs them, to the folder $VLP_CACHE.
             0 downloads a shard when its first sample is read.
         workers: Data-loading processes of each training process.
@@ -77,7 +78,7 @@ class Data:
 
     @property
     def together(self) -> int:
-        """Samples that each micro-batch of a process must be a multiple of, to keep the related samples of every source together."""
+        """Divisor that each micro-batch of a process must have, to keep the related samples of every source together."""
         return math.lcm(*(source.together for source in self.train))
 
 

@@ -29,7 +29,8 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "model",
         metavar="RUN_OR_WEIGHTS",
-        help="a run, or its copy at a URL; a file of ALBEF or VLMo weights; a transformers folder (CLIP, ALIGN, SigLIP); open_clip:NAME/TAG_OR_FILE",
+        help="a run, or its copy at a URL; a file of ALBEF or VLMo weights; a transformers folder (CLIP, ALIGN, SigLIP); "
+        "open_clip:NAME/TAG_OR_FILE",
     )
     parser.add_argument(
         "task",
