@@ -256,8 +256,9 @@ def kind_of(experiment: Experiment) -> tuple:
 KINDS = {kind_of(experiment): (label, experiment) for label, experiment in reversed(EXPERIMENTS.items())}
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("label, experiment", KINDS.values(), ids=[label for label, _ in KINDS.values()])
-def test_a_step_of_each_kind_of_experiment_is_traced(label, experiment, monkeypatch):
+def test_a_step_of_each_kind_of_experiment_is_traced(label, experiment, processes, monkeypatch):
     monkeypatch.chdir(ROOT)
     if any(importlib.util.find_spec(package) is None for package in packages_of(experiment)):
         pytest.skip("its weights are not installed (extra demo)")
@@ -265,7 +266,7 @@ def test_a_step_of_each_kind_of_experiment_is_traced(label, experiment, monkeypa
     if experiment.model.towers is None:
         experiment = small(experiment)
     data = replace(experiment.data, batch_size=8 * experiment.train.accumulation)
-    traced = trace_step(replace(experiment, data=data), tokens=8, samples=20)
+    traced = trace_step(replace(experiment, data=data), processes, tokens=8, samples=20)
     assert min(traced.weights, traced.activations, traced.peak, traced.moments) > 0
     assert min(traced.operations.values()) > 0
     assert traced.operations.keys() & {"backward", "losses and other"}  # where the passes are differentiated

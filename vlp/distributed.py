@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from vlp.errors import UserError
+from vlp.types import computing_on_host
 
 
 def world_size() -> int:
@@ -75,6 +76,7 @@ def gather_objects(x: object) -> list:
     return parts
 
 
+@computing_on_host()
 def all_reduce_sum(values: list[float]) -> list[float]:
     """Sum a few numbers of the host over all processes. Nothing waits for a device."""
     if world_size() == 1:
@@ -91,8 +93,11 @@ def any_process(flag: bool) -> bool:
 
 @cache
 def _host_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Return a group of all processes that can send numbers of the host: NCCL sends those of a device only."""
-    return world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    """Return a group of all processes that can send numbers of the host: NCCL sends those of a device only.
+
+    The "fake" group of a traced step (`vlp.planning.trace`) sends nothing.
+    """
+    return world if dist.get_backend() in ("gloo", "fake") else dist.new_group(backend="gloo")
 
 
 def all_reduce_mean(x: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ class StepLosses:
     def __init__(self, experiment: Experiment, model: Model, state: TrainState, rows: int, length: int):
         train = experiment.train
         queues = {experiment.objectives[name]: queue for name, queue in state.queues.items()}
-        self.context = StepContext(queues, _vocabulary(model))
+        self.context = StepContext(queues, _vocabulary(model), max_text_length=length)
         self.batches = [
             _batch(experiment, model, rows, length).to(CPU) for _ in range(train.accumulation // train.backward_passes)
         ]
