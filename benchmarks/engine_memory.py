@@ -55,9 +55,8 @@ def held(process: int, processes: int, engine_name: str, layers: int, width: int
         prepared.step()
         state.average.update(model)
         inner, parts = prepared.optimizer, {}
-        if (
-            engine_name == "zero3"
-        ):  # it has stepped already, and keeps a buffer of gradients and a float32 copy of the weights
+        if engine_name == "zero3":
+            # DeepSpeed has stepped already. It keeps a buffer of gradients and a float32 copy of the weights.
             gradients, parts["master"] = [inner.grad_partitions_flat_buffer], inner.fp32_partitioned_groups_flat
             inner = inner.optimizer
         moments = [x for values in inner.state.values() for x in values.values() if x.ndim]

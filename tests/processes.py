@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,6 +141,30 @@ def command_line(arguments: list[str]) -> int:
 
     torch.set_num_threads(1)
     return main(arguments)
+
+
+def kill_at_call(number: int, *functions: tuple[object, str], counts: Callable[[], bool] = lambda: True) -> None:
+    """Kill this process, as SIGKILL does, at the given one of the calls that change files.
+
+    Args:
+        number: Number of the call, counted from 1.
+        functions: Modules and names of functions that count, in addition to those of `os`.
+        counts: Whether a call counts.
+    """
+    calls = []
+
+    def counted(original):
+        def call(*args, **kwargs):
+            if counts():
+                calls.append(original)
+                if len(calls) == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        return call
+
+    for module, name in (*functions, *((os, name) for name in ("fsync", "replace", "rmdir", "unlink"))):
+        setattr(module, name, counted(getattr(module, name)))
 
 
 def start(*arguments: object, function=command_line, **how) -> Running:

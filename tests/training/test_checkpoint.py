@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from tests.conftest import TOY, toy_overrides
-from tests.processes import command_line, losses, resume, run, train
+from tests.processes import command_line, kill_at_call, losses, resume, run, train
 from vlp.errors import UserError
 from vlp.files import file_hash
 from vlp.optim.groups import parameter_groups
@@ -158,20 +158,7 @@ def test_loading_never_unpickles(two, tmp_path, monkeypatch):
 
 def save_killed_at(folder: Path, count: int) -> None:
     """Save step 9, and kill the process at the ``count``-th of the calls that change files."""
-    calls = []
-
-    def counted(original):
-        def call(*args, **kwargs):
-            calls.append(original)
-            if len(calls) == count:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        return call
-
-    checkpoint.save_file = counted(checkpoint.save_file)
-    for name in ("fsync", "replace", "rmdir", "unlink"):
-        setattr(os, name, counted(getattr(os, name)))
+    kill_at_call(count, (checkpoint, "save_file"))
     write(folder, 9)
     checkpoint.prune(folder, 2, 9)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import TOY, toy_overrides
-from tests.processes import command_line, losses, resume, run, start, tensors, train, wait_for_step
+from tests.processes import command_line, kill_at_call, losses, resume, run, start, tensors, train, wait_for_step
 from vlp.errors import UserError
 from vlp.training import checkpoint
 from vlp.training.saver import Saver
@@ -97,21 +97,7 @@ KILL_AT = "VLP_TEST_KILL_AT"
 
 def dies_in_the_background(arguments: list[str]) -> int:
     """Run `command_line`, but kill the process at the given one of the background's calls that change files."""
-    calls, at = [], int(os.environ[KILL_AT])
-
-    def counted(original):
-        def call(*args, **kwargs):
-            if in_background():
-                calls.append(original)
-                if len(calls) == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        return call
-
-    checkpoint.file_hash = counted(checkpoint.file_hash)
-    for name in ("fsync", "replace", "rmdir", "unlink"):
-        setattr(os, name, counted(getattr(os, name)))
+    kill_at_call(int(os.environ[KILL_AT]), (checkpoint, "file_hash"), counts=in_background)
     return command_line(arguments)
 
 

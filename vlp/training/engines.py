@@ -215,9 +215,7 @@ class Zero3(Zero):
         prepared.optimizer.parameter_offload.destroy()  # its hooks
         for network in (model, *averages):
             network.register_state_dict_post_hook(_with_shards)
-            for part in network.modules():
-                if isinstance(part, TextTower):
-                    part.equal_passes = dist.get_world_size() > 1
+            _make_passes_equal(network)
         # DeepSpeed steps within the backward pass
         prepared.optimizer.optimizer.register_step_pre_hook(release)
         return wrapped, prepared
@@ -354,9 +352,7 @@ class Fsdp2(Engine):
             self._broadcast(network)
             for block in repeated_blocks(network):
                 fully_shard(block, mesh=mesh)
-            for part in network.modules():
-                if isinstance(part, TextTower):
-                    part.equal_passes = dist.get_world_size() > 1
+            _make_passes_equal(network)
         if state.average:  # not part of a step, so its other weights are not gathered in one
             fully_shard(state.average.network, mesh=mesh)
         self.root = Root(self.accelerator, module, averages)
@@ -414,6 +410,13 @@ def _check_whole_weights(train: Training, engine: str) -> None:
         raise UserError(
             f"train.compile compiles whole towers, and {engine} gathers weights between their blocks; set it to false"
         )
+
+
+def _make_passes_equal(network: nn.Module) -> None:
+    """Let text towers run as many passes on every process, because each pass gathers weights from all of them."""
+    for part in network.modules():
+        if isinstance(part, TextTower):
+            part.equal_passes = dist.get_world_size() > 1
 
 
 class Root(nn.Module):

@@ -61,7 +61,7 @@ def start_engine(train: Training, micro_batch: int) -> Engine:
         _connect_hosts()
     engine = (Zero if deepspeed else Fsdp2 if fsdp else Engine)(accelerator)
     _check_launch(engine, train)
-    if deepspeed and engine.stage == 3:
+    if deepspeed and engine.stage == 3:  # known once DeepSpeed is sure to run
         engine = Zero3(accelerator)
     if micro_batch % accelerator.num_processes:
         raise UserError(
