@@ -18,7 +18,7 @@ from tests.processes import command_line, losses, resume, run, tensors, train
 from vlp.data.reading import locations
 from vlp.errors import UserError
 from vlp.training import checkpoint, store
-from vlp.training.store import RunCopy, check_url, fetch_run
+from vlp.training.store import RunCopy, check_url, fetch_run, steps_in
 from vlp.weights import checkpoints
 
 
@@ -77,7 +77,7 @@ def test_old_checkpoints_are_removed_from_the_copy(tmp_path, memory):
     add_checkpoint(folder, 9)
     checkpoint.prune(folder / "checkpoints", 2, 9)
     copy.update()
-    assert copy.store.steps() == (["step-00000009", "step-00000006"], ["step-00000006", "step-00000009"])
+    assert steps_in(copy.store.names()) == (["step-00000009", "step-00000006"], ["step-00000006", "step-00000009"])
 
 
 def test_checkpoint_whose_copy_ended_early_is_passed_over_and_copied_again(tmp_path, memory, monkeypatch):
@@ -98,13 +98,13 @@ def test_checkpoint_whose_copy_ended_early_is_passed_over_and_copied_again(tmp_p
         patched.setattr(store.Store, "upload", ends)
         copy.update()
         copy.update()
-    assert copy.store.steps() == (["step-00000003"], ["step-00000003", "step-00000006"])
+    assert steps_in(copy.store.names()) == (["step-00000003"], ["step-00000003", "step-00000006"])
     assert len(lines) == 1 and "the store is down" in lines[0] and "Training goes on" in lines[0]
     fetched = fetch_run(f"{memory}/mine", tmp_path / "early")
     assert [p.name for p in checkpoints.all_steps(fetched / "checkpoints")] == ["step-00000003"]
     (fetched / "notes.txt").write_text("kept")
     copy.update()
-    assert copy.store.steps()[0] == ["step-00000006", "step-00000003"] and "again" in lines[1]
+    assert steps_in(copy.store.names())[0] == ["step-00000006", "step-00000003"] and "again" in lines[1]
     assert fetch_run(f"{memory}/mine", tmp_path / "early") == fetched  # which was behind
     assert checkpoints.newest_whole(fetched / "checkpoints").name == "step-00000006"
     assert (fetched / "log.jsonl").read_bytes() == (folder / "log.jsonl").read_bytes()
@@ -122,6 +122,12 @@ def test_damaged_checkpoint_of_a_store_is_passed_over(tmp_path, memory):
     with pytest.raises(UserError, match="has no complete checkpoint"):
         fetch_run(f"{memory}/mine", tmp_path / "nowhere")
     assert not (tmp_path / "nowhere" / "mine").exists()
+
+
+def test_refused_fetch_writes_nothing(memory, tmp_path):
+    with pytest.raises(UserError, match="is not a run"):
+        fetch_run(f"{memory}/nothing", tmp_path / "there")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["../../escaped", "/escaped", ".hidden", ""])
@@ -375,7 +381,7 @@ def test_copy_on_a_server_of_s3(tmp_path, s3):
     add_checkpoint(folder, 9)
     checkpoint.prune(folder / "checkpoints", 2, 9)
     copy.update()
-    assert copy.store.steps() == (["step-00000009", "step-00000006"], ["step-00000006", "step-00000009"])
+    assert steps_in(copy.store.names()) == (["step-00000009", "step-00000006"], ["step-00000006", "step-00000009"])
     assert (
         checkpoints.newest_whole(fetch_run(f"{url}/mine", tmp_path / "there") / "checkpoints").name == "step-00000009"
     )

@@ -139,12 +139,13 @@ class Store:
         names = [path[len(self.root) + 1 :] for path in found if path.startswith(f"{self.root}/")]
         return [name for name in names if not {"", ".", ".."} & set(name.split("/"))]
 
-    def steps(self) -> tuple[list[str], list[str]]:
-        """Return the names of complete checkpoints, newest first, and of all checkpoints."""
-        parts = [PurePosixPath(name).parts for name in self.names()]
-        files = {p[1:] for p in parts if len(p) == 3 and p[0] == "checkpoints" and re.fullmatch(r"step-\d{8,}", p[1])}
-        complete = [step for step, name in files if name == "manifest.json"]
-        return sorted(complete, reverse=True), sorted({step for step, _ in files})
+
+def steps_in(names: list[str]) -> tuple[list[str], list[str]]:
+    """Return the names of complete checkpoints, newest first, and of all checkpoints, among the files of a run."""
+    parts = [PurePosixPath(name).parts for name in names]
+    files = {p[1:] for p in parts if len(p) == 3 and p[0] == "checkpoints" and re.fullmatch(r"step-\d{8,}", p[1])}
+    complete = [step for step, name in files if name == "manifest.json"]
+    return sorted(complete, reverse=True), sorted({step for step, _ in files})
 
 
 def _first_start(text: bytes | None) -> str | None:
@@ -186,7 +187,7 @@ class RunCopy:
                 raise UserError(f"save.copy_to copies the run {own} into itself ({there}); give another folder")
         try:
             first, holds_run = _first_start(store.read("starts.jsonl")), store.read("experiment.json") is not None
-            newest = next(iter(store.steps()[0]), "")
+            newest = next(iter(steps_in(store.names())[0]), "")
             store.write(".probe", b"")
             store.remove(".probe")
         except Exception as e:  # every file system has its own errors
@@ -235,7 +236,7 @@ class RunCopy:
         for path in kept:
             if path.name not in self.complete:
                 self._copy_checkpoint(path)
-        for step in self.store.steps()[1]:
+        for step in steps_in(self.store.names())[1]:
             if kept and step not in {path.name for path in kept}:
                 if self.store.read(f"checkpoints/{step}/manifest.json") is not None:
                     self.store.remove(f"checkpoints/{step}/manifest.json")
@@ -273,6 +274,8 @@ def fetch_run(url: str, output: Path) -> Path:
     store, name = Store(url), url.rpartition("/")[2]
     folder = output / name
     try:
+        if store.read("experiment.json") is None:
+            raise UserError(f"{url} is not a run: it has no experiment.json; check the URL")
         with locked(output / f".{name}.fetch.lock"):
             return _fetch(store, folder)
     except UserError:
@@ -282,9 +285,8 @@ def fetch_run(url: str, output: Path) -> Path:
 
 
 def _fetch(store: Store, folder: Path) -> Path:
-    names, (steps, _) = store.names(), store.steps()
-    if "experiment.json" not in names:
-        raise UserError(f"{store.url} is not a run: it has no experiment.json; check the URL")
+    names = store.names()
+    steps, _ = steps_in(names)
     is_there = (folder / "experiment.json").exists()
     if is_there:
         if _first_start(_read_local(folder / "starts.jsonl")) != _first_start(store.read("starts.jsonl")):
