@@ -13,6 +13,7 @@ import torch
 from tests.conftest import TOY, toy_overrides
 from tests.processes import command_line, losses, records, resume, run, samples, tensors, train
 from vlp.optim.schedule import Schedule
+from vlp.specs.origin import commit
 from vlp.weights.checkpoints import all_steps, read_state
 
 FAULTY = TOY.with_name("toy_faults.py")
@@ -51,7 +52,10 @@ def test_log_has_every_number_of_every_step(plain):
     assert {"geometry/uniformity_image", "geometry/uniformity_text", "geometry/modality_gap"} <= lines[1].keys()
     assert list((plain / "tensorboard").glob("events.*"))
     (start,) = map(json.loads, (plain / "starts.jsonl").read_text().splitlines())
-    assert start["processes"] == 1 and start["engine"] == "single" and start["step"] == 0
+    assert start["processes"] == start["threads"] == 1 and start["engine"] == "single" and start["step"] == 0
+    result = json.loads((plain / "eval" / "retrieval.json").read_text())
+    for record in (start, result):
+        assert record["command"] and record["commit"] == commit()
 
 
 def test_logged_temperature_is_that_of_the_model(plain):

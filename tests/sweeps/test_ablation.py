@@ -10,6 +10,7 @@ from PIL import Image
 from tests.conftest import ROOT, toy_overrides
 from vlp.cli import main
 from vlp.errors import UserError
+from vlp.specs.origin import command_line
 from vlp.sweeps.ablation import ablate, confidence_interval, load_ablation, read_results
 
 CONFIG = """
@@ -118,6 +119,8 @@ def test_unfinished_runs_are_trained_and_the_table_has_the_numbers_of_the_logs(w
     logged = []
     ablate(ablation, logged.append)
     assert len(logged) == 4
+    (start,) = map(json.loads, (Path(logged[0]) / "starts.jsonl").read_text().splitlines())
+    assert start["command"] == command_line()  # of this process, which trains the runs in processes of their own
     for variant, experiments in ablation.runs().items():
         lines = [json.loads((e.folder / "eval.jsonl").read_text().splitlines()[-1]) for e in experiments]
         assert read_results(ablation)[variant]["retrieval/mean_recall"] == [

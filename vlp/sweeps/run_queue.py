@@ -5,6 +5,8 @@ The queue can be stopped and started again: it skips finished runs and resumes a
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
 import sys
 from contextlib import suppress
@@ -15,6 +17,7 @@ from vlp.config import Experiment, changed_keys, load_json
 from vlp.errors import UserError
 from vlp.files import write_atomically
 from vlp.specs.json import dump
+from vlp.specs.origin import COMMAND, command_line
 from vlp.specs.user_code import NO_CODE, UserCode, own_types
 from vlp.training.interrupts import StopRequest
 from vlp.training.logging import is_evaluated, read_log
@@ -80,7 +83,9 @@ class RunQueue(StopRequest):
         folder = experiment.folder
         resumed = has_started(experiment)
         arguments = ["--resume", str(folder)] if resumed else [str(_write_experiment(experiment))]
-        self.process = subprocess.Popen([sys.executable, "-m", "vlp.train", *arguments, *self.code.options])
+        environment = os.environ | {COMMAND: shlex.join(command_line())}
+        command = [sys.executable, "-m", "vlp.train", *arguments, *self.code.options]
+        self.process = subprocess.Popen(command, env=environment)
         if self.asked:  # while the process was being created
             self.process.send_signal(self.signal)
         exit_code = self.process.wait()

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlp import __version__
 from vlp.config import Data
 from vlp.data.preprocess import Preprocess
 from vlp.errors import UserError
 from vlp.files import write_atomically
 from vlp.models.base import Model
+from vlp.specs.origin import origin
 from vlp.tasks.identity import Images, data_id
 from vlp.tasks.metrics import Interval
 from vlp.types import Encoded
@@ -125,13 +125,13 @@ class Result:
     trained_on: int | None = None
 
     def write(self, path: Path, model: EvalModel, step: int | None = None) -> None:
-        """Write the result as JSON, with the seed, the hash of the weights and their step."""
+        """Write the result as JSON, with the seed, the hash of the weights, their step, the command and the commit."""
         record = asdict(self) | {
             "seed": model.seed,
             "checkpoint_sha256": model.checkpoint,
             "step": step,
-            "vlp": __version__,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **origin(),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(record, indent=1).encode())

@@ -6,7 +6,7 @@ runs/NAME/
   code/             copies of the config and of the modules that it imports from its folder
   data.json         fingerprints of the data, on which the order of the samples depends
   parameters.txt    the source of every weight, its learning rate and weight decay
-  starts.jsonl      one line for each start or resume: command, machine, processes
+  starts.jsonl      one line for each start or resume: command, commit of vlp, machine, processes, threads
   log.jsonl         one line per step
   eval.jsonl        one line per evaluation; eval/TASK.json contains the newest in full
   quarantine.jsonl  unusable samples, with shard, key and reason
@@ -21,19 +21,18 @@ import json
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 
 import torch
 
-from vlp import __version__
 from vlp.config import Experiment
 from vlp.data.text import Tokenizer
 from vlp.distributed import refuse_together
 from vlp.errors import UserError
 from vlp.files import write_atomically
 from vlp.specs.json import dump
+from vlp.specs.origin import origin
 from vlp.specs.user_code import UserCode
 from vlp.tasks.base import EvalModel, Result
 from vlp.training.engines import Engine
@@ -130,16 +129,17 @@ class RunWriter:
 
     def _write_start(self, total_steps: int) -> None:
         """Record how the run was started or continued. The report shows the command."""
-        command = ["vlp", *sys.argv[1:]] if os.path.basename(sys.argv[0]) == "vlp" else ["python", *sys.argv]
+        device = self.accelerator.device
+        gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
         start = {
             "step": self.state.step,
             "total_steps": total_steps,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": command,
             "processes": self.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
             "engine": self.engine.name,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-            "vlp": __version__,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}",
+            **origin(),
         }
         with open(self.folder / "starts.jsonl", "a") as f:
             f.write(json.dumps(start) + "\n")
