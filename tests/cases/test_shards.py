@@ -123,7 +123,7 @@ def test_layouts_of_keys_are_read(tmp_path, name):
     assert found.samples == len(expected) and not found.lost and not found.damaged
 
 
-@pytest.mark.parametrize("suffix", ["bmp", "gif", "tif", "tiff", "img", "BMP", "heic", "jpg.bak"])
+@pytest.mark.parametrize("suffix", ["bmp", "gif", "tga", "exr", "BMP", "heic", "jpg.bak"])
 def test_images_that_are_not_read_are_counted_and_named(tmp_path, suffix, capfd):
     write_tar(
         tmp_path / "0.tar",

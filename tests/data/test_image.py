@@ -81,11 +81,11 @@ def test_damaged_exif_leaves_pixels_usable():
 
 
 def test_other_formats_are_refused():
-    for format in ("GIF", "BMP", "TIFF", "PPM"):
-        with pytest.raises(BadSample, match="not a JPEG, PNG or WEBP"):
+    for format in ("GIF", "BMP", "DDS", "TGA"):
+        with pytest.raises(BadSample, match="not a JPEG, PNG, WEBP, PPM or TIFF"):
             decode(encoded(Image.fromarray(noise(8, 8)), format))
     for data in (b"", b"<html>404</html>", bytes(1000)):
-        with pytest.raises(BadSample, match="not a JPEG, PNG or WEBP"):
+        with pytest.raises(BadSample, match="not a JPEG, PNG, WEBP, PPM or TIFF"):
             decode(data)
 
 

@@ -219,7 +219,7 @@ def png(size: tuple[int, int] = (40, 48)) -> bytes:
 
 
 BAD = {  # key -> (image, json, part of the reason)
-    "undecodable": (b"GIF89a", {"captions": ["a"]}, "not a JPEG, PNG or WEBP"),
+    "undecodable": (b"GIF89a", {"captions": ["a"]}, "not a JPEG, PNG, WEBP, PPM or TIFF"),
     "truncated": (png()[:900], {"captions": ["a"]}, "undecodable image"),
     "large": (png((200, 100)), {"captions": ["a"]}, "over the limit of 10000"),
     "blank": (png(), {"captions": ["", "  "]}, "no caption"),

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vlp.errors import BadSample
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "TIFF")  # PPM includes PGM and PBM
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -23,7 +23,7 @@ UPRIGHT = {
 
 
 def decode(data: bytes, max_pixels: int = 64_000_000) -> np.ndarray:
-    """Decode a JPEG, PNG or WEBP file; of an animation, the first frame.
+    """Decode a JPEG, PNG, WEBP, PPM or TIFF file; of an animation, the first frame.
 
     The EXIF orientation is applied, as viewers do (open_clip and ALBEF ignore it and show such a photo sideways).
     Transparent pixels are composited on white. 16-bit greys keep their upper 8 bits.
@@ -47,7 +47,7 @@ def decode(data: bytes, max_pixels: int = 64_000_000) -> np.ndarray:
     except BadSample:
         raise
     except Image.UnidentifiedImageError:
-        raise BadSample("not a JPEG, PNG or WEBP image") from None
+        raise BadSample(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from None
     except Exception as error:  # a damaged file raises OSError, SyntaxError, struct.error, zlib.error, ...
         raise BadSample(f"undecodable image: {error}") from error
 
@@ -56,7 +56,12 @@ def opaque(image: Image.Image) -> Image.Image:
     """Decode an image to RGB, composited on white if it has transparent pixels."""
     image.load()
     if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise BadSample("grey values of more than 16 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise BadSample("floating-point pixels, whose range the file does not tell")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

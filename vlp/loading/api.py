@@ -25,7 +25,7 @@ from vlp.tasks.zero_shot import class_embedding, templates_of
 from vlp.types import Encoded
 
 ImageLike = str | Path | Image.Image | np.ndarray
-"""A file (JPEG, PNG or WEBP), a PIL image, or (H, W, 3) uint8 RGB pixels."""
+"""A file (JPEG, PNG, WEBP, PPM or TIFF), a PIL image, or (H, W, 3) uint8 RGB pixels."""
 
 
 class TrainedModel:

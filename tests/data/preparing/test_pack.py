@@ -186,7 +186,7 @@ def test_bad_images_are_quarantined_with_their_reason(pairs, tmp_path):
     bad = {
         "gone": (replace(pairs[0], image=str(tmp_path / "gone.jpg")), "cannot be read (No such file or directory)"),
         "folder": (replace(pairs[0], image=str(tmp_path)), "cannot be read (it is a folder, not a file)"),
-        "html": (replace(pairs[0], image=str(tmp_path / "no.jpg")), "not a JPEG, PNG or WEBP image"),
+        "html": (replace(pairs[0], image=str(tmp_path / "no.jpg")), "not a JPEG, PNG, WEBP, PPM or TIFF image"),
         "cut": (replace(pairs[0], image=str(cut)), "undecodable image"),
         "silent": (replace(pairs[0], captions=(" ", "")), "no caption"),
     }
@@ -225,7 +225,7 @@ def test_nothing_usable_is_one_line_and_leaves_no_shard_in_the_way(pairs, tmp_pa
 def test_packed_images_keep_their_bytes(pairs, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     files = {}
-    for kind in ("JPEG", "WEBP", "PNG", "MPO"):
+    for kind in ("JPEG", "WEBP", "PNG", "MPO", "PPM", "TIFF"):
         files[kind] = tmp_path / f"{kind}.dat"
         image = Image.fromarray(pixels)
         more = {"save_all": True, "append_images": [image]} if kind == "MPO" else {}
@@ -233,8 +233,8 @@ def test_packed_images_keep_their_bytes(pairs, tmp_path):
     pack([Pair(str(f), ("a",), kind) for kind, f in files.items()], tmp_path / "out")
     with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
         found = {m.name: tar.extractfile(m).read() for m in tar if not m.name.endswith("json")}
-    expected = {"JPEG.jpg": "JPEG", "WEBP.webp": "WEBP", "PNG.png": "PNG", "MPO.jpg": "MPO"}
-    assert found == {name: files[kind].read_bytes() for name, kind in expected.items()}
+    extensions = {"JPEG": "jpg", "WEBP": "webp", "PNG": "png", "MPO": "jpg", "PPM": "ppm", "TIFF": "tiff"}
+    assert found == {f"{kind}.{extension}": files[kind].read_bytes() for kind, extension in extensions.items()}
     for data in found.values():
         assert decode(data).shape == (20, 30, 3)
 

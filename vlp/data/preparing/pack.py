@@ -82,7 +82,7 @@ def _encode(pair: Pair, packing: Packing) -> tuple[str, bytes]:
         return "jpg", buffer.getvalue()
     kind = Image.open(io.BytesIO(data), formats=FORMATS).format
     # MPO is Pillow's name for a JPEG with a second image in it, which phones write
-    return {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}[kind], data
+    return {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "PPM": "ppm", "TIFF": "tiff"}[kind], data
 
 
 def _write_shard(path: Path, pairs: Sequence[Pair], first: int, plan: str, packing: Packing) -> PackedShard:

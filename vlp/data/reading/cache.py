@@ -20,7 +20,15 @@ from typing import BinaryIO
 
 import fsspec
 
-from vlp.data.reading.index import HEAD_BYTES, INDEX_SUFFIX, Head, ShardIndex, parse_head
+from vlp.data.reading.index import (
+    HEAD_BYTES,
+    INDEX_SUFFIX,
+    OLD_VERSION,
+    Head,
+    ShardIndex,
+    load_index,
+    parse_head,
+)
 from vlp.data.reading.locations import (
     Listed,
     OtherContent,
@@ -136,7 +144,7 @@ def _download_index(fs: fsspec.AbstractFileSystem, path: str, local: Path) -> Pa
 
 def _verify(copy: Path, listed: Listed | None, index: Path | None) -> None:
     """Compare a copy with manifest.json, or else with the index next to the shard."""
-    own = ShardIndex.load(index) if index else None
+    own = load_index(index) if index else None
     if listed:
         expected, where = (listed.size, listed.sha256), "manifest.json says"
     elif own:
@@ -209,6 +217,10 @@ def peek_remote_index(shard: str) -> Head | None:
     """Read the head of the index that is stored next to a remote shard. Return None if there is none."""
     try:
         fs, path = fsspec.core.url_to_fs(check_scheme(shard))
-        return parse_head(retry(lambda: fs.cat_file(path + INDEX_SUFFIX, start=0, end=HEAD_BYTES)))
+        start = retry(lambda: fs.cat_file(path + INDEX_SUFFIX, start=0, end=HEAD_BYTES))
+        if parse_head(start, OLD_VERSION) is None:
+            return parse_head(start)
+        old = ShardIndex.parse(retry(lambda: fs.cat_file(path + INDEX_SUFFIX, end=INDEX_BYTES)), OLD_VERSION)
+        return old.head if old and old.is_complete_of_old_version else None
     except Exception:  # every file system has its own errors; the shard itself is read instead
         return None

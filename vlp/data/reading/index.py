@@ -1,8 +1,8 @@
 """Index of a webdataset tar shard: the offsets of its members, stored next to it.
 
-The members of a sample share a key, the name up to its first dot, as in webdataset. A sample is ``KEY.jpg|jpeg|png|webp`` with
-``KEY.json`` or ``KEY.txt``. Further dots are allowed, see `_samples_of`. Members are selected by an allow-list of extensions.
-Members that are not read are counted.
+The members of a sample share a key, the name up to its first dot, as in webdataset. A sample is an image (`IMAGES`) with json or
+text (`TEXTS`) and a class (`CLASSES`). Further dots are allowed, see `samples_of`. Members are selected by an allow-list of
+extensions, those that webdataset's writer encodes without pickle. Members that are not read are counted.
 
 An index is a hint: it is checked when it is read, and one that is wrong is replaced.
 """
@@ -16,25 +16,33 @@ import re
 import stat
 import tarfile
 import zlib
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from vlp.data.reading.locations import LEAST_SAMPLE_BYTES, cache_folder, reason_of
 from vlp.errors import UserError
 from vlp.files import CHUNK, open_regular, read_regular, write_atomically
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
-TEXTS = ("json", "txt")
-IMAGE_FILE = re.compile(r"\.(jpe?g|png|webp)$", re.IGNORECASE)
-INDEX_VERSION = 2  # 1 had no checksum and did not read keys with dots
+IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm", "pnm", "tiff", "tif", "img", "image")
+JSON = ("json", "jsn", "json.gz", "jsn.gz")
+PLAIN_TEXTS = ("txt", "text", "txt.gz", "text.gz")
+TEXTS = JSON + PLAIN_TEXTS
+CLASSES = ("cls", "cls.gz")
+IMAGE_FILE = re.compile(r"\.(jpe?g|png|webp|p[pgbn]m|tiff?)$", re.IGNORECASE)
+INDEX_VERSION = 3
+OLD_VERSION = 2  # which read fewer extensions. 1 had no checksum and did not read keys with dots
+OLD_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "json", "txt")
 HEAD = re.compile(
-    rb'(\{"version": %d, "samples": (\d{1,12}), "size": (\d{1,15}), "lost": (\d{1,12}), "body": "([0-9a-f]{64})"), '
-    rb'"crc32": (\d{1,10})\}\n' % INDEX_VERSION
+    rb'(\{"version": (\d{1,3}), "samples": (\d{1,12}), "size": (\d{1,15}), "lost": (\d{1,12}), '
+    rb'"body": "([0-9a-f]{64})"), "crc32": (\d{1,10})\}\n'
 )
 HEAD_BYTES = 300  # more than any head
 MOST_PADDING = 1 << 20  # bytes of zeros at the end of a tar; writers pad to 10 KiB
 MOST_REASONS = 20  # of members that are not read
+MOST_EXTENSIONS = 5  # that a reason lists
 INDEX_SUFFIX = ".index.json"
 FETCH_AGAIN = "fetch it again, or remove it from the folder"
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -84,6 +92,10 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def head(self) -> Head:
+        return Head(len(self), self.size, sum(count for count, _ in self.lost.values()))
+
     @classmethod
     def scan(cls, shard: Path) -> ShardIndex:
         """Read the whole shard.
@@ -122,23 +134,30 @@ class ShardIndex:
     def save(self, path: Path) -> None:
         """Write two lines: a head, which can be read without the rest, and the fields. Both have a checksum."""
         body = json.dumps(asdict(self)).encode()
-        lost = sum(count for count, _ in self.lost.values())
         head = (
-            f'{{"version": {INDEX_VERSION}, "samples": {len(self)}, "size": {self.size}, "lost": {lost}, '
+            f'{{"version": {INDEX_VERSION}, "samples": {len(self)}, "size": {self.size}, "lost": {self.head.lost}, '
             f'"body": "{hashlib.sha256(body).hexdigest()}"'
         ).encode()
         write_atomically(path, head + b', "crc32": %d}\n' % zlib.crc32(head) + body + b"\n")
 
     @classmethod
-    def load(cls, path: Path) -> ShardIndex | None:
-        """Read a saved index. Return None if there is none of this version, or it is damaged or contradicts itself."""
-        head = cls.peek(path)
+    def load(cls, path: Path, version: int = INDEX_VERSION) -> ShardIndex | None:
+        """Read a saved index. Return None if there is none of the version, or it is damaged or contradicts itself."""
+        head = cls.peek(path, version)
         if head is None:
             return None
         try:
-            first, _, body = read_regular(path, head.size + MOST_PADDING).partition(b"\n")
-            body = body.removesuffix(b"\n")
-            if HEAD.match(first + b"\n")[5] != hashlib.sha256(body).hexdigest().encode():
+            return cls.parse(read_regular(path, head.size + MOST_PADDING), version)
+        except OSError:
+            return None
+
+    @classmethod
+    def parse(cls, data: bytes, version: int = INDEX_VERSION) -> ShardIndex | None:
+        """Parse the bytes of a saved index, see `load`."""
+        first, _, body = data.partition(b"\n")
+        head, body = parse_head(first + b"\n", version), body.removesuffix(b"\n")
+        try:
+            if head is None or HEAD.match(first + b"\n")[6] != hashlib.sha256(body).hexdigest().encode():
                 return None
             read = json.loads(body)
             index = cls(
@@ -150,7 +169,7 @@ class ShardIndex:
                 {reason: tuple(counted) for reason, counted in read["ignored"].items()},
             )
             return index if index._is_consistent(head) else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
     def _is_consistent(self, head: Head) -> bool:
@@ -161,7 +180,7 @@ class ShardIndex:
             and all(isinstance(key, str) for key in self.keys)
             and all(any(e in sample for e in IMAGES) for sample in self.members)
             and all(
-                e in IMAGES + TEXTS
+                e in IMAGES + TEXTS + CLASSES
                 and len(m) == 3
                 and all(type(n) is int and n >= 0 for n in m)
                 and m[0] + m[1] <= self.size
@@ -174,23 +193,49 @@ class ShardIndex:
             )
         )
 
+    @property
+    def is_complete_of_old_version(self) -> bool:
+        """Whether the shard has no member that an index of `OLD_VERSION` did not read and one of today does."""
+        reasons = [*self.lost, *self.ignored]
+        names = [re.findall(r"further \.(\S+) of a sample|\((.+)\)", reason) for reason in reasons]
+        listed = [(further or several).split(", ") for found in names for further, several in found]
+        if "other" in reasons or any(len(extensions) == MOST_EXTENSIONS for extensions in listed):
+            return False  # it does not name all of them
+        read_today = {e.rpartition(".")[2] for e in (*IMAGES, *TEXTS, *CLASSES)}
+        return (read_today - set(OLD_EXTENSIONS)).isdisjoint(chain.from_iterable(listed))
+
     @staticmethod
-    def peek(path: Path) -> Head | None:
-        """Read the head of a saved index. Return None if there is none of this version, or it is damaged."""
+    def peek(path: Path, version: int = INDEX_VERSION) -> Head | None:
+        """Read the head of a saved index. Return None if there is none of the version, or it is damaged."""
         try:
             with open_regular(path) as file:
-                return parse_head(file.read(HEAD_BYTES))
+                return parse_head(file.read(HEAD_BYTES), version)
         except OSError:
             return None
 
 
-def parse_head(start: bytes) -> Head | None:
-    """Parse the first line of an index. Return None if it is not of this version, or is damaged."""
+def parse_head(start: bytes, version: int = INDEX_VERSION) -> Head | None:
+    """Parse the first line of an index. Return None if it is not of the version, or is damaged."""
     found = HEAD.match(start)
-    if found is None or zlib.crc32(found[1]) != int(found[6]):
+    if found is None or int(found[2]) != version or zlib.crc32(found[1]) != int(found[7]):
         return None
-    head = Head(*(int(found[n]) for n in (2, 3, 4)))
+    head = Head(*(int(found[n]) for n in (3, 4, 5)))
     return head if head.samples * LEAST_SAMPLE_BYTES <= head.size else None
+
+
+def load_index(path: Path) -> ShardIndex | None:
+    """Read a saved index, also one of `OLD_VERSION` that misses no member, which is saved again as one of today.
+
+    Return None if there is none, or it is damaged.
+    """
+    if index := ShardIndex.load(path):
+        return index
+    old = ShardIndex.load(path, OLD_VERSION)
+    if old is None or not old.is_complete_of_old_version:
+        return None
+    with suppress(OSError):  # a folder that cannot be written keeps the old one
+        old.save(path)
+    return old
 
 
 class _Contents:
@@ -214,8 +259,7 @@ class _Contents:
         if not stem:
             _count(self.ignored, "hidden file", name)
             return
-        infix, _, extension = suffix.lower().rpartition(".")
-        key, kind = os.path.join(os.path.dirname(name), stem), (infix, extension)
+        key, kind = os.path.join(os.path.dirname(name), stem), split_suffix(suffix)
         if kind in self.latest.get(key, (kind,)):  # a new key, or one that begins again, which makes two samples
             self.latest[key] = {}
             self.groups.append((key, self.latest[key]))
@@ -225,7 +269,7 @@ class _Contents:
         """Return (key, {extension: place}) of each sample, and the members that are lost and ignored."""
         found = []
         for key, members in self.groups:
-            samples, used = _samples_of(key, members)
+            samples, used = samples_of(key, members)
             found += samples
             if samples:
                 for infix, extension in sorted(members.keys() - used):
@@ -235,21 +279,36 @@ class _Contents:
             extensions = sorted({extension or "no extension" for _, extension in members})
             # img2dataset writes only KEY.json for a failed download
             where = self.ignored if set(extensions) <= set(TEXTS) else self.lost
-            _count(where, f"no image that can be read ({', '.join(extensions[:5])})", key)
+            _count(where, f"no image that can be read ({', '.join(extensions[:MOST_EXTENSIONS])})", key)
         return found, self.lost, self.ignored
 
 
-def _samples_of(
-    key: str, members: dict[tuple[str, str], Place]
-) -> tuple[list[tuple[str, dict[str, Place]]], set[tuple[str, str]]]:
+def split_suffix(suffix: str) -> tuple[str, str]:
+    """Split the part of a member's name after the key into infix and extension: ``1.JPG`` into ``1`` and ``jpg``."""
+    infix, _, extension = suffix.lower().rpartition(".")
+    if extension == "gz":
+        infix, _, inner = infix.rpartition(".")
+        extension = f"{inner}.gz".lstrip(".")
+    return infix, extension
+
+
+T = TypeVar("T")
+
+
+def samples_of(
+    key: str, members: dict[tuple[str, str], T]
+) -> tuple[list[tuple[str, dict[str, T]]], set[tuple[str, str]]]:
     """Divide the members of a key into samples.
 
     Images with a text of the same infix are samples (``a.1.jpg``, ``a.1.txt``, ``a.2.jpg``, ``a.2.txt``). Otherwise the key
     is one sample, of its first image and its only text (``a.input.jpg``, ``a.output.txt``). Without texts, every image is a
-    sample if all have an infix.
+    sample if all have an infix. A class belongs to the image or text of its infix, or without an infix to all samples of the key.
+
+    Args:
+        members: (infix, extension) to the member, whatever stands for it.
 
     Returns:
-        (key, {extension: place}) of each sample, and the members that the samples contain.
+        (key, {extension: member}) of each sample, and the members that the samples contain.
     """
     images, texts = ({i: None for i, e in members if e in kinds} for kinds in (IMAGES, TEXTS))
     plain = [i for i in images if i == ""]
@@ -266,6 +325,7 @@ def _samples_of(
         # a second encoding of an image is not read
         first = min((k for k in kinds if k[1] in IMAGES), key=lambda kind: IMAGES.index(kind[1]))
         kinds = [k for k in kinds if k[1] in TEXTS or k == first]
+        kinds += [(i, e) for i in (image, text, "") for e in CLASSES if (i, e) in members][:1]
         name = f"{key}.{image}" if image and text in (image, None) else key
         samples.append((name, {e: members[i, e] for i, e in kinds}))
         used.update(kinds)
@@ -352,7 +412,7 @@ def open_index(shard: Path) -> ShardIndex:
     """
     size = file_size(shard)
     for path in _index_paths(shard):
-        index = ShardIndex.load(path)
+        index = load_index(path)
         if index is None:
             continue
         if index.size != size:

@@ -10,27 +10,39 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from torch import Tensor
 
 from vlp.data.order import GROUP_SAMPLES
 from vlp.data.reading.cache import fetch, open_copy, peek_remote_index
-from vlp.data.reading.index import IMAGES, Counted, Head, ShardIndex, build_index, file_size, open_index, peek_index
+from vlp.data.reading.index import (
+    CLASSES,
+    IMAGES,
+    JSON,
+    PLAIN_TEXTS,
+    ShardIndex,
+    build_index,
+    file_size,
+    open_index,
+    peek_index,
+)
 from vlp.data.reading.locations import Listed, Listing, is_remote, list_shards
 from vlp.data.reading.tables import as_text, parse_object
 from vlp.errors import BadSample, UserError
 from vlp.specs.fields import setting
 
 COUNTING_THREADS = 16
+MAX_UNPACKED_BYTES = 1 << 24  # of a member that is compressed
 CAPTIONS = ("captions", "caption", "text")  # fields of a json with captions: ours, img2dataset's, others'
 
 
@@ -81,7 +93,8 @@ class Source:
     Args:
         shards: Location, see `list_shards`.
         weight: Share of the stream relative to the weights of other sources. None stands for the number of samples.
-        label: Field of a sample's json with its class number. None for samples without classes.
+        label: Field of a sample's json with its class number. "cls" is also the member ``KEY.cls``, webdataset's convention.
+            None for samples without classes.
         together: Consecutive samples that a batch contains together, in order of the shards' names: 2 for the minimal pairs
             of ``vlp data world``. Hard negatives then include the related sample. It must divide the number of samples.
     """
@@ -139,8 +152,8 @@ class ShardReader:
             if is_remote(shard) and (head := peek_remote_index(shard)):
                 return head.samples, head.lost
             local = fetch(shard)
-            index = peek_index(local) or open_index(local)
-            return (index.samples, index.lost) if isinstance(index, Head) else (len(index), _total(index.lost))
+            head = peek_index(local) or open_index(local).head
+            return head.samples, head.lost
         if is_remote(shard):
             return listed.samples, 0
         if (size := file_size(Path(shard))) != listed.size:
@@ -150,8 +163,7 @@ class ShardReader:
             )
         head = peek_index(Path(shard))
         if head and head.samples != listed.samples:  # one of the two is wrong
-            index = build_index(Path(shard))
-            head = Head(len(index), index.size, _total(index.lost))
+            head = build_index(Path(shard)).head
             if head.samples != listed.samples:
                 raise _altered(shard, "manifest.json")
         return listed.samples, head.lost if head else 0
@@ -234,19 +246,9 @@ class ShardReader:
         Raises:
             BadSample: if its bytes changed, or its json is not that of a sample.
         """
-        members = self.index(shard).members[row]
-        image = self._read(shard, next(members[e] for e in IMAGES if e in members))
-        meta = parse_object(self._read(shard, members["json"])) if "json" in members else {}
-        captions = next((texts for name in CAPTIONS if (texts := _captions(meta.get(name)))), ())
-        if not captions and "txt" in members:
-            captions = _captions(_text_file(self._read(shard, members["txt"])))
-        label = None
-        if self.label is not None:
-            label = meta.get(self.label)
-            if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-                raise BadSample(f"{self.label} is {label!r}, which is not a class number")
-        key, source_row = self.index(shard).keys[row], self._offsets[shard] + row
-        return RawSample(key, shard, row, source_row, image, captions, content_id(image), meta, label=label)
+        key, members = self.index(shard).keys[row], self.index(shard).members[row]
+        place = SamplePlace(key, shard, row, self._offsets[shard] + row)
+        return parse_sample(place, members, lambda extension: self._read(shard, members[extension]), self.label)
 
     def fingerprint(self) -> dict:
         """Return what the order of the samples depends on, and their content if a manifest has its hash.
@@ -267,8 +269,46 @@ class ShardReader:
         self._open_caches()
 
 
-def _total(counted: Counted) -> int:
-    return sum(count for count, _ in counted.values())
+class SamplePlace(NamedTuple):
+    """The first fields of a `RawSample`."""
+
+    key: str
+    shard: int
+    row: int
+    source_row: int
+
+
+def parse_sample(
+    place: SamplePlace, extensions: Collection[str], read: Callable[[str], bytes], label: str | None
+) -> RawSample:
+    """Return the sample of a shard's members.
+
+    Args:
+        extensions: Extensions of its members, as `vlp.data.reading.index.samples_of` selects them.
+        read: Returns the bytes of the member with an extension. Members that are not needed are not read.
+        label: See `Source`.
+
+    Raises:
+        BadSample: if a member is not that of a sample.
+    """
+
+    def find(kinds: Sequence[str]) -> bytes | None:
+        """Return the content of the first member of the kinds, or None if there is none."""
+        extension = next((e for e in kinds if e in extensions), None)
+        return None if extension is None else _unpack(extension, read(extension))
+
+    image, record = find(IMAGES), find(JSON)
+    meta = {} if record is None else parse_object(record)
+    captions = next((texts for name in CAPTIONS if (texts := _captions(meta.get(name)))), ())
+    if not captions and (text := find(PLAIN_TEXTS)) is not None:
+        captions = _captions(_text_file(text))
+    number = None
+    if label is not None:
+        member = find(CLASSES) if label == "cls" else None
+        number = meta.get(label) if member is None else _class_file(member)
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise BadSample(f"{label} is {number!r}, which is not a class number")
+    return RawSample(*place, image, captions, content_id(image), meta, label=number)
 
 
 def _altered(shard: str | Path, where: str) -> UserError:
@@ -286,6 +326,30 @@ def _text_file(data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise BadSample("its text is not UTF-8") from None
+
+
+def _class_file(data: bytes) -> int | str:
+    """Return the class number of a KEY.cls, or its text if it is something else."""
+    text = data[:40].decode(errors="replace").strip()
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text
+
+
+def _unpack(extension: str, data: bytes) -> bytes:
+    """Return the content of a member, decompressed if its extension says so.
+
+    Raises:
+        BadSample: if it is damaged, or over the limit.
+    """
+    if not extension.endswith(".gz"):
+        return data
+    decompress = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # of gzip
+    try:
+        content = decompress.decompress(data, MAX_UNPACKED_BYTES)
+    except zlib.error as e:
+        raise BadSample(f"its {extension} is not gzip ({e})") from None
+    if not decompress.eof:
+        raise BadSample(f"its {extension} is truncated, or has more than {MAX_UNPACKED_BYTES:,} bytes unpacked")
+    return content
 
 
 def _captions(found: Any) -> tuple[str, ...]:
