@@ -29,7 +29,7 @@ from vlp.objectives.base import Objective
 from vlp.optim.schedule import set_lr
 from vlp.specs.user_code import NO_CODE, UserCode
 from vlp.training.detached import DetachedGraph
-from vlp.training.interrupts import Stopped, TrainingInterrupt
+from vlp.training.interrupts import STOPPED, Stopped, TrainingInterrupt
 from vlp.training.logging import peak_memory_mib
 from vlp.training.prefetch import on_device
 from vlp.training.profile import profiled_steps
@@ -139,7 +139,7 @@ class Trainer:
             self.evaluate(run.resumed_from, interrupted)
         wanted = self.experiment.train.profile and self.accelerator.is_main_process
         with (
-            self.watch,
+            self.watch.watching(lambda: interrupted.asked),
             closing(self.micro_batches()) as micro_batches,
             profiled_steps(run.model, run.folder, wanted) as step_ended,
         ):
@@ -389,7 +389,7 @@ def train(experiment: Experiment, resume: bool = False, code: UserCode = NO_CODE
             run = set_up(experiment, resume, lock, code)
         except Stopped:
             print("vlp: stopped while waiting for other processes", file=sys.stderr)
-            return 130
+            return STOPPED
         try:
             _fit(run, interrupted, code)
         except BaseException:

@@ -3,11 +3,12 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import TOY, toy_overrides
-from tests.processes import command_line, start, wait_for_step
+from tests.processes import Done, Running, command_line, losses, start, wait_for_step
 
 SETTINGS = ("train.steps=500", "train.stall_timeout=4", "evaluate_every=0")
 
@@ -52,3 +53,71 @@ def test_process_that_waits_for_its_data_is_named(world, tmp_path):
     (message,) = messages(done.errors)
     assert "no progress for 4 s: process 1 (" in message and "has not loaded its batch" in message
     assert 1 in done.codes and 0 not in done.codes
+
+
+def stop_one_and_ask(world: Path, output: Path, stopped: int, number: int, *more: str) -> tuple[Running, float]:
+    """Suspend one of two processes of a run, wait until the other waits for it, and send that one a signal.
+
+    Returns:
+        The processes, and the time of the signal.
+    """
+    running = start("train", TOY, *toy_overrides(world, output), *SETTINGS, *more, "name=asked", world=2)
+    wait_for_step(running, output / "asked", 3)
+    os.kill(running.processes[stopped].pid, signal.SIGSTOP)
+    time.sleep(1)  # the other one is in a collective by now
+    os.kill(running.processes[1 - stopped].pid, number)
+    return running, time.monotonic()
+
+
+def assert_one_line(done: Done, waiting: int, expected: str) -> None:
+    assert done.codes[waiting] == 130, done
+    assert "Traceback" not in "".join(done.errors)
+    (message,) = messages(done.errors)
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    "stopped, number",
+    [
+        (1, signal.SIGTERM),
+        pytest.param(0, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
+def test_signal_to_a_process_that_waits_for_a_stopped_one_ends_the_run_in_one_line(world, tmp_path, stopped, number):
+    """Long before the limit of a stall, which is an hour here."""
+    running, asked = stop_one_and_ask(world, tmp_path, stopped, number, "train.stall_timeout=3600")
+    running.processes[1 - stopped].join(60)
+    assert time.monotonic() - asked < 25  # a launcher kills after 30
+    done = running.wait()
+    assert_one_line(done, 1 - stopped, f"stopped without a save: process {stopped} (")
+
+
+def test_second_signal_ends_a_process_that_waits_for_a_stopped_one_at_once(world, tmp_path):
+    running, asked = stop_one_and_ask(world, tmp_path, 1, signal.SIGTERM, "train.stall_timeout=none")
+    time.sleep(3)
+    assert running.processes[0].is_alive()
+    os.kill(running.processes[0].pid, signal.SIGTERM)
+    running.processes[0].join(60)
+    assert time.monotonic() - asked < 6
+    done = running.wait()
+    assert_one_line(done, 0, "asked twice to stop, so stopped without a save")
+
+
+def test_run_that_was_suspended_for_longer_than_the_limit_continues(world, tmp_path):
+    """As on a laptop that sleeps, or with `scontrol suspend`. The processes stop and continue at different moments."""
+    arguments = (*toy_overrides(world, tmp_path), *SETTINGS[1:], "train.steps=60", "name=suspended")
+    running = start("train", TOY, *arguments, world=2)
+    wait_for_step(running, tmp_path / "suspended", 3)
+    first, second = (process.pid for process in running.processes)
+    for pid, number, seconds in (
+        (second, signal.SIGSTOP, 0.7),  # in which the first process reads the last news of it
+        (first, signal.SIGSTOP, 6),
+        (first, signal.SIGCONT, 0.7),
+        (second, signal.SIGCONT, 0),
+    ):
+        os.kill(pid, number)
+        time.sleep(seconds)
+    done = running.wait()
+    assert done.codes == [0, 0], done.errors
+    assert len(losses(tmp_path / "suspended")) == 60
