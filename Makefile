@@ -1,12 +1,12 @@
 # make demo: train ALIGN on drawings with names, evaluate, and write a report. make test: run the tests. make docs: build the
-# documentation. Each sets up .venv first.
+# documentation. make results: write docs/results.md from the records in results/. Each sets up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
 
 OUT ?= runs/gpu
 
-.PHONY: demo test test-fast bench gpu gpu-carry docs lint clean
+.PHONY: demo test test-fast bench gpu gpu-carry results docs lint clean
 
 demo: .venv/.demo
 	$(BIN)/vlp data demo data/openmoji
@@ -29,6 +29,9 @@ gpu:
 
 gpu-carry: .venv/.dev
 	$(BIN)/python -m benchmarks.gpu.carry
+
+results: .venv/.dev
+	$(BIN)/python -m results
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -99,6 +99,7 @@ def notebook(docstring: str) -> list[str]:
 
 
 def to_markdown(text: str) -> str:
-    """Escape what Markdown would read as HTML, and put a table of reStructuredText into a code block."""
+    """Escape what Markdown would read as HTML, link records, and put a table of reStructuredText into a code block."""
+    text = re.sub(r"\(results: ([\w.-]+)\)", r"([record](../results.md#\1))", text)
     text = re.sub(r"(?<!`)<(\w)", r"&lt;\1", text)
     return re.sub(r"^(=+  [= ]+\n(?:.*\n)*?=+  [= ]+)$", r"```text\n\1\n```", text, flags=re.MULTILINE)

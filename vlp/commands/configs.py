@@ -8,7 +8,7 @@ begin with a word and a colon start a section, which continues on the indented l
     As published: what follows the published code or paper where that matters
     Differs:  what does not
     Cost:     time and hardware, here or in the paper
-    Measured: numbers, each with the command that printed it
+    Measured: numbers, each with the command that printed it, or with (results: NAME) for results/NAME.json
     Command:  what to type
 
 The functions of the file that return an experiment are its variants. The docstring of a function has the same form. Its

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
 MAX_LABEL = 80  # characters
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: Figure, **metadata: str) -> bytes:
+    """Return a figure as PNG with texts such as ``Description`` inside."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=110, metadata=metadata)
     return buffer.getvalue()
 
 

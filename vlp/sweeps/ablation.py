@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import TYPE_CHECKING
 
 from vlp.config import Experiment, load_config
 from vlp.errors import UserError
@@ -25,6 +26,9 @@ from vlp.sweeps.run_queue import RunQueue, check_same, is_finished
 from vlp.sweeps.stages import Stages
 from vlp.training.logging import read_log
 from vlp.training.validation import validate, validate_tasks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -179,7 +183,9 @@ def write_tables(ablation: Ablation) -> None:
     parts = [table, note, *_contamination(ablation)]
     write_atomically(ablation.folder / "table.md", ("\n\n".join(parts) + "\n").encode())
     write_atomically(ablation.folder / "table.json", json.dumps(results, indent=1).encode())
-    write_atomically(ablation.folder / "plot.png", _plot(results, ablation.metrics[0]))
+    first = ablation.metrics[0]
+    figure = draw({variant: by_metric[first] for variant, by_metric in results.items()}, first)
+    write_atomically(ablation.folder / "plot.png", png(figure))
 
 
 def _contamination(ablation: Ablation) -> list[str]:
@@ -208,14 +214,19 @@ def _cell(mean: float, half_width: float) -> str:
     return f"{mean:.1%}" if math.isnan(half_width) else f"{mean:.1%} ± {100 * half_width:.1f}"
 
 
-def _plot(results: dict[str, dict[str, list[float]]], metric: str) -> bytes:
-    """Return a PNG with one row for each variant: a dot for each run, and their mean with its interval."""
+def draw(results: dict[str, list[float]], metric: str) -> Figure:
+    """Draw one row for each variant: a dot for each seed, and their mean with its interval.
+
+    Args:
+        results: Variant -> value of each seed.
+        metric: Name of the metric.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
     figure = Figure(figsize=(7, 0.55 * len(results) + 1.2), layout="constrained")
     axes = figure.subplots()
-    for row, values in enumerate(by_metric[metric] for by_metric in results.values()):
+    for row, values in enumerate(results.values()):
         mean, half_width = confidence_interval(values)
         axes.plot(values, [row] * len(values), "o", color="#9aa5b1", markersize=5)
         if not math.isnan(mean):
@@ -226,4 +237,4 @@ def _plot(results: dict[str, dict[str, list[float]]], metric: str) -> bytes:
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.set_xlabel(f"{metric} (dots: seeds; bar: mean and its 95 % interval)")
     axes.grid(axis="x", alpha=0.3)
-    return png(figure)
+    return figure
