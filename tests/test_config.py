@@ -11,6 +11,7 @@ from tests.conftest import TOY
 from vlp.config import FREE_ON_RESUME, Experiment, changed_keys, load_config, load_json
 from vlp.data.reading.shards import Source
 from vlp.errors import UserError
+from vlp.objectives.mlm import MaskedText
 from vlp.optim.optimizers import Lamb
 from vlp.specs.json import dump, from_plain, to_plain
 from vlp.specs.overrides import override
@@ -75,6 +76,11 @@ def test_override_is_parsed_as_the_type_of_the_field(toy, assignment, expected):
     assert [
         k for k in changed_all(toy, changed) if not (k == key or k.startswith(key + ".") or key.startswith(k))
     ] == []
+
+
+def test_override_of_a_new_key_of_a_dict_is_parsed_as_its_declared_type():
+    objective = override(MaskedText(), ["word_classes.colour=red,green", "word_classes.size=small"])
+    assert objective.word_classes == {"colour": ("red", "green"), "size": ("small",)}
 
 
 def changed_all(old: Experiment, new: Experiment) -> list[str]:

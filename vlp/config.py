@@ -216,6 +216,11 @@ class Experiment:
     output: str = "runs"
 
     @property
+    def measures(self) -> list[str]:
+        """Return the names of the measures of the objectives in the log, ``OBJECTIVE/MEASURE``."""
+        return [f"{name}/{measure}" for name, each in self.objectives.items() for measure in each.measures]
+
+    @property
     def micro_batch_size(self) -> int:
         """Samples of a micro-batch over all processes."""
         return self.data.batch_size // self.train.accumulation

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any, Literal, TypeVar
@@ -234,6 +234,7 @@ class Forward(Bundle):
     | ``momentum`` | the momentum encoder on the same batch, without gradient |
     | ``fused`` | the texts fused with their images; ``projected`` is what fusion reads of the images |
     | ``all`` | the rows of all processes and micro-batches, see `Gathered`: what contrastive losses compare with |
+    | ``measure`` | records a number for the log, such as an accuracy |
 
     A loss is defined for the B rows of a bundle such that its mean over processes and micro-batches is the loss of one
     process with the whole batch. No property changes another one's value, whatever the order of access.
@@ -260,6 +261,7 @@ class Forward(Bundle):
     ):
         super().__init__(model, batch, context, graph, encoded)
         self._momentum = momentum
+        self._measured: dict[tuple[int, str], Tensor] = {}  # by the id of the objective, and the name
         # Weak, because bundles that refer to each other would outlive the step.
         self._micro_batches = None if micro_batches is None else weakref.ref(micro_batches)
 
@@ -293,6 +295,29 @@ class Forward(Bundle):
     def scale(self) -> Tensor:
         """(1,) multiplier of cosine similarities."""
         return self.model.scale
+
+    @torch.no_grad()
+    def measure(self, objective: Any, name: str, values: Tensor, counted: Tensor) -> None:
+        """Record a measure of the training for the log: the mean of ``values`` where ``counted``.
+
+        Nothing waits for the device.
+
+        Args:
+            objective: The objective that measures.
+            name: One of its ``measures``.
+            values: (n,) numbers, or bools for a share.
+            counted: (n,) bool.
+        """
+        if name not in objective.measures:
+            raise ValueError(f"{type(objective).__name__}.measures does not name {name!r}")
+        pair = torch.stack([torch.where(counted, values, 0).double().sum(), counted.double().sum()])  # (2,)
+        self._measured[id(objective), name] = pair
+
+    def measured(self, objectives: Iterable[Any]) -> Tensor:
+        """Return (measures, 2) sums and counts of the measures of ``objectives``, 0 for one that was not recorded."""
+        none = torch.zeros(2, dtype=torch.float64, device=self.batch.image_id.device)
+        keys = [(id(objective), name) for objective in objectives for name in objective.measures]
+        return torch.cat([none[:0], *(self._measured.get(key, none) for key in keys)]).view(-1, 2)
 
     def with_head(self, head: Head) -> Forward:
         """Return this bundle as contrastive losses see it through one of the model's contrastive heads."""
@@ -438,7 +463,7 @@ class HeadView(Forward):
     def __init__(self, first: Forward):
         momentum = None if first._momentum is None else _HeadBundle(first._momentum)
         super().__init__(first.model, first.batch, momentum, first.context, first.graph)
-        self._first = first
+        self._first, self._measured = first, first._measured
 
     image = _HeadBundle.image
     text = _HeadBundle.text

@@ -176,7 +176,7 @@ class Trainer:
         began = time.monotonic()
         self.waited = 0.0
         lr = set_lr(self.run.optimizer, experiment.schedule, experiment.optim.lr, state.step, self.run.total_steps)
-        refused, losses, keys, checks, f, enqueued = False, [], [], [], None, []
+        refused, losses, measured, keys, checks, f, enqueued = False, [], [], [], [], None, []
         for number in range(passes):
             loaded = [self._next(micro_batches) for _ in range(experiment.train.accumulation // passes)]
             with mark_part("prepare"):
@@ -191,6 +191,8 @@ class Trainer:
                     own, total, bundles, checked = self.attempt(batches, momentum, self.context())
                 checks.append(checked)
                 losses.append(torch.stack([loss.detach().double() for loss in (*own.values(), total)]))
+                objectives = experiment.objectives.values()
+                measured += [each.measured(objectives) for each in bundles or ()]
                 bad = [sample for each in loaded for sample in each.bad]
                 agreed = self.agree(bool(checked.refusal), bad, interrupted)
                 interrupted.agreed |= agreed.stop
@@ -204,7 +206,7 @@ class Trainer:
                     self._check_reach()
         with mark_part("gradient norm"):
             gradient_norm = None if refused else engine.clip_gradients(self.attempt, experiment.train.clip_norm)
-        numbers = self._read(losses, gradient_norm, f)
+        numbers = self._read(losses, measured, gradient_norm, f)
         finite = not refused and all(math.isfinite(numbers[name]) for name in ("loss", *experiment.objectives))
         norm = numbers["gradient_norm"] if finite else math.nan
         skipped = not math.isfinite(norm)
@@ -224,24 +226,32 @@ class Trainer:
         return math.isfinite(all_reduce_mean(total.detach()).item())
 
     @torch.no_grad()
-    def _read(self, losses: list[Tensor], norm: Tensor | None, f: Forward | None) -> dict[str, float]:
+    def _read(
+        self, losses: list[Tensor], measured: list[Tensor], norm: Tensor | None, f: Forward | None
+    ) -> dict[str, float]:
         """Read the numbers of a step from the device, all at once, as the host waits for it.
 
         Args:
             losses: Losses and total of each backward pass on this process.
+            measured: `Forward.measured` of each micro-batch on this process.
             norm: Norm of the gradient, None if there is none.
             f: Bundle of a micro-batch, whose embeddings are measured if a measurement is due.
 
         Returns:
-            Means over passes and processes of each loss and of the total, ``loss``; the norm, and the measurements.
+            Means over passes and processes of each loss and of the total, ``loss``; the measures of the objectives, as
+            ``OBJECTIVE/MEASURE``; the norm, and the measurements of embeddings. A number that is not known is NaN.
         """
         names = [*self.experiment.objectives, "loss"]
-        means = all_reduce_mean(torch.stack(losses).mean(0))
+        measures = self.experiment.measures
+        sums = sum(measured, torch.zeros(len(measures), 2).to(losses[0]))  # (measures, 2) sums and counts
+        means = all_reduce_mean(torch.cat([torch.stack(losses).mean(0), sums.flatten()]))
+        means, sums = means[: len(names)], means[len(names) :].view(-1, 2)
+        means = torch.cat([means, sums[:, 0] / sums[:, 1]])
         every, step = self.experiment.log.geometry_every, self.run.state.step + 1
-        measured = geometry(f) if f is not None and every and step % every == 0 and len(f.batch) > 1 else {}
+        embeddings = geometry(f) if f is not None and every and step % every == 0 and len(f.batch) > 1 else {}
         norm = torch.full_like(means[0], math.nan) if norm is None else norm
-        numbers = torch.cat([means, torch.stack([x.to(means) for x in (norm, *measured.values())])]).tolist()
-        return dict(zip((*names, "gradient_norm", *measured), numbers))
+        numbers = torch.cat([means, torch.stack([x.to(means) for x in (norm, *embeddings.values())])]).tolist()
+        return dict(zip((*names, *measures, "gradient_norm", *embeddings), numbers))
 
     def _check_reach(self) -> None:
         """Check after the first backward pass that a loss reaches every trained parameter. DDP waits for all gradients.
@@ -359,7 +369,9 @@ class Trainer:
             "data_wait": self.waited / seconds,
             "memory_mib": peak_memory_mib(self.accelerator.device),
         }
-        measured = {name: value for name, value in numbers.items() if name.startswith("geometry/")}
+        measured = {
+            name: numbers[name] for name in numbers if name in experiment.measures or name.startswith("geometry/")
+        }
         return record | {name: value for name, value in measured.items() if math.isfinite(value)}
 
 

@@ -124,19 +124,22 @@ class Batch:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What masking needs to know about a tokenizer.
+    """What objectives need to know about a tokenizer.
 
     Args:
         size: V.
         mask_id: Id of ``[MASK]``, or None if the tokenizer has no such token.
         special: (V,) bool, True for ``[PAD]``, ``[CLS]`` and other special tokens, which are never masked or drawn.
         continues: (V,) bool, True for a piece that continues the word of the piece before it (``##ing``).
+        pieces: Returns the ids of a word as it is written within a text, empty if the tokenizer cannot spell it. None where
+            there is no tokenizer.
     """
 
     size: int
     mask_id: int | None
     special: Tensor
     continues: Tensor
+    pieces: Callable[[str], tuple[int, ...]] | None = None
 
     def to(self, device: torch.device) -> Vocabulary:
         return replace(self, special=_move(self.special, device), continues=_move(self.continues, device))

@@ -14,6 +14,7 @@ from vlp.config import load_config
 from vlp.errors import UserError
 from vlp.files import file_hash
 from vlp.models.single import Single
+from vlp.report import run as report
 from vlp.report.results import metric_label
 from vlp.report.run import write_report
 from vlp.specs.json import dump
@@ -71,6 +72,20 @@ def test_report_of_a_run_with_one_tower_and_an_incomplete_log(tmp_path, lines):
     html = write_report(tmp_path).read_text()
     assert "<td>0.500</td><td>0.400 to 0.600</td>" in html and "<td>-2.000</td>" in html
     assert "random answer" not in html
+
+
+def test_report_draws_the_measures_of_objectives(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "png", lambda figure: drawn.append(figure) or b"")
+    (tmp_path / "experiment.json").write_text(dump(replace(load_config(str(TOY)), evaluate={})))
+    lines = [{"itc/accuracy_hard": 0.5}, {}, {"itc/accuracy_hard": 1.0, "other/accuracy": 0.1}]
+    log = [{"step": n + 1, "loss": 2.0, "loss/itc": 2.0} | LINE | line for n, line in enumerate(lines)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    write_report(tmp_path)
+    (figure,) = drawn
+    (line,) = figure.axes[-1].lines
+    assert line.get_label() == "itc: accuracy hard" and line.get_xdata().tolist() == [1, 3]
+    assert line.get_ydata().tolist() == [50.0, 75.0]  # a running mean
 
 
 def test_report_refuses_a_folder_that_is_not_a_run_or_has_no_steps(tmp_path, run):

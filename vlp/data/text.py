@@ -126,7 +126,14 @@ class Tokenizer:
             continues = torch.tensor([not t.startswith(begins) for t in tokens]) & ~special
         else:
             continues = torch.tensor([t.startswith("##") for t in tokens])
-        return Vocabulary(self.vocab_size, self.mask_id, special, continues)
+        return Vocabulary(self.vocab_size, self.mask_id, special, continues, self.pieces)
+
+    def pieces(self, word: str) -> tuple[int, ...]:
+        """Return the ids of a word, or of several, as written within a text. Empty if a character is unknown."""
+        encoding = self._backend.encode(f"a {word}")  # vocabularies that mark the begin of a word do not mark the first
+        ids = tuple(i for i, number in zip(encoding.ids, encoding.word_ids) if number)
+        unknown = _first_known(self._backend, ("[UNK]", "<unk>"))
+        return () if unknown in ids else ids
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +189,11 @@ class OpenClipTokenizer:
         """Describe the vocabulary for masking. This encoding marks the end of a word, so no piece counts as a continuation."""
         special = torch.zeros(self.vocab_size, dtype=torch.bool)
         special[[self.cls_id, self.sep_id]] = True
-        return Vocabulary(self.vocab_size, None, special, torch.zeros_like(special))
+        return Vocabulary(self.vocab_size, None, special, torch.zeros_like(special), self.pieces)
+
+    def pieces(self, word: str) -> tuple[int, ...]:
+        """Return the ids of a word."""
+        return tuple(self._bpe.encode(word))
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ class Objective:
     | ``heads()`` | none | heads that the model gets for this objective, read as ``f.model.heads[name]`` |
     | ``init_queue(...)`` | None | queue or memory bank of the objective, read as ``f.context.queues[self]`` |
     | ``enqueue(f)`` | required with a queue | what the queue gets after the step |
+    | ``measures`` | none | names of what the log shows besides the loss, such as an accuracy, given to ``f.measure`` |
     | ``min_rows`` | 1 | fewest rows that the loss must see at once: 2 if it compares rows, and is constant for a single one |
     | ``row_scope`` | "global" | whose rows it sees at once: those of all processes, or of each process ("local") |
     | ``supports_grad_cache`` | True | False if the loss is wrong when micro-batches are contrasted with each other |
@@ -55,6 +56,14 @@ class Objective:
     @property
     def row_scope(self) -> Scope:
         return "global"
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Return the names of the measures that ``__call__`` gives to `vlp.forward.Forward.measure`.
+
+        The log has their means over all processes and micro-batches as ``OBJECTIVE/MEASURE``.
+        """
+        return ()
 
     def validate(self, experiment: Experiment) -> None:
         """Raise UserError for what the experiment lacks, or for fields out of range."""

@@ -38,6 +38,9 @@ class ImageTextMatching(Objective):
     batch unless their source keeps them ``together``, see `vlp.data.reading.shards.Source`. They are then in the same
     micro-batch of the same process, so "local" candidates include them.
 
+    The log has the accuracy on pairs, ``accuracy_positive``, on uniform negatives, ``accuracy_random``, and on negatives sampled
+    by similarity, ``accuracy_hard``. A measure without a pair in the step is absent.
+
     Args:
         negatives: "hard", or "uniform" over the candidates (the ablation of the paper's table 1).
         keys: Embeddings that the similarity is to: the "momentum" encoder's, as published, or the model's own ("student").
@@ -68,6 +71,10 @@ class ImageTextMatching(Objective):
     def row_scope(self) -> Scope:
         return self.candidates
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        return ("accuracy_positive", "accuracy_random", "accuracy_hard")
+
     def validate(self, experiment: Experiment) -> None:
         require_image(experiment, "ImageTextMatching")
         require_text(experiment, "ImageTextMatching")
@@ -85,11 +92,16 @@ class ImageTextMatching(Objective):
     def __call__(self, f: Forward) -> Tensor:
         candidates = f.scope(self.candidates)
         allowed = self.allowed(f, candidates)  # (B, M)
-        logits = self.logits(f, candidates, *self.sample(f, candidates, allowed))  # (3B, 2)
+        texts, images, is_hard = self.sample(f, candidates, allowed)
+        logits = self.logits(f, candidates, texts, images)  # (3B, 2)
         found, pair = allowed.any(1), torch.ones_like(f.batch.image_id, dtype=torch.bool)
         # Processes may differ in whether they have negatives. Either all rows of a process have one, or none has.
         count = gather((len(f.batch) + 2 * found.sum())[None]).float().mean()
         labels = torch.cat([pair, ~pair, ~pair]).long()
+        correct, has_negative = logits.argmax(1) == labels, found.repeat(2)
+        f.measure(self, "accuracy_positive", correct[: len(pair)], pair)
+        f.measure(self, "accuracy_random", correct[len(pair) :], has_negative & ~is_hard)
+        f.measure(self, "accuracy_hard", correct[len(pair) :], has_negative & is_hard)
         return matching_loss(logits, labels, torch.cat([pair, found, found]), count)
 
     def allowed(self, f: Forward, candidates: Gathered) -> Tensor:
@@ -99,9 +111,15 @@ class ImageTextMatching(Objective):
             return f.batch.image_id[:, None] != ids
         return candidates.rows[:, None] != torch.arange(len(ids), device=ids.device)
 
-    def sample(self, f: Forward, candidates: Gathered, allowed: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample a (B,) text for each image and a (B,) image for each text, as positions among the candidates."""
+    def sample(self, f: Forward, candidates: Gathered, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample a text for each image and an image for each text.
+
+        Returns:
+            (B,) texts and (B,) images as positions among the candidates, and (2B,) bool, whether a text, or then an image, was
+            sampled by similarity.
+        """
         similarity = torch.zeros(2 * len(allowed), allowed.shape[1], device=allowed.device)
+        is_hard = torch.zeros(2 * len(allowed), dtype=torch.bool, device=allowed.device)
         if self.negatives == "hard":
             keys = candidates.momentum if self.keys == "momentum" else candidates
             similarity = torch.cat(
@@ -110,7 +128,7 @@ class ImageTextMatching(Objective):
             is_hard = draw_hard(similarity, self.hard_share * f.context.ramp(self.hard_ramp_epochs))  # (2B,)
             similarity = (f.scale.detach() * similarity).masked_fill(~is_hard[:, None], 0)  # equal scores are uniform
         texts, images = sample_hard_negatives(similarity, allowed.repeat(2, 1), self.epsilon).chunk(2)
-        return texts, images
+        return texts, images, is_hard
 
     def logits(self, f: Forward, candidates: Gathered, texts: Tensor, images: Tensor) -> Tensor:
         """Score pairs, then images with the (B,) ``texts``, then texts with the (B,) ``images``: (3B, 2)."""

@@ -20,7 +20,7 @@ from vlp.encoders.ragged import upload
 from vlp.errors import UserError
 from vlp.losses.masked import IGNORED
 from vlp.specs.fields import setting
-from vlp.types import MaskedIds, Vocabulary, computing_on_host, on_host
+from vlp.types import MaskedIds, Vocabulary, computing_on_host, keep_host_copy, on_host
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class TextMasking:
             filler = ~chosen.flatten()[positions]  # (M,) positions that only fill up
             labels = input_ids.flatten()[positions].masked_fill(filler, IGNORED)
             positions = positions.masked_fill(filler, 0)
-        return MaskedIds(*(upload(x.numpy(), device) for x in (masked, positions, labels)))
+        return MaskedIds(*(keep_host_copy(upload(x.numpy(), device), x.numpy()) for x in (masked, positions, labels)))
 
     def _choose(
         self, input_ids: Tensor, maskable: Tensor, vocabulary: Vocabulary, generator: torch.Generator | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,7 @@ def write_report(folder: Path, notes: list[str] | None = None) -> Path:
         described=described,
         contamination=contamination,
         notes=notes,
-        curves=_curves(log, read_numbers(folder / "eval.jsonl", notes), tasks),
+        curves=_curves(log, read_numbers(folder / "eval.jsonl", notes), tasks, experiment.objectives),
         queries=[q for result in results for q in captions_with_images(result, "text_to_image")],
         commands=[shlex.join(start["command"]) for start in starts],
         quarantined=len(read_log(folder / "quarantine.jsonl")),
@@ -118,7 +119,7 @@ def _tasks(experiment: Experiment, path: Path) -> dict[str, Task | Foreign]:
     Raises:
         UserError: if a value that the report reads is of another type.
     """
-    for name, kind in (("name", str), ("data", Data), ("evaluate", dict)):
+    for name, kind in (("name", str), ("data", Data), ("evaluate", dict), ("objectives", dict)):
         if not isinstance(vars(experiment)[name], kind):
             raise UserError(f"{path} is damaged: its {name} is of another type")
     for name, task in experiment.evaluate.items():
@@ -161,12 +162,15 @@ def _plotted(tasks: dict[str, Task | Foreign], evals: list[dict]) -> list[str]:
     return names
 
 
-def _curves(log: list[dict], evals: list[dict], tasks: dict[str, Task | Foreign]) -> str:
-    """Plot loss, metrics, learning rate, temperature and geometry against the step, as base64 PNG."""
+def _curves(log: list[dict], evals: list[dict], tasks: dict[str, Task | Foreign], objectives: Iterable[str]) -> str:
+    """Plot loss, metrics, learning rate, temperature, geometry and measures of objectives against the step, as base64 PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
-    (loss, metrics), (rate, geometry) = figure.subplots(2, 2)
+    measuring = tuple(f"{name}/" for name in set(objectives) - {"loss", "geometry"})
+    measures = sorted({name for line in log for name in line if name.startswith(measuring)})
+    figure = Figure(figsize=(11, 9.6 if measures else 6.4), layout="constrained")
+    grid = figure.add_gridspec(3 if measures else 2, 2)
+    loss, metrics, rate, geometry = (figure.add_subplot(grid[n // 2, n % 2]) for n in range(4))
     steps = np.array([line["step"] for line in log])
     values = np.array([line.get("loss", np.nan) for line in log])
     loss.plot(steps, values, color="#c6d3e1", linewidth=0.8)
@@ -184,10 +188,19 @@ def _curves(log: list[dict], evals: list[dict], tasks: dict[str, Task | Foreign]
     for name in sorted({name for line in log for name in line if name.startswith("geometry/")})[:MAX_LINES]:
         _draw(geometry, log, name, plain_label(name.removeprefix("geometry/").replace("_", " ")))
     geometry.set_title("alignment, uniformity and modality gap of a batch")
-    for axis in (metrics, geometry):
+    axes = [loss, metrics, rate, geometry]
+    if measures:
+        axes.append(figure.add_subplot(grid[2, :]))
+        axes[-1].set_title("measures of the training batches x 100 (mean of 25 steps)")
+    for name in measures[:MAX_LINES]:
+        objective, _, measure = name.partition("/")
+        points = [(line["step"], 100 * line[name]) for line in log if name in line]
+        at, values = np.array(points).T
+        axes[-1].plot(at, _smooth(values, min(len(at), 25)), label=plain_label(f"{objective}: {metric_label(measure)}"))
+    for axis in (metrics, geometry, *axes[4:]):
         if axis.lines:
             axis.legend(fontsize=8)
-    for axis in (loss, metrics, rate, geometry):
+    for axis in axes:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     return base64.b64encode(png(figure)).decode()

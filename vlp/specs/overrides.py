@@ -38,8 +38,12 @@ def override(spec: Spec, assignments: list[str]) -> Spec:
     return spec
 
 
-def _set(node: Any, key: str, path: list[str], text: str) -> Any:
-    """Return a copy of ``node`` whose value at ``path`` is ``text``, parsed as the type of that value."""
+def _set(node: Any, key: str, path: list[str], text: str, declared: Any = Any) -> Any:
+    """Return a copy of ``node`` whose value at ``path`` is ``text``, parsed as the type of that value.
+
+    Args:
+        declared: Type of ``node``. A new value of a dict has the type that it names, or is a number if it names none.
+    """
     head, *rest = path
     if is_dataclass(node):
         hints = type_hints(type(node))
@@ -51,7 +55,8 @@ def _set(node: Any, key: str, path: list[str], text: str) -> Any:
         if head not in node and rest:
             raise UserError(f"{key}: there is no {head!r} here{suggest(head, list(node))}")
         old = node.get(head)
-        hint = type(old) if head in node else float
+        named = typing.get_args(declared)[1] if typing.get_origin(declared) is dict else Any
+        hint = type(old) if head in node else float if named is Any else named
     elif isinstance(node, tuple):
         if not head.isdigit() or int(head) >= len(node):
             raise UserError(f"{key}: {head!r} should be a number from 0 to {len(node) - 1}")
@@ -59,7 +64,7 @@ def _set(node: Any, key: str, path: list[str], text: str) -> Any:
         hint = type(old)
     else:
         raise UserError(f"{key}: {head!r} is inside a plain value; there is nothing below it")
-    new = _set(old, key, rest, text) if rest else _parse(key, text, Any if is_dataclass(old) else hint, old)
+    new = _set(old, key, rest, text, hint) if rest else _parse(key, text, Any if is_dataclass(old) else hint, old)
     if is_dataclass(node):
         return replace(node, **{head: new})
     if isinstance(node, dict):

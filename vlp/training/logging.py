@@ -128,7 +128,7 @@ class RunLog:
         )
         self.task = self.progress.add_task(experiment.name, completed=step, total=total_steps, last="")
         self.progress.start()
-        self.total_steps, self.last_print = total_steps, time.monotonic()
+        self.total_steps, self.last_print, self.measures = total_steps, time.monotonic(), experiment.measures
 
     def print(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -145,6 +145,7 @@ class RunLog:
         if self.wandb:
             self.wandb.log(numbers, step=record["step"])
         last = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['samples_per_second']:.0f} samples/s"
+        last += "".join(f"  {name} {record[name]:.2f}" for name in self.measures if name in record)
         self.progress.update(self.task, completed=record["step"], last=last)
         # a console without a progress bar, such as a scheduler's log file, gets a line every ten seconds
         if not self.console.is_terminal and (

@@ -25,6 +25,13 @@ SHADE = 12  # of 255: largest distance of a shade from the colour above
 GREYS = (110, 180)  # range of the background
 SIDES = {"small": 0.14, "large": 0.27}  # side of the square with as many pixels, as a share of the image's side
 ATTRIBUTES = {"order": ("shape", "colour", "shade", "size"), "shape": ("shape",), "colour": ("colour", "shade")}
+WORD_CLASSES = {
+    "colour": tuple(COLOURS),
+    "shape": tuple(OUTLINES),
+    "size": tuple(SIDES),
+    "place": tuple(relation.removesuffix(" of") for relation in INVERSE),
+}
+"""Words of the captions by class, for `vlp.objectives.mlm.MaskedText.word_classes`."""
 
 
 @dataclass(frozen=True)
