@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 MEASURES = (
+    "start_up",
     "decode",
     "seek",
     "shards_a_node",

@@ -7,9 +7,11 @@ import errno
 import os
 import sys
 
+from vlp import __version__
 from vlp.commands import ablate, configs, data, doctor, evaluate, gradcam, plan, report, serve, show, train
 from vlp.data.workers import why_a_worker_ended
 from vlp.errors import UserError
+from vlp.specs.origin import commit
 
 # in the order of `vlp --help`
 COMMANDS = (train, evaluate, gradcam, ablate, report, serve, show, configs, data, plan, doctor)
@@ -51,8 +53,21 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+class Version(argparse.Action):
+    """Print the version, and the commit of a checkout, which needs a call of git."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        print(f"vlp {__version__}" + (f", commit {found}" if (found := commit()) else ""))
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vlp", description="Vision-language pre-training.")
+    parser = argparse.ArgumentParser(
+        prog="vlp",
+        description="Vision-language pre-training.",
+        epilog="example: vlp train configs/align/demo.py; vlp COMMAND --help has an example of each command",
+    )
+    parser.add_argument("--version", action=Version, nargs=0, help="print the version and the commit, and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(commands)

@@ -13,7 +13,15 @@ from benchmarks.common import DATA
 from tests.conftest import ROOT, environment
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there: captions and photos to measure with")
-WITHOUT_DATA = ("seek", "contrastive_memory", "uniformity_memory", "queue_info_nce", "retrieval_memory", "vqa_ranking")
+WITHOUT_DATA = (
+    "start_up",
+    "seek",
+    "contrastive_memory",
+    "uniformity_memory",
+    "queue_info_nce",
+    "retrieval_memory",
+    "vqa_ranking",
+)
 WITHOUT_DATA += (
     "data_wait",
     "shards_a_node",

@@ -7,7 +7,11 @@ import shlex
 
 
 def add_parser(commands) -> None:
-    parser = commands.add_parser("ablate", help="train variants over seeds, and tabulate what each change is worth")
+    parser = commands.add_parser(
+        "ablate",
+        help="train variants over seeds, and tabulate what each change is worth",
+        epilog="example: vlp ablate configs/albef/world.py:table1 seeds=0,1,2",
+    )
     parser.add_argument("config", help="a Python config, or FILE.py:NAME, that returns a vlp.sweeps.ablation.Ablation")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seeds=0,1 train.steps=100")
     parser.set_defaults(run=run)

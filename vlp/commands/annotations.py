@@ -14,7 +14,9 @@ from vlp.files import local_path
 
 def add_parsers(actions) -> None:
     annotations = actions.add_parser(
-        "annotations", help="convert official files of VQA, NLVR2, SNLI-VE, ... to the .jsonl that vlp reads"
+        "annotations",
+        help="convert official files of VQA, NLVR2, SNLI-VE, ... to the .jsonl that vlp reads",
+        epilog="example: vlp data annotations nlvr2 train.json nlvr2.jsonl --split train",
     )
     annotations.add_argument("format", help="vqa2, albef-vqa, visual-genome, nlvr2, snli-ve, refcoco or easy-vqa")
     annotations.add_argument("files", nargs="+", help="files of that format, e.g. QUESTIONS.json ANNOTATIONS.json")
@@ -22,7 +24,11 @@ def add_parsers(actions) -> None:
     annotations.add_argument("--split", help="write this split into every line")
     annotations.set_defaults(run=run_annotations)
 
-    answers = actions.add_parser("answers", help="list the answers of annotations, the most frequent first")
+    answers = actions.add_parser(
+        "answers",
+        help="list the answers of annotations, the most frequent first",
+        epilog="example: vlp data answers vqa.jsonl answers.txt --min-count 9",
+    )
     answers.add_argument("files", nargs="+", metavar="ANNOTATIONS.jsonl")
     answers.add_argument("output", type=local_path, metavar="OUT.txt")
     answers.add_argument("--field", default="answers", help="field with the answers (default: %(default)s)")

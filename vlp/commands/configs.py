@@ -48,7 +48,11 @@ class Entry:
 
 
 def add_parser(commands) -> None:
-    configs = commands.add_parser("configs", help="list the configs that come with vlp: paper, cost, expected numbers")
+    configs = commands.add_parser(
+        "configs",
+        help="list the configs that come with vlp: paper, cost, expected numbers",
+        epilog="example: vlp configs albef flickr8k",
+    )
     configs.add_argument(
         "words", nargs="*", metavar="WORD", help="list only the configs whose entry has all these words"
     )

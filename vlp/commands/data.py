@@ -14,7 +14,9 @@ from vlp.files import local_path
 
 
 def add_parser(commands) -> None:
-    parser = commands.add_parser("data", help="make and inspect shards")
+    parser = commands.add_parser(
+        "data", help="make and inspect shards", epilog="example: vlp data pack captions.csv shards/train"
+    )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     for add in (add_pack, add_check, add_stats, add_tokenizer, add_demo):
         add(actions)
@@ -23,7 +25,11 @@ def add_parser(commands) -> None:
 
 
 def add_pack(actions) -> None:
-    pack = actions.add_parser("pack", help="pack image-text pairs into shards")
+    pack = actions.add_parser(
+        "pack",
+        help="pack image-text pairs into shards",
+        epilog="example: vlp data pack captions.csv shards/train --image-root photos",
+    )
     pack.add_argument(
         "annotations",
         help="CSV, TSV, JSONL, Karpathy json, COCO captions json, ALBEF json list, or a folder with a jsonl",
@@ -61,7 +67,11 @@ def run_pack(options: argparse.Namespace) -> int:
 
 
 def add_check(actions) -> None:
-    check = actions.add_parser("check", help="count samples, undecodable images and duplicate keys; verify checksums")
+    check = actions.add_parser(
+        "check",
+        help="count samples, undecodable images and duplicate keys; verify checksums",
+        epilog="example: vlp data check shards/train",
+    )
     check.add_argument("shards")
     check.set_defaults(run=run_check)
 
@@ -77,7 +87,11 @@ def run_check(options: argparse.Namespace) -> int:
 
 
 def add_stats(actions) -> None:
-    stats = actions.add_parser("stats", help="print image sizes and caption lengths; draw a grid of samples as PNG")
+    stats = actions.add_parser(
+        "stats",
+        help="print image sizes and caption lengths; draw a grid of samples as PNG",
+        epilog="example: vlp data stats shards/train --grid samples.png",
+    )
     stats.add_argument("shards")
     stats.add_argument("--grid", type=local_path, default=Path("samples.png"))
     stats.set_defaults(run=run_stats)
@@ -92,7 +106,11 @@ def run_stats(options: argparse.Namespace) -> int:
 
 
 def add_tokenizer(actions) -> None:
-    tokenizer = actions.add_parser("tokenizer", help="train a WordPiece tokenizer on the captions of shards")
+    tokenizer = actions.add_parser(
+        "tokenizer",
+        help="train a WordPiece tokenizer on the captions of shards",
+        epilog="example: vlp data tokenizer shards/train tokenizer --vocab-size 8000",
+    )
     tokenizer.add_argument("shards")
     tokenizer.add_argument("folder", type=local_path, help="folder to write the tokenizer to")
     tokenizer.add_argument("--vocab-size", type=int, default=8000, help="tokens (default: %(default)s)")
@@ -118,7 +136,11 @@ def run_tokenizer(options: argparse.Namespace) -> int:
 
 
 def add_demo(actions) -> None:
-    demo = actions.add_parser("demo", help="draw and pack the demo's images and names (extra 'demo')")
+    demo = actions.add_parser(
+        "demo",
+        help="draw and pack the demo's images and names (extra 'demo')",
+        epilog="example: vlp data demo data/openmoji --hold-out motif",
+    )
     demo.add_argument("folder", type=local_path)
     demo.add_argument(
         "--hold-out",

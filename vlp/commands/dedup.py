@@ -14,7 +14,11 @@ MAX_PRINTED = 10
 
 
 def add_parsers(actions) -> None:
-    dedup = actions.add_parser("dedup", help="find duplicate images, also between training and evaluation data")
+    dedup = actions.add_parser(
+        "dedup",
+        help="find duplicate images, also between training and evaluation data",
+        epilog="example: vlp data dedup shards/train --against shards/val",
+    )
     dedup.add_argument("shards", help="shards, or a folder of images")
     dedup.add_argument(
         "--against",

@@ -48,7 +48,11 @@ class Check:
 
 
 def add_parser(commands) -> None:
-    doctor = commands.add_parser("doctor", help="check packages, devices, communication, disk, data and engines")
+    doctor = commands.add_parser(
+        "doctor",
+        help="check packages, devices, communication, disk, data and engines",
+        epilog="example: vlp doctor --data shards/train",
+    )
     doctor.add_argument("--data", metavar="SHARDS", help="shards whose reading speed is measured")
     doctor.add_argument("--folder", default="runs", metavar="DIR", help="folder of the runs (default: %(default)s)")
     doctor.add_argument("--no-engines", action="store_true", help="leave out the training step on each engine")

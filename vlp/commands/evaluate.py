@@ -23,7 +23,7 @@ def add_parser(commands) -> None:
         "eval",
         help="evaluate a run or published weights",
         description="Evaluate a run or published weights. Without TASK, run the tasks that the run's experiment names.",
-        epilog="vlp eval RUN TASK --help lists the options of a task.",
+        epilog="example: vlp eval runs/demo retrieval data=shards/val; vlp eval RUN TASK --help lists the options of a task",
         add_help=False,
     )
     parser.add_argument(

@@ -10,7 +10,11 @@ from vlp.files import local_path
 
 
 def add_parser(commands) -> None:
-    parser = commands.add_parser("gradcam", help="draw Grad-CAM heat maps of caption words over their images (ALBEF)")
+    parser = commands.add_parser(
+        "gradcam",
+        help="draw Grad-CAM heat maps of caption words over their images (ALBEF)",
+        epilog="example: vlp gradcam runs/albef-world --words red,left --images 4",
+    )
     parser.add_argument("folder", metavar="RUN", type=local_path)
     parser.add_argument("--data", metavar="SHARDS", help="images with captions (default: the run's data.val)")
     parser.add_argument(

@@ -20,7 +20,9 @@ DAY = 86_400  # seconds
 
 def add_parser(commands) -> None:
     plan = commands.add_parser(
-        "plan", help="memory, operations, communication and days of an experiment on given devices"
+        "plan",
+        help="memory, operations, communication and days of an experiment on given devices",
+        epilog="example: vlp plan configs/align/pretrain.py --devices 64 --engine fsdp2",
     )
     plan.add_argument("config", help="a Python config, FILE.py:NAME for another function of it, or an experiment.json")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="before the options, e.g. data.batch_size=256")

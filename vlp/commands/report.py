@@ -12,7 +12,9 @@ from vlp.files import local_path
 
 def add_parser(commands) -> None:
     parser = commands.add_parser(
-        "report", help="write RUN/report.html, or a page that compares several runs: vlp report runs/*"
+        "report",
+        help="write RUN/report.html, or a page that compares several runs",
+        epilog="example: vlp report runs/demo runs/mine --output runs/comparison",
     )
     parser.add_argument("folders", metavar="RUN", nargs="+")
     parser.add_argument(

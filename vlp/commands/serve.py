@@ -23,7 +23,11 @@ MAX_REQUEST = 1 << 16  # bytes of a request's address, and of its body
 
 
 def add_parser(commands) -> None:
-    parser = commands.add_parser("serve", help="search images by text in the browser (extra 'serve')")
+    parser = commands.add_parser(
+        "serve",
+        help="search images by text in the browser (extra 'serve')",
+        epilog="example: vlp serve runs/demo --data shards/val",
+    )
     parser.add_argument("folder", metavar="RUN", type=local_path)
     parser.add_argument("--data", metavar="SHARDS", help="images to search (default: the run's data.val)")
     parser.add_argument("--port", type=int, default=7860)

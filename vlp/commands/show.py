@@ -9,7 +9,11 @@ from vlp.files import local_path
 
 
 def add_parser(commands) -> None:
-    show = commands.add_parser("show", help="print the experiment of a config with every value, resolved")
+    show = commands.add_parser(
+        "show",
+        help="print the experiment of a config with every value, resolved",
+        epilog="example: vlp show configs/align/demo.py data.batch_size=128",
+    )
     show.add_argument("config", help="a Python config, FILE.py:NAME for another function of it, or an experiment.json")
     show.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.batch_size=256 optim.lr=5e-4")
     show.add_argument("--json", action="store_true", help="print the JSON that a run folder stores")

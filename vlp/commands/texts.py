@@ -14,13 +14,19 @@ from vlp.files import local_path
 
 def add_parsers(actions) -> None:
     triples = actions.add_parser(
-        "triples", help="convert NLI lines to (sentence, entailed, contradicted) rows for supervised SimCSE"
+        "triples",
+        help="convert NLI lines to (sentence, entailed, contradicted) rows for supervised SimCSE",
+        epilog="example: vlp data triples snli_dev.txt snli_test.txt triples.tsv",
     )
     triples.add_argument("files", type=local_path, nargs="+", help="lines label<TAB>premise<TAB>hypothesis")
     triples.add_argument("output", type=local_path, metavar="OUT.tsv")
     triples.set_defaults(run=run_triples)
 
-    paraphrase = actions.add_parser("paraphrase", help="make (sentence, paraphrase) rows for CERT; resumable")
+    paraphrase = actions.add_parser(
+        "paraphrase",
+        help="make (sentence, paraphrase) rows for CERT; resumable",
+        epilog="example: vlp data paraphrase texts.txt pairs.tsv --translator en-de de-en",
+    )
     paraphrase.add_argument(
         "input", type=local_path, help="a file with one sentence per line; with --same-image, annotations with captions"
     )

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands) -> None:
-    train = commands.add_parser("train", help="train an experiment, or continue a run")
+    train = commands.add_parser(
+        "train",
+        help="train an experiment, or continue a run",
+        epilog="example: vlp train configs/align/demo.py name=mine data.batch_size=128",
+    )
     train.add_argument(
         "config", nargs="?", help="a Python config, FILE.py:NAME for another function of it, or an experiment.json"
     )

@@ -9,7 +9,11 @@ from vlp.files import local_path
 
 
 def add_parsers(actions) -> None:
-    world = actions.add_parser("world", help="draw and pack a synthetic world of coloured shapes, without a download")
+    world = actions.add_parser(
+        "world",
+        help="draw and pack a synthetic world of coloured shapes, without a download",
+        epilog="example: vlp data world data/world --train 2000",
+    )
     world.add_argument("folder", type=local_path)
     world.add_argument(
         "--train", type=int, default=10_000, help="training scenes; even, as they come in pairs (default: %(default)s)"
