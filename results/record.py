@@ -16,10 +16,11 @@ from typing import Any
 from vlp.commands.configs import Entry, read_entries
 from vlp.config import Experiment, changed_keys, load_without_code
 from vlp.errors import UserError
+from vlp.files import read_log
 from vlp.report.results import read_numbers, read_result
 from vlp.tasks.metrics import Interval
 from vlp.tasks.naming import data_name
-from vlp.training.logging import is_evaluated, read_log
+from vlp.training.logging import is_evaluated
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 OF_SEED = re.compile(r"(.+)-seed\d+")  # name of a run folder of `vlp ablate`

@@ -1,10 +1,11 @@
-"""Local files: paths, safe reading, atomic writing, hashes."""
+"""Local files: paths, safe reading, lines of JSON, atomic writing, hashes."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import stat
@@ -140,6 +141,32 @@ def read_regular(path: str | Path, max_bytes: int | None = None) -> bytes:
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"it is larger than {max_bytes:,} bytes")
     return data
+
+
+def read_log(path: Path) -> list[dict]:
+    """Return the records of a file of JSON lines, without lines that are damaged or were only partly written.
+
+    The result is empty for a missing file.
+
+    Raises:
+        UserError: If the path is that of something else than a file.
+    """
+    try:
+        lines = read_regular(path).splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}); remove it") from None
+    return [record for record in map(_record, lines) if record is not None]
+
+
+def _record(line: bytes) -> dict | None:
+    """Return the record of a line, or None if the line is damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from tests.processes import Running
 from vlp.cli import main
 from vlp.encoders.image import TimmImage
 from vlp.errors import UserError
+from vlp.files import read_log
 from vlp.specs.config_file import load_module
-from vlp.training.logging import read_log
 from vlp.weights import checkpoints
 
 EXAMPLES = ROOT / "examples"

@@ -13,6 +13,7 @@ from jinja2 import Environment
 
 from vlp.config import Data, Experiment, load_without_code
 from vlp.errors import UserError
+from vlp.files import read_log
 from vlp.report.examples import MACROS, captions_with_images, wrong_with_images
 from vlp.report.examples import STYLE as EXAMPLES_STYLE
 from vlp.report.figures import label as plain_label
@@ -22,7 +23,6 @@ from vlp.report.tables import described
 from vlp.specs.json import Foreign
 from vlp.specs.types import check_types
 from vlp.tasks.base import Task
-from vlp.training.logging import read_log
 
 MAX_LINES = 20  # of a plot
 STYLE = """

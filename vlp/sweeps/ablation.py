@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING
 
 from vlp.config import Experiment, load_config
 from vlp.errors import UserError
-from vlp.files import local_path, write_atomically
+from vlp.files import local_path, read_log, write_atomically
 from vlp.report.figures import png
 from vlp.report.results import contamination, read_result
 from vlp.specs.overrides import override
 from vlp.specs.user_code import NO_CODE, UserCode
 from vlp.sweeps.run_queue import RunQueue, check_same, is_finished
 from vlp.sweeps.stages import Stages
-from vlp.training.logging import read_log
 from vlp.training.validation import validate, validate_tasks
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from types import FrameType
 
 from vlp.config import Experiment, changed_keys, load_json
 from vlp.errors import UserError
-from vlp.files import write_atomically
+from vlp.files import read_log, write_atomically
 from vlp.specs.json import dump
 from vlp.specs.origin import COMMAND, command_line
 from vlp.specs.user_code import NO_CODE, UserCode, own_types
 from vlp.training.interrupts import StopRequest
-from vlp.training.logging import is_evaluated, read_log
+from vlp.training.logging import is_evaluated
 from vlp.weights import checkpoints
 
 

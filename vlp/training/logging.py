@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vlp.config import Experiment, Logging
 from vlp.errors import UserError
-from vlp.files import read_regular
+from vlp.files import read_log
 from vlp.specs.json import dump
 
 
@@ -35,32 +35,6 @@ def truncate_log(path: Path, step: int) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
-
-
-def read_log(path: Path) -> list[dict]:
-    """Return the records of a file of JSON lines, without lines that are damaged or were only partly written.
-
-    The result is empty for a missing file.
-
-    Raises:
-        UserError: If the path is that of something else than a file.
-    """
-    try:
-        lines = read_regular(path).splitlines()
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror}); remove it") from None
-    return [record for record in map(_record, lines) if record is not None]
-
-
-def _record(line: bytes) -> dict | None:
-    """Return the record of a line, or None if the line is damaged."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def is_evaluated(folder: Path, step: int) -> bool:

@@ -10,9 +10,20 @@ import warnings
 from pathlib import Path
 
 from vlp.errors import UserError
+from vlp.files import open_regular
 
 HELD = (errno.EACCES, errno.EAGAIN)  # another process holds the lock
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # the file system has no locks
+
+
+def is_training(folder: Path) -> bool:
+    """Return whether a process trains in a run folder. False where the file system has no locks."""
+    try:
+        with open_regular(folder / "train.lock") as file:  # also left behind by a process that was killed
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as e:
+        return e.errno in HELD and os.path.exists(folder / "train.lock")
+    return False
 
 
 class RunLock:

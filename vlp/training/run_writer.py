@@ -30,13 +30,13 @@ from vlp.config import Experiment
 from vlp.data.text import Tokenizer
 from vlp.distributed import refuse_together
 from vlp.errors import UserError
-from vlp.files import write_atomically
+from vlp.files import read_log, write_atomically
 from vlp.specs.json import dump
 from vlp.specs.origin import origin
 from vlp.specs.user_code import UserCode
 from vlp.tasks.base import EvalModel, Result
 from vlp.training.engines import Engine
-from vlp.training.logging import RunLog, read_log, truncate_log
+from vlp.training.logging import RunLog, truncate_log
 from vlp.training.state import TrainState
 
 

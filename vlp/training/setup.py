@@ -18,6 +18,7 @@ from vlp.data.text import Tokenizer, load_tokenizer
 from vlp.distributed import refuse_together
 from vlp.encoders.mome_layer import MomeLayer
 from vlp.errors import UserError
+from vlp.files import read_log
 from vlp.models.base import Model
 from vlp.objectives.requirements import has_images
 from vlp.optim.ema import EMA
@@ -25,7 +26,6 @@ from vlp.optim.groups import describe_groups, parameter_groups, starts_with
 from vlp.specs.user_code import NO_CODE, UserCode
 from vlp.training.engines import Engine, repeated_blocks
 from vlp.training.launch import start_engine
-from vlp.training.logging import read_log
 from vlp.training.run import Run
 from vlp.training.run_lock import RunLock
 from vlp.training.run_writer import RunWriter

@@ -7,14 +7,15 @@ import os
 import re
 import warnings
 from pathlib import Path
-
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from vlp.errors import UserError
 from vlp.files import file_hash, read_regular
 
-Tensors = dict[str, Tensor]
+if TYPE_CHECKING:  # finding checkpoints, as `vlp runs` does, needs no torch
+    from torch import Tensor, nn
+
+Tensors = dict[str, "Tensor"]
 MAX_JSON = 1 << 20  # bytes of a JSON file of a checkpoint, which has about a hundred per file
 
 
@@ -104,6 +105,8 @@ def read(checkpoint: Path, name: str) -> Tensors:
         raise UserError(
             f"{checkpoint} has no {name}.safetensors, so it is of another experiment; restore the right one"
         )
+    from safetensors.torch import load_file
+
     return load_file(checkpoint / f"{name}.safetensors")
 
 
