@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 from vlp.commands.world import add_parsers
 from vlp.data.image import decode
 from vlp.data.reading.shards import ShardReader
-from vlp.data.world import Scene, World, make
+from vlp.data.reading.labelled import read_labelled
+from vlp.data.world import Scene, World, make, make_single
 from vlp.data.world.scenes import COLOURS, SIDES
 from vlp.data.world.shapes import CONVEX, OUTLINES, sprite
 from vlp.errors import UserError
@@ -485,3 +486,44 @@ def test_pairs_of_fewer_scenes_are_the_first_of_more(larger, tmp_path):
     assert 0 < len(some[0]) < len(some[1]) and some[1][: len(some[0])] == some[0]
     val = [[line for line in lines(f, "pairs") if line["split"] == "val"] for f in (fewer, larger)]
     assert val[0] == val[1]
+
+
+def test_a_single_thing_is_what_its_class_says():
+    world = World()
+    for number in range(200):
+        image, label = world.single(0, number)
+        ((name, _),) = see(image)
+        assert name == world.classes[label]
+
+
+def test_single_things_have_all_classes_equally_often():
+    labels = Counter(World().single(0, number)[1] for number in range(2000))
+    assert len(labels) == len(World().classes) == 96
+    assert max(labels.values()) < 3 * 2000 / 96
+
+
+def test_single_things_are_shards_with_labels_and_a_labelled_folder(tmp_path):
+    folder = make_single(tmp_path / "single", train=40, val=12)
+    reader = ShardReader(str(folder / "train"), label="label")
+    images, names = read_labelled(folder, "val")
+    assert len(reader) == 40 and len(images) == 12
+    for row in range(40):
+        raw = reader.read(*reader.locate(row))
+        expected, label = World().single(0, row)
+        assert raw.label == label and raw.captions == (f"a {World().classes[label]}",)
+        assert np.array_equal(decode(raw.image, 10_000), expected)
+    listed = [json.loads(line) for line in (folder / "labels.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in listed] == [World().classes[line["label"]] for line in listed]
+    assert len({line["image"] for line in listed}) == 52
+
+
+def test_single_things_are_completed_and_never_mixed(tmp_path):
+    folder = make_single(tmp_path / "single", train=8, val=2)
+    before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    (folder / "labels.jsonl").unlink()
+    make_single(folder, train=8, val=2)
+    assert before == {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    with pytest.raises(UserError, match="contains another world"):
+        make_single(folder, train=10, val=2)
+    with pytest.raises(UserError, match="give positive numbers"):
+        make_single(tmp_path / "other", train=0, val=2)

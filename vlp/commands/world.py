@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from vlp.errors import UserError
 from vlp.files import local_path
 
 
@@ -25,28 +26,35 @@ def add_parsers(actions) -> None:
         "--noise", type=float, default=0.0, help="fraction of training captions that are swapped (default: 0)"
     )
     world.add_argument("--size", type=int, default=64, help="side of an image in pixels (default: %(default)s)")
+    world.add_argument(
+        "--single",
+        type=int,
+        default=0,
+        help="also draw this many images of single things, and a tenth as many to evaluate, in FOLDER/single: an image "
+        "tower learns shapes and colours from their labels (default: none)",
+    )
     world.add_argument("--seed", type=int, default=0)
     world.set_defaults(run=run_world)
 
 
 def run_world(options: argparse.Namespace) -> int:
     from vlp.commands.progress import progress_bar
-    from vlp.data.world import World, make
+    from vlp.data.world import World, make, make_single
 
-    world = World(options.size)
+    if options.single < 0:
+        raise UserError(f"--single {options.single} is not possible; give the number of images")
+    world, rest = World(options.size), {"seed": options.seed, "workers": os.cpu_count() or 1}
     with progress_bar("drawing and packing") as progress:
-        make(
-            options.folder,
-            world,
-            train=options.train,
-            val=options.val,
-            noise=options.noise,
-            seed=options.seed,
-            workers=os.cpu_count() or 1,
-            progress=progress,
-        )
+        numbers = {"train": options.train, "val": options.val, "noise": options.noise}
+        make(options.folder, world, **numbers, **rest, progress=progress)
+    if options.single:
+        val = max(1, options.single // 10)
+        with progress_bar("drawing and packing single things") as progress:
+            make_single(options.folder / "single", world, train=options.single, val=val, **rest, progress=progress)
     print(
         f"{options.train:,} samples in {options.folder / 'train'}, {options.val:,} in {options.folder / 'val'}, "
         f"questions.jsonl, statements.jsonl, grounding.jsonl and pairs.jsonl in {options.folder}"
     )
+    if options.single:
+        print(f"{options.single:,} images of single things in {options.folder / 'single' / 'train'}, {val:,} to evaluate")
     return 0

@@ -6,7 +6,7 @@ yes/no question about one scene is also asked about the other, with the opposite
 colour belongs to which shape and in the places of the things, so a model must fuse text and image.
 """
 
-from vlp.data.world.folder import make
+from vlp.data.world.folder import make, make_single
 from vlp.data.world.scenes import Scene, World
 
-__all__ = ["Scene", "World", "make"]
+__all__ = ["Scene", "World", "make", "make_single"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from vlp.errors import UserError
 from vlp.files import write_atomically
 
 ANNOTATIONS = ("questions", "statements", "grounding", "pairs")  # .jsonl
+MARK = "world.json"  # the arguments that made the folder
+PARTS = ("train/manifest.json", "val/manifest.json", *(f"{name}.jsonl" for name in ANNOTATIONS))  # of a complete world
 FIRST_VAL = 1_000_000_000  # number of the first scene of val, so that val does not depend on the size of train
 
 
@@ -78,11 +80,11 @@ def make(
     arguments = json.dumps({"world": asdict(world), "train": train, "val": val, "noise": noise, "seed": seed}, indent=1)
     total = 2 * (train + val)
     try:
-        if _complete(folder, arguments):
+        if _complete(folder, arguments, PARTS):
             return folder
         numbers = {"train": range(train), "val": list(_val_numbers(world, val, seed))}
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "world.json", arguments.encode())
+        write_atomically(folder / MARK, arguments.encode())
         pairs: dict[str, list[Pair]] = {"train": [], "val": []}
         files: dict[str, list[dict]] = {name: [] for name in ANNOTATIONS}
         done = 0
@@ -102,18 +104,79 @@ def make(
             pack(pairs[split], folder / split, None, workers, lambda n, _, done=done: progress(done + n, total))
             done += len(pairs[split])
     except OSError as e:
-        reason = e.strerror or e
-        raise UserError(f"cannot write {folder} ({reason}); free some space, or choose another folder") from None
+        raise _unwritable(folder, e) from None
     return folder
 
 
-def _complete(folder: Path, arguments: str) -> bool:
-    """Return whether the folder is complete. Raise UserError if it contains anything else."""
-    mark = folder / "world.json"
+def make_single(
+    folder: Path,
+    world: World | None = None,
+    *,
+    train: int,
+    val: int,
+    seed: int = 0,
+    workers: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Write images of single things, to train an image tower by classification before it sees scenes.
+
+    Writes PNG files in ``folder``/pictures, shards of the training images in ``folder``/train, and labels.jsonl with the
+    ``image``, ``label``, ``name`` and ``split`` of every image. Labels number `World.classes`. A sample's json has the
+    label. The result is the same for any number of workers. A complete folder is not changed, and an incomplete one is
+    completed.
+
+    Args:
+        world: None selects the default world.
+        train: Number of training images.
+        val: Number of other images to evaluate.
+        workers: Number of packing processes.
+        progress: Called with (images drawn + images packed, total of both).
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        UserError: if a number is out of range, or ``folder`` contains something else or cannot be written.
+    """
+    world, folder = world or World(), Path(folder)
+    if not 1 <= train <= FIRST_VAL or val < 1 or seed < 0:
+        raise UserError(f"{train} training images, {val} others and seed {seed} are not possible; give positive numbers")
+    arguments = json.dumps({"world": asdict(world), "single": train, "val": val, "seed": seed}, indent=1)
+    try:
+        if _complete(folder, arguments, ("train/manifest.json", "labels.jsonl")):
+            return folder
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / MARK, arguments.encode())
+        pairs, lines, total = [], [], 2 * train + val
+        for split, first, count in (("train", 0, train), ("val", FIRST_VAL, val)):
+            pictures = folder / "pictures" / split
+            pictures.mkdir(parents=True, exist_ok=True)
+            for row in range(count):
+                image, label = world.single(seed, first + row)
+                path, name = pictures / f"{split}-{row:06d}.png", world.classes[label]
+                Image.fromarray(image).save(path)
+                lines.append({"image": str(path.relative_to(folder)), "label": label, "name": name, "split": split})
+                if split == "train":
+                    pairs.append(Pair(str(path), (f"a {name}",), path.stem, "synthetic world", {"label": label}))
+                progress(len(lines), total)
+        write_atomically(folder / "labels.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+        pack(pairs, folder / "train", None, workers, lambda n, _: progress(len(lines) + n, total))
+    except OSError as e:
+        raise _unwritable(folder, e) from None
+    return folder
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    reason = error.strerror or error
+    return UserError(f"cannot write {folder} ({reason}); free some space, or choose another folder")
+
+
+def _complete(folder: Path, arguments: str, parts: Sequence[str]) -> bool:
+    """Return whether the folder has all its parts. Raise UserError if it contains anything else."""
+    mark = folder / MARK
     if mark.is_file():
         if mark.read_text() != arguments:
             raise UserError(f"{folder} contains another world, see {mark}; remove it or choose another folder")
-        parts = [f"{split}/manifest.json" for split in ("train", "val")] + [f"{name}.jsonl" for name in ANNOTATIONS]
         return all((folder / part).is_file() for part in parts)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not a world; remove it or choose another folder")

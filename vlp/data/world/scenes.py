@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
@@ -113,6 +114,21 @@ class World:
         relations = (word for relation in self.relations for word in (relation, INVERSE[relation]))
         return ("yes", "no", *self.colours, *self.shapes, *SIDES, *relations)
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Size, colour and shape of a single thing, in a fixed order."""
+        return tuple(" ".join(names) for names in product(SIDES, self.colours, self.shapes))
+
+    def single(self, seed: int, number: int) -> tuple[np.ndarray, int]:
+        """Draw the (H, W, 3) uint8 image of one thing, and the number of its class in `classes`."""
+        rng = np.random.default_rng([seed, 3, number])
+        label = int(rng.integers(len(self.classes)))
+        size, colour, shape = self.classes[label].split()
+        thing = Thing(shape, colour, _draw_shade(colour, rng), size)
+        left, top, right, bottom = _sprite(self.size, thing).box
+        x, y = rng.integers((-left, -top), (self.size - right + 1, self.size - bottom + 1)).tolist()
+        return _draw_image(self.size, _draw_grey(rng), (replace(thing, x=x, y=y),)), label
+
     def scene(self, seed: int, number: int) -> Scene:
         """Draw the scene with this number, 0 or more."""
         pair = _draw_pair(self, np.random.default_rng([seed, number // 2]))
@@ -169,7 +185,7 @@ def _draw_pair(world: World, rng: np.random.Generator) -> _Pair:
         centres = place(world.size, relations, boxes, rng)
         if centres is not None:  # None if there is hardly any room, such as for three large things in a row
             members = tuple(tuple(replace(t, x=x, y=y) for t, (x, y) in zip(m, centres)) for m in (things, other))
-            return _Pair(members, relations, link, contrast, int(rng.integers(GREYS[0], GREYS[1] + 1)))
+            return _Pair(members, relations, link, contrast, _draw_grey(rng))
 
 
 def _draw_relations(world: World, count: int, rng: np.random.Generator) -> tuple[str, ...]:
@@ -190,9 +206,17 @@ def _draw_things(world: World, relations: tuple[str, ...], nested: bool, rng: np
     things = []
     for s, c, size in zip(rng.permutation(len(shapes)), rng.permutation(len(world.colours)), sizes):
         colour = world.colours[c]
-        shade = COLOURS[colour] + rng.integers(-SHADE, SHADE + 1, 3)
-        things.append(Thing(shapes[s], colour, tuple(shade.clip(0, 255).tolist()), size))
+        things.append(Thing(shapes[s], colour, _draw_shade(colour, rng), size))
     return things
+
+
+def _draw_shade(colour: str, rng: np.random.Generator) -> tuple[int, int, int]:
+    shade = COLOURS[colour] + rng.integers(-SHADE, SHADE + 1, 3)
+    return tuple(shade.clip(0, 255).tolist())
+
+
+def _draw_grey(rng: np.random.Generator) -> int:
+    return int(rng.integers(GREYS[0], GREYS[1] + 1))
 
 
 def _exchange(things: list[Thing], link: int, names: tuple[str, ...]) -> list[Thing]:
