@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 
 from vlp.commands.world import add_parsers
 from vlp.data.image import decode
-from vlp.data.reading.shards import ShardReader
 from vlp.data.reading.labelled import read_labelled
+from vlp.data.reading.shards import ShardReader
 from vlp.data.world import Scene, World, make, make_single
 from vlp.data.world.scenes import COLOURS, SIDES
 from vlp.data.world.shapes import CONVEX, OUTLINES, sprite

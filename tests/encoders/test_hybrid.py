@@ -48,7 +48,9 @@ def test_layers_of_the_base_come_before_its_own(base):
     depths = tower.layer_ids()
     assert set(depths) == {name for name, _ in tower.named_parameters()}
     below = max(depth for name, depth in depths.items() if name.startswith("base."))
-    first, last, norm = (depths[name] for name in ("blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.weight", "norm.weight"))
+    first, last, norm = (
+        depths[name] for name in ("blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.weight", "norm.weight")
+    )
     assert (depths["positions"], first, last, norm) == (below + 1, below + 2, below + 3, below + 4)
 
 

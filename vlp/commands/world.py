@@ -56,5 +56,7 @@ def run_world(options: argparse.Namespace) -> int:
         f"questions.jsonl, statements.jsonl, grounding.jsonl and pairs.jsonl in {options.folder}"
     )
     if options.single:
-        print(f"{options.single:,} images of single things in {options.folder / 'single' / 'train'}, {val:,} to evaluate")
+        print(
+            f"{options.single:,} images of single things in {options.folder / 'single' / 'train'}, {val:,} to evaluate"
+        )
     return 0

@@ -140,7 +140,9 @@ def make_single(
     """
     world, folder = world or World(), Path(folder)
     if not 1 <= train <= FIRST_VAL or val < 1 or seed < 0:
-        raise UserError(f"{train} training images, {val} others and seed {seed} are not possible; give positive numbers")
+        raise UserError(
+            f"{train} training images, {val} others and seed {seed} are not possible; give positive numbers"
+        )
     arguments = json.dumps({"world": asdict(world), "single": train, "val": val, "seed": seed}, indent=1)
     try:
         if _complete(folder, arguments, ("train/manifest.json", "labels.jsonl")):
