@@ -81,6 +81,18 @@ def test_page_is_one_file_with_all_metrics_intervals_and_the_plot(runs, tmp_path
     assert "Not evaluated: fresh" in html and "a1b2c3d4" in html
 
 
+def test_blind_baseline_stands_beside_its_metric(tmp_path):
+    blind = {"top1": Interval(0.503, 0.4, 0.6)}
+    folder = write(tmp_path / "a", replace(knn(0.971), blind=blind), replace(sts(0.7, 0.2, -2.0), blind={"mean": None}))
+    path = folder / "eval" / "sts-1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"blind": 7}))  # damaged
+    results = {result["task"]: result["blind"] for result in read_results(folder)}
+    assert results == {"knn": blind, "sts": {}}
+    html = write_comparison([folder], tmp_path / "out").read_text()
+    assert "<td>97.1% (blind 50.3%)</td>" in html and "10.0% to 90.0%; blind 50.3%</small>" in html
+    assert "<td>0.700</td>" in html
+
+
 def test_best_is_the_lowest_of_metrics_that_declare_it_and_the_highest_of_others(runs):
     (table,) = [t for t in tabulate(all_results(*runs)) if t.task == "sts"]
     assert {m: table.best(m) for m in table.metrics} == {

@@ -7,6 +7,7 @@ from PIL import Image
 
 from tests.conftest import COLOURS
 from tests.tasks.fakes import ColourModel, eval_model
+from vlp.data.other_images import OtherImages
 from vlp.data.preparing.formats import Pair
 from vlp.data.preparing.pack import Packing, pack
 from vlp.errors import UserError
@@ -14,6 +15,7 @@ from vlp.tasks.minimal_pairs import MinimalPairs
 from vlp.types import Encoded
 
 NAMES = list(COLOURS)
+NAMES_OF = [[NAMES[n // 2 % 5], NAMES[(n // 2 + 1 + n // 6) % 5]][:: -1 if n % 2 else 1] for n in range(10)]
 
 
 class Words:
@@ -68,7 +70,7 @@ def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     pairs = []
     for n in range(10):
-        names = [NAMES[n // 2 % 5], NAMES[(n // 2 + 1 + n // 6) % 5]][:: -1 if n % 2 else 1]
+        names = NAMES_OF[n]
         halves = [np.full((8, 4, 3), COLOURS[name], dtype=np.uint8) for name in names]
         Image.fromarray(np.concatenate(halves, axis=1)).save(folder / f"{n}.png")
         texts = [f"{a} left of {b}" for a, b in (names, names[::-1])]
@@ -119,3 +121,21 @@ def test_shards_without_scenes_are_refused(world):
         MinimalPairs(data=str(world), split="shards").validate(given.data)
     with pytest.raises(UserError, match="give data=FOLDER"):
         MinimalPairs().validate(eval_model(Sides(bag=False)).data)
+
+
+def test_blind_accuracy_is_that_of_a_model_that_sees_other_images(scenes):
+    """The reference exchanges the images on disk and evaluates as usual."""
+    given = eval_model(Sides(bag=False), str(scenes / "val"))
+    order = OtherImages(range(10), given.seed).following
+    hits = []
+    for n in range(10):
+        names, shown = (NAMES_OF[each] for each in (n, order[n]))
+        own, swapped = (sum(a == b for a, b in zip(shown, text)) for text in (names, names[::-1]))
+        hits.append((own > swapped) + (own == swapped) / 2)
+    for batch_size in (3, 64):
+        result = evaluated(Sides(bag=False), scenes, batch_size=batch_size)
+        assert result.blind["accuracy"].value == pytest.approx(np.mean(hits)) and result.metrics["accuracy"].value == 1
+        assert result.blind.keys() == result.metrics.keys()
+    assert np.mean(hits) < 0.9
+    assert evaluated(Sides(bag=True), scenes).blind["accuracy"].value == 0.5
+    assert evaluated(Sides(bag=False), scenes, blind=False).blind == {}

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from tests.models.test_albef import SPEC, close, published
 from tests.tasks.fakes import ColourModel, eval_model
+from vlp.data.other_images import OtherImages
 from vlp.data.stream import EvalDataset, evaluation_batches
 from vlp.data.text import load_tokenizer
 from vlp.encoders.fusion import ImageTokens
@@ -51,9 +53,9 @@ def albef(world):
     return replace(given, tokenizer=load_tokenizer(str(world / "tokenizer")), data=replace(given.data, max_length=16))
 
 
-def of_all_pairs(given, k: int, plus_cosine: bool) -> dict[str, float]:
+def of_all_pairs(given, k: int, plus_cosine: bool, pairs=None) -> dict[str, float]:
     """Compute recall at 1 in both directions by definition: score all pairs, with a copy of the image for each caption."""
-    pairs, model = encode_pairs(given, given.data.val, 64), given.model
+    pairs, model = pairs or encode_pairs(given, given.data.val, 64), given.model
     dataset = EvalDataset(given.data.val, given.data.resize, given.preprocess, given.data.max_pixels)
     pixels = torch.stack([image for samples, _ in evaluation_batches(dataset, 64, 0) for image, _ in samples])
     cosines = pairs.images @ pairs.texts.T
@@ -78,6 +80,20 @@ def test_recall_equals_that_of_scoring_all_pairs(albef, score):
         assert metrics[f"{way}_r@1"].value == pytest.approx(recall)
 
 
+def test_blind_reranking_matches_the_candidates_with_other_images(albef):
+    """The reference exchanges the pixels before it scores all pairs."""
+    blind = Rerank(k=9, ks=(1, 5), batch_size=16, resamples=0)(albef).blind
+    dataset = EvalDataset(albef.data.val, albef.data.resize, albef.preprocess, albef.data.max_pixels)
+    exchanged = OtherImages(dataset, albef.seed)
+    cosines = encode_pairs(albef, albef.data.val, 64)
+    with patch("tests.tasks.test_rerank.EvalDataset", lambda *_: exchanged):
+        expected = of_all_pairs(albef, 9, False, cosines)
+    assert blind.keys() == {f"{way}_{name}" for way in ("i2t", "t2i", "mean") for name in ("r@1", "r@5")} | {
+        "mean_recall"
+    }
+    assert {way: blind[f"{way}_r@1"].value for way in expected} == pytest.approx(expected)
+
+
 def test_metrics_without_reranking_equal_retrieval(albef):
     plain = Retrieval(resamples=0)(albef).metrics
     for k in (1, 10):  # re-ranking k candidates cannot change recall at k and beyond
@@ -99,13 +115,13 @@ def test_images_are_projected_once_and_texts_encoded_once(albef, monkeypatch):
         "encode_text",
         lambda ids, mask, f=model.encode_text: encoded.extend(map(tuple, ids.tolist())) or f(ids, mask),
     )
-    result = Rerank(k=20, text_batch=8, resamples=0)(albef)
+    result = Rerank(k=20, text_batch=8, resamples=0, blind=False)(albef)
     assert sum(projected) == result.n["images"] == 50
     pairs = encode_pairs(albef, albef.data.val, 64)
     assert len(set(pairs.captions)) < len(pairs.captions) == 100
     assert result.n["pairs"] < 50 * 20 + 100 * 20
     del encoded[:]
-    Rerank(k=20, text_batch=8, resamples=0)(albef)
+    Rerank(k=20, text_batch=8, resamples=0, blind=False)(albef)
     assert len(encoded) == len(set(pairs.captions))
 
 
@@ -124,15 +140,15 @@ def test_rank_is_that_of_the_best_positive_and_ties_count_against(scores, rank):
         assert rerank(torch.tensor(scores), by_tie, torch.tensor([7])).tolist() == [7]
 
 
-def two_of(rank: int, given, expected: dict) -> bool:
+def two_of(rank: int, given, expected: tuple[dict, dict]) -> bool:
     torch.manual_seed(0)
     result = Rerank(k=9, batch_size=7, text_batch=8, resamples=10)(given)
-    return {name: i for name, i in result.metrics.items()} == expected and result.n["images"] == 50
+    return (result.metrics, result.blind) == expected and result.n["images"] == 50
 
 
 def test_two_processes_give_the_result_of_one(albef, two_processes):
     result = Rerank(k=9, batch_size=7, text_batch=8, resamples=10)(albef)
-    assert two_processes(two_of, albef, result.metrics) == [True, True]
+    assert two_processes(two_of, albef, (result.metrics, result.blind)) == [True, True]
 
 
 def test_model_without_a_matching_head_is_refused(world):

@@ -96,12 +96,13 @@ def test_answers_do_not_depend_on_batches_and_are_submitted(given, asked, tmp_pa
 
 def two_of(rank: int, given, expected) -> bool:
     result = Vqa(split="test", batch_size=3, questions=4, resamples=20)(given)
-    return result.metrics == expected and result.n["questions"] == 40
+    return (result.metrics, result.blind) == expected and result.n["questions"] == 40
 
 
 def test_two_processes_give_the_result_of_one(given, two_processes):
     result = Vqa(split="test", batch_size=3, questions=4, resamples=20)(given)
-    assert two_processes(two_of, given, result.metrics) == [True, True]
+    assert result.blind.keys() == {"accuracy", "accuracy_what"} | {k for k in result.metrics if "accuracy_" in k}
+    assert two_processes(two_of, given, (result.metrics, result.blind)) == [True, True]
 
 
 def test_vlmo_answers_do_not_depend_on_batches(given, asked, tmp_path):
@@ -144,7 +145,7 @@ def test_written_answers_are_compared_in_the_form_of_the_decoder(given, asked, t
         {"image": "0000.png", "question": "?", "answer": "Top-Left"},
         {"image": "0001.png", "question": "?", "answer": "red"},
     ]
-    task = Vqa(data=write(tmp_path / "x.jsonl", lines), mode="write", resamples=20)
+    task = Vqa(data=write(tmp_path / "x.jsonl", lines), mode="write", resamples=20, blind=False)
     said = iter([["top - left", "green"]])
     monkeypatch.setattr(
         "vlp.tasks.answering.beam_search", lambda *_: [given.tokenizer.rows([a])[0] for a in next(said)]

@@ -284,13 +284,16 @@ def show(result: Result, step: int | None, checkpoint: str, path: Path) -> None:
     counts = ", ".join(f"{n:,} {what}" for what, n in result.n.items())
     # Text, since brackets in the names of users' data and classes are not markup
     table = Table(title=Text(f"{result.task} on {result.data}: {counts}", style="table.title"))
-    for column in ("metric", "value", "95 % interval"):
+    for column in ("metric", "value", "95 % interval", *(["blind"] if result.blind else [])):
         table.add_column(column)
     for metric, interval in result.metrics.items():
         value, low, high = interval.texts(digits=2)
-        table.add_row(Text(metric), value, f"{low} to {high}")
+        blind = [result.blind[metric].texts(digits=2)[0]] if metric in result.blind else []
+        table.add_row(Text(metric), value, f"{low} to {high}", *blind)
     Console().print(table)
     print(f"protocol: {f'{result.name}: ' if result.name else ''}{result.protocol}")
+    if result.blind:
+        print("blind: the same with the images of other samples; the difference is what the model reads of the image")
     print(
         f"{'' if step is None else f'step {step}, '}weights {checkpoint[:16]}, "
         f"{f'{result.trained_on:,} of the images trained on, ' if result.trained_on else ''}"

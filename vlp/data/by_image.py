@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlp.data.image import decode
+from vlp.data.other_images import exchange
 from vlp.data.reading.annotated import AnnotatedReader
 from vlp.data.reading.shards import RawSample, content_id
 from vlp.errors import BadSample, UserError
@@ -19,11 +20,11 @@ class AnnotatedImage:
     """An image, or a pair of images, with all its annotations.
 
     Args:
-        images: (3, H, W) uint8 each.
+        images: (3, H, W) uint8 each, or tuples that begin with it, as the transform returns them.
         lines: The annotations without their encoded images, in the order of the file.
     """
 
-    images: list[Tensor]
+    images: list[Any]
     lines: list[RawSample]
 
 
@@ -33,7 +34,7 @@ class AnnotatedImageDataset(Dataset):
     Images are in the order of their first line. Answers may be missing or unknown, see `AnnotatedReader.annotation`.
 
     Args:
-        transform: Transform of an evaluated image.
+        transform: Transform of an evaluated image. It returns (3, H, W) uint8, or a tuple that begins with it.
         preprocess: Format of the image tower.
     """
 
@@ -64,6 +65,11 @@ class AnnotatedImageDataset(Dataset):
         except UserError as e:  # returned, as in `TrainDataset`
             return e
         return found, bad
+
+    def with_image_of(self, sample: AnnotatedImage, other: AnnotatedImage | None) -> AnnotatedImage:
+        """Return a sample with the images of another one, black ones for None."""
+        others = [None] * len(sample.images) if other is None else other.images
+        return replace(sample, images=[exchange(*pair) for pair in zip(sample.images, others, strict=True)])
 
     def _lines(self, rows: list[int]) -> tuple[list[RawSample], list[dict]]:
         lines, bad = [], []

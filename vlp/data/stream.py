@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from vlp.data.download import downloading_ahead, remote_shards
 from vlp.data.image import decode
 from vlp.data.order import MixtureOrder, SampleRef, SourceOrder, keyed_rng
+from vlp.data.other_images import exchange
 from vlp.data.reading.shards import RawSample, ShardReader
 from vlp.data.workers import end_if_a_batch_cannot_be_sent, end_with_parent
 from vlp.errors import BadSample, UserError
@@ -231,6 +232,12 @@ class EvalDataset(Dataset):
         except UserError as e:  # returned, as in `TrainDataset`
             return e
         return samples, bad
+
+    def with_image_of(
+        self, sample: tuple[Tensor, RawSample], other: tuple[Tensor, RawSample] | None
+    ) -> tuple[Tensor, RawSample]:
+        """Return a sample with the image of another one, a black one for None."""
+        return exchange(sample[0], other and other[0]), sample[1]
 
 
 class Positions:

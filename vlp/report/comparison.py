@@ -29,11 +29,11 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 {{ examples|safe }}
  .wide { overflow-x: auto } .wide td { white-space: nowrap } .all { font-size: .85rem } .all td { white-space: normal } small { color: #5b6570; display: block } td.best { font-weight: 600 }
 </style></head><body>
-<h1>{{ names|length }} runs</h1><p class="quiet">The newest evaluations of {{ names|join(", ") }}. Small: 95 % bootstrap interval. Bold: best of the column. Trained on: evaluated images that are among the training images of the run, "?" where this is not known.</p>
+<h1>{{ names|length }} runs</h1><p class="quiet">The newest evaluations of {{ names|join(", ") }}. Small: 95 % bootstrap interval. Bold: best of the column. Trained on: evaluated images that are among the training images of the run, "?" where this is not known. Blind: the same evaluation with the images of other samples.</p>
 <h2>All evaluations</h2>
 <div class="wide"><table class="all"><tr><th>run</th><th>evaluation</th><th>metric</th><th>value</th><th>95 % interval</th><th>n</th><th>trained on</th><th>step</th><th>weights</th></tr>
 {% for line in lines %}{% with value, low, high = line.interval.texts() %}
-<tr><td>{{ line.run }}</td><td title="{{ line.protocol }}">{{ line.evaluation }}</td><td>{{ line.metric }}</td><td>{{ value }}</td><td>{{ low }} to {{ high }}</td><td>{{ line.n }}</td><td>{{ line.trained_on }}</td><td>{{ line.step if line.step is not none }}</td><td>{{ line.weights }}</td></tr>
+<tr><td>{{ line.run }}</td><td title="{{ line.protocol }}">{{ line.evaluation }}</td><td>{{ line.metric }}</td><td>{{ value }}{% if line.blind %} (blind {{ line.blind }}){% endif %}</td><td>{{ low }} to {{ high }}</td><td>{{ line.n }}</td><td>{{ line.trained_on }}</td><td>{{ line.step if line.step is not none }}</td><td>{{ line.weights }}</td></tr>
 {% endwith %}{% endfor %}</table></div>
 {% if bars %}
 <h2>Recall</h2><img class="plot" alt="recall with intervals" src="data:image/png;base64,{{ bars }}">
@@ -44,7 +44,7 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 {% for name, result in table.results.items() %}
 <tr><td>{{ name }}</td>
 {% for metric in table.metrics %}{% with i = result.metrics.get(metric) %}
-{% if i %}{% with value, low, high = i.texts() %}<td{% if table.best(metric) == name %} class="best"{% endif %}>{{ value }}<small>{{ low }} to {{ high }}</small></td>{% endwith %}{% else %}<td></td>{% endif %}
+{% if i %}{% with value, low, high = i.texts() %}<td{% if table.best(metric) == name %} class="best"{% endif %}>{{ value }}<small>{{ low }} to {{ high }}{% if metric in result.blind %}; blind {{ result.blind[metric] }}{% endif %}</small></td>{% endwith %}{% else %}<td></td>{% endif %}
 {% endwith %}{% endfor %}
 <td>{% for what, n in result.n.items() %}{{ "{:,}".format(n) }} {{ what }}{{ ", " if not loop.last }}{% endfor %}</td><td>{{ trained_on(result) }}</td><td>{{ result.step if result.step is not none }}</td><td>{{ result.checkpoint_sha256[:8] }}</td></tr>
 {% endfor %}</table></div>
@@ -148,6 +148,7 @@ def _lines(tables: list[Table]) -> list[dict]:
                     "protocol": table.protocol,
                     "metric": metric_label(metric),
                     "interval": interval,
+                    "blind": result["blind"].get(metric.removeprefix(f"{table.task} ")),
                     "n": ", ".join(f"{n:,} {what}" for what, n in result["n"].items()),
                     "trained_on": _trained_on(result),
                     "step": result["step"],

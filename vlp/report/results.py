@@ -33,6 +33,7 @@ OPTIONAL = {
     "lower_is_better": ([], [str]),
     "data_id": ("", str),
     "trained_on": (None, int),
+    "blind": ({}, {str: dict}),
     "seed": (None, int),
     "step": (None, int),
     "checkpoint_sha256": ("", str),
@@ -87,9 +88,10 @@ def read_result(path: Path, notes: list[str]) -> dict[str, Any]:
         reason = e.strerror if isinstance(e, OSError) else str(e)
         raise UserError(f"{path} is not a readable result ({reason}); it is left out") from None
     metrics = {name: _interval(interval) for name, interval in result["metrics"].items()}
+    blind = {name: interval for name, given in result["blind"].items() if (interval := _interval(given))}
     if wrong := [name for name, interval in metrics.items() if interval is None]:
         notes.append(f"{path}: the metric {wrong[0][:80]!r} is not a number; it is left out")
-    return result | {"metrics": {name: interval for name, interval in metrics.items() if interval}}
+    return result | {"metrics": {name: interval for name, interval in metrics.items() if interval}, "blind": blind}
 
 
 def _checked(result: Any) -> dict[str, Any]:

@@ -43,13 +43,13 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 <h1>{{ name }}</h1><p class="quiet">{{ summary }}</p>
 {% for result in results %}
 <h2>{{ result.task }}: {{ described(result.data, result.split) }}</h2>
-<table><tr><th>metric</th><th>value</th><th>95 % interval</th></tr>
+<table><tr><th>metric</th><th>value</th><th>95 % interval</th>{% if result.blind %}<th>blind</th>{% endif %}</tr>
 {% for metric, i in result.metrics.items() %}
-<tr><td>{{ label(metric) }}</td>{% with value, low, high = i.texts() %}<td>{{ value }}</td><td>{{ low }} to {{ high }}</td>{% endwith %}</tr>
+<tr><td>{{ label(metric) }}</td>{% with value, low, high = i.texts() %}<td>{{ value }}</td><td>{{ low }} to {{ high }}</td>{% endwith %}{% if result.blind %}<td>{{ result.blind.get(metric, "") }}</td>{% endif %}</tr>
 {% endfor %}</table>
 <p class="quiet">{{ result.protocol }}; {% for what, n in result.n.items() %}{{ "{:,}".format(n) }} {{ what }}{{ ", " if not loop.last }}{% endfor %}{% if result.choices %};
  a random answer is correct in {{ "%.2f"|format(100 / result.choices) }} %{% endif %}. Step {{ result.step }}, weights {{ result.checkpoint_sha256[:16] }}, seed {{ result.seed }};
- {{ result.bad|length }} samples skipped.{% if contamination(result) %} {% if result.trained_on %}<strong>{{ contamination(result) }}</strong>{% else %}{{ contamination(result) }}{% endif %}{% endif %}</p>
+ {{ result.bad|length }} samples skipped.{% if result.blind %} Blind: the same with the images of other samples.{% endif %}{% if contamination(result) %} {% if result.trained_on %}<strong>{{ contamination(result) }}</strong>{% else %}{{ contamination(result) }}{% endif %}{% endif %}</p>
 {% if result.details.confused %}
 <h3>Confusions</h3>
 {{ confusions(result.details.confused[:10]) }}
@@ -178,7 +178,11 @@ def _curves(log: list[dict], evals: list[dict], tasks: dict[str, Task | Foreign]
     loss.set_title("loss (nats; bold: mean of 25 steps)")
     for name in _plotted(tasks, evals)[:MAX_LINES]:
         key, _, metric = name.partition("/")
-        _draw(metrics, evals, name, plain_label(f"{key}: {metric_label(metric)}"), scale=100, marker="o", markersize=3)
+        label = f"{key}: {metric_label(metric)}"
+        _draw(metrics, evals, name, plain_label(label), scale=100, marker="o", markersize=3)
+        if any(f"{key}/blind_{metric}" in line for line in evals):
+            style = {"color": metrics.lines[-1].get_color(), "linestyle": "--"}
+            _draw(metrics, evals, f"{key}/blind_{metric}", plain_label(f"{label}, blind"), scale=100, **style)
     metrics.set_title("evaluation metrics x 100")
     _draw(rate, log, "lr", "learning rate", color="#1f5c99")
     rate.set_title("learning rate")

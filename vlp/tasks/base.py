@@ -37,6 +37,7 @@ class EvalModel:
         name: Name of the run or of the weights.
         has_training_data: Whether the sources of ``data.train`` are those that the run was trained on. A relative path may
             name other data where the run is evaluated.
+        is_blind: Whether samples have the images of other samples, see `vlp.tasks.sharded.ShardedBatches`.
     """
 
     model: Model
@@ -47,6 +48,7 @@ class EvalModel:
     checkpoint: str = ""
     name: str = ""
     has_training_data: bool = True
+    is_blind: bool = False
 
     @property
     def preprocess(self) -> Preprocess | None:
@@ -100,9 +102,10 @@ class Result:
         name: Name of the protocol with its data and weights, e.g. ``flickr30k-test-zero-shot@coco-ft``.
         choices: Number of answers that a random guess chooses from, for the report. None where that has no meaning.
         split: Split of ``data`` that was evaluated, if ``data`` does not say it.
-        task: `Task.name`. Filled in by `Task.__call__`, as are the next four.
+        task: `Task.name`. Filled in by `Task.__call__`, as are the next five.
         headline: `Task.headline`.
         lower_is_better: `Task.lower_is_better`.
+        blind: The metrics of the same evaluation with the images of other samples, see `Task.blind`.
         seconds: Duration of the evaluation.
         data_id: Identity of the data, see `vlp.tasks.identity`. Results with different ones are not compared.
         trained_on: Number of evaluated images that the run was trained on, None where it was not counted.
@@ -120,6 +123,7 @@ class Result:
     task: str = ""
     headline: str = ""
     lower_is_better: tuple[str, ...] = ()
+    blind: dict[str, Interval] = field(default_factory=dict)
     seconds: float = 0.0
     data_id: str = ""
     trained_on: int | None = None
@@ -146,6 +150,9 @@ class Task:
     | `name` | Name of the task in results and, for tasks in `vlp.tasks`, for `vlp eval RUN NAME`. | the class name |
     | `headline` | The metric that represents the task in reports. | the first metric |
     | `lower_is_better` | Names of the metrics of which smaller values are better. | none |
+    | `blind` | Whether to evaluate a second time, with the images of other samples: `Result.blind`. | False |
+    | `baselines` | Names of the metrics that do not depend on the images that the model sees. | none |
+    | `for_blind()` | The task with the options of the second evaluation. | the same |
     | `plotted` | Names of the metrics that the report plots over the training steps, times 100. | `headline` |
     | `metric_names()` | Names of all metrics, where they do not depend on the data. | None: not known |
     | `validate(data)` | Raise `UserError` for options or inputs that cannot work. | accepts everything |
@@ -161,6 +168,8 @@ class Task:
     name: ClassVar[str]
     headline: ClassVar[str] = ""
     lower_is_better: ClassVar[tuple[str, ...]] = ()
+    baselines: ClassVar[tuple[str, ...]] = ()
+    blind: bool = False
 
     def __init_subclass__(cls) -> None:
         if "name" not in vars(cls):
@@ -171,15 +180,25 @@ class Task:
         began = time.monotonic()
         with evaluating(model.model):
             result = self.evaluate(model)
+            blind = self._blind_metrics(model) if self.blind and result.metrics else {}
         seconds = time.monotonic() - began
         return replace(
             result,
             task=self.name,
             headline=self.headline or next(iter(result.metrics), ""),
             lower_is_better=self.lower_is_better,
+            blind=blind,
             seconds=seconds,
             data_id=data_id(self.evaluated_images(model.data), result.data, result.split),
         )
+
+    def _blind_metrics(self, model: EvalModel) -> dict[str, Interval]:
+        found = self.for_blind().evaluate(replace(model, is_blind=True)).metrics
+        return {name: interval for name, interval in found.items() if name not in self.baselines}
+
+    def for_blind(self) -> Task:
+        """Return the task with the options of the blind evaluation, which must not write the files of the other one."""
+        return self
 
     def evaluate(self, model: EvalModel) -> Result:
         """Measure the model.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -41,6 +41,8 @@ class CaptionQuality(Task):
             ``image_id``, or Karpathy's ``cocoid``, or else the sample's key. The server accepts only complete submissions.
         batch_size: Images at a time.
         resamples: Bootstrap resamples, over images.
+        blind: Whether to evaluate a second time with the images of other samples. A metric that is as high without the right
+            image says nothing about reading it. Doubles the cost.
     """
 
     name = "captioning"
@@ -54,6 +56,7 @@ class CaptionQuality(Task):
     submission: str | None = setting(None, changes_result=False)
     batch_size: int = setting(32, least=1, changes_result=False)
     resamples: int = setting(1000, least=0, changes_result=False)
+    blind: bool = setting(True, changes_result=False)
 
     def metric_names(self) -> tuple[str, ...]:
         return ("cider",)
@@ -73,6 +76,9 @@ class CaptionQuality(Task):
         if not (source := self.data or data.val):
             raise UserError("captioning has no data; give data=SHARDS, or set data.val")
         return source
+
+    def for_blind(self) -> CaptionQuality:
+        return replace(self, submission=None)
 
     def evaluate(self, model: EvalModel) -> Result:
         if not model.model.can_caption:

@@ -52,10 +52,13 @@ class Grounding(Task):
         overlap: Intersection over union at least.
         batch_size: Images at a time.
         resamples: Bootstrap resamples, over images.
+        blind: Whether to evaluate a second time with the images of other samples. A metric that is as high without the right
+            image says nothing about reading it. Doubles the cost.
     """
 
     name = "grounding"
     headline = "pointing"
+    baselines = ("pointing_chance", "pointing_centre", "accuracy_chance", "accuracy_best")
 
     data: str | None = None
     images: str | None = setting(None, changes_result=False)
@@ -66,6 +69,7 @@ class Grounding(Task):
     overlap: float = 0.5
     batch_size: int = setting(16, least=1, changes_result=False)
     resamples: int = setting(1000, least=0, changes_result=False)
+    blind: bool = setting(True, changes_result=False)
 
     def validate(self, data: Data) -> None:
         if not len(self._source().open()):

@@ -35,6 +35,8 @@ class MinimalPairs(Task):
         split: Split of the world. The captions of val are never swapped.
         batch_size: Scenes at a time.
         resamples: Bootstrap resamples, over minimal pairs. The two scenes of a pair are drawn together.
+        blind: Whether to evaluate a second time with the images of other samples. A metric that is as high without the right
+            image says nothing about reading it. Doubles the cost.
     """
 
     name = "minimal-pairs"
@@ -44,6 +46,7 @@ class MinimalPairs(Task):
     split: str = "val"
     batch_size: int = setting(64, least=1, changes_result=False)
     resamples: int = setting(1000, least=0, changes_result=False)
+    blind: bool = setting(True, changes_result=False)
 
     def validate(self, data: Data) -> None:
         reader = ShardReader(self._source(data))

@@ -51,6 +51,8 @@ class PairClassification(Task):
         submission: File for NLVR2's predictions, ``identifier,class`` a line. Lines without a class are skipped.
         batch_size: Images, or pairs of images, at a time.
         resamples: Bootstrap resamples, over (first) images.
+        blind: Whether to evaluate a second time with the images of other samples. A metric that is as high without the right
+            image says nothing about reading it. Doubles the cost.
     """
 
     name = "classification"
@@ -67,6 +69,7 @@ class PairClassification(Task):
     submission: str | None = setting(None, changes_result=False)
     batch_size: int = setting(32, least=1, changes_result=False)
     resamples: int = setting(1000, least=0, changes_result=False)
+    blind: bool = setting(True, changes_result=False)
 
     def validate(self, data: Data) -> None:
         source = self._source(data)
@@ -89,6 +92,9 @@ class PairClassification(Task):
         source = to_evaluate(data.train, self.data, self.images, self.split)
         given = {"image": self.image, "label": self.label, "classes": self.classes}
         return replace(source, **{name: value for name, value in given.items() if value is not None})
+
+    def for_blind(self) -> PairClassification:
+        return replace(self, submission=None, baseline=False)
 
     def evaluate(self, model: EvalModel) -> Result:
         if model.model.num_classes is None:

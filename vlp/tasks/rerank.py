@@ -9,7 +9,7 @@ n images, m captions, A distinct texts, L tokens of the longest, T tokens of all
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -43,6 +43,8 @@ class Rerank(Retrieval):
         k: Candidates of each query (published: 256 on COCO, 128 on Flickr30k).
         score: The matching logit only, as published, or the sum of the logit and the cosine, as in LAVIS.
         text_batch: Texts encoded, or matched with an image, at a time.
+        blind: Whether to match a second time, with the image of another sample in the place of each candidate. Candidates stay
+            those of the right image. Re-ranking that is as good without the right image does not read it. Doubles the cost.
     """
 
     name = "rerank"
@@ -50,10 +52,14 @@ class Rerank(Retrieval):
     k: int = setting(128, least=1)
     score: Literal["itm", "itm+itc"] = "itm"
     text_batch: int = setting(256, least=1, changes_result=False)
+    blind: bool = setting(True, changes_result=False)
 
     def metric_names(self) -> tuple[str, ...]:
-        names = super().metric_names()
-        return (*names, *(f"itc_{name}" for name in names))
+        return (*super().metric_names(), *self.baselines)
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        return tuple(f"itc_{name}" for name in super().metric_names())
 
     def evaluate(self, model: EvalModel) -> Result:
         if not model.model.can_match:
@@ -61,7 +67,7 @@ class Rerank(Retrieval):
         need_embeddings(model, self.name)
         source = self.source(model.data)
         dataset = EvalDataset(source, model.data.resize, model.preprocess, model.data.max_pixels)
-        images = encode_images(model, dataset, self.batch_size)
+        images = encode_images(replace(model, is_blind=False), dataset, self.batch_size)
         if not images.rows:
             raise UserError(f"{source} has no usable image-text pair; run `vlp data check` on it")
         captions = [caption for own in images.captions for caption in own]

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vlp.data.other_images import OtherImages
 from vlp.data.stream import evaluation_batches
 from vlp.distributed import gather_objects, rank, world_size
 from vlp.tasks.base import EvalModel
@@ -32,12 +33,14 @@ class ShardedBatches:
     ```
 
     Args:
+        model: Gives the data workers. If it is blind, each sample has the image of another one.
         dataset: Returns, for a list of positions, the usable samples and a record of each skipped one.
         batch_size: Samples of a batch. Batches without a usable sample are not yielded.
     """
 
     def __init__(self, model: EvalModel, dataset: Dataset, batch_size: int):
-        self.dataset, self.batch_size, self.workers = dataset, batch_size, model.data.workers
+        self.dataset = OtherImages(dataset, model.seed) if model.is_blind else dataset
+        self.batch_size, self.workers = batch_size, model.data.workers
         self._skipped: list[list[dict]] = []  # of each batch
 
     def __iter__(self) -> Iterator[list]:

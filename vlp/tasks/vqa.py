@@ -59,10 +59,13 @@ class Vqa(Task):
         batch_size: Images at a time.
         questions: Questions at a time.
         resamples: Bootstrap resamples, over images.
+        blind: Whether to evaluate a second time with the images of other samples. A metric that is as high without the right
+            image says nothing about reading it. Doubles the cost.
     """
 
     name = "vqa"
     headline = "accuracy"
+    baselines = ("prior", "answerable")
 
     data: str | None = None
     images: str | None = setting(None, changes_result=False)
@@ -78,6 +81,7 @@ class Vqa(Task):
     batch_size: int = setting(32, least=1, changes_result=False)
     questions: int = setting(64, least=1, changes_result=False)
     resamples: int = setting(1000, least=0, changes_result=False)
+    blind: bool = setting(True, changes_result=False)
 
     def validate(self, data: Data) -> None:
         reader = self._source(data).open()
@@ -95,6 +99,9 @@ class Vqa(Task):
         if source.text is None:
             raise UserError("vqa needs the field of the question; set text of the annotations that were trained on")
         return source
+
+    def for_blind(self) -> Vqa:
+        return replace(self, submission=None)
 
     def evaluate(self, model: EvalModel) -> Result:
         need_images_with_texts(model, self.name, num_images=1)

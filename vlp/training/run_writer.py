@@ -200,7 +200,9 @@ class RunWriter:
         for name, result in results.items():
             result.write(self.folder / "eval" / f"{name}.json", model, self.state.step)
             line |= {f"{name}/{metric}": interval.value for metric, interval in result.metrics.items()}
-            metrics = "  ".join(f"{metric} {interval}" for metric, interval in result.metrics.items())
+            line |= {f"{name}/blind_{metric}": interval.value for metric, interval in result.blind.items()}
+            blind = {metric: f" (blind {interval})" for metric, interval in result.blind.items()}
+            metrics = "  ".join(f"{metric} {i}{blind.get(metric, '')}" for metric, i in result.metrics.items())
             seen = f"  ({result.trained_on:,} of its images are training images)" if result.trained_on else ""
             self.log(f"step {self.state.step}: {name}  {metrics}{seen}")
         with open(self.folder / "eval.jsonl", "a") as f:
