@@ -23,6 +23,9 @@ WORLDS = {
     "default": World(),
     "100 pixels": World(size=100),
     "three things": World(size=128, objects=(3,)),
+    "six things": World(size=96, objects=(5, 6), relations=("left of", "above")),
+    "seen": World(combinations="seen"),
+    "novel": World(combinations="novel"),
     "stars and crosses": World(objects=(2,), shapes=("star", "cross"), relations=("left of",)),
 }
 
@@ -239,7 +242,8 @@ def test_small_shape_fits_into_every_large_one(size):
     "fields, complaint",
     [
         ({"size": 32}, "size from 64"),
-        ({"objects": (4,)}, "objects=.4,. of the world"),
+        ({"objects": (7,)}, "objects=.7,. of the world"),
+        ({"objects": (5,)}, "5 things of different shape and colour"),
         ({"objects": ()}, "objects"),
         ({"shapes": ("circle", "heptagon", "star")}, "shapes=.* give some of circle"),
         ({"colours": ("red", "red", "blue")}, "each once"),
@@ -527,3 +531,38 @@ def test_single_things_are_completed_and_never_mixed(tmp_path):
         make_single(folder, train=10, val=2)
     with pytest.raises(UserError, match="give positive numbers"):
         make_single(tmp_path / "other", train=0, val=2)
+
+
+def test_seen_scenes_lack_a_quarter_of_the_combinations_and_novel_pairs_have_one_each():
+    seen, novel = World(combinations="seen"), World(combinations="novel")
+    found = {(t.colour, t.shape) for n in range(600) for t in seen.scene(0, n).things}
+    assert len(found) == 36
+    assert {colour for colour, _ in found} == set(seen.colours) and {shape for _, shape in found} == set(seen.shapes)
+    for number in range(200):
+        assert any((t.colour, t.shape) not in found for t in novel.scene(0, number).things)
+    names = {World().classes[seen.single(0, n)[1]] for n in range(1500)}
+    assert {tuple(name.split()[1:]) for name in names} == found
+
+
+def test_val_may_have_another_world(tmp_path):
+    seen, novel = World(combinations="seen"), World(combinations="novel")
+    folder = make(tmp_path / "world", seen, train=10, val=6, val_world=novel)
+    reader = ShardReader(str(folder / "val"))
+    assert [reader.read(*reader.locate(row)).captions[0] for row in range(2)] == [
+        novel.scene(0, reader.read(*reader.locate(row)).meta["number"]).captions[0] for row in range(2)
+    ]
+    make(folder, seen, train=10, val=6, val_world=novel)
+    with pytest.raises(UserError, match="contains another world"):
+        make(folder, seen, train=10, val=6)
+
+
+def test_folder_of_before_a_field_of_the_world_is_still_complete(tmp_path):
+    folder = make(tmp_path / "world", train=4, val=2)
+    mark = json.loads((folder / "world.json").read_text())
+    del mark["world"]["combinations"]
+    (folder / "world.json").write_text(json.dumps(mark))
+    before = (folder / "train" / "manifest.json").stat().st_mtime_ns
+    make(folder, train=4, val=2)
+    assert (folder / "train" / "manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="contains another world"):
+        make(folder, World(combinations="seen"), train=4, val=2)

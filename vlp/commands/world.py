@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 
 from vlp.errors import UserError
 from vlp.files import local_path
@@ -25,6 +26,26 @@ def add_parsers(actions) -> None:
     world.add_argument(
         "--noise", type=float, default=0.0, help="fraction of training captions that are swapped (default: 0)"
     )
+    world.add_argument(
+        "--objects", type=int, nargs="+", choices=range(2, 7), help="numbers of things in a scene (default: 2 3)"
+    )
+    world.add_argument(
+        "--relations",
+        nargs="+",
+        choices=("left of", "above", "inside"),
+        help="relations of things, each with its inverse; only four shapes have room for another one inside, so scenes "
+        "of more than four things need the other two (default: all)",
+    )
+    world.add_argument(
+        "--combinations",
+        choices=("all", "seen", "novel"),
+        default="all",
+        help="colours and shapes that go together: seen leaves out a quarter, and novel scenes have one of these "
+        "(default: %(default)s)",
+    )
+    world.add_argument(
+        "--val-combinations", choices=("all", "seen", "novel"), help="those of val (default: as --combinations)"
+    )
     world.add_argument("--size", type=int, default=64, help="side of an image in pixels (default: %(default)s)")
     world.add_argument(
         "--single",
@@ -43,10 +64,14 @@ def run_world(options: argparse.Namespace) -> int:
 
     if options.single < 0:
         raise UserError(f"--single {options.single} is not possible; give the number of images")
-    world, rest = World(options.size), {"seed": options.seed, "workers": os.cpu_count() or 1}
+    given = {"objects": options.objects, "relations": options.relations}
+    given = {name: tuple(value) for name, value in given.items() if value is not None}
+    world = World(options.size, combinations=options.combinations, **given)
+    val_world = replace(world, combinations=options.val_combinations or options.combinations)
+    rest = {"seed": options.seed, "workers": os.cpu_count() or 1}
     with progress_bar("drawing and packing") as progress:
         numbers = {"train": options.train, "val": options.val, "noise": options.noise}
-        make(options.folder, world, **numbers, **rest, progress=progress)
+        make(options.folder, world, **numbers, val_world=val_world, **rest, progress=progress)
     if options.single:
         val = max(1, options.single // 10)
         with progress_bar("drawing and packing single things") as progress:

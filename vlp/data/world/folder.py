@@ -30,6 +30,7 @@ def make(
     *,
     train: int,
     val: int,
+    val_world: World | None = None,
     noise: float = 0.0,
     seed: int = 0,
     workers: int = 1,
@@ -57,6 +58,7 @@ def make(
         world: None selects the default world.
         train: Number of scenes; even, because scenes come in minimal pairs.
         val: Number of scenes; even.
+        val_world: The world of val. None selects that of train.
         noise: Share of train's samples that have the captions of another one.
         workers: Number of packing processes.
         progress: Called with (scenes drawn + scenes packed, total of both).
@@ -77,20 +79,23 @@ def make(
         raise UserError(
             f"noise {noise} with seed {seed} is not possible; give a share from 0 to 1, and a seed of 0 or more"
         )
-    arguments = json.dumps({"world": asdict(world), "train": train, "val": val, "noise": noise, "seed": seed}, indent=1)
+    worlds = {"train": world, "val": val_world or world}
+    arguments = {"world": asdict(world), "train": train, "val": val, "noise": noise, "seed": seed}
+    if worlds["val"] != world:
+        arguments["val_world"] = asdict(worlds["val"])
     total = 2 * (train + val)
     try:
         if _complete(folder, arguments, PARTS):
             return folder
-        numbers = {"train": range(train), "val": list(_val_numbers(world, val, seed))}
+        numbers = {"train": range(train), "val": list(_val_numbers(worlds["val"], val, seed))}
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / MARK, arguments.encode())
+        write_atomically(folder / MARK, json.dumps(arguments, indent=1).encode())
         pairs: dict[str, list[Pair]] = {"train": [], "val": []}
         files: dict[str, list[dict]] = {name: [] for name in ANNOTATIONS}
         done = 0
         for split in pairs:
             scenes = []
-            for pair, scene in _draw(world, seed, numbers[split], folder / "pictures" / split):
+            for pair, scene in _draw(worlds[split], seed, numbers[split], folder / "pictures" / split):
                 pairs[split].append(pair)
                 scenes.append((pair.key, replace(scene, image=None)))
                 for name, annotated in _annotations(scene).items():
@@ -143,12 +148,12 @@ def make_single(
         raise UserError(
             f"{train} training images, {val} others and seed {seed} are not possible; give positive numbers"
         )
-    arguments = json.dumps({"world": asdict(world), "single": train, "val": val, "seed": seed}, indent=1)
+    arguments = {"world": asdict(world), "single": train, "val": val, "seed": seed}
     try:
         if _complete(folder, arguments, ("train/manifest.json", "labels.jsonl")):
             return folder
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / MARK, arguments.encode())
+        write_atomically(folder / MARK, json.dumps(arguments, indent=1).encode())
         pairs, lines, total = [], [], 2 * train + val
         for split, first, count in (("train", 0, train), ("val", FIRST_VAL, val)):
             pictures = folder / "pictures" / split
@@ -173,11 +178,20 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {folder} ({reason}); free some space, or choose another folder")
 
 
-def _complete(folder: Path, arguments: str, parts: Sequence[str]) -> bool:
+def _read_mark(path: Path) -> dict | None:
+    """Return the arguments that made a folder, None if the file is damaged. Older files lack newer fields of a world."""
+    try:
+        arguments = json.loads(path.read_text())
+        return arguments | {"world": json.loads(json.dumps(asdict(World()))) | arguments["world"]}
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _complete(folder: Path, arguments: dict, parts: Sequence[str]) -> bool:
     """Return whether the folder has all its parts. Raise UserError if it contains anything else."""
     mark = folder / MARK
     if mark.is_file():
-        if mark.read_text() != arguments:
+        if _read_mark(mark) != json.loads(json.dumps(arguments)):
             raise UserError(f"{folder} contains another world, see {mark}; remove it or choose another folder")
         return all((folder / part).is_file() for part in parts)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

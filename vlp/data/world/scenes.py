@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Literal
 
 import numpy as np
 
@@ -74,10 +75,14 @@ class World:
 
     Args:
         size: Side of the image in pixels, at least 64: smaller circles are not recognisable.
-        objects: Numbers of things in a scene, equally frequent: 2, 3 or both.
+        objects: Numbers of things in a scene, equally frequent: some of 2 to 6. With more than 3, large things are rarer,
+            because they hardly fit.
         shapes: Names from `vlp.data.world.shapes.OUTLINES`.
         colours: Names from `COLOURS`.
         relations: Some of "left of", "above" and "inside", each with its inverse.
+        combinations: Colours and shapes that go together. "all" allows every one. "seen" leaves out a quarter, such that
+            every colour and every shape still occurs, and in "novel" scenes both scenes of a minimal pair have a thing of
+            the quarter. A model that is trained on seen and evaluated on novel combinations must compose what it knows.
     """
 
     size: int = 64
@@ -85,18 +90,21 @@ class World:
     shapes: tuple[str, ...] = tuple(OUTLINES)
     colours: tuple[str, ...] = tuple(COLOURS)
     relations: tuple[str, ...] = ("left of", "above", "inside")
+    combinations: Literal["all", "seen", "novel"] = "all"
 
     def __post_init__(self):
         if not 64 <= self.size <= 512:
             raise UserError(f"images of {self.size} pixels a side cannot show the shapes; give a size from 64 to 512")
         for field, given, known in (
-            ("objects", self.objects, (2, 3)),
+            ("objects", self.objects, (2, 3, 4, 5, 6)),
             ("shapes", self.shapes, OUTLINES),
             ("colours", self.colours, COLOURS),
             ("relations", self.relations, ("left of", "above", "inside")),
         ):
             if not given or len(set(given)) < len(given) or not set(given) <= set(known):
                 raise UserError(f"{field}={given} of the world; give some of {', '.join(map(str, known))}, each once")
+        if self.combinations not in ("all", "seen", "novel"):
+            raise UserError(f"combinations={self.combinations!r} of the world; give all, seen or novel")
         shapes = [s for s in self.shapes if s in CONVEX] if "inside" in self.relations else self.shapes
         if min(len(shapes), len(self.colours)) < max(self.objects):
             convex = (
@@ -105,7 +113,7 @@ class World:
             raise UserError(
                 f"{max(self.objects)} things of different shape and colour need as many shapes and colours{convex}"
             )
-        if self.relations == ("inside",) and 3 in self.objects:
+        if self.relations == ("inside",) and max(self.objects) > 2:
             raise UserError("three things cannot be inside each other; give another relation too, or objects of 2")
 
     @property
@@ -113,6 +121,14 @@ class World:
         """All answers to questions, in a fixed order."""
         relations = (word for relation in self.relations for word in (relation, INVERSE[relation]))
         return ("yes", "no", *self.colours, *self.shapes, *SIDES, *relations)
+
+    def has_novel(self, things: Iterable[Thing]) -> bool:
+        """Return whether a thing has one of the combinations that "seen" leaves out."""
+        return any((self.colours.index(t.colour) + self.shapes.index(t.shape)) % 4 == 0 for t in things)
+
+    def allows(self, things: Sequence[Thing]) -> bool:
+        """Return whether ``combinations`` allows a scene of these things."""
+        return self.combinations == "all" or self.has_novel(things) == (self.combinations == "novel")
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -122,9 +138,12 @@ class World:
     def single(self, seed: int, number: int) -> tuple[np.ndarray, int]:
         """Draw the (H, W, 3) uint8 image of one thing, and the number of its class in `classes`."""
         rng = np.random.default_rng([seed, 3, number])
-        label = int(rng.integers(len(self.classes)))
-        size, colour, shape = self.classes[label].split()
-        thing = Thing(shape, colour, _draw_shade(colour, rng), size)
+        while True:
+            label = int(rng.integers(len(self.classes)))
+            size, colour, shape = self.classes[label].split()
+            thing = Thing(shape, colour, _draw_shade(colour, rng), size)
+            if self.allows([thing]):
+                break
         left, top, right, bottom = _sprite(self.size, thing).box
         x, y = rng.integers((-left, -top), (self.size - right + 1, self.size - bottom + 1)).tolist()
         return _draw_image(self.size, _draw_grey(rng), (replace(thing, x=x, y=y),)), label
@@ -183,7 +202,9 @@ def _draw_pair(world: World, rng: np.random.Generator) -> _Pair:
         other = _exchange(things, link, ATTRIBUTES[contrast])
         boxes = [hull(_sprite(world.size, t).box for t in alternatives) for alternatives in zip(things, other)]
         centres = place(world.size, relations, boxes, rng)
-        if centres is not None:  # None if there is hardly any room, such as for three large things in a row
+        if (
+            centres is not None and world.allows(things) and world.allows(other)
+        ):  # None if there is hardly any room, such as for three large things in a row
             members = tuple(tuple(replace(t, x=x, y=y) for t, (x, y) in zip(m, centres)) for m in (things, other))
             return _Pair(members, relations, link, contrast, _draw_grey(rng))
 

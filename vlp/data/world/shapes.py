@@ -107,10 +107,11 @@ def place(
         (x, y) pixel of each box's centre; None if no attempt of 20 fits.
     """
     gap = size // 32
-    boxes, nested = list(boxes), False
+    spread = 1.0 if len(boxes) <= 3 else 1 / len(boxes)  # many things fit only if they are close
+    boxes = list(boxes)
     for n, relation in enumerate(relations):
         if relation not in DIRECTIONS:
-            boxes[n : n + 2], nested = [hull(boxes[n : n + 2])] * 2, True
+            boxes[n : n + 2] = [hull(boxes[n : n + 2])] * 2
     for draws in rng.random((20, 2 * len(boxes))).tolist():
         centres = [(0, 0)]
         for n, relation in enumerate(relations):
@@ -120,14 +121,14 @@ def place(
                 axis = 0 if dx else 1
                 first, second = boxes[n : n + 2] if dx + dy > 0 else boxes[n : n + 2][::-1]
                 least = first[axis + 2] - second[axis] + gap
-                distance = least + int(draws[2 * n] * (size - least))
+                distance = least + int(spread * draws[2 * n] * (size - least))
                 aside = round((draws[2 * n + 1] - 0.5) * distance)
                 x, y = x + dx * distance + dy * aside, y + dy * distance + dx * aside
             centres.append((x, y))
         placed = [(x + a, y + b, x + c, y + d) for (x, y), (a, b, c, d) in zip(centres, boxes)]
         left, top, right, bottom = hull(placed)
         room = size - 2 * gap - max(right - left, bottom - top)
-        if room >= 0 and (nested or _apart(placed[0], placed[-1], gap)):
+        if room >= 0 and all(_apart(a, b, gap) for n, a in enumerate(placed) for b in placed[n + 2 :]):
             shift_x = gap - left + int(draws[-2] * (size - 2 * gap - (right - left) + 1))
             shift_y = gap - top + int(draws[-1] * (size - 2 * gap - (bottom - top) + 1))
             return [(x + shift_x, y + shift_y) for x, y in centres]
