@@ -6,13 +6,27 @@ RUN := runs/demo
 
 OUT ?= runs/gpu
 
-.PHONY: demo test test-fast bench gpu gpu-carry results docs lint clean
+# $(call train,RUN,CONFIG) trains a config, or continues its run folder.
+train = if [ -e $(1)/experiment.json ]; then $(BIN)/vlp train --resume $(1); else $(BIN)/vlp train $(2); fi
+
+.PHONY: demo demo-fusion test test-fast bench gpu gpu-carry results docs lint clean
 
 demo: .venv/.demo
 	$(BIN)/vlp data demo data/openmoji
-	if [ -e $(RUN)/experiment.json ]; then $(BIN)/vlp train --resume $(RUN); else $(BIN)/vlp train configs/align/demo.py; fi
+	$(call train,$(RUN),configs/align/demo.py)
 	$(BIN)/vlp eval $(RUN) retrieval
 	$(BIN)/vlp report $(RUN)
+
+demo-fusion: .venv/.demo
+	$(BIN)/vlp data world data/world --single 20000
+	if [ ! -e data/world/tokenizer ]; then $(BIN)/vlp data tokenizer data/world/train data/world/tokenizer --vocab-size 200; fi
+	$(call train,runs/world-tower,configs/albef/world.py:tower)
+	$(call train,runs/albef-world,configs/albef/world.py)
+	$(BIN)/vlp eval runs/albef-world minimal-pairs
+	$(BIN)/vlp eval runs/albef-world minimal-pairs score=itc
+	$(BIN)/vlp eval runs/albef-world rerank k=16
+	$(BIN)/vlp eval runs/albef-world grounding data=data/world/grounding.jsonl images=data/world/val image=key
+	$(BIN)/vlp report runs/albef-world
 
 test: .venv/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
