@@ -75,6 +75,7 @@ def scenes(tmp_path_factory):
         Image.fromarray(np.concatenate(halves, axis=1)).save(folder / f"{n}.png")
         texts = [f"{a} left of {b}" for a, b in (names, names[::-1])]
         extra = {"number": n, "contrast": ("order", "shape")[n // 2 % 2], "minimal_pair": texts[1]}
+        extra["things"] = [{}] * (2 + n // 2 % 2)
         pairs.append(Pair(str(folder / f"{n}.png"), (texts[0],), str(n), "scenes", extra))
     pack(pairs, folder / "val", Packing(shard_samples=4))
     return folder
@@ -93,9 +94,16 @@ def test_accuracy_of_models_with_known_answers(scenes, model, share):
     for batch_size in (3, 64):
         result = evaluated(model, scenes, batch_size=batch_size)
         assert {name: i.value for name, i in result.metrics.items()} == dict.fromkeys(
-            ("accuracy", "accuracy_order", "accuracy_shape"), share
+            ("accuracy", "accuracy_order", "accuracy_shape", "accuracy_2_things", "accuracy_3_things"), share
         )
     assert result.n == {"scenes": 10} and ("cosine" in result.protocol) == (model.__class__ is Sides)
+
+
+def test_embeddings_can_be_asked_where_the_matching_head_contradicts_them(scenes):
+    assert evaluated(OppositeMatching(), scenes, score="itc").metrics["accuracy"].value == 1.0
+    assert evaluated(OppositeMatching(), scenes, score="itm").metrics["accuracy"].value == 0.0
+    with pytest.raises(UserError, match="set score=itc"):
+        evaluated(Sides(bag=False), scenes, score="itm")
 
 
 def test_default_world_is_that_of_the_runs_val(scenes):
