@@ -80,6 +80,8 @@ def check_command(line: str) -> None:
         module, *given = arguments[arguments.index("-m") + 1 :]
         assert module in ("vlp.train", "vlp.cli"), line
         check_vlp(["train", *given] if module == "vlp.train" else given)
+    elif program == "vlp" and arguments in (["--help"], ["--version"]):
+        return  # the parser ends the process
     elif program == "vlp":
         check_vlp(arguments)
     elif program == "python":
