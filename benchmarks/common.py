@@ -20,13 +20,17 @@ DATA = Path(os.environ.get("VLP_BENCHMARK_DATA") or ROOT.parent / "shared" / "da
 
 
 def main(measure: Callable[..., dict], sizes: dict, small: dict) -> None:
-    """Print what ``measure`` returns for ``sizes``, or with ``--small`` for ``small``, as JSON."""
+    """Print what ``measure`` returns for ``sizes``, or with ``--small`` for ``small``, as JSON. Options set single numbers."""
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--small", action="store_true", help="tiny sizes: shows that the program runs, measures nothing"
     )
-    chosen = small if parser.parse_args().small else sizes
-    print(json.dumps(measure(**chosen), indent=1))
+    for name, value in sizes.items():
+        if isinstance(value, (int, float)):
+            parser.add_argument(f"--{name}", type=type(value), help=f"default: {value}")
+    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    chosen = small if given.pop("small") else sizes
+    print(json.dumps(measure(**chosen | given), indent=1))
 
 
 def first_captions(split: str | None = None) -> list[str]:
@@ -41,9 +45,9 @@ def text_tokenizer(clean: bool = False) -> Tokenizer:
     return load_tokenizer(str(DATA / "text" / "bert_base_uncased_vocab.txt"), sep=False, clean=clean)
 
 
-def resident_mib(field: str) -> float:
-    """Resident memory of this process: VmRSS now, VmHWM at its peak (Linux)."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
+def resident_mib(field: str, pid: int | str = "self") -> float:
+    """Resident memory of this process or another: VmRSS now, VmHWM at its peak (Linux)."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()).group(1)) / 1024
 
 
 def allocated_peak(function: Callable[[], object]) -> int:

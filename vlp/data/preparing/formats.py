@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vlp.data.preparing.documents import Records, read_document
 from vlp.data.reading.index import IMAGE_FILE, long_key, short_key
 from vlp.data.reading.tables import (
     DELIMITERS,
@@ -31,7 +32,6 @@ from vlp.data.reading.tables import (
     first_lines,
     is_json_lines,
     parse_object,
-    read_json,
     read_records,
     split_cells,
 )
@@ -140,11 +140,23 @@ class LineRows:
         return read
 
 
-class DocumentRows(list[Row]):
-    """Rows of one JSON document, which is in memory as a whole."""
+@dataclass(frozen=True)
+class DocumentRows:
+    """Rows of a JSON document, of which one is in memory at a time.
+
+    Args:
+        count: Number of rows.
+        row: Function that reads a row by its number.
+    """
+
+    count: int
+    row: Callable[[int], Row]
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self.row, range(self.count))
 
     def reader(self, indices: np.ndarray) -> Callable[[int], Row]:
-        return lambda n: self[indices[n]]
+        return lambda n: self.row(int(indices[n]))
 
 
 class Pairs:
@@ -303,7 +315,7 @@ def sniff(file: Path) -> str:
         return "albef"
     if extension in (".jsonl", ".ndjson"):
         return "jsonl"
-    content = read_json(file)
+    content = read_document(file)
     keys = content if isinstance(content, dict) else ()
     if "annotations" in keys or "images" in keys:
         return "coco" if "annotations" in keys else "karpathy"
@@ -393,65 +405,114 @@ def _parse_line(read: Callable[[str], dict], record: Record) -> Row:
 
 def read_albef(file: Path) -> Rows:
     """Read ALBEF's pre-training and retrieval lists: ``[{"image": path, "caption": text or list, "image_id": ...}]``."""
-    content = read_json(file)
-    if not isinstance(content, list):
+    records = read_document(file)
+    if not isinstance(records, Records):
         raise UserError(f"{file}: expected a list of objects with image and caption")
-    return DocumentRows(row_of(record, f"[{number}]") for number, record in enumerate(content))
+    return DocumentRows(len(records), lambda n: row_of(records[n], f"[{n}]"))
 
 
-def read_document(rows_of: Callable[[Any, Path], Iterator[Row]], file: Path) -> Rows:
-    """Read a JSON document."""
-    return DocumentRows(rows_of(read_json(file), file))
+def read_karpathy(file: Path) -> Rows:
+    """Read Karpathy's splits: ``images[]`` of filepath, filename, sentences[].raw, split, cocoid."""
+    (images,) = _lists_of(file, ("images",), "Karpathy's images[] with filename and sentences[].raw")
+    return DocumentRows(len(images), lambda n: _karpathy_row(images[n], f"images[{n}]"))
 
 
-def karpathy_rows(content: Any, file: Path) -> Iterator[Row]:
-    """Yield the rows of Karpathy's splits: ``images[]`` of filepath, filename, sentences[].raw, split, cocoid."""
-    expected = "Karpathy's images[] with filename and sentences[].raw"
-    for number, image in enumerate(_list_of(content, "images", file, expected)):
-        where = f"images[{number}]"
-        try:
-            name = "/".join(part for part in (image.get("filepath"), image["filename"]) if part)
-            captions = [sentence["raw"] for sentence in image["sentences"]]
-        except (KeyError, TypeError, AttributeError) as e:
-            problem = f"expected Karpathy's filename and sentences[].raw; {_lacks(e)}"
-            yield Row("", [], where, problem=problem)
-            continue
-        extra = {k: v for k, v in image.items() if k not in ("filepath", "filename", "sentences", "sentids")}
-        yield row_of({"image": name, "captions": captions, **extra}, where)
+def _karpathy_row(image: Any, where: str) -> Row:
+    try:
+        name = "/".join(part for part in (image.get("filepath"), image["filename"]) if part)
+        captions = [sentence["raw"] for sentence in image["sentences"]]
+    except (KeyError, TypeError, AttributeError) as e:
+        return Row("", [], where, problem=f"expected Karpathy's filename and sentences[].raw; {_lacks(e)}")
+    extra = {k: v for k, v in image.items() if k not in ("filepath", "filename", "sentences", "sentids")}
+    return row_of({"image": name, "captions": captions, **extra}, where)
 
 
-def coco_rows(content: Any, file: Path) -> Iterator[Row]:
-    """Yield the rows of COCO's captions: ``images[]`` of id and file_name, ``annotations[]`` of image_id and caption."""
+def read_coco(file: Path) -> Rows:
+    """Read COCO's captions: ``images[]`` of id and file_name, ``annotations[]`` of image_id and caption."""
     expected = "COCO's images[] with id and file_name, annotations[] with image_id and caption"
-    images, annotations = (_list_of(content, name, file, expected) for name in ("images", "annotations"))
-    captions: dict[Any, list[Any]] = {}
-    named: list[tuple[int, dict]] = []  # images with an id
-    problems: list[Row] = []
-    for number, image in enumerate(images):
-        try:
-            captions[image["id"]] = []
-            named.append((number, image))
-        except (KeyError, TypeError) as e:
-            problems.append(Row("", [], f"images[{number}]", problem=f"expected COCO's id; {_lacks(e)}"))
-    for number, annotation in enumerate(annotations):
-        try:
-            captions[annotation["image_id"]].append(annotation["caption"])
-        except (KeyError, TypeError) as e:
-            complete = isinstance(annotation, dict) and "image_id" in annotation and "caption" in annotation
-            expected = "expected COCO's image_id and caption"
-            problem = f"no image has the id {annotation['image_id']}" if complete else f"{expected}; {_lacks(e)}"
-            problems.append(Row("", [], f"annotations[{number}]", problem=problem))
-    for number, image in named:
+    rows = CocoRows(*_lists_of(file, ("images", "annotations"), expected))
+    return DocumentRows(len(rows), rows.row)
+
+
+class CocoRows:
+    """Rows of COCO's captions: a row for each image with an id, then the images and annotations with a problem.
+
+    Between the rows about 30 bytes an annotation are in memory.
+    """
+
+    def __init__(self, images: Records, annotations: Records):
+        self.images, self.annotations = images, annotations
+        own, has_id = _hashes(images, lambda image: image["id"])
+        of, is_complete = _hashes(annotations, lambda annotation: (annotation["image_id"], annotation["caption"])[0])
+        is_complete &= np.isin(of, own[has_id])
+        self.named, self.unnamed, self.lost = map(np.flatnonzero, (has_id, ~has_id, ~is_complete))
+        self.ids = own[has_id]
+        complete = np.flatnonzero(is_complete)
+        order = np.argsort(of[complete], kind="stable")
+        self.by_image = complete[order].astype(
+            np.min_scalar_type(len(of))
+        )  # annotations by the hash of their image's id
+        self.hashes = of[complete][order]
+
+    def __len__(self) -> int:
+        return len(self.named) + len(self.unnamed) + len(self.lost)
+
+    def row(self, n: int) -> Row:
+        if n < len(self.named):
+            return self._named(n)
+        n -= len(self.named)
+        return self._unnamed(int(self.unnamed[n])) if n < len(self.unnamed) else self._lost(n - len(self.unnamed))
+
+    def _named(self, n: int) -> Row:
+        number = int(self.named[n])
+        image = self.images[number]
+        begin, end = (
+            np.searchsorted(self.hashes, self.ids[n], "left"),
+            np.searchsorted(self.hashes, self.ids[n], "right"),
+        )
+        found = (self.annotations[int(annotation)] for annotation in self.by_image[begin:end])
+        # -1 and -2 have the same hash
+        captions = [annotation["caption"] for annotation in found if annotation["image_id"] == image["id"]]
         name = {"image": image["file_name"]} if "file_name" in image else {}
-        yield row_of({**name, "captions": captions[image["id"]], "image_id": image["id"]}, f"images[{number}]")
-    yield from problems
+        return row_of({**name, "captions": captions, "image_id": image["id"]}, f"images[{number}]")
+
+    def _unnamed(self, number: int) -> Row:
+        try:
+            hash(self.images[number]["id"])
+        except (KeyError, TypeError) as e:
+            return Row("", [], f"images[{number}]", problem=f"expected COCO's id; {_lacks(e)}")
+        raise AssertionError("it has an id")
+
+    def _lost(self, n: int) -> Row:
+        number = int(self.lost[n])
+        annotation = self.annotations[number]
+        try:
+            image_id, _ = annotation["image_id"], annotation["caption"]
+            hash(image_id)
+            problem = f"no image has the id {image_id}"
+        except (KeyError, TypeError) as e:
+            problem = f"expected COCO's image_id and caption; {_lacks(e)}"
+        return Row("", [], f"annotations[{number}]", problem=problem)
 
 
-def _list_of(content: Any, name: str, file: Path, expected: str) -> list[Any]:
-    found = content.get(name) if isinstance(content, dict) else None
-    if not isinstance(found, list):
-        raise UserError(f"{file}: expected {expected}; there is no list {name!r}")
-    return found
+def _hashes(records: Records, of: Callable[[Any], Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (records,) hashes of a value of each record, int64, and whether the record has it."""
+    hashes, has = np.zeros(len(records), dtype=np.int64), np.ones(len(records), dtype=bool)
+    for n, record in enumerate(records):
+        try:
+            hashes[n] = hash(of(record))
+        except (KeyError, TypeError):
+            has[n] = False
+    return hashes, has
+
+
+def _lists_of(file: Path, names: tuple[str, ...], expected: str) -> list[Records]:
+    content = read_document(file)
+    lists = [content.get(name) if isinstance(content, dict) else None for name in names]
+    for name, found in zip(names, lists):
+        if found is None:
+            raise UserError(f"{file}: expected {expected}; there is no list {name!r}")
+    return lists
 
 
 def _lacks(error: Exception) -> str:
@@ -502,7 +563,7 @@ READERS = {
     "csv": partial(read_table, delimiter=","),
     "tsv": partial(read_table, delimiter="\t"),
     "jsonl": read_jsonl,
-    "karpathy": partial(read_document, karpathy_rows),
-    "coco": partial(read_document, coco_rows),
+    "karpathy": read_karpathy,
+    "coco": read_coco,
     "albef": read_albef,
 }
