@@ -307,7 +307,7 @@ def test_brackets_are_not_markup(run, tmp_path, capfd, monkeypatch):
     code, out, _ = vlp(capfd, "eval", run, "retrieval", f"data={shards}", "allow_contamination=true")
     assert code == 0 and "sh[/]x" in "".join(out.split())  # a long title is wrapped
     assert "[/red]" in refused(capfd, "eval", run, "retrieval", "data=[/red]")
-    from vlp.commands.progress import progress_bar
+    from vlp.tasks.progress import progress_bar
 
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")

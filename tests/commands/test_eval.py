@@ -68,8 +68,8 @@ def read(run: Path, name: str) -> dict:
 
 
 def measured(result: dict) -> dict:
-    """Everything except when and how fast it was measured."""
-    return {key: value for key, value in result.items() if key not in ("seconds", "time")}
+    """Everything except when, how fast and by which command it was measured."""
+    return {key: value for key, value in result.items() if key not in ("seconds", "time", "command")}
 
 
 def test_task_of_a_users_file(run, world, mrr, capsys):

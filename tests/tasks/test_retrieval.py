@@ -99,9 +99,9 @@ class Evaluated:
 
 
 def strip(path: Path) -> dict:
-    """Return a result without the time and the duration of the evaluation."""
+    """Return a result without the time, the duration and the command of the evaluation."""
     found = json.loads(path.read_text())
-    return {k: v for k, v in found.items() if k not in ("seconds", "time")}
+    return {k: v for k, v in found.items() if k not in ("seconds", "time", "command")}
 
 
 @pytest.mark.slow

@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 
 from vlp.commands import annotations, dedup, texts, world
-from vlp.commands.progress import progress_bar
 from vlp.errors import UserError
 from vlp.files import local_path
+from vlp.tasks.progress import progress_bar
 
 
 def add_parser(commands) -> None:

@@ -34,10 +34,10 @@ def add_parsers(actions) -> None:
 
 def run_dedup(options: argparse.Namespace) -> int:
     """Return 0 without duplicates, 1 with duplicates."""
-    from vlp.commands.progress import progress_bar
     from vlp.data.preparing.dedup import find_twins, open_collection
     from vlp.data.workers import most_workers
     from vlp.files import write_atomically
+    from vlp.tasks.progress import progress_bar
 
     a = open_collection(options.shards)
     b = open_collection(options.against) if options.against else None

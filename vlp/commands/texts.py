@@ -62,11 +62,11 @@ def run_triples(options: argparse.Namespace) -> int:
 
 
 def run_paraphrase(options: argparse.Namespace) -> int:
-    from vlp.commands.progress import progress_bar
     from vlp.data.preparing.formats import read_pairs
     from vlp.data.preparing.paraphrase import back_translate, pair_captions
     from vlp.data.reading.tables import read_lines
     from vlp.files import resolve
+    from vlp.tasks.progress import progress_bar
 
     if options.same_image:
         read = list(read_pairs(options.input, split=options.split))

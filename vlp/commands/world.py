@@ -59,8 +59,8 @@ def add_parsers(actions) -> None:
 
 
 def run_world(options: argparse.Namespace) -> int:
-    from vlp.commands.progress import progress_bar
     from vlp.data.world import World, make, make_single
+    from vlp.tasks.progress import progress_bar
 
     if options.single < 0:
         raise UserError(f"--single {options.single} is not possible; give the number of images")

@@ -21,6 +21,7 @@ from vlp.models.base import Model
 from vlp.specs.origin import origin
 from vlp.tasks.identity import Images, data_id
 from vlp.tasks.metrics import Interval
+from vlp.tasks.progress import evaluation
 from vlp.types import Encoded
 
 
@@ -178,7 +179,7 @@ class Task:
     def __call__(self, model: EvalModel) -> Result:
         """Evaluate ``model``, and complete the result with the facts that all tasks share."""
         began = time.monotonic()
-        with evaluating(model.model):
+        with evaluating(model.model), evaluation(self.name):
             result = self.evaluate(model)
             blind = self._blind_metrics(model) if self.blind and result.metrics else {}
         seconds = time.monotonic() - began

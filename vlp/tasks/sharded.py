@@ -19,6 +19,7 @@ from vlp.data.other_images import OtherImages
 from vlp.data.stream import evaluation_batches
 from vlp.distributed import gather_objects, rank, world_size
 from vlp.tasks.base import EvalModel
+from vlp.tasks.progress import tracked
 
 
 class ShardedBatches:
@@ -44,7 +45,9 @@ class ShardedBatches:
         self._skipped: list[list[dict]] = []  # of each batch
 
     def __iter__(self) -> Iterator[list]:
-        for samples, skipped in evaluation_batches(self.dataset, self.batch_size, self.workers, rank(), world_size()):
+        count = len(range(rank(), -(-len(self.dataset) // self.batch_size), world_size()))
+        batches = evaluation_batches(self.dataset, self.batch_size, self.workers, rank(), world_size())
+        for samples, skipped in tracked(batches, count):
             self._skipped.append(list(skipped))
             if samples:
                 yield samples
@@ -73,7 +76,8 @@ def length_batches(lengths: Tensor, batch_size: int) -> Iterator[Tensor]:
     Yields:
         (B,) positions of the texts.
     """
-    yield from lengths.argsort(stable=True).split(batch_size)[rank() :: world_size()]
+    batches = lengths.argsort(stable=True).split(batch_size)[rank() :: world_size()]
+    yield from tracked(batches, len(batches))
 
 
 def sum_disjoint(rows: Tensor) -> Tensor:

@@ -9,7 +9,11 @@ import os
 import resource
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from rich.console import Console
@@ -19,6 +23,10 @@ from vlp.config import Experiment, Logging
 from vlp.errors import UserError
 from vlp.files import read_log
 from vlp.specs.json import dump
+
+# The time left is estimated from many steps, because the time of one step varies several times on a busy machine.
+SPEED_STEPS = 100
+SPEED_SECONDS = 300.0
 
 
 def truncate_log(path: Path, step: int) -> None:
@@ -98,14 +106,28 @@ class RunLog:
             TextColumn("{task.fields[last]}", markup=False),
         )
         self.progress = Progress(
-            *columns, console=self.console, refresh_per_second=2, disable=not self.console.is_terminal
+            *columns,
+            console=self.console,
+            refresh_per_second=2,
+            speed_estimate_period=SPEED_SECONDS,
+            disable=not self.console.is_terminal,
         )
         self.task = self.progress.add_task(experiment.name, completed=step, total=total_steps, last="")
         self.progress.start()
         self.total_steps, self.last_print, self.measures = total_steps, time.monotonic(), experiment.measures
+        self.seconds: deque[float] = deque(maxlen=SPEED_STEPS)  # of the last steps
 
     def print(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the progress bar on entry, and start it again on exit."""
+        self.progress.stop()
+        try:
+            yield
+        finally:
+            self.progress.start()
 
     def step(self, record: dict) -> None:
         """Log the numbers of one step, which ``record`` contains by name together with ``step``."""
@@ -121,12 +143,13 @@ class RunLog:
         last = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['samples_per_second']:.0f} samples/s"
         last += "".join(f"  {name} {record[name]:.2f}" for name in self.measures if name in record)
         self.progress.update(self.task, completed=record["step"], last=last)
+        self.seconds.append(record["seconds"])
         # a console without a progress bar, such as a scheduler's log file, gets a line every ten seconds
         if not self.console.is_terminal and (
             time.monotonic() - self.last_print > 10 or record["step"] == self.total_steps
         ):
             self.last_print = time.monotonic()
-            left = (self.total_steps - record["step"]) * record["seconds"]
+            left = (self.total_steps - record["step"]) * fmean(self.seconds)
             self.print(
                 f"step {record['step']}/{self.total_steps}  {last}  wait {record['data_wait']:.0%}  about {left / 60:.1f} min left"
             )

@@ -181,7 +181,7 @@ class Run:
         )
         # running means differ between processes; the checkpoint has those of the main process
         broadcast_from_main(model.model.buffers())
-        with self.engine.unsharded(model.model):
+        with self.engine.unsharded(model.model), self.writer.paused():
             results = {name: task(model) for name, task in self.experiment.evaluate.items()}
         if self.accelerator.is_main_process:
             results = {name: replace(result, trained_on=self.contamination[name]) for name, result in results.items()}

@@ -23,6 +23,7 @@ import platform
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -148,6 +149,10 @@ class RunWriter:
         """Print a line on the console."""
         if self.run_log:
             self.run_log.print(text)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Return a context without the progress bar of the training, in which an evaluation may show its own."""
+        return self.run_log.paused() if self.run_log else nullcontext()
 
     def log_step(self, record: dict) -> None:
         """Log the numbers of one step, which ``record`` contains by name together with ``step``."""
