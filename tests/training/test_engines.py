@@ -91,6 +91,14 @@ def test_losses_of_twenty_steps_equal_those_of_one_process(trained, engine, more
     assert temperatures[1] == pytest.approx(temperatures[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_evaluations_between_steps_do_not_change_the_next_steps(trained, engine):
+    """The passes of an evaluation differ between the processes: the one with fewer images has fewer."""
+    folder = trained(engine, "evaluate_every=9")
+    assert len((folder / "eval.jsonl").read_text().splitlines()) == 3
+    assert losses(folder) == pytest.approx(losses(trained("single")), abs=1e-5)
+
+
 def test_micro_batches_do_not_share_negatives(trained):
     """Accumulation therefore changes the loss, and the test above compares it with itself."""
     losses_of_8, losses_of_4 = losses(trained("single")), losses(trained("single", "train.accumulation=2"))

@@ -391,8 +391,10 @@ class Fsdp2(Engine):
             yield
         finally:
             for unit in units:
-                unit.reshard()
                 unit.set_reshard_after_forward(unit is not self.root, recurse=False)
+            # Shards the weights, and forgets the order of these passes, which differs between processes: the next backward
+            # pass would gather ahead what came before in that order, and the processes would wait for each other for ever.
+            self.root.reset_iter_state()
 
 
 def _check_whole_weights(train: Training, engine: str) -> None:
