@@ -8,13 +8,27 @@ import os
 import sys
 
 from vlp import __version__
-from vlp.commands import ablate, configs, data, doctor, evaluate, gradcam, plan, report, runs, serve, show, train
+from vlp.commands import (
+    ablate,
+    completion,
+    configs,
+    data,
+    doctor,
+    evaluate,
+    gradcam,
+    plan,
+    report,
+    runs,
+    serve,
+    show,
+    train,
+)
 from vlp.data.workers import why_a_worker_ended
 from vlp.errors import UserError
 from vlp.specs.origin import commit
 
 # in the order of `vlp --help`
-COMMANDS = (train, evaluate, gradcam, ablate, runs, report, serve, show, configs, data, plan, doctor)
+COMMANDS = (train, evaluate, gradcam, ablate, runs, report, serve, show, configs, data, plan, doctor, completion)
 # errors of a full, read-only or forbidden disk, which any write can meet
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
