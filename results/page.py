@@ -185,8 +185,13 @@ def _evaluation(key: str, run: Run) -> str:
     counts = ", ".join(f"{n:,} {name}" for name, n in found.n.items())
     chance = f" A random answer is correct in {100 / found.choices:.2f} %." if found.choices else ""
     seen = contamination({"trained_on": found.trained_on, "n": found.n})
+    blind = (
+        " Blind: the same with the images of other samples."
+        if any(m.startswith("blind_") for m in found.metrics)
+        else ""
+    )
     step = f" Weights of step {found.step:,}." if found.step not in (None, run.steps) else ""
-    return f"{key}: {found.data}, {counts}; {found.protocol}.{chance}{step}{f' {seen}' if seen else ''}"
+    return f"{key}: {found.data}, {counts}; {found.protocol}.{chance}{blind}{step}{f' {seen}' if seen else ''}"
 
 
 def has_figure(record: Record) -> bool:

@@ -34,7 +34,7 @@ class Evaluation:
     """One evaluation of a run: see `vlp.tasks.base.Result`.
 
     Args:
-        metrics: The recorded metrics by name.
+        metrics: The recorded metrics by name, those of the evaluation with other samples' images as ``blind_METRIC``.
     """
 
     task: str
@@ -301,8 +301,9 @@ def _read_evaluation(path: Path) -> Evaluation:
     data = " + ".join(_shown_path(part) or data_name(part) for part in result["data"].split("::"))
     if result["split"]:
         data += f", split {result['split']}"
-    same = ("task", "protocol", "n", "choices", "trained_on", "step", "metrics")
-    return Evaluation(data=data, **{name: result[name] for name in same})
+    metrics = result["metrics"] | {f"blind_{name}": interval for name, interval in result["blind"].items()}
+    same = ("task", "protocol", "n", "choices", "trained_on", "step")
+    return Evaluation(data=data, metrics=metrics, **{name: result[name] for name in same})
 
 
 def _shown_path(path: str) -> str | None:

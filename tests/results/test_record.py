@@ -92,6 +92,18 @@ def test_commands_are_those_that_were_typed(runs):
     assert make_record(runs, commands=["make demo"], title="a").commands == ("make demo",)
 
 
+def test_blind_metrics_are_recorded_under_the_names_of_the_log(runs):
+    path = runs[0] / "eval" / "retrieval.json"
+    blind = {"r@1": {"value": 0.01, "low": 0.0, "high": 0.02, "percent": True}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"blind": blind}))
+    record = make_record(runs[:1])
+    assert record.metrics == ("retrieval/r@1", "retrieval/r@5", "retrieval/blind_r@1")
+    text = section("a", record)
+    assert "| retrieval: blind R@1 | 1.0 % | 0.0 % to 2.0 % |" in text
+    assert "Blind: the same with the images of other samples." in text
+    assert "Blind:" not in section("a", make_record(runs[:1], metrics=["retrieval/r@1"]))
+
+
 def test_commands_of_evaluations_that_are_not_recorded_are_left_out(runs):
     result = json.loads((runs[0] / "eval" / "retrieval.json").read_text())
     result |= {"command": ["vlp", "eval", "runs/demo", "knn"], "time": "2025-01-01"}
