@@ -18,6 +18,7 @@ from vlp.data.mixup import Mixup
 from vlp.data.reading.annotated import Annotated
 from vlp.data.reading.sentences import Sentences
 from vlp.data.reading.shards import Source
+from vlp.data.reading.tar_streams import WebDatasetStream
 from vlp.encoders.activation_checkpointing import Checkpointing
 from vlp.errors import UserError
 from vlp.files import local_path
@@ -36,7 +37,8 @@ class Data:
     """Sources of samples and how they are preprocessed.
 
     Args:
-        train: Sources of the training stream: shards of image-caption pairs, annotations, or files of texts.
+        train: Sources of the training stream: shards of image-caption pairs, annotations, or files of texts; or one
+            `vlp.data.reading.tar_streams.WebDatasetStream`.
         val: Shards for evaluations during training, and the default of ``vlp eval``. None disables both.
         tokenizer: Folder, tokenizer.json, vocab.txt, ``pip:PACKAGE/path`` or ``open_clip:NAME``.
         add_sep: Whether ``[SEP]`` ends a text. None follows the tokenizer. ALBEF was trained without it.
@@ -59,7 +61,7 @@ class Data:
         max_pixels: Images with more pixels are unusable.
     """
 
-    train: tuple[Source | Annotated | Sentences, ...]
+    train: tuple[Source | Annotated | Sentences | WebDatasetStream, ...]
     val: str | None = None
     tokenizer: str = ""
     add_sep: bool | None = None
@@ -80,6 +82,11 @@ class Data:
     def together(self) -> int:
         """Divisor that each micro-batch of a process must have, to keep the related samples of every source together."""
         return math.lcm(*(source.together for source in self.train))
+
+    @property
+    def stream(self) -> WebDatasetStream | None:
+        """The stream without an index that the run is trained on, or None."""
+        return next((source for source in self.train if isinstance(source, WebDatasetStream)), None)
 
 
 @dataclass(frozen=True)
@@ -259,6 +266,7 @@ FREE_ON_RESUME = (
     "output",
     "data.workers",
     "data.prefetch_shards",
+    "data.train.0.inexact_resume",
     "train.processes",
     "train.engine",
     "train.threads",
@@ -272,7 +280,7 @@ FREE_ON_RESUME = (
 # Keys that may also change by --resume RUN key=value, because `vlp.training.setup` then checks the new values: locations of
 # data that have moved, and the length of a run that is trained further.
 CHECKED_ON_RESUME = re.compile(
-    r"data\.train\.\d+\.(shards|path|images)|data\.val|evaluate\.[^.]+\.data|train\.(steps|epochs)"
+    r"data\.train\.\d+\.(shards|path|images|urls)|data\.val|evaluate\.[^.]+\.data|train\.(steps|epochs)"
 )
 
 

@@ -426,8 +426,11 @@ def _fit(run: Run, interrupted: TrainingInterrupt, code: UserCode) -> None:
         run.writer.log(f"done: {folder}")
     else:
         copy_to = run.experiment.save.copy_to
-        copied = [f"save.copy_to={copy_to}"] if copy_to else []
-        command = shlex.join(["vlp", "train", "--resume", str(folder), *copied, *code.options])
+        named = [f"save.copy_to={copy_to}"] if copy_to else []
+        if stream := run.experiment.data.stream:
+            named += [f"data.train.0.urls={stream.urls}"] if stream.has_commands else []
+            named += [] if stream.inexact_resume else ["data.train.0.inexact_resume=true"]
+        command = shlex.join(["vlp", "train", "--resume", str(folder), *named, *code.options])
         run.writer.log(f"stopped at step {run.state.step} and saved; continue with: {command}")
 
 

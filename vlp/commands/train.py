@@ -54,7 +54,10 @@ def start(options: argparse.Namespace, config: str, overrides: list[str]) -> int
 
     spec, code = load(options, config, Experiment, Stages)
     if isinstance(spec, Experiment):
-        return train(override(spec, overrides), code=code)
+        experiment = override(spec, overrides)
+        if config.endswith(".json"):
+            check_commands(experiment, overrides, options.trust_code)
+        return train(experiment, code=code)
     train_stages(spec.overridden(overrides), shlex.join(["vlp", "train", config, *overrides]), code=code)
     return 0
 
@@ -80,6 +83,8 @@ def resume(options: argparse.Namespace, name: str, config: str | None, overrides
     if given is not None and copy_to is not None:
         given = with_copy_to(given, copy_to)
     wanted = with_weights_of(saved, override(given.resolved() if given else saved, overrides))
+    if given is None or config.endswith(".json"):
+        check_commands(wanted, overrides, options.trust_code)
     if changed := [key for key in changed_keys(saved, wanted) if not CHECKED_ON_RESUME.fullmatch(key)]:
         raise UserError(
             f"{folder} was started with other values of {', '.join(changed[:8])}"
@@ -102,12 +107,34 @@ def with_copy_to(experiment: Experiment, url: str | None) -> Experiment:
     return replace(experiment, save=replace(experiment.save, copy_to=url))
 
 
+def check_commands(experiment: Experiment, overrides: list[str], trusted: bool) -> None:
+    """Check that the user has named the shell commands that an experiment of a JSON file reads its data from.
+
+    A folder that somebody sent must not run commands on this machine.
+
+    Args:
+        overrides: Assignments of the command line.
+        trusted: Whether the user has said that the file can be trusted.
+
+    Raises:
+        UserError: If not.
+    """
+    stream = experiment.data.stream
+    named = {text.partition("=")[0] for text in overrides} & {"data.train", "data.train.0.urls"}
+    if stream is not None and stream.has_commands and not trusted and not named:
+        raise UserError(
+            f"the experiment.json runs the shell command {stream.urls[:200]!r} to read its data; name it again with "
+            "data.train.0.urls=URLS to run it, or give --trust-code if you trust the file"
+        )
+
+
 def with_weights_of(saved: Experiment, wanted: Experiment) -> Experiment:
     """Return ``wanted`` with the weights of the saved sources, which ``data.train=NEW`` drops."""
     sources, before = wanted.data.train, saved.data.train
     if len(sources) == len(before):
         pairs = zip(sources, before)
-        sources = tuple(replace(new, weight=old.weight) if new.weight is None else new for new, old in pairs)
+        dropped = lambda new, old: new.weight is None and old.weight is not None  # noqa: E731
+        sources = tuple(replace(new, weight=old.weight) if dropped(new, old) else new for new, old in pairs)
     return replace(wanted, data=replace(wanted.data, train=sources))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, zip_longest
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,60 +73,41 @@ class Sample:
     rng: np.random.Generator
 
 
-class TrainDataset(Dataset):
-    """Maps positions of the endless stream to samples with a drawn caption and augmented images.
-
-    A bad sample is replaced by another one of the same source, drawn by (seed, position, attempt). Batches keep their size
-    on every process, and a resumed run draws the same replacements.
+class TrainingData(Dataset):
+    """Samples with a drawn caption and augmented images, and their batches. Subclasses decide the order.
 
     Args:
-        sources: `vlp.data.reading.shards.Source`, `vlp.data.reading.annotated.Annotated` or
-            `vlp.data.reading.sentences.Sentences`.
         transforms: One transform per view of an image.
         preprocess: Format of the image tower. None skips reading images.
         tokenizer: None skips reading texts.
+        max_length: Tokens of a text, of which the rest is truncated.
+        max_pixels: Images with more pixels are bad samples.
+        seed: Seed of the order and of all random numbers.
         text_views: Further views of a text, computed from the first, see `vlp.data.text_views`.
-        readers: Number of canonical readers, see `vlp.data.order`.
+
+    Attributes:
+        readers: Readers of the sources whose content is known before it is read.
     """
 
-    TRIES = 100
+    TRIES = 100  # bad samples in a row
+    readers: Sequence[Any]
 
-    def __init__(
-        self, sources, transforms, preprocess, tokenizer, max_length, max_pixels, seed, text_views=(), readers=1
-    ):
-        self.readers = [source.open() for source in sources]
-        for source, reader in zip(sources, self.readers):
-            if len(reader) == 0:
-                raise UserError(f"{reader.location} contains no usable sample; run `vlp data check` on it")
-            if source.weight is not None and not 0 < source.weight < math.inf:
-                raise UserError(f"the weight of {reader.location} is {source.weight}; give a positive number")
-            if len(reader) % source.together:
-                raise UserError(
-                    f"together={source.together} of {reader.location} does not divide its {len(reader):,} samples; pack them "
-                    f"in whole groups, or set together=1"
-                )
-        orders = [
-            SourceOrder(reader.sizes, seed, readers, together=source.together)
-            for source, reader in zip(sources, self.readers)
-        ]
-        self.order = MixtureOrder(orders, [source.weight for source in sources], seed)
-        self.first_rows = [0, *accumulate(len(reader) for reader in self.readers)]
+    def __init__(self, transforms, preprocess, tokenizer, max_length, max_pixels, seed, text_views=()):
         self.transforms, self.preprocess = tuple(transforms), preprocess
         self.tokenizer, self.max_length, self.text_views = tokenizer, max_length, tuple(text_views)
         self.vocabulary = tokenizer.vocabulary() if self.text_views else None
         self.max_pixels, self.seed = max_pixels, seed
 
-    def __len__(self) -> int:
-        """Return the number of samples of all sources together."""
-        return self.order.size
+    def prepare(self, raw: RawSample, rng: np.random.Generator, dataset_row: int, key: str) -> Sample:
+        """Draw a caption, and decode and transform the images.
 
-    def notes(self) -> list[str]:
-        """Return one line for each kind of input at the sources' locations that is not read."""
-        return [line for reader in self.readers if isinstance(reader, ShardReader) for line in reader.notes()]
+        Args:
+            rng: The sample's own generator.
+            key: Name for logs.
 
-    def _sample(self, ref: SampleRef) -> Sample:
-        raw = self.readers[ref.source].read(ref.shard, ref.row)
-        rng = keyed_rng(self.seed, 3, ref.source, ref.epoch, raw.source_row)
+        Raises:
+            BadSample: if the sample has no caption or image that the model needs, or its image cannot be decoded.
+        """
         texts, images = (), []
         if self.tokenizer:
             if not raw.captions:
@@ -139,33 +121,17 @@ class TrainDataset(Dataset):
             said = " ".join([*texts[:1], *(answer for answer, _ in raw.answers)])
             for pixels in (decode(image, self.max_pixels) for image in (raw.image, *raw.images)):
                 images += [transform(pixels, size, interpolation, rng, said) for transform in self.transforms]
-        dataset_row = self.first_rows[ref.source] + raw.source_row
-        key = f"{ref.source}/{raw.source_row}/{raw.key}"
         return Sample(key, raw.image_id, dataset_row, raw.label, images, texts, raw.answers, raw.targets, rng)
 
-    def _sample_or_replacement(self, position: int, bad: list[dict]) -> Sample:
-        ref = self.order.locate(position)
-        for attempt in range(self.TRIES):
-            try:
-                return self._sample(ref)
-            except BadSample as e:
-                bad.append(self.readers[ref.source].quarantine_entry(ref.shard, ref.row, str(e)))
-                ref = self.order.replacement(position, attempt)
-        raise UserError(
-            f"{self.TRIES} samples in a row of {self.readers[ref.source].location} are bad, the last: "
-            f"{bad[-1]['shard']}/{bad[-1]['key']}: {bad[-1]['reason']}; run `vlp data check` on it"
-        )
+    def notes(self) -> list[str]:
+        """Return lines for the user about what the data do not contain or promise."""
+        raise NotImplementedError
 
-    def __getitems__(self, positions: Sequence[int]) -> Loaded | UserError:
-        bad: list[dict] = []
-        try:
-            samples = [self._sample_or_replacement(position, bad) for position in positions]
-            batch, truncated = self._collate(samples)
-        except UserError as e:  # returned, not raised: a worker's exception would arrive wrapped in a traceback
-            return e
-        return Loaded(batch, bad, truncated, samples[0].dataset_row)
+    def loader(self, **part: Any) -> Iterator[Loaded]:
+        """Yield a process's part of the micro-batches, see `training_loader` for the arguments."""
+        raise NotImplementedError
 
-    def _collate(self, samples: list[Sample]) -> tuple[Batch, int]:
+    def collate(self, samples: list[Sample]) -> tuple[Batch, int]:
         """Return the batch with its further views, and the number of truncated texts."""
         for kind, values in {
             "numbers of texts per sample": {len(s.texts) for s in samples},
@@ -203,6 +169,82 @@ class TrainDataset(Dataset):
         rows, weights, texts = zip(*((n, w, text) for n, s in enumerate(samples) for text, w in s.answers))
         ids, mask, cut = self.tokenizer.targets(texts, self.max_length)
         return Answers(ids, mask, torch.tensor(weights), torch.tensor(rows)), cut
+
+
+class TrainDataset(TrainingData):
+    """Maps positions of the endless stream to samples.
+
+    A bad sample is replaced by another one of the same source, drawn by (seed, position, attempt). Batches keep their size
+    on every process, and a resumed run draws the same replacements.
+
+    Args:
+        sources: `vlp.data.reading.shards.Source`, `vlp.data.reading.annotated.Annotated` or
+            `vlp.data.reading.sentences.Sentences`.
+        readers: Number of canonical readers, see `vlp.data.order`.
+
+    The other arguments are those of `TrainingData`.
+    """
+
+    def __init__(
+        self, sources, transforms, preprocess, tokenizer, max_length, max_pixels, seed, text_views=(), readers=1
+    ):
+        super().__init__(transforms, preprocess, tokenizer, max_length, max_pixels, seed, text_views)
+        self.readers = [source.open() for source in sources]
+        for source, reader in zip(sources, self.readers):
+            if len(reader) == 0:
+                raise UserError(f"{reader.location} contains no usable sample; run `vlp data check` on it")
+            if source.weight is not None and not 0 < source.weight < math.inf:
+                raise UserError(f"the weight of {reader.location} is {source.weight}; give a positive number")
+            if len(reader) % source.together:
+                raise UserError(
+                    f"together={source.together} of {reader.location} does not divide its {len(reader):,} samples; pack them "
+                    f"in whole groups, or set together=1"
+                )
+        orders = [
+            SourceOrder(reader.sizes, seed, readers, together=source.together)
+            for source, reader in zip(sources, self.readers)
+        ]
+        self.order = MixtureOrder(orders, [source.weight for source in sources], seed)
+        self.first_rows = [0, *accumulate(len(reader) for reader in self.readers)]
+
+    def __len__(self) -> int:
+        """Return the number of samples of all sources together."""
+        return self.order.size
+
+    def notes(self) -> list[str]:
+        """Return one line for each kind of input at the sources' locations that is not read."""
+        return [line for reader in self.readers if isinstance(reader, ShardReader) for line in reader.notes()]
+
+    def _sample(self, ref: SampleRef) -> Sample:
+        raw = self.readers[ref.source].read(ref.shard, ref.row)
+        rng = keyed_rng(self.seed, 3, ref.source, ref.epoch, raw.source_row)
+        dataset_row = self.first_rows[ref.source] + raw.source_row
+        return self.prepare(raw, rng, dataset_row, f"{ref.source}/{raw.source_row}/{raw.key}")
+
+    def _sample_or_replacement(self, position: int, bad: list[dict]) -> Sample:
+        ref = self.order.locate(position)
+        for attempt in range(self.TRIES):
+            try:
+                return self._sample(ref)
+            except BadSample as e:
+                bad.append(self.readers[ref.source].quarantine_entry(ref.shard, ref.row, str(e)))
+                ref = self.order.replacement(position, attempt)
+        raise UserError(
+            f"{self.TRIES} samples in a row of {self.readers[ref.source].location} are bad, the last: "
+            f"{bad[-1]['shard']}/{bad[-1]['key']}: {bad[-1]['reason']}; run `vlp data check` on it"
+        )
+
+    def __getitems__(self, positions: Sequence[int]) -> Loaded | UserError:
+        bad: list[dict] = []
+        try:
+            samples = [self._sample_or_replacement(position, bad) for position in positions]
+            batch, truncated = self.collate(samples)
+        except UserError as e:  # returned, not raised: a worker's exception would arrive wrapped in a traceback
+            return e
+        return Loaded(batch, bad, truncated, samples[0].dataset_row)
+
+    def loader(self, **part: Any) -> Iterator[Loaded]:
+        return training_loader(self, **part)
 
 
 class EvalDataset(Dataset):
@@ -286,24 +328,27 @@ def training_loader(
         UserError: for an error in a worker that no replacement can avoid.
     """
     positions = Positions(start, stop, size, rank, world, dataset.order.readers, dataset.order.together)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=positions,
-        num_workers=workers,
-        worker_init_fn=_init_worker,
-        collate_fn=_identity,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
-    )
+    loader = DataLoader(dataset, batch_sampler=positions, **loader_options(workers, pin_memory))
     remote = remote_shards(dataset.readers) if prefetch_shards else {}
     if not remote:
-        return _raise_errors(loader)
+        return raise_errors(loader)
     return _with_downloads(loader, downloading_ahead(remote, dataset.order, positions, prefetch_shards))
+
+
+def loader_options(workers: int, pin_memory: bool) -> dict[str, Any]:
+    """Return the options of a DataLoader for training."""
+    return {
+        "num_workers": workers,
+        "worker_init_fn": _init_worker,
+        "collate_fn": _identity,
+        "pin_memory": pin_memory,
+        "prefetch_factor": 4 if workers else None,
+    }
 
 
 def _with_downloads(loader: Iterable[Loaded | UserError], downloads: AbstractContextManager) -> Iterator[Loaded]:
     with downloads as taken:
-        for item in _raise_errors(loader):
+        for item in raise_errors(loader):
             yield item
             taken.value += 1
 
@@ -312,7 +357,7 @@ def evaluation_batches(dataset: Dataset, batch_size: int, workers: int, rank: in
     """Yield every ``world``-th batch from ``rank`` on. The batches are the same for any number of processes."""
     numbers = list(range(rank, -(-len(dataset) // batch_size), world))
     batches = [list(range(n * batch_size, min((n + 1) * batch_size, len(dataset)))) for n in numbers]
-    return _raise_errors(
+    return raise_errors(
         DataLoader(
             dataset,
             batch_sampler=batches,
@@ -323,7 +368,8 @@ def evaluation_batches(dataset: Dataset, batch_size: int, workers: int, rank: in
     )
 
 
-def _raise_errors(items: Iterable) -> Iterator:
+def raise_errors(items: Iterable) -> Iterator:
+    """Yield the items, and raise the first that is a UserError."""
     for item in items:
         if isinstance(item, UserError):
             raise item

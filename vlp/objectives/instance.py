@@ -20,7 +20,7 @@ from vlp.losses.nce import draw_noise, instance_softmax_loss, log_partition_sum,
 from vlp.models.base import Model
 from vlp.objectives.base import Objective
 from vlp.objectives.queues import MemoryBank
-from vlp.objectives.requirements import require_image
+from vlp.objectives.requirements import require_image, require_rows
 from vlp.specs.fields import setting
 
 
@@ -51,6 +51,7 @@ class InstanceDiscrimination(Objective):
 
     def validate(self, experiment: Experiment) -> None:
         require_image(experiment, "InstanceDiscrimination")
+        require_rows(experiment, "InstanceDiscrimination")
 
     def init_queue(
         self, model: Model, num_samples: int, device: torch.device, generator: torch.Generator

@@ -82,6 +82,14 @@ def require_contrast(experiment: Experiment, who: str, head: Head = "first") -> 
         raise UserError(f"{who} with head='vl' needs a model with a second head; set head=first, or model.itc_vl=true")
 
 
+def require_rows(experiment: Experiment, who: str) -> None:
+    """Raise UserError unless every sample has a row of its own among all samples, the same in each epoch."""
+    if experiment.data.stream is not None:
+        raise UserError(
+            f"{who} keeps a row for each sample, and a WebDatasetStream has no rows; give Sources to data.train"
+        )
+
+
 def require_momentum(experiment: Experiment, who: str) -> None:
     """Raise UserError if the run keeps no momentum encoder."""
     if experiment.momentum is None:

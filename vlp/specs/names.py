@@ -29,6 +29,7 @@ MODULES = {
     "vlp.data.preprocess": ("Preprocess",),
     "vlp.data.reading.sentences": ("Sentences",),
     "vlp.data.reading.shards": ("Source",),
+    "vlp.data.reading.tar_streams": ("WebDatasetStream",),
     "vlp.data.text_views": ("Repetition", "Same"),
     "vlp.encoders.conv": ("ConvImage",),
     "vlp.encoders.dall_e": ("DallE",),

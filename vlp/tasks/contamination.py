@@ -14,6 +14,7 @@ from vlp.data.reading.locations import is_remote
 from vlp.data.reading.sentences import Sentences
 from vlp.data.reading.shards import Source
 from vlp.data.reading.tables import read_json
+from vlp.data.reading.tar_streams import WebDatasetStream
 from vlp.errors import UserError
 from vlp.files import local_path
 from vlp.tasks.base import Task
@@ -36,15 +37,15 @@ def has_training_data(run: Path, data: Data) -> bool:
         return True
     try:
         fingerprints = read_json(run / "data.json")
-        readers = [source.open() for source in data.train if not _is_remote(source)]
+        readers = [source.open() for source in data.train if not _is_taken_on_trust(source)]
     except UserError:
         return False
     known = fingerprints if isinstance(fingerprints, list) else []
     return all(reader.fingerprint() in known for reader in readers)
 
 
-def _is_remote(source: Source | Annotated | Sentences) -> bool:
-    return is_remote(source.location)
+def _is_taken_on_trust(source: Source | Annotated | Sentences | WebDatasetStream) -> bool:
+    return isinstance(source, WebDatasetStream) or is_remote(source.location)
 
 
 def contaminated_images(task: Task, data: Data, allow: bool) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from vlp.config import Experiment
-from vlp.data.stream import Loaded, TrainDataset, training_loader
+from vlp.data.stream import Loaded, TrainingData
 from vlp.data.text import Tokenizer
 from vlp.distributed import broadcast_from_main, refuse_together
 from vlp.errors import UserError
@@ -38,7 +38,7 @@ class Run:
         engine: The engine.
         model: The model without the engine's wrapper.
         tokenizer: None without a text tower.
-        dataset: Training samples by position in the stream.
+        dataset: Training samples.
         optimizer: The optimizer without the engine's wrapper.
         state: Counters, averages and queues.
         writer: Files of the run folder.
@@ -50,7 +50,7 @@ class Run:
     engine: Engine
     model: Model
     tokenizer: Tokenizer | None
-    dataset: TrainDataset
+    dataset: TrainingData
     optimizer: torch.optim.Optimizer
     state: TrainState
     writer: RunWriter
@@ -90,8 +90,7 @@ class Run:
     def micro_batches(self) -> Iterator[Loaded]:
         """Load the micro-batches of this process, from the current position in the stream to the end of the run."""
         data, accelerator = self.experiment.data, self.accelerator
-        return training_loader(
-            self.dataset,
+        return self.dataset.loader(
             start=self.state.position,
             stop=self.total_steps * data.batch_size,
             size=self.experiment.micro_batch_size,

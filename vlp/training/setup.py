@@ -13,8 +13,9 @@ import torch
 
 from vlp.config import Experiment, Training
 from vlp.data.reading.annotated import AnnotatedReader
-from vlp.data.stream import TrainDataset
+from vlp.data.stream import TrainDataset, TrainingData
 from vlp.data.text import Tokenizer, load_tokenizer
+from vlp.data.unindexed import StreamDataset
 from vlp.distributed import refuse_together
 from vlp.encoders.mome_layer import MomeLayer
 from vlp.errors import UserError
@@ -30,7 +31,7 @@ from vlp.training.run import Run
 from vlp.training.run_lock import RunLock
 from vlp.training.run_writer import RunWriter
 from vlp.training.state import TrainState
-from vlp.training.validation import check_rows, check_together, validate, validate_tasks
+from vlp.training.validation import check_resumable, check_rows, check_shards, check_together, validate, validate_tasks
 from vlp.weights import checkpoints
 
 
@@ -47,18 +48,21 @@ def set_up(experiment: Experiment, resume: bool, lock: RunLock, code: UserCode =
         UserError: If the experiment cannot be trained. Nothing has been written by then.
     """
     validate(experiment)
-    folder, data = experiment.folder, experiment.data
+    folder = experiment.folder
     engine = start_engine(experiment.train, experiment.micro_batch_size)
     accelerator = engine.accelerator
     engine.check(experiment)
     check_rows(experiment, accelerator.num_processes)
     check_together(experiment, accelerator.num_processes)
+    check_shards(experiment, accelerator.num_processes)
     with refuse_together():
         if not resume:
             check_new(folder)
         elif accelerator.is_main_process:
             lock.acquire()
     checkpoint = checkpoints.newest_whole(folder / "checkpoints") if resume else None
+    if checkpoint is not None:
+        check_resumable(experiment)
     accelerator.wait_for_everyone()  # every process has looked before one of them writes
     with moved_data_hint(resume):
         validate_tasks(experiment)
@@ -69,17 +73,7 @@ def set_up(experiment: Experiment, resume: bool, lock: RunLock, code: UserCode =
     model = experiment.build_model(load_weights=checkpoint is None)
     tokenizer = load_run_tokenizer(experiment, model, resume) if model.text is not None else None
     with moved_data_hint(resume):
-        dataset = TrainDataset(
-            data.train,
-            (data.augment, *data.views),
-            model.preprocess if has_images(data) else None,
-            tokenizer,
-            data.max_length,
-            data.max_pixels,
-            experiment.seed,
-            data.text_views,
-            data.readers,
-        )
+        dataset = open_data(experiment, model, tokenizer)
     if resume:
         check_same_data(folder, dataset)
     check_dataset(experiment, dataset)
@@ -112,6 +106,28 @@ def set_up(experiment: Experiment, resume: bool, lock: RunLock, code: UserCode =
     for line in (describe(run), *(reports if checkpoint is None else ())):
         writer.log(line)
     return run
+
+
+def open_data(experiment: Experiment, model: Model, tokenizer: Tokenizer | None) -> TrainingData:
+    """Open the training data.
+
+    Raises:
+        UserError: If a source is missing, damaged or empty.
+    """
+    data = experiment.data
+    settings = (
+        (data.augment, *data.views),
+        model.preprocess if has_images(data) else None,
+        tokenizer,
+        data.max_length,
+        data.max_pixels,
+        experiment.seed,
+        data.text_views,
+    )
+    if data.stream is None:
+        return TrainDataset(data.train, *settings, data.readers)
+    # validation has checked that there are steps, or else samples of an epoch
+    return StreamDataset(data.stream, data.stream.epoch_samples or experiment.train.steps * data.batch_size, *settings)
 
 
 def check_new(folder: Path) -> None:
@@ -150,7 +166,7 @@ def load_run_tokenizer(experiment: Experiment, model: Model, resume: bool) -> To
     return tokenizer
 
 
-def check_dataset(experiment: Experiment, dataset: TrainDataset) -> None:
+def check_dataset(experiment: Experiment, dataset: TrainingData) -> None:
     """Check that the data have the model's classes and at least one batch.
 
     Raises:
@@ -168,11 +184,11 @@ def check_dataset(experiment: Experiment, dataset: TrainDataset) -> None:
     if batch_size > len(dataset):
         raise UserError(
             f"data.batch_size={batch_size} is larger than the data ({len(dataset)} samples in "
-            f"{', '.join(reader.location for reader in dataset.readers)}); lower it to at most that"
+            f"{', '.join(source.location for source in experiment.data.train)}); lower it to at most that"
         )
 
 
-def check_same_data(folder: Path, dataset: TrainDataset) -> None:
+def check_same_data(folder: Path, dataset: TrainingData) -> None:
     """Check that a resumed run reads the data that it was started with.
 
     The order of samples is a function of the sizes of the shards. With one more shard the run would repeat some samples and

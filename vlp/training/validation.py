@@ -39,6 +39,7 @@ def validate(experiment: Experiment) -> None:
         )
     if not data.train:
         raise UserError("data.train names no data; set data.train=SHARDS")
+    check_stream(experiment)
     check_together(experiment, 1)
     if experiment.micro_batch_size % (data.readers * data.together):
         raise UserError(
@@ -126,6 +127,61 @@ def check_together(experiment: Experiment, processes: int) -> None:
             f"the sources of data.train keep {together} samples together, which does not divide the "
             f"{rows // processes} samples of a micro-batch (data.batch_size / train.accumulation{per_process}); "
             f"make data.batch_size a multiple of {together * experiment.train.accumulation * processes}"
+        )
+
+
+def check_stream(experiment: Experiment) -> None:
+    """Check that the rest of the experiment does without what a `WebDatasetStream` lacks.
+
+    Raises:
+        UserError: If not.
+    """
+    data, stream = experiment.data, experiment.data.stream
+    if stream is None:
+        return
+    if len(data.train) > 1:
+        raise UserError(
+            f"data.train mixes a WebDatasetStream with {len(data.train) - 1} other source(s), whose share of it could not be kept; "
+            "give one WebDatasetStream, or Sources only"
+        )
+    if data.readers != 1:
+        raise UserError(
+            f"data.readers={data.readers} deals out the order of indexed shards, which a WebDatasetStream does not have; set it to 1"
+        )
+    if experiment.train.epochs is not None and stream.epoch_samples is None:
+        raise UserError(
+            "train.epochs needs to know the samples of an epoch, and a WebDatasetStream does not; set data.train.0.epoch_samples, "
+            "or train.steps"
+        )
+
+
+def check_shards(experiment: Experiment, processes: int) -> None:
+    """Check that a `WebDatasetStream` has a shard for each data worker of each process.
+
+    Raises:
+        UserError: If not, or there is no shard.
+    """
+    data, stream = experiment.data, experiment.data.stream
+    if stream is None:
+        return
+    shards, readers = len(stream.open()), processes * max(1, data.workers)
+    if shards < readers and not stream.resampled:
+        raise UserError(
+            f"data.train has {shards} shard(s) for {readers} readers ({processes} process(es) with data.workers={data.workers}), and "
+            "each must have its own; lower data.workers, or set data.train.0.resampled=true"
+        )
+
+
+def check_resumable(experiment: Experiment) -> None:
+    """Check that the data can continue where the checkpoint was saved, or the user does without that.
+
+    Raises:
+        UserError: If not.
+    """
+    if experiment.data.stream is not None and not experiment.data.stream.inexact_resume:
+        raise UserError(
+            "a WebDatasetStream cannot continue where it stopped: it starts at a new place, so that samples may be repeated or "
+            "left out; set data.train.0.inexact_resume=true to resume like that"
         )
 
 

@@ -16,6 +16,7 @@ import re
 import stat
 import tarfile
 import zlib
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -276,10 +277,7 @@ class _Contents:
                     kind = "image" if extension in IMAGES else "text" if extension in TEXTS else f".{extension}"
                     _count(self.ignored, f"further {kind} of a sample", ".".join(filter(None, (key, infix, extension))))
                 continue
-            extensions = sorted({extension or "no extension" for _, extension in members})
-            # img2dataset writes only KEY.json for a failed download
-            where = self.ignored if set(extensions) <= set(TEXTS) else self.lost
-            _count(where, f"no image that can be read ({', '.join(extensions[:MOST_EXTENSIONS])})", key)
+            _count(self.ignored if is_failed_download(members) else self.lost, no_image_reason(members), key)
         return found, self.lost, self.ignored
 
 
@@ -290,6 +288,16 @@ def split_suffix(suffix: str) -> tuple[str, str]:
         infix, _, inner = infix.rpartition(".")
         extension = f"{inner}.gz".lstrip(".")
     return infix, extension
+
+
+def is_failed_download(members: Iterable[tuple[str, str]]) -> bool:
+    """Return whether a key has only texts: img2dataset writes only KEY.json for a failed download."""
+    return {extension for _, extension in members} <= set(TEXTS)
+
+
+def no_image_reason(members: Iterable[tuple[str, str]]) -> str:
+    extensions = sorted({extension or "no extension" for _, extension in members})
+    return f"no image that can be read ({', '.join(extensions[:MOST_EXTENSIONS])})"
 
 
 T = TypeVar("T")

@@ -233,6 +233,11 @@ def _missing(location: str) -> UserError:
 
 def _patterns(location: str) -> list[str]:
     """Split a location at ``::`` and expand its braces, unless a file has exactly this name."""
+    if location.startswith("pipe:"):
+        raise UserError(
+            f"no shards at {location[:100]!r}: a command cannot be indexed; train from it with a WebDatasetStream, and evaluate "
+            "on shards"
+        )
     if not is_possible_path(location):
         raise UserError(f"no shards at {location!r}: a path cannot contain NUL or half of a surrogate pair")
     # before any part becomes a path, which would make one slash of the two of a URL
@@ -245,13 +250,24 @@ def _patterns(location: str) -> list[str]:
         location = str(local_path(check_scheme(location)))
     if os.path.exists(location):
         return [location]
+    return expand_braces(location)
+
+
+def expand_braces(pattern: str, escape: bool = True) -> list[str]:
+    """Expand a brace pattern such as ``{000..009}``.
+
+    Args:
+        escape: Whether a backslash escapes a brace.
+
+    Raises:
+        UnbalancedBracesError: if a brace has no counterpart.
+        UserError: if it names more than `MAX_SHARDS`.
+    """
     # checked beforehand, as the expansion of a range is in memory at once
-    counts = [abs(int(end[:20]) - int(begin[:20])) + 1 for begin, end in BRACE_RANGE.findall(location)]
-    if math.prod(counts) > MAX_SHARDS:
-        raise UserError(f"no shards at {location}: it names more than {MAX_SHARDS:,}")
-    expanded = list(islice(braceexpand(location), MAX_SHARDS + 1))
-    if len(expanded) > MAX_SHARDS:
-        raise UserError(f"no shards at {location}: it names more than {MAX_SHARDS:,}")
+    counts = [abs(int(end[:20]) - int(begin[:20])) + 1 for begin, end in BRACE_RANGE.findall(pattern)]
+    expanded = [] if math.prod(counts) > MAX_SHARDS else list(islice(braceexpand(pattern, escape), MAX_SHARDS + 1))
+    if not 0 < len(expanded) <= MAX_SHARDS:
+        raise UserError(f"no shards at {pattern}: it names more than {MAX_SHARDS:,}")
     return expanded
 
 
