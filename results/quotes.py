@@ -13,7 +13,7 @@ from results.record import Record
 from vlp.commands.configs import read_sections
 
 IN_DOCSTRING = re.compile(r"\(results: ([\w.-]+)\)")
-IN_MARKDOWN = re.compile(r"\]\([\w/]*results\.md#([\w.-]+)\)")
+IN_MARKDOWN = re.compile(r"\[([^\]]*)\]\([\w./]*results\.md#([\w.-]+)\)")
 COMMAND = re.compile(r"`[^`]*`|\((?:vlp|python|make) [^)]*\)")
 # not a part of a name such as R@1 or Flickr8k
 NUMBER = re.compile(r"(?<![\w@.,/=-])-?\d(?:[\d,]*\d)?(?:\.\d+)?(?:e-?\d+)?(?![\w@])")
@@ -26,7 +26,8 @@ class Quote:
     Args:
         path: File of the text.
         name: Name of the record.
-        numbers: Numbers as written, from the start of the section, table row or paragraph, or from the quote before.
+        numbers: Numbers as written: in a docstring from the start of the section or from the reference before, on a
+            Markdown page those of the link.
     """
 
     path: Path
@@ -45,23 +46,21 @@ def of_config(path: Path) -> Iterator[Quote]:
     """Return the quotes of the docstrings of a config and of its functions."""
     tree = ast.parse(path.read_text())
     for node in [tree, *(node for node in tree.body if isinstance(node, ast.FunctionDef))]:
-        docstring = ast.get_docstring(node) or ""
-        for lines in read_sections(docstring).values():
-            yield from _quotes(path, " ".join(lines), IN_DOCSTRING)
+        for lines in read_sections(ast.get_docstring(node) or "").values():
+            text, start = " ".join(lines), 0
+            for found in IN_DOCSTRING.finditer(text):
+                yield Quote(path, found[1], _numbers(text[start : found.start()]))
+                start = found.end()
 
 
 def of_page(path: Path) -> Iterator[Quote]:
-    """Return the quotes of a Markdown page."""
-    for part in re.split(r"\n\s*\n|\n(?=\|)", path.read_text()):
-        yield from _quotes(path, part, IN_MARKDOWN)
+    """Return the quotes of a Markdown page, e.g. ``[32.4 %](results.md#demo)``."""
+    for text, name in IN_MARKDOWN.findall(path.read_text()):
+        yield Quote(path, name, _numbers(text))
 
 
-def _quotes(path: Path, text: str, reference: re.Pattern) -> Iterator[Quote]:
-    start = 0
-    for found in reference.finditer(text):
-        numbers = NUMBER.findall(COMMAND.sub("", text[start : found.start()]))
-        yield Quote(path, found[1], tuple(numbers))
-        start = found.end()
+def _numbers(text: str) -> tuple[str, ...]:
+    return tuple(NUMBER.findall(COMMAND.sub("", text)))
 
 
 def mistakes(quote: Quote, records: dict[str, Record]) -> list[str]:

@@ -143,15 +143,15 @@ def one():
     ]
 
 
-def test_numbers_of_a_page_belong_to_the_link_in_their_row_or_paragraph(tmp_path):
+def test_numbers_of_a_page_are_those_of_the_link(tmp_path):
     path = tmp_path / "page.md"
     path.write_text(
-        "Some 8 words.\n\nWith 12.5 %\nof 10, see [it](docs/results.md#a), and 3.\n\n"
-        "| x | 1.5 | `k=4` | [record](results.md#b) |\n| y | 2.5 | [record](results.md#c) |\n"
-        "All: [results](docs/results.md)\n"
+        "Of 8 words, see [12.5 %\nof 10](docs/results.md#a), and 3.\n\n"
+        "| x | 1.5 | [`k=4` 2.5 ± 0.1](results.md#b) |\n| y | [record](../results.md#c) |\n"
+        "All 7: [results](docs/results.md)\n"
     )
     assert [(quote.name, quote.numbers) for quote in of_page(path)] == [
         ("a", ("12.5", "10")),
-        ("b", ("1.5",)),
-        ("c", ("2.5",)),
+        ("b", ("2.5", "0.1")),
+        ("c", ()),
     ]
