@@ -100,7 +100,9 @@ def add_stats(actions) -> None:
 def run_stats(options: argparse.Namespace) -> int:
     from vlp.data.preparing.inspect import stats
 
-    print(json.dumps(stats(options.shards, options.grid), indent=1))
+    with progress_bar("reading samples") as progress:
+        found = stats(options.shards, options.grid, progress=progress)
+    print(json.dumps(found, indent=1))
     print(f"wrote {options.grid}")
     return 0
 
@@ -123,7 +125,8 @@ def run_tokenizer(options: argparse.Namespace) -> int:
 
     if options.vocab_size < 6:
         raise UserError(f"--vocab-size {options.vocab_size}: five tokens are special ones; give more, such as 8000")
-    captions = list(all_captions(options.shards))
+    with progress_bar("reading captions") as progress:
+        captions = list(all_captions(options.shards, progress))
     if not captions:
         raise UserError(f"the shards at {options.shards} have no captions; run `vlp data check` on them")
     tokenizer = train_tokenizer(captions, options.vocab_size)

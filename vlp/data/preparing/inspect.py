@@ -104,23 +104,37 @@ def _duplicates(hashes: list[np.ndarray], readers: list[ShardReader]) -> list[st
     return sorted(key for key, count in suspects.items() if count > 1)
 
 
-def all_captions(location: str) -> Iterator[str]:
-    """Yield every caption of the samples that can be read."""
+def all_captions(location: str, progress=lambda done, total: None) -> Iterator[str]:
+    """Yield every caption of the samples that can be read.
+
+    Args:
+        progress: Called with (samples, all samples).
+    """
     reader = ShardReader(location)
     for number in range(len(reader)):
+        if number % 1000 == 0:
+            progress(number, len(reader))
         try:
             yield from reader.read(*reader.locate(number)).captions
         except BadSample:  # listed by `check`
             continue
 
 
-def stats(location: str, grid: Path | None, samples: int = 1000, columns: int = 6, seed: int = 0) -> dict:
+def stats(
+    location: str,
+    grid: Path | None,
+    samples: int = 1000,
+    columns: int = 6,
+    seed: int = 0,
+    progress=lambda done, total: None,
+) -> dict:
     """Compute quantiles of image and caption sizes over up to ``samples`` random samples, and draw some of them.
 
     The number of captions is exact if all samples are looked at, and otherwise estimated from their mean.
 
     Args:
         grid: Path of a PNG of ``columns`` x 4 samples with their captions. None draws nothing.
+        progress: Called with (samples looked at, all of them).
 
     Raises:
         UserError: if no sample can be decoded, or the PNG cannot be written.
@@ -128,7 +142,8 @@ def stats(location: str, grid: Path | None, samples: int = 1000, columns: int = 
     reader = ShardReader(location)
     drawn = keyed_rng(seed).choice(len(reader), min(samples, len(reader)), replace=False)
     widths, heights, sizes, words, per_image, shown = [], [], [], [], [], []
-    for number in drawn.tolist():
+    for done, number in enumerate(drawn.tolist()):
+        progress(done, len(drawn))
         try:
             sample = reader.read(*reader.locate(number))
             pixels = decode(sample.image)
