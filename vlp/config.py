@@ -178,12 +178,15 @@ class Logging:
         tensorboard: Whether to write TensorBoard events (extra ``tensorboard``).
         wandb: Weights & Biases project to log to (extra ``wandb``). None disables it.
         sample_keys: Whether to write the sample keys of every step, in one file for each process, to debug the data.
+        chance_steps: Steps in a row after which a loss that stays at the level of a model that has learned nothing is reported:
+            see `vlp.training.chance`. 0 reports none.
     """
 
     geometry_every: int = setting(10, least=0)
     tensorboard: bool = False
     wandb: str | None = None
     sample_keys: bool = False
+    chance_steps: int = setting(500, least=0)
 
 
 @dataclass(frozen=True)

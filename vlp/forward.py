@@ -421,6 +421,12 @@ class Gathered:
         return Gathered([bundle.momentum for bundle in self.bundles], self.own, self.scope)
 
     @property
+    def num_rows(self) -> int:
+        """M, without communication."""
+        processes = world_size() if self.scope == "global" else 1
+        return processes * sum(len(bundle.batch) for bundle in self.bundles)
+
+    @property
     def is_own_rows(self) -> bool:
         """Whether the M rows are the B own rows, in one bundle of one process."""
         return len(self.bundles) == 1 and (self.scope == "local" or world_size() == 1)

@@ -28,6 +28,7 @@ from vlp.models.base import Model
 from vlp.objectives.base import Objective
 from vlp.optim.schedule import set_lr
 from vlp.specs.user_code import NO_CODE, UserCode
+from vlp.training.chance import ChanceWatch
 from vlp.training.detached import DetachedGraph
 from vlp.training.interrupts import STOPPED, Stopped, TrainingInterrupt
 from vlp.training.logging import peak_memory_mib
@@ -129,6 +130,7 @@ class Trainer:
         self.attempt, self.optimizer = run.engine.prepare(attempt, run.model, run.optimizer, run.state)
         run.restore_optimizer(self.optimizer.optimizer)
         self.watch = StallWatch(run.experiment.train.stall_timeout)
+        self.chance = ChanceWatch(run.experiment.objectives, run.experiment.log.chance_steps)
         self.waited = 0.0  # seconds of the step spent waiting for data
         self.reach_is_checked = False
 
@@ -176,7 +178,7 @@ class Trainer:
         began = time.monotonic()
         self.waited = 0.0
         lr = set_lr(self.run.optimizer, experiment.schedule, experiment.optim.lr, state.step, self.run.total_steps)
-        refused, losses, measured, keys, checks, f, enqueued = False, [], [], [], [], None, []
+        refused, losses, measured, keys, checks, f, enqueued, at_chance = False, [], [], [], [], None, [], []
         for number in range(passes):
             loaded = [self._next(micro_batches) for _ in range(experiment.train.accumulation // passes)]
             with mark_part("prepare"):
@@ -214,12 +216,16 @@ class Trainer:
             self._nonfinite(numbers["loss"], keys, norm if finite else None, checks)
             engine.abandon_step()
         else:
+            at_chance = self.chance.update(numbers, f)  # before the queues grow
             with mark_part("optimizer"):
                 self.optimizer.step()
         self.optimizer.zero_grad()
         with mark_part("averages and queues"):
             self.advance(enqueued, skipped)
-        return self._record(numbers, lr, norm, began)
+        record = self._record(numbers, lr, norm, began)
+        for line in at_chance:
+            self.run.writer.log(f"step {state.step}: {line}")
+        return record | ({"at_chance": at_chance} if at_chance else {})
 
     def _is_finite(self, total: Tensor) -> bool:
         """Return whether the total is finite on all processes. The host waits for the device."""

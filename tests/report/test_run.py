@@ -74,14 +74,15 @@ def test_report_of_a_run_with_one_tower_and_an_incomplete_log(tmp_path, lines):
     assert "random answer" not in html
 
 
-def test_report_draws_the_measures_of_objectives(tmp_path, monkeypatch):
+def test_report_draws_the_measures_of_objectives_and_names_losses_at_chance(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(report, "png", lambda figure: drawn.append(figure) or b"")
     (tmp_path / "experiment.json").write_text(dump(replace(load_config(str(TOY)), evaluate={})))
     lines = [{"itc/accuracy_hard": 0.5}, {}, {"itc/accuracy_hard": 1.0, "other/accuracy": 0.1}]
+    lines[2]["at_chance"] = ["objectives.itc: the loss has been at 2.079"]
     log = [{"step": n + 1, "loss": 2.0, "loss/itc": 2.0} | LINE | line for n, line in enumerate(lines)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    write_report(tmp_path)
+    assert "Step 3: objectives.itc: the loss has been at 2.079." in write_report(tmp_path).read_text()
     (figure,) = drawn
     (line,) = figure.axes[-1].lines
     assert line.get_label() == "itc: accuracy hard" and line.get_xdata().tolist() == [1, 3]

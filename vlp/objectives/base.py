@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,9 @@ class Objective:
     | ``enqueue(f)`` | required with a queue | what the queue gets after the step |
     | ``measures`` | none | names of what the log shows besides the loss, such as an accuracy, given to ``f.measure`` |
     | ``min_rows`` | 1 | fewest rows that the loss must see at once: 2 if it compares rows, and is constant for a single one |
+    | ``chance(f)`` | None | loss of a model that has learned nothing, in nats; `vlp.training.chance` compares it with the loss |
+    | ``target_classes(f)`` | None | classes that the loss predicts, whose frequencies give that level |
+    | ``remedy`` | the learning rate | what to try if the loss stays there |
     | ``row_scope`` | "global" | whose rows it sees at once: those of all processes, or of each process ("local") |
     | ``supports_grad_cache`` | True | False if the loss is wrong when micro-batches are contrasted with each other |
     | ``supports_split_backward`` | False | True if the loss fuses, reading towers only as ``f.image`` and ``f.text`` |
@@ -46,6 +50,7 @@ class Objective:
     min_rows: ClassVar[int] = 1
     supports_grad_cache: ClassVar[bool] = True
     supports_split_backward: ClassVar[bool] = False
+    remedy: ClassVar[str] = "try another optim.lr"
 
     weight: float = field(default=1.0, kw_only=True)
 
@@ -64,6 +69,17 @@ class Objective:
         The log has their means over all processes and micro-batches as ``OBJECTIVE/MEASURE``.
         """
         return ()
+
+    def chance(self, f: Forward) -> float | None:
+        """Return the loss of a model that has learned nothing, in nats, or None if it is not known. The device is not read."""
+        return None
+
+    def target_classes(self, f: Forward) -> np.ndarray | None:
+        """Return the (n,) int64 classes that the loss of ``f`` predicted, on the host, or None if it predicts none.
+
+        The entropy of their frequencies over the run is the loss of a model that has learned nothing else.
+        """
+        return None
 
     def validate(self, experiment: Experiment) -> None:
         """Raise UserError for what the experiment lacks, or for fields out of range."""

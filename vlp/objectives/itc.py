@@ -8,6 +8,7 @@ B rows of a bundle, M rows of all processes and micro-batches, K rows of a queue
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -28,6 +29,8 @@ from vlp.objectives.queues import Queue
 from vlp.objectives.requirements import require_contrast, require_momentum
 from vlp.specs.fields import setting
 
+REMEDY = "try another optim.lr, a longer warm-up, another temperature, a larger batch, pre-trained towers"
+
 
 @dataclass(frozen=True)
 class ImageTextContrast(Objective):
@@ -41,6 +44,7 @@ class ImageTextContrast(Objective):
     """
 
     min_rows: ClassVar[int] = 2
+    remedy: ClassVar[str] = REMEDY
 
     label_smoothing: float = setting(0.0, least=0, most=1)
     reduction: Literal["sum", "mean"] = "mean"
@@ -55,6 +59,10 @@ class ImageTextContrast(Objective):
         image, text, all_image, all_text = f.image.embed, f.text.embed, f.all.image, f.all.text  # (B, E), (M, E)
         total = self._loss(f, image, all_text) + self._loss(f, text, all_image)
         return total / 2 if self.reduction == "mean" else total
+
+    def chance(self, f: Forward) -> float:
+        level = math.log(f.all.num_rows)  # equal similarities, whatever the targets are
+        return level if self.reduction == "mean" else 2 * level
 
     def _loss(self, f: Forward, queries: Tensor, keys: Tensor) -> Tensor:
         rest = (f.scale, f.batch.image_id, f.all.image_id, self.label_smoothing)
@@ -109,6 +117,8 @@ class MomentumContrast(DistilledObjective):
         head: Contrastive head that gives embeddings and temperature; VLMo has a second, "vl".
     """
 
+    remedy: ClassVar[str] = REMEDY
+
     distill: float = setting(0.4, least=0, most=1)
     ramp_epochs: float = setting(1.0, least=0)
     queue_size: int = setting(65_536, least=1)
@@ -137,6 +147,9 @@ class MomentumContrast(DistilledObjective):
                 targets = [torch.lerp(true, taught, share) for true, taught in zip(targets, soft)]
         i2t, t2i = (soft_info_nce(each, target) for each, target in zip(logits, targets))
         return (i2t + t2i) / 2
+
+    def chance(self, f: Forward) -> float:
+        return math.log(f.scope(self.keys).num_rows + len(f.context.queues[self]))
 
     def similarity(self, f: Forward, queries: Bundle) -> tuple[Tensor, Tensor]:
         """Return two (B, M + K) similarities, divided by the temperature: images to texts and texts to images.

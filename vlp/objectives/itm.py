@@ -5,6 +5,7 @@ B rows of a bundle, M rows among which negatives are sampled.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -58,6 +59,9 @@ class ImageTextMatching(Objective):
 
     min_rows: ClassVar[int] = 2
     supports_split_backward: ClassVar[bool] = True
+    remedy: ClassVar[str] = (
+        "try hard_share=0.5, a larger optim.lr, init='width' of a narrow model, a pre-trained image tower"
+    )
 
     negatives: Literal["hard", "uniform"] = "hard"
     keys: Literal["momentum", "student"] = "momentum"
@@ -103,6 +107,9 @@ class ImageTextMatching(Objective):
         f.measure(self, "accuracy_random", correct[len(pair) :], has_negative & ~is_hard)
         f.measure(self, "accuracy_hard", correct[len(pair) :], has_negative & is_hard)
         return matching_loss(logits, labels, torch.cat([pair, found, found]), count)
+
+    def chance(self, f: Forward) -> float:
+        return math.log(3) - 2 / 3 * math.log(2)  # the entropy of one pair and two negatives
 
     def allowed(self, f: Forward, candidates: Gathered) -> Tensor:
         """Return the (B, M) bool mask of the candidates that can be a negative of each row."""

@@ -48,6 +48,7 @@ class MaskedText(DistilledObjective):
     """
 
     supports_split_backward: ClassVar[bool] = True
+    remedy: ClassVar[str] = "try a larger optim.lr, a longer warm-up, masking.probability=0.4 for short captions"
 
     masking: TextMasking = TextMasking()
     mean_over: Scope = "global"
@@ -75,6 +76,10 @@ class MaskedText(DistilledObjective):
         self._measure(f, logits, masked)
         count = f.scope(self.mean_over).gather(self._num_predicted).float().mean()
         return masked_cross_entropy(logits, masked.labels, teacher, self.teacher_share(f), count)
+
+    def target_classes(self, f: Forward) -> np.ndarray:
+        labels = on_host(f.masked(self.masking).labels)
+        return labels[labels != IGNORED]
 
     def _measure(self, f: Forward, logits: Tensor, masked: MaskedIds) -> None:
         correct, counted = logits.argmax(1) == masked.labels, masked.labels != IGNORED  # (M,)

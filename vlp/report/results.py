@@ -181,6 +181,12 @@ def read_numbers(path: Path, notes: list[str] | None = None) -> list[dict[str, f
     return lines
 
 
+def read_chance(path: Path) -> list[str]:
+    """Read the lines of log.jsonl about losses that stayed at their chance level."""
+    found = [record for record in read_log(path) if _fits(record, {"step": int, "at_chance": [str]})]
+    return [f"Step {record['step']:,}: {line}" for record in found for line in record["at_chance"]]
+
+
 def read_starts(path: Path) -> list[dict[str, Any]]:
     """Read the starts of a run that have a command and a machine."""
     return [start for start in read_log(path) if _fits(start, START)]

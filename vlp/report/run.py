@@ -18,7 +18,15 @@ from vlp.report.examples import MACROS, captions_with_images, wrong_with_images
 from vlp.report.examples import STYLE as EXAMPLES_STYLE
 from vlp.report.figures import label as plain_label
 from vlp.report.figures import png
-from vlp.report.results import contamination, metric_label, read_numbers, read_results, read_starts, write_html
+from vlp.report.results import (
+    contamination,
+    metric_label,
+    read_chance,
+    read_numbers,
+    read_results,
+    read_starts,
+    write_html,
+)
 from vlp.report.tables import described
 from vlp.specs.json import Foreign
 from vlp.specs.types import check_types
@@ -63,6 +71,9 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 <p class="quiet">{{ note }}.</p>
 {% endfor %}
 <h2>Training</h2><img class="plot" alt="curves" src="data:image/png;base64,{{ curves }}">
+{% for line in at_chance %}
+<p>{{ line }}.</p>
+{% endfor %}
 {% if queries %}
 <h2>Image retrieval</h2><p class="quiet">Random captions of the evaluated data, and the five most similar images. The caption's own image has a green frame.</p>
 {{ caption_queries(queries) }}
@@ -106,6 +117,7 @@ def write_report(folder: Path, notes: list[str] | None = None) -> Path:
         contamination=contamination,
         notes=notes,
         curves=_curves(log, read_numbers(folder / "eval.jsonl", notes), tasks, experiment.objectives),
+        at_chance=read_chance(folder / "log.jsonl"),
         queries=[q for result in results for q in captions_with_images(result, "text_to_image")],
         commands=[shlex.join(start["command"]) for start in starts],
         quarantined=len(read_log(folder / "quarantine.jsonl")),
