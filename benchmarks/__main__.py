@@ -32,11 +32,13 @@ MEASURES = (
     "albef_step",
     "vlmo_step",
 )
+LONG = ("soak",)  # run only if they are named
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("measures", nargs="*", default=MEASURES, help=f"some of {', '.join(MEASURES)} (default: all)")
+    names = f"some of {', '.join(MEASURES)} (default: all of these), {', '.join(LONG)}"
+    parser.add_argument("measures", nargs="*", default=MEASURES, help=names)
     options = parser.parse_args()
     path = Path("runs/bench.json")
     results = json.loads(path.read_text()) if path.exists() else {}

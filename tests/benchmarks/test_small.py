@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks.__main__ import MEASURES
+from benchmarks.__main__ import LONG, MEASURES
 from benchmarks.common import DATA
 from tests.conftest import ROOT, environment
 
@@ -31,8 +31,9 @@ WITHOUT_DATA += (
     "engine_memory",
     "save_stop",
     "plan_accuracy",
+    "soak",
 )
-SLOW = ("data_wait", "albef_step")
+SLOW = ("data_wait", "albef_step", "soak")
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,7 @@ def marked(name: str):
 
 
 @pytest.mark.usefixtures("fork_server")
-@pytest.mark.parametrize("name", map(marked, MEASURES))
+@pytest.mark.parametrize("name", map(marked, MEASURES + LONG))
 def test_program_runs_small(name, monkeypatch):
     program = importlib.import_module(f"benchmarks.{name}")
     if hasattr(program, "in_fresh_process"):  # only measured peaks need one, and these are not looked at
