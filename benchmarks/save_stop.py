@@ -17,8 +17,8 @@ from benchmarks.common import in_fresh_process, main, resident_mib
 from vlp.training import checkpoint
 from vlp.training.saver import Saver
 
-SIZES = {"layers": 48, "width": 1024, "repeats": 5}
-SMALL = {"layers": 2, "width": 16, "repeats": 2}
+SIZES = {"layers": 48, "width": 1024, "repeats": 5, "saves": 30}
+SMALL = {"layers": 2, "width": 16, "repeats": 2, "saves": 3}
 MIB = 2**20
 
 
@@ -32,12 +32,33 @@ class Gathered:
         return torch.ones(self.shape)
 
 
-def timed(layers: int, width: int, repeats: int) -> dict[str, float]:
-    """Return the medians of the seconds of each way, and the growth of the peak of resident memory in MiB."""
-    files = {
+def state_of(layers: int, width: int) -> checkpoint.Files:
+    return {
         name: {f"{number}.{kind}": Gathered(width) for number in range(layers) for kind in kinds}
         for name, kinds in {"model": ("w",), "average": ("w",), "optimizer": ("exp_avg", "exp_avg_sq")}.items()
     }
+
+
+def grown(layers: int, width: int, saves: int) -> dict[int, float]:
+    """Return the growth of the peak of resident memory in MiB from before the first save to after some of the saves."""
+    files, growth = state_of(layers, width), {}
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        saver = Saver(Path(folder), keep=1)
+        saver.save(0, {"model": {"0": Gathered(1)}}, {})  # loads the code of a save
+        saver.wait()
+        before = resident_mib("VmRSS")
+        for step in range(1, saves + 1):
+            saver.save(step, files, {})
+            saver.wait()
+            if step in (1, 2, 5, 10, 20, saves):
+                growth[step] = round(resident_mib("VmHWM") - before, 2)
+        saver.close()
+    return growth
+
+
+def timed(layers: int, width: int, repeats: int) -> dict[str, float]:
+    """Return the medians of the seconds of each way, and the growth of the peak of resident memory in MiB."""
+    files = state_of(layers, width)
     waiting, stopped = [], []
     with tempfile.TemporaryDirectory(dir=".") as folder:
         saver = Saver(Path(folder), keep=1)
@@ -59,12 +80,13 @@ def timed(layers: int, width: int, repeats: int) -> dict[str, float]:
     return {"waiting": statistics.median(waiting), "stopped": statistics.median(stopped), "growth": growth}
 
 
-def measure(layers: int, width: int, repeats: int) -> dict:
+def measure(layers: int, width: int, repeats: int, saves: int) -> dict:
     found = in_fresh_process(timed, layers, width, repeats)
     return {
         "checkpoint_mib": round(4 * layers * width * width * 4 / MIB, 2),
         "largest_tensor_mib": round(width * width * 4 / MIB, 2),
         "growth_in_save_mib": round(found["growth"], 2),
+        "growth_after_saves_mib": in_fresh_process(grown, max(1, layers // 8), width, saves),
         "waiting_seconds": round(found["waiting"], 3),
         "background_seconds": round(found["stopped"], 3),
         "ratio": round(found["stopped"] / found["waiting"], 3),

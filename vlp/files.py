@@ -17,6 +17,7 @@ from typing import BinaryIO
 from vlp.errors import UserError
 
 CHUNK = 1 << 22  # bytes read at a time
+HASH_BUFFER = 1 << 20  # bytes
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -191,8 +192,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def file_hash(path: Path) -> str:
     """Return the SHA-256 of a file in hex."""
-    digest = hashlib.sha256()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(HASH_BUFFER))
     with open_regular(path) as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
     return digest.hexdigest()

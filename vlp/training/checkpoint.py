@@ -87,6 +87,7 @@ def save_file(tensors: Mapping[str, Tensor | Sharded], path: Path) -> None:
         for _, tensor in _in_order(tensors):
             whole = tensor.full_tensor() if isinstance(tensor, Sharded) else tensor
             file.write(whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            del whole  # before the next one is gathered
 
 
 def gather(files: Files) -> None:
