@@ -1,4 +1,4 @@
-"""Is a run right on this device? Resume to the bit; one process with NCCL (gloo on a CPU), under ZeRO-2, and under FSDP2.
+"""Is a run right on this device? Resume to the bit; one process with NCCL (gloo on a CPU), under ZeRO-2, ZeRO-3, and FSDP2.
 
 Each run is `vlp train` on the tests' toy in a process of its own, some of them at the same time: a start costs more than six
 steps. Kernels whose sums depend on the order of threads are off, so that equal means equal.
@@ -34,7 +34,8 @@ def checks(small: bool) -> dict[str, Callable[[], dict]]:
         "resume is equal to the bit": resume,
         "collectives with one process": collectives,
         "DDP with one process": lambda: same_losses("ddp"),
-        "ZeRO-2 with one process": zero,
+        "ZeRO-2 with one process": lambda: zero("zero2"),
+        "ZeRO-3 with one process": lambda: zero("zero3"),
         "FSDP2 with one process": lambda: same_losses("fsdp2"),
     }
 
@@ -43,7 +44,7 @@ def checks(small: bool) -> dict[str, Callable[[], dict]]:
 def runs() -> dict[str, subprocess.CompletedProcess]:
     """The runs that do not need each other, all at once, in folders of their names."""
     wanted = {"plain": {}, "again": {}}
-    for engine in ("ddp", "fsdp2", *(["zero2"] if importlib.util.find_spec("deepspeed") else [])):
+    for engine in ("ddp", "fsdp2", *(["zero2", "zero3"] if importlib.util.find_spec("deepspeed") else [])):
         wanted[engine] = ONE_PROCESS | {"MASTER_PORT": str(free_port())} | engine_environment(engine)
         if "DS_ACCELERATOR" in wanted[engine]:
             wanted[engine]["DS_ACCELERATOR"] = DEVICE
@@ -122,10 +123,10 @@ def same_losses(name: str, tolerance: float = 1e-5) -> dict:
     return {"loss_error": error, "ok": error <= tolerance}
 
 
-def zero() -> dict:
-    if "zero2" not in runs():
+def zero(stage: str) -> dict:
+    if stage not in runs():
         return {"not_run": "deepspeed is not installed here"}
-    return same_losses("zero2")
+    return same_losses(stage)
 
 
 def collectives() -> dict:
