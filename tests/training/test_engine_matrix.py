@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.fixtures.faults import AlternatingTowers
 from tests.processes import launched_with
 from tests.test_matrix import COLUMNS, ROWS, ROWS_OF_TABLE, WORDS, documented_table, experiment
 from vlp import objectives
@@ -51,6 +52,7 @@ MORE = {
     "tuplets": Tuplet(num_negatives=3),
     "N pairs": NPair(),
 }
+UNEVEN = {"alternating towers": AlternatingTowers()}
 # The cell of the default tests: queues, a momentum encoder, an average, and two towers.
 QUICK = ("ITC, momentum queues (ALBEF)", "two towers (ALIGN, CLIP)")
 # Rows whose losses differ between one process and two, because they draw masks, negatives or noise, which depend on the
@@ -71,9 +73,10 @@ def cells() -> list[tuple[str, str]]:
 
 
 def spec_of(row: str, column: str, optim=ADAMW, **train) -> Experiment:
-    if row in MORE:
+    if row in MORE | UNEVEN:
+        objective = (MORE | UNEVEN)[row]
         data = Data(train=(), views=(Resize(),), text_views=(Same(),), batch_size=ROWS, max_length=LENGTH)
-        spec = Experiment("cell", small_model(MORE[row]), {"loss": MORE[row]}, data, momentum=MomentumConfig(0.9))
+        spec = Experiment("cell", small_model(objective), {"loss": objective}, data, momentum=MomentumConfig(0.9))
     else:
         spec = experiment(ROWS_OF_TABLE[row], COLUMNS[column])
         validate(spec)
@@ -264,3 +267,11 @@ def test_every_objective_trains_on_every_engine(pool, row, column):
         assert ddp["losses"] == close_to(train_cell(0, 1, "ddp", *cell)["losses"])
     for engine in ("fsdp2", "zero2", "zero3"):
         assert_engine_trains_as_ddp(pool, engine, ddp, *cell)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
+def test_parameters_without_a_gradient_in_a_step_do_not_reuse_an_old_one(pool, engine):
+    """With plain SGD a gradient of zero is as good as none."""
+    cell = "alternating towers", "small model", {"optim": Sgd(lr=0.1, momentum=0.0, weight_decay=0.0), "steps": 6}
+    one = train_cell(0, 1, "ddp", *cell)
+    assert_engine_trains_as_ddp(pool, engine, one, *cell)

@@ -200,17 +200,23 @@ class Zero3(Zero):
             broadcast_from_main(network.buffers())
             Init(module=network, mem_efficient_linear=False)  # outside of the module that DeepSpeed wraps
         self.gathering = {network: Gathering(network) for network in (model, *averages)}
+        self.has_stepped = False  # since the last forward pass
         in_step = [self.gathering[model]] + ([self.gathering[state.momentum.network]] if state.momentum else [])
 
-        def begin_step(*_) -> None:
+        def begin_pass(*_) -> None:
+            if self.has_stepped:
+                # DeepSpeed only overwrites the gradients that a step computes, and steps with the others again
+                prepared.optimizer.grad_partitions_flat_buffer.zero_()
+            self.has_stepped = False
             for each in in_step:
                 each.begin_step()
 
         def release(*_) -> None:
+            self.has_stepped = True
             for each in in_step:
                 each.release()
 
-        module.register_forward_pre_hook(begin_step)
+        module.register_forward_pre_hook(begin_pass)
         wrapped, prepared = super().prepare(module, model, optimizer, state)
         prepared.optimizer.parameter_offload.destroy()  # its hooks
         for network in (model, *averages):
