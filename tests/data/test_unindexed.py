@@ -1,5 +1,7 @@
 """Batches of a stream: the same for the same seed and worker, different samples for each worker, bad samples counted."""
 
+import multiprocessing
+import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -169,6 +171,19 @@ def test_error_of_a_worker_is_one_line(open_stream, shards, tmp_path, workers, u
     with pytest.raises(UserError, match=reason) as error:
         batches(open_stream(urls.replace("BAD", str(tmp_path / "bad"))), 4, workers=workers)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("batches_read", [1, 2])
+def test_worker_that_waits_for_a_silent_command_ends_with_the_loader(open_stream, tmp_path, batches_read):
+    shard = small_shard(tmp_path / "a.tar", 200)
+    loader = open_stream(f"pipe:head -c 30720 {shard}; exec sleep 100", shuffle=0).loader(0, 8, 4, 0, 1, workers=1)
+    for _ in range(batches_read):
+        next(loader)
+    (worker,) = multiprocessing.active_children()
+    started = time.monotonic()
+    loader.close()
+    worker.join(60)
+    assert not worker.is_alive() and time.monotonic() - started < 60
 
 
 def test_loader_of_endless_commands_ends_after_its_batches(open_stream, tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 from collections.abc import Iterator
+from ctypes import c_bool
 from itertools import count, islice
 
 import torch
@@ -12,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from vlp.data.order import keyed_rng
 from vlp.data.reading.tar_streams import StreamedSample, WebDatasetStream, read_samples, shortened
 from vlp.data.stream import Loaded, Sample, TrainingData, loader_options, raise_errors
+from vlp.data.workers import end_when
 from vlp.errors import BadSample, UserError
 
 
@@ -57,7 +60,11 @@ class StreamDataset(TrainingData):
         """
         batches = _Batches(self, start, size // world, rank, world)
         loader = DataLoader(batches, batch_size=None, **loader_options(workers, pin_memory))
-        return islice(raise_errors(loader), (stop - start) // size)
+        items = islice(raise_errors(loader), (stop - start) // size)
+        try:
+            yield from items
+        finally:
+            batches.closed.value = True  # before ``items`` is freed, which waits for the workers
 
     def samples(self, start: int, consumer: int, consumers: int) -> Iterator[StreamedSample]:
         """Yield the samples of one of the workers of all processes, in their order, without end.
@@ -80,9 +87,7 @@ class StreamDataset(TrainingData):
 
         if self.source.resampled:
             drawn = int(keyed_rng(seed, 7, start, consumer).integers(1 << 31))
-            shards = webdataset.ResampledShards(
-                self.shards, seed=drawn, worker_seed=lambda: consumer, deterministic=True
-            )
+            shards = webdataset.ResampledShards(self.shards, worker_seed=lambda: drawn, deterministic=True)
             return (shard["url"] for shard in shards)
         passes = (number for n in count() for number in keyed_rng(seed, 8, start, n).permutation(len(self.shards)))
         # dealt across passes, so that all workers read equally many
@@ -124,14 +129,21 @@ class StreamDataset(TrainingData):
 
 
 class _Batches(IterableDataset):
-    """Batches of ``rows`` samples of one process, or of one of its data workers."""
+    """Batches of ``rows`` samples of one process, or of one of its data workers.
+
+    Attributes:
+        closed: Whether no further batch is needed, in shared memory.
+    """
 
     def __init__(self, data: StreamDataset, start: int, rows: int, rank: int, world: int):
         self.data, self.start, self.rows, self.rank, self.world = data, start, rows, rank, world
+        self.closed = multiprocessing.Value(c_bool, False, lock=False)
 
     def __iter__(self) -> Iterator[Loaded | UserError]:
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if info:
+            end_when(self.closed)  # it may wait for a command that no longer writes
         consumer, consumers = self.rank * workers + worker, self.world * workers
         samples = self.data.samples(self.start, consumer, consumers)
         # every worker has its own rows, from which the random numbers of augmentations are derived

@@ -8,9 +8,13 @@ import os
 import shutil
 import signal
 import threading
+import time
+from ctypes import c_bool
 
 CANNOT_SEND = 74  # exit code of a worker
 
+POLL = 0.5  # seconds between looks at whether a worker is needed
+GRACE = 3.0  # seconds for a worker to end by itself, with its files and commands
 MAX_WORKERS_PER_CPU = 8  # they also wait for the disk
 
 
@@ -30,6 +34,19 @@ def end_with_parent(handled: tuple[signal.Signals, ...] = (signal.SIGINT,)) -> N
     def wait() -> None:
         parent.join()
         os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def end_when(closed: c_bool) -> None:
+    """Make this worker process end a few seconds after ``closed``, in shared memory, is true, even if it waits for data."""
+
+    def wait() -> None:
+        # not an Event: setting one waits for its waiters, also for those that have died
+        while not closed.value:
+            time.sleep(POLL)
+        time.sleep(GRACE)
+        os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
 

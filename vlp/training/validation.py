@@ -181,7 +181,7 @@ def check_resumable(experiment: Experiment) -> None:
     if experiment.data.stream is not None and not experiment.data.stream.inexact_resume:
         raise UserError(
             "a WebDatasetStream cannot continue where it stopped: it starts at a new place, so that samples may be repeated or "
-            "left out; set data.train.0.inexact_resume=true to resume like that"
+            "skipped; set data.train.0.inexact_resume=true to resume like that"
         )
 
 

@@ -59,7 +59,7 @@ class WebDatasetStream:
         label: Class number of a sample, see `Source`.
         epoch_samples: Samples that count as an epoch. None counts the whole run as one epoch.
         inexact_resume: Whether the run may be resumed although the stream then begins at a new place, so that samples may be
-            repeated or left out.
+            repeated or skipped.
     """
 
     urls: str
@@ -124,7 +124,7 @@ class StreamedSample(NamedTuple):
     """Members of one key that make a sample.
 
     Attributes:
-        shard: Path, URL or command.
+        shard: Path, URL or command that writes the tar.
         key: Name within the shard.
         members: Extension to content, None for a member without content of its own.
         problem: Why there is no sample; "" if there is one.
@@ -210,9 +210,9 @@ def read_members(shard: str) -> Iterator[tuple[str, bytes | None]]:
         raise
     except Exception as e:  # damage makes tarfile and the decompressors raise anything from OSError to zlib.error
         failure = _close(stream)
-        raise UserError(f"{shortened(shard)}: {failure or reason_of(e)}; repair it, or leave it out of urls") from None
+        raise UserError(f"{shortened(shard)}: {failure or reason_of(e)}; repair it, or remove it from urls") from None
     if failure := _close(stream):
-        raise UserError(f"{shortened(shard)}: {failure}; repair it, or leave it out of urls")
+        raise UserError(f"{shortened(shard)}: {failure}; repair it, or remove it from urls")
 
 
 def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | None:
