@@ -249,7 +249,7 @@ class Trainer:
         """
         names = [*self.experiment.objectives, "loss"]
         measures = self.experiment.measures
-        sums = sum(measured, torch.zeros(len(measures), 2).to(losses[0]))  # (measures, 2) sums and counts
+        sums = sum(measured, losses[0].new_zeros(len(measures), 2))  # (measures, 2) sums and counts
         means = all_reduce_mean(torch.cat([torch.stack(losses).mean(0), sums.flatten()]))
         means, sums = means[: len(names)], means[len(names) :].view(-1, 2)
         means = torch.cat([means, sums[:, 0] / sums[:, 1]])
