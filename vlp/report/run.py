@@ -204,6 +204,7 @@ def _curves(log: list[dict], evals: list[dict], tasks: dict[str, Task | Foreign]
     for name in sorted({name for line in log for name in line if name.startswith("geometry/")})[:MAX_LINES]:
         _draw(geometry, log, name, plain_label(name.removeprefix("geometry/").replace("_", " ")))
     geometry.set_title("alignment, uniformity and modality gap of a batch")
+    geometry.set_visible(bool(geometry.lines))
     axes = [loss, metrics, rate, geometry]
     if measures:
         axes.append(figure.add_subplot(grid[2, :]))
