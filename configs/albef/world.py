@@ -62,7 +62,7 @@ def tower() -> Experiment:
     """The image tower learns to name single things, as DeiT's labels do for the published ALBEF.
 
     Data: 20,000 images of one thing each, with its size, colour and shape as one of 96 classes.
-    Measured: 100.0 % of 2,000 other images (vlp eval runs/world-tower image-accuracy data=data/world/single).
+    Measured: top-1 accuracy 100.0 % (results: world-tower).
     Cost: 3 minutes on one CPU core.
     Command: vlp data world data/world --single 20000
         vlp train configs/albef/world.py:tower
@@ -87,7 +87,10 @@ def config() -> Experiment:
     """Pre-training: ITC, ITM and MLM on the frozen tower of `tower`.
 
     Differs: no momentum encoder, since captions are right; `table1` measures what it gives. Weights follow the width,
-        half of the negatives are uniform, and minimal pairs stay together: without these, ITM stays near chance.
+        half of the negatives are uniform, and minimal pairs stay together; `conditions` takes each away.
+    Measured: minimal pairs 97.8 % by ITM, of which pairs that exchange places 94.3 %, and 96.8 % by the cosine of the two
+        towers. R@1 87.8 % by ITC, 92.3 % re-ranked by ITM. Pointing game 58.4 % (results: albef-world). In bfloat16, which
+        takes longer for layers this small, one run reached more, so part of the last percent is chance.
     Cost: 15 minutes on one CPU core.
     Command: vlp data world data/world --single 20000
         vlp data tokenizer data/world/train data/world/tokenizer --vocab-size 200
@@ -128,6 +131,7 @@ def questions() -> Experiment:
 
     Data: data/world/questions.jsonl. The questions of a minimal pair are the same, with the opposite answer for yes and
         no. Starts from runs/albef-world.
+    Measured: 80.3 %, 31.2 % by the question only (results: albef-world-questions). The curve still rises at the end.
     Cost: 6 minutes on one CPU core.
     Command: vlp train configs/albef/world.py:questions
         vlp eval runs/albef-world-questions classification split=val images=data/world/val
