@@ -219,11 +219,11 @@ def test_experiment_builds_without_weights_and_takes_a_step(experiment):
     if experiment.train.activation_checkpointing != "none":
         model.set_activation_checkpointing(experiment.train.activation_checkpointing)
     pretrainer = Pretrainer(model.train(), experiment.objectives)
-    queues = {}
-    for objective in experiment.objectives.values():
-        queue = objective.init_queue(model, 20, torch.device("cpu"), torch.Generator().manual_seed(0))
-        if queue is not None:
-            queues[objective] = queue
+    queues = {
+        objective: objective.init_queue(model, 20, torch.device("cpu"), torch.Generator().manual_seed(0))
+        for objective in experiment.objectives.values()
+    }
+    queues = {objective: queue for objective, queue in queues.items() if queue is not None}
     context = StepContext(queues, vocabulary_of(model))
 
     def losses_of_a_batch() -> tuple:

@@ -153,3 +153,8 @@ def test_measures_of_a_divided_batch_are_those_of_the_whole(pair):
         sums_of_step(0, 1, CACHED, 2),
     ):
         assert found == expected
+
+
+def test_an_objective_with_word_classes_is_a_key_of_queues():
+    one, other = (MaskedText(word_classes={"colour": words}) for words in (("red",), ("green",)))
+    assert len({one: 0, other: 1}) == 2

@@ -52,7 +52,7 @@ class MaskedText(DistilledObjective):
 
     masking: TextMasking = TextMasking()
     mean_over: Scope = "global"
-    word_classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    word_classes: dict[str, tuple[str, ...]] = field(default_factory=dict, hash=False)  # objectives are keys of queues
 
     @property
     def measures(self) -> tuple[str, ...]:
