@@ -91,8 +91,8 @@ class MaskedText(DistilledObjective):
             words = [_spell(vocabulary.pieces, name, self.word_classes[name]) for name in self.word_classes]
             input_ids, continues = on_host(f.batch.input_ids), on_host(vocabulary.continues)
             classes = np.stack([mark_words(input_ids, continues, each) for each in words])  # (C, B, L)
-            of_class = classes.reshape(len(words), -1)[:, on_host(masked.positions)]  # (C, M)
-            of_class = upload(of_class, logits.device)
+            predicted = classes.reshape(len(words), -1)[:, on_host(masked.positions)]  # (C, M)
+            of_class = upload(predicted, logits.device)
         for name, own in zip(self.word_classes, of_class):
             f.measure(self, f"accuracy_{name}", correct, counted & own)
 
