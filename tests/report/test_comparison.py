@@ -18,7 +18,7 @@ from vlp.errors import UserError
 from vlp.report.alignment_uniformity import AlignmentUniformityPlot, draw_plots, find_plots
 from vlp.report.comparison import write_comparison
 from vlp.report.results import metric_label, read_results
-from vlp.report.tables import find_runs, tabulate
+from vlp.report.tables import asked, find_runs, tabulate
 from vlp.tasks.base import EvalModel, Result
 from vlp.tasks.details import answer_confusions, wrong_predictions
 from vlp.tasks.metrics import Interval
@@ -312,3 +312,16 @@ def test_results_of_earlier_versions_are_read_under_their_old_names(tmp_path):
 )
 def test_metric_labels_are_plain(metric, label):
     assert metric_label(metric) == label
+
+
+@pytest.mark.parametrize(
+    ("command", "title"),
+    [
+        (["vlp", "eval", "runs/a", "minimal-pairs", "score=itc", "data=w", "blind=false"], "minimal-pairs score=itc"),
+        (["vlp", "eval", "runs/a", "minimal-pairs"], "minimal-pairs"),
+        (["vlp", "train", "a.py", "x=y", "z=1"], "minimal-pairs"),
+        ([], "minimal-pairs"),
+    ],
+)
+def test_results_that_were_asked_differently_have_different_titles(command, title):
+    assert asked({"task": "minimal-pairs", "command": command}) == title

@@ -37,6 +37,7 @@ OPTIONAL = {
     "seed": (None, int),
     "step": (None, int),
     "checkpoint_sha256": ("", str),
+    "command": ([], [str]),
 }
 DETAILS = {
     "confused": [{"true": str, "guessed": str, "count": int, "of": int}],

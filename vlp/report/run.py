@@ -27,7 +27,7 @@ from vlp.report.results import (
     read_starts,
     write_html,
 )
-from vlp.report.tables import described
+from vlp.report.tables import asked, described
 from vlp.specs.json import Foreign
 from vlp.specs.types import check_types
 from vlp.tasks.base import Task
@@ -50,7 +50,7 @@ TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).fr
 </style></head><body>
 <h1>{{ name }}</h1><p class="quiet">{{ summary }}</p>
 {% for result in results %}
-<h2>{{ result.task }}: {{ described(result.data, result.split) }}</h2>
+<h2>{{ asked(result) }}: {{ described(result.data, result.split) }}</h2>
 <table><tr><th>metric</th><th>value</th><th>95 % interval</th>{% if result.blind %}<th>blind</th>{% endif %}</tr>
 {% for metric, i in result.metrics.items() %}
 <tr><td>{{ label(metric) }}</td>{% with value, low, high = i.texts() %}<td>{{ value }}</td><td>{{ low }} to {{ high }}</td>{% endwith %}{% if result.blind %}<td>{{ result.blind.get(metric, "") }}</td>{% endif %}</tr>
@@ -113,6 +113,7 @@ def write_report(folder: Path, notes: list[str] | None = None) -> Path:
         summary=_summary(experiment, log, starts),
         results=[result | {"wrong": wrong_with_images(result)} for result in results],
         label=metric_label,
+        asked=asked,
         described=described,
         contamination=contamination,
         notes=notes,

@@ -9,6 +9,20 @@ from pathlib import Path
 from vlp.errors import UserError
 from vlp.tasks.metrics import Interval
 
+# fields of tasks that a title does not repeat: those of the data, and those that do not change the metrics
+UNNAMED = {
+    "data",
+    "images",
+    "image",
+    "split",
+    "batch_size",
+    "text_batch",
+    "resamples",
+    "examples",
+    "blind",
+    "submission",
+}
+
 
 @dataclass
 class Table:
@@ -29,7 +43,8 @@ class Table:
 
     @property
     def title(self) -> str:
-        return f"{self.task}: {described(self.data, self.split)}{f' ({self.data_id[:8]})' if self.data_id else ''}"
+        task = asked(next(iter(self.results.values()))) if self.results else self.task
+        return f"{task}: {described(self.data, self.split)}{f' ({self.data_id[:8]})' if self.data_id else ''}"
 
     @property
     def metrics(self) -> list[str]:
@@ -75,6 +90,14 @@ def find_runs(folders: list[Path]) -> list[Path]:
     if len({folder.resolve() for folder in found}) < len(found):
         raise UserError("a run is given twice; name each once")
     return found
+
+
+def asked(result: dict) -> str:
+    """Return a result's task with the settings that it was asked with, apart from those of its data: "rerank k=16"."""
+    command = result["command"]
+    given = command[4:] if command[:2] == ["vlp", "eval"] else []
+    settings = [text for text in given if "=" in text and text.partition("=")[0] not in UNNAMED]
+    return " ".join([result["task"], *settings])
 
 
 def described(data: str, split: str) -> str:
