@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import TOY
 from vlp.config import FREE_ON_RESUME, Experiment, changed_keys, load_config, load_json
 from vlp.data.reading.shards import Source
+from vlp.data.reading.tar_streams import WebDatasetStream
 from vlp.errors import UserError
 from vlp.objectives.mlm import MaskedText
 from vlp.optim.optimizers import Lamb
@@ -206,7 +207,10 @@ def test_fields_that_may_change_on_resume(toy):
         "log.geometry_every=0",
     ]
     assert changed_keys(toy, override(toy, free)) == []
-    named = {assignment.partition("=")[0] for assignment in free}
+    streaming = replace(toy, data=replace(toy.data, train=(WebDatasetStream("x.tar"),)))
+    of_stream = ["data.train.0.inexact_resume=true"]
+    assert changed_keys(streaming, override(streaming, of_stream)) == []
+    named = {assignment.partition("=")[0] for assignment in free + of_stream}
     assert all(any(n == key or n.startswith(key + ".") for n in named) for key in FREE_ON_RESUME)
 
 
