@@ -18,6 +18,7 @@ from vlp.errors import UserError
 
 CHUNK = 1 << 22  # bytes read at a time
 HASH_BUFFER = 1 << 20  # bytes
+RESULT_BYTES = 1 << 28  # of the file of an evaluation's result, at most
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",

@@ -375,9 +375,8 @@ class Trainer:
             "data_wait": self.waited / seconds,
             "memory_mib": peak_memory_mib(self.accelerator.device),
         }
-        measured = {
-            name: numbers[name] for name in numbers if name in experiment.measures or name.startswith("geometry/")
-        }
+        measures = {*experiment.measures}
+        measured = {name: numbers[name] for name in numbers if name in measures or name.startswith("geometry/")}
         return record | {name: value for name, value in measured.items() if math.isfinite(value)}
 
 
@@ -434,7 +433,7 @@ def _fit(run: Run, interrupted: TrainingInterrupt, code: UserCode) -> None:
         copy_to = run.experiment.save.copy_to
         named = [f"save.copy_to={copy_to}"] if copy_to else []
         if stream := run.experiment.data.stream:
-            named += [f"data.train.0.urls={stream.urls}"] if stream.has_commands else []
+            named += stream.commands_to_name
             named += [] if stream.inexact_resume else ["data.train.0.inexact_resume=true"]
         command = shlex.join(["vlp", "train", "--resume", str(folder), *named, *code.options])
         run.writer.log(f"stopped at step {run.state.step} and saved; continue with: {command}")

@@ -91,7 +91,7 @@ def config() -> Experiment:
     Measured: minimal pairs 97.8 % by ITM, of which pairs that exchange places 94.3 %, and 96.8 % by the cosine of the two
         towers. R@1 87.8 % by ITC, 92.3 % re-ranked by ITM. Pointing game 58.4 % (results: albef-world). In bfloat16, which
         takes longer for layers this small, one run reached more, so part of the last percent is chance.
-    Cost: 15 minutes on one CPU core.
+    Cost: 17 minutes on one CPU core.
     Command: vlp data world data/world --single 20000
         vlp data tokenizer data/world/train data/world/tokenizer --vocab-size 200
         vlp train configs/albef/world.py:tower

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vlp.errors import UserError
-from vlp.files import local_path, read_log, read_regular
+from vlp.files import RESULT_BYTES, local_path, read_log, read_regular
 
-RESULT_BYTES = 1 << 28  # of a result file, at most
 UNITS = ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
 
 

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vlp.errors import UserError
-from vlp.files import read_log, read_regular, write_atomically
+from vlp.files import RESULT_BYTES, read_log, read_regular, write_atomically
 from vlp.tasks.find import find_task, shipped_tasks
 from vlp.tasks.metrics import Interval
-from vlp.tasks.naming import RESULT_BYTES
 
 # earlier names of the entries of a wrong prediction
 EARLIER = {"asked": "text", "said": "prediction", "true": "truth", "pictures": "images"}

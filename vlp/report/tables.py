@@ -7,21 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlp.errors import UserError
+from vlp.tasks.find import find_task, shipped_tasks
 from vlp.tasks.metrics import Interval
+from vlp.tasks.naming import minor_fields
 
-# fields of tasks that a title does not repeat: those of the data, and those that do not change the metrics
-UNNAMED = {
-    "data",
-    "images",
-    "image",
-    "split",
-    "batch_size",
-    "text_batch",
-    "resamples",
-    "examples",
-    "blind",
-    "submission",
-}
+OF_DATA = {"data", "image", "split"}  # fields of tasks, which the title gives as the description of the data
 
 
 @dataclass
@@ -93,11 +83,13 @@ def find_runs(folders: list[Path]) -> list[Path]:
 
 
 def asked(result: dict) -> str:
-    """Return a result's task with the settings that it was asked with, apart from those of its data: "rerank k=16"."""
-    command = result["command"]
-    given = command[4:] if command[:2] == ["vlp", "eval"] else []
-    settings = [text for text in given if "=" in text and text.partition("=")[0] not in UNNAMED]
-    return " ".join([result["task"], *settings])
+    """Return a result's task with the settings that it was asked with and that change it, apart from the data: "rerank k=16"."""
+    command, task = result["command"], result["task"]
+    # find_task would import the file or module that somebody's result names
+    if command[:2] != ["vlp", "eval"] or task not in shipped_tasks():
+        return task
+    unnamed = OF_DATA | minor_fields(find_task(task))
+    return " ".join([task, *(text for text in command[4:] if "=" in text and text.partition("=")[0] not in unnamed)])
 
 
 def described(data: str, split: str) -> str:

@@ -83,8 +83,8 @@ class RunQueue(StopRequest):
         folder = experiment.folder
         resumed = has_started(experiment)
         arguments = ["--resume", str(folder)] if resumed else [str(_write_experiment(experiment))]
-        if experiment.data.stream is not None and experiment.data.stream.has_commands:  # not read from a JSON file
-            arguments.append(f"data.train.0.urls={experiment.data.stream.urls}")
+        if experiment.data.stream is not None:
+            arguments += experiment.data.stream.commands_to_name
         environment = os.environ | {COMMAND: shlex.join(command_line())}
         command = [sys.executable, "-m", "vlp.train", *arguments, *self.code.options]
         self.process = subprocess.Popen(command, env=environment)

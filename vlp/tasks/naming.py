@@ -13,12 +13,11 @@ from typing import Any
 
 from vlp.data.reading.locations import is_remote
 from vlp.errors import UserError
-from vlp.files import local_path, read_regular
+from vlp.files import RESULT_BYTES, local_path, read_regular
 from vlp.specs.fields import setting_of
 from vlp.tasks.base import EvalModel, Result
 
 LONGEST = 100  # bytes of a file name, which a file system limits to 255, before a hash and a suffix are added
-RESULT_BYTES = 1 << 28  # of a result file
 SPLITS = ("train", "val", "valid", "validation", "dev", "test", "minival")
 # names of folders and files that many data sets share, so that they need the name of the folder above
 GENERIC = (
@@ -95,6 +94,11 @@ def protocol_name(model: EvalModel, location: str, setting: str | None) -> str:
     return f"{data_name(location, GENERIC)}-{setting or 'unstated'}@{model.name or 'unnamed'}"
 
 
+def minor_fields(task: Any) -> set[str]:
+    """Return the fields of a task, or of its class, that do not change its result."""
+    return {declared.name for declared in fields(task) if not setting_of(declared).changes_result}
+
+
 def result_name(name: str, task: Any, assignments: Sequence[str] = (), before: Any = None) -> str:
     """Return the name of the file that keeps the newest result of a task: its name, its data, and what else was changed.
 
@@ -104,7 +108,7 @@ def result_name(name: str, task: Any, assignments: Sequence[str] = (), before: A
         assignments: ``field=value`` as typed. Those that do not change the result are not part of the name.
         before: The task before the assignments. One that leaves a value as it was is not part of the name.
     """
-    minor = {declared.name for declared in fields(task) if not setting_of(declared).changes_result}
+    minor = minor_fields(task)
     if before is not None:
         minor |= {name for name, value in vars(before).items() if vars(task)[name] == value}
     given = {text.partition("=")[0]: text for text in assignments}

@@ -449,9 +449,8 @@ class CocoRows:
         self.ids = own[has_id]
         complete = np.flatnonzero(is_complete)
         order = np.argsort(of[complete], kind="stable")
-        self.by_image = complete[order].astype(
-            np.min_scalar_type(len(of))
-        )  # annotations by the hash of their image's id
+        # annotations by the hash of their image's id
+        self.by_image = complete[order].astype(np.min_scalar_type(len(of)))
         self.hashes = of[complete][order]
 
     def __len__(self) -> int:
@@ -466,10 +465,7 @@ class CocoRows:
     def _named(self, n: int) -> Row:
         number = int(self.named[n])
         image = self.images[number]
-        begin, end = (
-            np.searchsorted(self.hashes, self.ids[n], "left"),
-            np.searchsorted(self.hashes, self.ids[n], "right"),
-        )
+        begin, end = (np.searchsorted(self.hashes, self.ids[n], side) for side in ("left", "right"))
         found = (self.annotations[int(annotation)] for annotation in self.by_image[begin:end])
         # -1 and -2 have the same hash
         captions = [annotation["caption"] for annotation in found if annotation["image_id"] == image["id"]]

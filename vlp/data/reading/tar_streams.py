@@ -87,6 +87,11 @@ class WebDatasetStream:
         """Whether reading the stream runs shell commands."""
         return any(part.startswith(COMMAND) for part in self.urls.split("::"))
 
+    @property
+    def commands_to_name(self) -> list[str]:
+        """Assignments that a command line needs if it reads the experiment from a JSON file, whose commands are not run."""
+        return [f"data.train.0.urls={self.urls}"] if self.has_commands else []
+
     def open(self) -> list[str]:
         """Return the shards: absolute paths, URLs and commands. Nothing is read or run.
 

@@ -103,7 +103,7 @@ def make(
                 progress(done := done + 1, total)
             files["pairs"] += ({**line, "split": split} for line in paired(scenes, seed))
         for name, lines in files.items():
-            write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+            _write_lines(folder / f"{name}.jsonl", lines)
         pairs["train"] = _swap(pairs["train"], noise, seed)
         for split in pairs:
             pack(pairs[split], folder / split, None, workers, lambda n, _, done=done: progress(done + n, total))
@@ -166,11 +166,15 @@ def make_single(
                 if split == "train":
                     pairs.append(Pair(str(path), (f"a {name}",), path.stem, "synthetic world", {"label": label}))
                 progress(len(lines), total)
-        write_atomically(folder / "labels.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+        _write_lines(folder / "labels.jsonl", lines)
         pack(pairs, folder / "train", None, workers, lambda n, _: progress(len(lines) + n, total))
     except OSError as e:
         raise _unwritable(folder, e) from None
     return folder
+
+
+def _write_lines(path: Path, lines: Iterable[dict]) -> None:
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:

@@ -202,9 +202,8 @@ def _draw_pair(world: World, rng: np.random.Generator) -> _Pair:
         other = _exchange(things, link, ATTRIBUTES[contrast])
         boxes = [hull(_sprite(world.size, t).box for t in alternatives) for alternatives in zip(things, other)]
         centres = place(world.size, relations, boxes, rng)
-        if (
-            centres is not None and world.allows(things) and world.allows(other)
-        ):  # None if there is hardly any room, such as for three large things in a row
+        # None if there is hardly any room, such as for three large things in a row
+        if centres is not None and world.allows(things) and world.allows(other):
             members = tuple(tuple(replace(t, x=x, y=y) for t, (x, y) in zip(m, centres)) for m in (things, other))
             return _Pair(members, relations, link, contrast, _draw_grey(rng))
 
